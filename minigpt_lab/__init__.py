@@ -1,0 +1,59 @@
+"""A research kit: how small can a language model get for one domain, and what does it lose."""
+
+from .assets import SourceUnavailable
+from .criteria import CRITERIA, Scores, criterion, score
+from .domains import (
+    Domain,
+    Part,
+    check_disjoint,
+    domain_names,
+    load_domain,
+    make_domain,
+)
+from .evaluation import Perplexity, generate, perplexity
+from .families import FAMILIES
+from .models import label, load_model, save_model
+from .plan import PruningPlan
+from .planning import contextual_plan, plan_from_scores
+from .sizes import Size, describe, model_size
+from .statistics import Statistics, collect_statistics
+from .surgery import masked, shrink
+from .tokens import count_tokens, tokenize
+from .vocabulary import tokenizer_for, trim_tokenizer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CRITERIA",
+    "FAMILIES",
+    "Domain",
+    "Part",
+    "Perplexity",
+    "PruningPlan",
+    "Scores",
+    "Size",
+    "SourceUnavailable",
+    "Statistics",
+    "check_disjoint",
+    "collect_statistics",
+    "contextual_plan",
+    "count_tokens",
+    "criterion",
+    "describe",
+    "domain_names",
+    "generate",
+    "label",
+    "load_domain",
+    "load_model",
+    "make_domain",
+    "masked",
+    "model_size",
+    "perplexity",
+    "plan_from_scores",
+    "save_model",
+    "score",
+    "shrink",
+    "tokenize",
+    "tokenizer_for",
+    "trim_tokenizer",
+]

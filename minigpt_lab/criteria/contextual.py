@@ -1,0 +1,36 @@
+"""Mini-GPTs' statistic per unit: mean absolute activation on the domain."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..families import Anatomy
+from ..statistics import collect_statistics
+from .scores import criterion
+
+
+@criterion("contextual")
+def contextual_scores(model, batches=None, statistics=None, *, sites):
+    """Mean |x| of a unit's features where the site's second projection reads them.
+
+    For FFN channels this is the paper's activation statistic (Mini-GPTs, arXiv 2312.12682, §3); for
+    attention it is the mean over the features of a head or group, which the paper does not define.
+
+    Raises
+    ------
+    ValueError
+        If neither batches nor statistics are given.
+    """
+    if statistics is None:
+        if batches is None:
+            raise ValueError("the contextual criterion needs batches or statistics")
+        statistics = collect_statistics(model, batches)
+    anatomy, found = Anatomy(model), {}
+    for site in sites:
+        consumer = anatomy.family.consumes[site]
+        found[site] = []
+        for layer, total in enumerate(anatomy.units(site)):
+            mean_abs = statistics.mean(anatomy.name(layer, consumer), "input", "absolute")
+            features = [anatomy.positions(consumer, [unit], total) for unit in range(total)]
+            found[site].append(mean_abs[np.array(features)].mean(1))
+    return found

@@ -1,0 +1,106 @@
+"""Scores: the importance of every unit under one criterion, and the registry of criteria."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+from transformers import PreTrainedModel
+
+from ..assets import nearest
+from ..families import SITES
+from ..models import fingerprint
+from ..statistics import Statistics
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Importance of every unit; the lowest leave first.
+
+    Parameters
+    ----------
+    criterion : str
+        Name in `CRITERIA`.
+    values : dict
+        Site to one array ``[unit]`` per layer.
+    model_hash : str
+        `fingerprint` of the model that was scored.
+    options : dict
+        Arguments that the criterion was given.
+    """
+
+    criterion: str
+    values: dict[str, list[np.ndarray]]
+    model_hash: str
+    options: dict = field(default_factory=dict)
+
+    def frame(self) -> pd.DataFrame:
+        """Tidy table with columns ``site, layer, unit, score``."""
+        parts = [
+            pd.DataFrame({"site": site, "layer": i, "unit": np.arange(len(layer)), "score": layer})
+            for site, layers in self.values.items()
+            for i, layer in enumerate(layers)
+        ]
+        return pd.concat(parts, ignore_index=True)
+
+
+#: Criteria by name. Each is ``(model, batches, statistics=None, *, sites, **options)`` and returns
+#: site to one array ``[unit]`` per layer.
+CRITERIA: dict[str, Callable[..., dict[str, list[np.ndarray]]]] = {}
+
+
+def criterion(name: str) -> Callable:
+    """Register a function as a criterion under `name` (decorator)."""
+
+    def register(function: Callable) -> Callable:
+        CRITERIA[name] = function
+        return function
+
+    return register
+
+
+def score(
+    name: str,
+    model: PreTrainedModel,
+    batches: Iterable[dict] | None = None,
+    statistics: Statistics | None = None,
+    sites: tuple[str, ...] = SITES,
+    **options,
+) -> Scores:
+    """Score every unit of a model under one criterion.
+
+    Parameters
+    ----------
+    name : str
+        A key of `CRITERIA`.
+    model : transformers.PreTrainedModel
+        A supported causal language model; left as it was.
+    batches : iterable of dict, optional
+        Calibration tokens, for criteria that look at activations.
+    statistics : Statistics, optional
+        Saved statistics of this model to use instead of a pass over `batches`.
+    sites : tuple of str
+        Which of ``"ffn"`` and ``"attention"`` to score.
+    **options
+        The criterion's own options.
+
+    Returns
+    -------
+    Scores
+
+    Raises
+    ------
+    ValueError
+        If the criterion or a site is unknown, or a criterion lacks its data.
+    """
+    if name not in CRITERIA:
+        raise ValueError(f"unknown criterion {name!r}; {nearest(name, sorted(CRITERIA))}")
+    for site in sites:
+        if site not in SITES:
+            raise ValueError(f"unknown site {site!r}; {nearest(site, list(SITES))}")
+    if statistics is not None:
+        statistics.require(model)
+    values = CRITERIA[name](model, batches, statistics, sites=sites, **options)
+    return Scores(name, values, fingerprint(model), options)

@@ -1,0 +1,298 @@
+"""Domains: text in disjoint parts, and its way into token batches.
+
+Documents are cut into passages, near-duplicates are dropped, and the rest is dealt into
+``calibration``, ``train``, ``validation`` and ``test`` by the hash of its content: the same text
+always gives the same parts, and no part can see another's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import InitVar, dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from transformers import PreTrainedTokenizerBase
+
+from .assets import DATA, cache_folder, nearest, packages, read_toml, staged
+from .sources import read_hub, read_path, read_source
+
+#: Share of the words that each part gets.
+PARTS = {"calibration": 0.25, "train": 0.45, "validation": 0.10, "test": 0.20}
+PASSAGE_WORDS = 150
+SHINGLE = 8  # words; two passages that share half their runs of this length are near-duplicates
+_VERSION = 1  # of the cutting rules: a change must not reuse parts cached under the old ones
+_WORD = re.compile(r"[\u3400-\u9fff\uf900-\ufaff]|\w+")  # a CJK character counts as a word
+
+
+@dataclass(frozen=True)
+class Part(Sequence):
+    """Passages of one part of a domain; a sequence of strings that knows where it comes from."""
+
+    domain: str
+    name: str
+    passages: tuple[str, ...]
+
+    def __getitem__(self, index):
+        return self.passages[index]
+
+    def __len__(self) -> int:
+        return len(self.passages)
+
+    def __str__(self) -> str:
+        return f"{self.domain}/{self.name}"
+
+
+@dataclass(frozen=True)
+class Domain:
+    """A body of text in four disjoint parts.
+
+    Parameters
+    ----------
+    name, title, licence, attribution : str
+        What it is and who may use it.
+    calibration, train, validation, test : Part
+        Disjoint passages: statistics, recovery, stopping, results.
+    dropped : int
+        Passages left out because they nearly repeat an earlier one.
+    checked : bool
+        The parts are known to be disjoint (they come from the cache): do not compare them again.
+
+    Raises
+    ------
+    ValueError
+        If two parts share an exact or near-duplicate passage.
+    """
+
+    name: str
+    title: str
+    licence: str
+    attribution: str
+    calibration: Part
+    train: Part
+    validation: Part
+    test: Part
+    dropped: int = 0
+    checked: InitVar[bool] = False
+
+    def __post_init__(self, checked: bool):
+        if not checked:
+            check_disjoint(self.parts)
+
+    @property
+    def parts(self) -> dict[str, Part]:
+        """The four parts by name."""
+        return {name: getattr(self, name) for name in PARTS}
+
+    def summary(self, tokenizer: PreTrainedTokenizerBase | None = None) -> pd.DataFrame:
+        """Passages, words, characters and (with a tokenizer) tokens of every part."""
+        rows = []
+        for name, part in self.parts.items():
+            row = {
+                "domain": self.name,
+                "part": name,
+                "passages": len(part),
+                "words": sum(map(count_words, part)),
+                "characters": sum(map(len, part)),
+            }
+            if tokenizer is not None:
+                row["tokens"] = sum(map(len, tokenizer(list(part), verbose=False)["input_ids"]))
+            rows.append({**row, "licence": self.licence})
+        return pd.DataFrame(rows)
+
+
+def load_domain(
+    name_or_path: str | os.PathLike, column: str | None = None, online: bool = False
+) -> Domain:
+    """A shipped domain, a user's own text, or a Hugging Face dataset, cut into disjoint parts.
+
+    Parameters
+    ----------
+    name_or_path : str or path
+        A name (see `domain_names`); a ``.txt``, ``.jsonl`` or ``.csv`` file; a folder of such
+        files; or a hub dataset id (``"user/dataset"``).
+    column : str, optional
+        The column with the text, where there are several.
+    online : bool
+        For a shipped domain: read the data set that the Mini-GPTs paper used, from the hub.
+
+    Returns
+    -------
+    Domain
+
+    Raises
+    ------
+    ValueError
+        If the name is unknown, the text too short for four parts, or the column missing.
+    minigpt_lab.assets.SourceUnavailable
+        If a pinned source cannot be had.
+    """
+    name, declared = str(name_or_path), read_toml(DATA / "domains.toml")
+    if name in declared and not online:
+        return _shipped(name, declared[name])
+    if name in declared:
+        entry = declared[name]
+        if "hub" not in entry:
+            raise ValueError(f"domain {name!r} has no online data set; load it without online=True")
+        return make_domain(name, read_hub(entry["hub"]), f"{entry['title']} (hub)")
+    path = Path(name)
+    if path.exists():
+        return make_domain(path.stem, read_path(path, column))
+    if "/" in name and not path.suffix and not path.is_absolute():
+        return make_domain(name.replace("/", "-"), read_hub({"path": name, "column": column}))
+    raise ValueError(
+        f"unknown domain {name!r}: not a shipped one ({nearest(name, list(declared))}), not a file "
+        "or folder, not a hub id"
+    )
+
+
+def domain_names(tiny: bool = False) -> list[str]:
+    """Names of the shipped domains: the six real ones, or the project's own short texts."""
+    names = read_toml(DATA / "domains.toml")
+    return [name for name in names if name.startswith("tiny-") == tiny]
+
+
+def make_domain(
+    name: str, documents: Iterable[str], title: str = "", licence: str = "", attribution: str = ""
+) -> Domain:
+    """Cut documents into passages, drop near-duplicates and deal the rest into four parts.
+
+    With 40 documents or more every document falls into one part whole; with fewer, passages do.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer passages than parts.
+    """
+    pieces = [cut(document) for document in documents]
+    flat = [passage for document in pieces for passage in document]
+    if not flat:
+        raise ValueError(f"domain {name!r} is empty: no text found")
+    repeats = near_duplicates(flat)
+    place, blocks = 0, []
+    for document in pieces:
+        kept = [p for i, p in enumerate(document, place) if i not in repeats]
+        place += len(document)
+        blocks += [kept] if kept else []
+    if len(blocks) < 40:
+        blocks = [[passage] for block in blocks for passage in block]
+    if len(blocks) < len(PARTS):
+        raise ValueError(
+            f"domain {name!r} has {len(blocks)} passage(s) of about {PASSAGE_WORDS} words; four "
+            "disjoint parts need at least 4: give more text"
+        )
+    parts = _deal(blocks)
+    return Domain(
+        name, title or name, licence, attribution,
+        **{part: Part(name, part, tuple(parts[part])) for part in PARTS}, dropped=len(repeats),
+    )  # fmt: skip
+
+
+def cut(document: str, words: int = PASSAGE_WORDS) -> list[str]:
+    """Cut a text into passages of about `words` words, at ends of sentences or lines."""
+    passages, current, length = [], "", 0
+    for piece in re.findall(r".+?(?:[.!?。！？][\"')\]]*\s+|\n+|$)", document, re.DOTALL):
+        current, length = current + piece, length + count_words(piece)
+        if length >= words:
+            passages.append(current.strip())
+            current, length = "", 0
+    if length:
+        passages.append(current.strip())
+    return passages
+
+
+def count_words(text: str) -> int:
+    """Words, or characters of Chinese."""
+    return len(_WORD.findall(text))
+
+
+def near_duplicates(passages: Sequence[str], parts: Sequence[str] | None = None) -> dict[int, int]:
+    """Passages that repeat an earlier one: index to the index of what it repeats.
+
+    Two passages count as the same when the shorter shares at least half of its runs of `SHINGLE`
+    words with the other (case and punctuation ignored).
+
+    Parameters
+    ----------
+    passages : sequence of str
+        Texts to compare.
+    parts : sequence of str, optional
+        The part each passage is in; then only passages of different parts are compared.
+    """
+    owners: dict[int, list[int]] = {}
+    sizes, repeats = [], {}
+    for index, passage in enumerate(passages):
+        words = _WORD.findall(passage.lower())
+        count = max(1, len(words) - SHINGLE + 1)
+        runs = {hash(tuple(words[i : i + SHINGLE])) for i in range(count)}
+        sizes.append(len(runs))
+        shared = Counter(owner for run in runs for owner in owners.get(run, ()))
+        for earlier, common in shared.items():
+            foreign = parts is None or parts[index] != parts[earlier]
+            if foreign and 2 * common >= min(len(runs), sizes[earlier]):
+                repeats[index] = earlier
+                break
+        if parts is not None or index not in repeats:
+            for run in runs:
+                owners.setdefault(run, []).append(index)
+    return repeats
+
+
+def check_disjoint(parts: dict[str, Sequence[str]]) -> None:
+    """Refuse parts that share text.
+
+    Raises
+    ------
+    ValueError
+        Naming two parts and the passage that is in both, exactly or nearly.
+    """
+    names = [name for name, part in parts.items() for _ in part]
+    passages = [passage for part in parts.values() for passage in part]
+    for later, earlier in near_duplicates(passages, names).items():
+        raise ValueError(
+            f"parts {names[earlier]!r} and {names[later]!r} overlap: {passages[later][:60]!r} is "
+            "in both (exactly or nearly); remove it from one of them"
+        )
+
+
+def _deal(blocks: list[list[str]]) -> dict[str, list[str]]:
+    """Deal blocks into parts by words, in the order of their hashes; every part gets one."""
+    blocks = sorted(blocks, key=lambda block: hashlib.sha256("".join(block).encode()).digest())
+    sizes = np.cumsum([sum(map(count_words, block)) for block in blocks])
+    shares = np.cumsum(list(PARTS.values()))[:-1]
+    cuts = np.searchsorted(sizes, shares * sizes[-1])
+    for place in range(len(cuts)):  # no part may be empty
+        low = cuts[place - 1] + 1 if place else 1
+        cuts[place] = np.clip(cuts[place], low, len(blocks) - len(cuts) + place)
+    bounds = [0, *cuts, len(blocks)]
+    return {
+        part: [p for block in blocks[bounds[i] : bounds[i + 1]] for p in block]
+        for i, part in enumerate(PARTS)
+    }
+
+
+def _shipped(name: str, entry: dict) -> Domain:
+    """A declared domain, from the cache or (first use) from its sources."""
+    pins = [packages()[s["package"]].sha256 for s in entry["texts"] if "package" in s]
+    local = [(DATA / s["member"]).read_text() for s in entry["texts"] if "package" not in s]
+    recipe = json.dumps([_VERSION, entry["texts"], pins, local])
+    key = hashlib.sha256(recipe.encode()).hexdigest()[:12]
+    cached = cache_folder() / "domains" / f"{name}-{key}.json"
+    facts = {field: entry[field] for field in ("title", "licence", "attribution")}
+    if cached.is_file():
+        stored = json.loads(cached.read_text(encoding="utf-8"))
+        parts = {part: Part(name, part, tuple(stored[part])) for part in PARTS}
+        return Domain(name, **facts, **parts, dropped=stored["dropped"], checked=True)
+    documents = [document for source in entry["texts"] for document in read_source(source)]
+    domain = make_domain(name, documents, **facts)
+    with staged(cached) as staging:
+        stored = {part: list(passages) for part, passages in domain.parts.items()}
+        text = json.dumps({**stored, "dropped": domain.dropped}, ensure_ascii=False)
+        staging.write_text(text, encoding="utf-8")
+    return domain

@@ -1,0 +1,348 @@
+"""Every picture of the series, one function each: a tidy frame in, a matplotlib figure out.
+
+One colour per domain and per method everywhere (Okabe–Ito, safe for colour-blind readers), the
+question as the title, units on the axes, and model and protocol in the caption.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+_CYCLE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+DOMAIN_COLOURS = dict(
+    zip(("law", "medical", "economics", "games", "translation", "general"), _CYCLE, strict=True)
+)
+METHOD_STYLE = {  # colour, marker: readable in grey by the marker
+    "contextual": ("#0072B2", "o"),
+    "magnitude": ("#E69F00", "s"),
+    "random": ("#7F7F7F", "x"),
+}
+PART_COLOURS = {
+    "embeddings": "#56B4E9",
+    "attention": "#E69F00",
+    "ffn": "#0072B2",
+    "other": "#999999",
+}
+STYLE = {
+    "figure.dpi": 100, "savefig.dpi": 150, "font.size": 9, "axes.titlesize": 11,
+    "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.spines.top": False,
+    "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False,
+}  # fmt: skip
+
+
+def colour(domain: str, known: Sequence[str] = ()) -> str:
+    """The colour of a domain; a user's own domain takes the next free one, by its place."""
+    short = domain.removeprefix("tiny-")
+    if short in DOMAIN_COLOURS:
+        return DOMAIN_COLOURS[short]
+    return _CYCLE[list(known).index(domain) % len(_CYCLE)] if domain in known else "#000000"
+
+
+def _figure(width: float, height: float, caption: str = "") -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    if caption:
+        figure.supxlabel(caption, fontsize=7.5, color="#555555", x=0.01, ha="left")
+    return figure
+
+
+def _styled(function):
+    """Draw under the kit's style, whatever the reader's matplotlib settings are."""
+
+    def draw(*args, **kwargs) -> Figure:
+        with mpl.rc_context(STYLE):
+            return function(*args, **kwargs)
+
+    draw.__doc__, draw.__name__ = function.__doc__, function.__name__
+    return draw
+
+
+def png_bytes(figure: Figure) -> bytes:
+    """The figure as PNG bytes; the same figure gives the same bytes."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def save_figure(
+    figure: Figure, path: str | os.PathLike, data: pd.DataFrame | None = None
+) -> Figure:
+    """Write a figure as PNG and SVG, and the data behind it as CSV, under one stem.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        The figure, so that a notebook cell shows it.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with mpl.rc_context({**STYLE, "svg.hashsalt": "minigpt_lab"}):
+        figure.savefig(path.with_suffix(".png"), metadata={"Software": None})
+        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+    if data is not None:
+        data.to_csv(path.with_suffix(".csv"), index=False)
+    return figure
+
+
+@_styled
+def activation_histograms(
+    frame: pd.DataFrame, epsilon: float | None = None, n_layers: int = 6, caption: str = ""
+) -> Figure:
+    """Distribution of mean |activation| over FFN neurons, per layer and domain.
+
+    Parameters
+    ----------
+    frame : pandas.DataFrame
+        Columns ``domain, layer, mean_abs``, one row per FFN neuron.
+    epsilon : float, optional
+        Threshold to mark.
+    n_layers : int
+        Layers to show, evenly spaced, first and last among them.
+    caption : str
+        Model, tokens.
+    """
+    layers = np.unique(np.linspace(0, frame["layer"].max(), n_layers).round().astype(int))
+    domains = list(frame["domain"].unique())
+    positive = frame.loc[frame["mean_abs"] > 0, "mean_abs"]
+    edges = np.linspace(np.log10(positive.min()) - 0.1, np.log10(positive.max()) + 0.1, 41)
+    zero_at = edges[0] - 0.35  # neurons that are never on stand apart, left of the scale
+    columns = min(3, len(layers))
+    rows = -(-len(layers) // columns)
+    figure = _figure(3.2 * columns, 2.3 * rows + 0.6, caption)
+    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    for axis, layer in zip(axes, layers, strict=False):
+        for place, domain in enumerate(domains):
+            values = frame.query("layer == @layer and domain == @domain")["mean_abs"].to_numpy()
+            live = np.log10(values[values > 0])
+            shares = np.histogram(live, edges)[0] / len(values)
+            axis.stairs(shares, edges, color=colour(domain, domains), label=domain, lw=1.4)
+            bar = 0.3 / len(domains)
+            axis.bar(zero_at + bar * (place - len(domains) / 2), (values == 0).mean(), bar,
+                     align="edge", color=colour(domain, domains))  # fmt: skip
+        if epsilon:
+            axis.axvline(
+                np.log10(epsilon), color="black", ls="--", lw=1, label=f"ε = {epsilon:.3g}"
+            )
+        axis.set_title(f"layer {layer}", fontsize=9, fontweight="normal")
+        axis.yaxis.set_major_formatter(PercentFormatter(1))
+    for axis in axes[len(layers) :]:
+        axis.set_visible(False)
+    ticks = np.arange(np.ceil(edges[0]), np.floor(edges[-1]) + 1)
+    axes[0].set_xticks([zero_at, *ticks], ["0", *[f"$10^{{{int(tick)}}}$" for tick in ticks]])
+    figure.supylabel("share of the layer's neurons", fontsize=9)
+    for axis in axes[len(layers) - columns : len(layers)]:
+        axis.set_xlabel("mean |activation| per token")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper right", ncols=4, fontsize=8)
+    figure.suptitle("How strongly does each domain use the FFN's neurons?", x=0.01, ha="left",
+                    fontsize=11, fontweight="bold")  # fmt: skip
+    return figure
+
+
+@_styled
+def overlap_matrix(overlap: pd.DataFrame, caption: str = "") -> Figure:
+    """Jaccard overlap of the neurons that domains leave unused, domain by domain.
+
+    Parameters
+    ----------
+    overlap : pandas.DataFrame
+        Columns ``domain, other, jaccard, chance``; the diagonal compares two draws of one domain.
+    caption : str
+        Model, tokens, rule.
+    """
+    order = list(dict.fromkeys(overlap["domain"]))
+    table = overlap.pivot(index="domain", columns="other", values="jaccard").loc[order, order]
+    chance = overlap["chance"].mean()
+    figure = _figure(1.1 + 0.8 * len(order), 1.5 + 0.62 * len(order), caption)
+    axis = figure.subplots()
+    sns.heatmap(table, annot=True, fmt=".2f", cmap="cividis", vmin=chance, vmax=1, ax=axis,
+                square=True, cbar_kws={"label": f"Jaccard (chance {chance:.2f})"})  # fmt: skip
+    axis.set(title="Which domains leave the same\nneurons unused?", xlabel="", ylabel="")
+    axis.tick_params(axis="x", rotation=30)
+    axis.grid(False)
+    return figure
+
+
+@_styled
+def magnitude_scatter(
+    frame: pd.DataFrame, domain: str, other: str, epsilon: float | None = None, caption: str = ""
+) -> Figure:
+    """Each neuron's mean |activation| on one domain against another (Mini-GPTs, figure 3).
+
+    Parameters
+    ----------
+    frame : pandas.DataFrame
+        Columns ``domain, layer, neuron, mean_abs``.
+    domain, other : str
+        Horizontal and vertical axis.
+    """
+    wide = frame.pivot(index=["layer", "neuron"], columns="domain", values="mean_abs")
+    pair = wide[[domain, other]]
+    pair = pair[(pair > 0).all(axis=1)]
+    figure = _figure(4.6, 4.4, caption)
+    axis = figure.subplots()
+    drawn = axis.hexbin(pair[domain], pair[other], xscale="log", yscale="log", gridsize=55,
+                        bins="log", mincnt=1, cmap="cividis")  # fmt: skip
+    figure.colorbar(drawn, ax=axis, label="neurons")
+    low, high = pair.min().min(), pair.max().max()
+    axis.plot([low, high], [low, high], color="black", lw=0.8)
+    if epsilon:
+        axis.axvline(epsilon, color="black", ls="--", lw=1)
+        axis.axhline(epsilon, color="black", ls="--", lw=1)
+    correlation = np.log(pair).corr().iloc[0, 1]
+    axis.set_title("Is a neuron as active in the other domain?")
+    axis.set(xlabel=f"mean |activation| on {domain}", ylabel=f"mean |activation| on {other}")
+    axis.text(0.03, 0.95, f"correlation of logs {correlation:.2f}", transform=axis.transAxes)
+    return figure
+
+
+@_styled
+def threshold_sweep(
+    sweep: pd.DataFrame,
+    marks: Sequence[float] = (),
+    knees: dict[str, float] | None = None,
+    caption: str = "",
+) -> Figure:
+    """Threshold against size and against held-out perplexity, one column per component.
+
+    Parameters
+    ----------
+    sweep : pandas.DataFrame
+        Columns ``component, method, epsilon, stored_ratio, nonzero_ratio, perplexity_ratio``.
+    marks : sequence of float
+        Thresholds to mark (those of the paper).
+    knees : dict, optional
+        Component to the threshold of its knee.
+    """
+    components = list(sweep["component"].unique())
+    figure = _figure(2.75 * len(components), 4.8, caption)
+    axes = figure.subplots(2, len(components), sharex="col", sharey="row", squeeze=False)
+    for column, component in zip(axes.T, components, strict=True):
+        part = sweep[sweep["component"] == component]
+        base = part[part["method"] == "contextual"].sort_values("epsilon")
+        column[0].plot(base["epsilon"], base["stored_ratio"], color="#0072B2", label="stored")
+        column[0].plot(base["epsilon"], base["nonzero_ratio"], color="#0072B2", ls=":",
+                       label="non-zero")  # fmt: skip
+        for method, (tint, marker) in METHOD_STYLE.items():
+            rows = part[part["method"] == method].sort_values("epsilon")
+            if len(rows):
+                column[1].plot(rows["epsilon"], rows["perplexity_ratio"], color=tint, marker=marker,
+                               ms=4, lw=1.2, label=method)  # fmt: skip
+        column[0].set_title(component, fontsize=9, fontweight="normal")
+        for axis in column:
+            positive = base.loc[base["epsilon"] > 0, "epsilon"].min()
+            axis.set_xscale("symlog", linthresh=positive, linscale=0.3)  # 0 is a threshold too
+            low, high = base["epsilon"].min(), base["epsilon"].max()
+            for mark in marks:
+                if low <= mark <= high:
+                    axis.axvline(mark, color="#999999", lw=0.8, ls="--")
+            if knees and component in knees:
+                axis.axvline(knees[component], color="#D55E00", lw=1)
+        column[1].axhline(1, color="black", lw=0.8)
+        column[1].set(yscale="log", xlabel="threshold ε")
+    axes[0, 0].yaxis.set_major_formatter(PercentFormatter(1))
+    axes[0, 0].set_ylabel("parameters left")
+    axes[1, 0].set_ylabel("perplexity ÷ dense")
+    axes[0, 0].legend(fontsize=8, loc="lower left")
+    axes[1, 0].legend(fontsize=8, loc="upper left")
+    figure.suptitle("How much can each threshold cut before the domain suffers?", x=0.01, ha="left",
+                    fontsize=11, fontweight="bold")  # fmt: skip
+    return figure
+
+
+@_styled
+def budget_bars(budget: pd.DataFrame, caption: str = "") -> Figure:
+    """What the stored parameters are, before and after.
+
+    Parameters
+    ----------
+    budget : pandas.DataFrame
+        Columns ``variant, part, parameters``.
+    """
+    variants = list(dict.fromkeys(budget["variant"]))
+    table = budget.pivot(index="variant", columns="part", values="parameters").loc[variants]
+    figure = _figure(6.4, 0.9 + 0.55 * len(variants), caption)
+    axis = figure.subplots()
+    left = np.zeros(len(variants))
+    for part, tint in PART_COLOURS.items():
+        if part in table:
+            widths = table[part].to_numpy() / 1e6
+            axis.barh(variants, widths, left=left, color=tint, label=part, edgecolor="white")
+            left += widths
+    for place, total in enumerate(left):
+        axis.text(total, place, f" {total:.4g} M", va="center", fontsize=8)
+    axis.invert_yaxis()
+    axis.margins(x=0.14)
+    axis.set(title="Where do the parameters go?", xlabel="stored parameters (millions)")
+    figure.legend(loc="outside upper right", ncols=4, fontsize=8)
+    return figure
+
+
+@_styled
+def layer_profile(kept: pd.DataFrame, caption: str = "") -> Figure:
+    """Share of units kept in every layer.
+
+    Parameters
+    ----------
+    kept : pandas.DataFrame
+        `PruningPlan.frame`: columns ``site, layer, units, kept``.
+    """
+    sites = list(dict.fromkeys(kept["site"]))
+    figure = _figure(6.4, 1.1 + 1.3 * len(sites), caption)
+    axes = figure.subplots(len(sites), 1, sharex=True, squeeze=False).ravel()
+    for axis, site in zip(axes, sites, strict=True):
+        rows = kept[kept["site"] == site]
+        axis.bar(rows["layer"], rows["kept"] / rows["units"], color=PART_COLOURS[site])
+        axis.set(ylim=(0, 1.02), ylabel=f"{site} kept")
+        axis.yaxis.set_major_formatter(PercentFormatter(1))
+    axes[-1].set_xlabel("layer")
+    axes[-1].xaxis.get_major_locator().set_params(integer=True)
+    axes[0].set_title("Which layers lose what?")
+    return figure
+
+
+@_styled
+def perplexity_dots(table: pd.DataFrame, caption: str = "") -> Figure:
+    """Bits per character with intervals, per variant, inside and outside the domain.
+
+    Parameters
+    ----------
+    table : pandas.DataFrame
+        Columns ``variant, text, bits_per_character, perplexity, low, high`` where low and high
+        bound the perplexity.
+    """
+    texts = list(dict.fromkeys(table["text"]))
+    variants = list(dict.fromkeys(table["variant"]))
+    figure = _figure(6.4, 0.9 + 0.45 * len(variants), caption)
+    axes = figure.subplots(1, len(texts), sharey=True, squeeze=False).ravel()
+    for axis, text in zip(axes, texts, strict=True):
+        rows = table[table["text"] == text].set_index("variant").loc[variants]
+        scale = rows["bits_per_character"] / np.log(rows["perplexity"])
+        bounds = [
+            rows["bits_per_character"] - np.log(rows["low"]) * scale,
+            np.log(rows["high"]) * scale - rows["bits_per_character"],
+        ]
+        places = np.arange(len(variants))
+        tint = colour(text.split("/")[0])
+        axis.errorbar(rows["bits_per_character"], places, xerr=np.maximum(bounds, 0), fmt="o",
+                      color=tint, capsize=3)  # fmt: skip
+        for place, (_, row) in zip(places, rows.iterrows(), strict=True):
+            value = row["bits_per_character"]
+            axis.annotate(f"{value:.3f}", (value, place), xytext=(0, 6), ha="center",
+                          textcoords="offset points", fontsize=7.5)  # fmt: skip
+        axis.set(title=text, xlabel="bits per character (95 % interval)")
+        axis.title.set(fontsize=9, fontweight="normal")
+        axis.set_yticks(places, variants)
+        axis.set_ylim(len(variants) - 0.5, -0.7)
+    figure.suptitle("What does the model lose, inside and outside its domain?", x=0.01, ha="left",
+                    fontsize=11, fontweight="bold")  # fmt: skip
+    return figure

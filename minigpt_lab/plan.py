@@ -1,0 +1,281 @@
+"""A pruning plan: which units stay, which weights are only zeroed, and what size that makes.
+
+A plan is data. It is made from statistics or scores (`planning`), carried out by `surgery`, and
+predicts a model's size without touching a weight.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from transformers import PreTrainedModel
+
+from .assets import staged
+from .families import SITES, Anatomy, weight_axis
+from .sizes import Size, layer_parameters
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """Which units of a model stay, and which weights are zeroed in place.
+
+    Parameters
+    ----------
+    model_hash : str
+        `fingerprint` of the model the plan was made for.
+    units : dict
+        Site to the number of units in every layer of that model.
+    keep : dict
+        Site to the units that stay, ascending, one list per layer.
+    zero : dict
+        Linear layer's name to ``{"input": […], "output": […], "bias": […]}``: features whose
+        column, row or bias entry becomes zero without leaving. Features of removed units are not
+        listed.
+    vocabulary_size : int
+        Rows of the token embedding.
+    vocabulary : list of int or None
+        Tokens that stay, ascending; None leaves the vocabulary alone.
+    origin : dict
+        Where the decision came from: method, thresholds, domain, hashes.
+    """
+
+    model_hash: str
+    units: dict[str, list[int]]
+    keep: dict[str, list[list[int]]]
+    zero: dict[str, dict[str, list[int]]] = field(default_factory=dict)
+    vocabulary_size: int = 0
+    vocabulary: list[int] | None = None
+    origin: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        for site, layers in self.keep.items():
+            for layer, units in enumerate(layers):
+                total = self.units[site][layer]
+                if not units or sorted(set(units)) != units or units[0] < 0 or units[-1] >= total:
+                    raise ValueError(
+                        f"plan keeps {units[:5]}… of {total} {site} units in layer {layer}: "
+                        "expected at least one unit, ascending, without repeats, in range"
+                    )
+
+    @cached_property
+    def removed(self) -> dict[str, list[int]]:
+        """Site to the number of units that leave every layer."""
+        return {
+            site: [
+                total - len(units) for total, units in zip(self.units[site], layers, strict=True)
+            ]
+            for site, layers in self.keep.items()
+        }
+
+    def require(self, model: PreTrainedModel) -> Anatomy:
+        """The model's anatomy, if the plan fits the model's shape.
+
+        Raises
+        ------
+        ValueError
+            Naming what differs.
+        """
+        anatomy = Anatomy(model)
+        rows = model.get_input_embeddings().weight.shape[0]
+        for site, expected in self.units.items():
+            if anatomy.units(site) != expected:
+                raise ValueError(
+                    f"the plan is for {expected[:3]}… {site} units per layer, the model has "
+                    f"{anatomy.units(site)[:3]}…: apply it to the model it was made for"
+                )
+        if self.vocabulary is not None and rows != self.vocabulary_size:
+            raise ValueError(
+                f"the plan is for a vocabulary of {self.vocabulary_size}, the model has {rows}: "
+                "apply it to the model it was made for"
+            )
+        return anatomy
+
+    def predicted_size(self, model: PreTrainedModel) -> Size:
+        """What `surgery.shrink` would make of `model`, from shapes alone.
+
+        Weights that are zero already count as non-zero here.
+
+        Raises
+        ------
+        ValueError
+            If the plan does not fit the model.
+        """
+        anatomy = self.require(model)
+        dense = sum(p.numel() for p in model.parameters())
+        layers_dense = layer_parameters(model)
+        gone = zeroed = 0
+        stay = self.staying_features(anatomy)
+        for _, name, module in anatomy.linears():
+            rows, columns = (
+                stay.get(
+                    (name, side), np.ones(module.weight.shape[weight_axis(module, side)], bool)
+                )
+                for side in ("output", "input")
+            )
+            dead = {side: np.array(v, np.int64) for side, v in self.zero.get(name, {}).items()}
+            alive_rows, alive_columns, alive_bias = rows.copy(), columns.copy(), rows.copy()
+            alive_rows[dead.get("output", [])] = False
+            alive_columns[dead.get("input", [])] = False
+            alive_bias[dead.get("bias", [])] = False
+            kept = int(rows.sum()) * int(columns.sum())
+            gone += module.weight.numel() - kept
+            zeroed += kept - int(alive_rows.sum()) * int(alive_columns.sum())
+            if module.bias is not None:
+                gone += len(rows) - int(rows.sum())
+                zeroed += int(rows.sum()) - int(alive_bias.sum())
+        layers_stored = layers_dense - gone
+        if self.vocabulary is not None:
+            width = model.get_input_embeddings().weight.shape[1]
+            head = model.get_output_embeddings()
+            per_token = width if anatomy.head_is_tied() else width + head.weight.shape[1]
+            per_token += int(head is not None and getattr(head, "bias", None) is not None)
+            gone += (self.vocabulary_size - len(self.vocabulary)) * per_token
+        stored = dense - gone
+        return Size(stored, stored - zeroed, dense, layers_stored, layers_dense)
+
+    def staying_features(self, anatomy: Anatomy) -> dict[tuple[str, str], np.ndarray]:
+        """``(module, side)`` to a mask of the features that stay, where units leave."""
+        found = {}
+        for site, layers in self.keep.items():
+            for layer, units in enumerate(layers):
+                total = self.units[site][layer]
+                if len(units) == total:
+                    continue
+                for projection, side in anatomy.coupled(site):
+                    module = anatomy.module(layer, projection)
+                    mask = np.zeros(module.weight.shape[weight_axis(module, side)], bool)
+                    mask[anatomy.positions(projection, units, total)] = True
+                    found[anatomy.name(layer, projection), side] = mask
+        return found
+
+    def after(self, first: PruningPlan, anatomy: Anatomy) -> PruningPlan:
+        """The one plan that does `first` and then this one.
+
+        Parameters
+        ----------
+        first : PruningPlan
+            The plan that made the model which this plan is for.
+        anatomy : Anatomy
+            Of a model of the same family (for the features of units).
+        """
+        keep = {
+            site: [
+                [old[unit] for unit in new] if new is not None else old
+                for old, new in zip(layers, self.keep.get(site, [None] * len(layers)), strict=True)
+            ]
+            for site, layers in first.keep.items()
+        }
+        zero = {
+            name: {side: list(v) for side, v in sides.items()} for name, sides in first.zero.items()
+        }
+        features = {
+            (anatomy.name(layer, projection), side): anatomy.positions(
+                projection, units, first.units[site][layer]
+            )
+            for site, layers in first.keep.items()
+            for layer, units in enumerate(layers)
+            for projection, side in anatomy.coupled(site)
+        }
+        for name, sides in self.zero.items():
+            for side, indices in sides.items():
+                old = features.get((name, "output" if side == "bias" else side))
+                moved = indices if old is None else old[indices].tolist()
+                known = zero.setdefault(name, {}).setdefault(side, [])
+                known[:] = sorted({*known, *moved})
+        vocabulary = first.vocabulary
+        if self.vocabulary is not None:
+            vocabulary = (
+                self.vocabulary
+                if vocabulary is None
+                else [vocabulary[token] for token in self.vocabulary]
+            )
+        return PruningPlan(
+            first.model_hash, first.units, keep, zero, first.vocabulary_size, vocabulary,
+            {**self.origin, "after": first.origin},
+        )  # fmt: skip
+
+    def frame(self) -> pd.DataFrame:
+        """Units kept and removed, one row per site and layer."""
+        return pd.DataFrame(
+            [
+                {
+                    "site": site,
+                    "layer": layer,
+                    "units": total,
+                    "kept": total - gone,
+                    "removed": gone,
+                }
+                for site, removed in self.removed.items()
+                for layer, (total, gone) in enumerate(zip(self.units[site], removed, strict=True))
+            ]
+        )
+
+    def __str__(self) -> str:
+        lines = [f"PruningPlan ({', '.join(f'{k}={v}' for k, v in self.origin.items())})"]
+        for site, removed in self.removed.items():
+            lines.append(
+                f"  {site}: {sum(removed)} of {sum(self.units[site])} units leave "
+                f"(per layer {min(removed)} to {max(removed)})"
+            )
+        if self.vocabulary is not None:
+            gone = self.vocabulary_size - len(self.vocabulary)
+            lines.append(f"  vocabulary: {gone} of {self.vocabulary_size} tokens leave")
+        counts = {
+            side: sum(len(sides.get(side, [])) for sides in self.zero.values())
+            for side in ("input", "output", "bias")
+        }
+        if any(counts.values()):
+            lines.append(
+                f"  zeroed in place: {counts['input']} columns, {counts['output']} rows, "
+                f"{counts['bias']} biases"
+            )
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict:
+        """Plain data for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict) -> PruningPlan:
+        """A plan from what `to_dict` gave.
+
+        Raises
+        ------
+        ValueError
+            If a field is missing or unknown, or the units are out of range.
+        """
+        try:
+            return cls(**data)
+        except TypeError as error:
+            raise ValueError(f"this is no pruning plan: {error}") from error
+
+    def save(self, path: str | os.PathLike) -> Path:
+        """Write the plan as JSON; returns the path."""
+        with staged(Path(path)) as staging:
+            staging.write_text(json.dumps(self.to_dict()), encoding="utf-8")
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> PruningPlan:
+        """Read a plan that `save` wrote.
+
+        Raises
+        ------
+        ValueError
+            If the file is not one.
+        """
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is no pruning plan: {error}") from error
+
+
+def whole(anatomy: Anatomy) -> dict[str, list[list[int]]]:
+    """`PruningPlan.keep` that keeps every unit."""
+    return {site: [list(range(n)) for n in anatomy.units(site)] for site in SITES}

@@ -1,0 +1,391 @@
+"""From statistics or scores to a plan: thresholds, ratios, a budget in parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .criteria import Scores
+from .families import Anatomy, Projection
+from .models import fingerprint
+from .plan import PruningPlan, whole
+from .statistics import Statistics
+from .vocabulary import close_over_merges, merge_table, protected_tokens
+
+COMPONENTS = ("linear_input", "linear_output", "activation", "embedding")
+
+
+def contextual_plan(
+    model: PreTrainedModel,
+    statistics: Statistics,
+    epsilon_linear: float | tuple[float | None, float | None] | None = None,
+    epsilon_activation: float | None = None,
+    epsilon_embedding: float | None = None,
+    quantile: float | Mapping[str, float] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    token_counts: np.ndarray | None = None,
+) -> PruningPlan:
+    """Contextual pruning as in Mini-GPTs (arXiv 2312.12682): cut what a domain does not use.
+
+    A neuron is cut if its mean absolute value is at or below ε. An FFN channel whose activation is
+    cut leaves the model; so does any channel or head that the cut of linear inputs and outputs
+    leaves without effect. What cannot leave is zeroed. The strongest unit of a layer always stays.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        The model that the statistics were collected on.
+    statistics : Statistics
+        Of one domain.
+    epsilon_linear : float or (float, float), optional
+        Threshold for inputs and outputs of linear layers, or one for each. An output counts as cut
+        if the smaller of its mean |y| and mean |y - b| is at or below it; its bias goes only if
+        mean |y| is (the reference code's unbiased rule). None leaves them alone, and so below.
+    epsilon_activation : float, optional
+        Threshold for outputs of the FFN's activation.
+    epsilon_embedding : float, optional
+        Threshold for a token's share of the domain's tokens; 0 cuts the tokens that never occur.
+        Bytes, special tokens and all that a kept token is merged from stay.
+    quantile : float or mapping, optional
+        Cut the lowest share of each layer instead of by an absolute ε, which is not comparable
+        between layers: a number for the activations, or a mapping with keys ``"linear"`` (or
+        ``"linear_input"``, ``"linear_output"``) and ``"activation"``.
+    tokenizer : transformers.PreTrainedTokenizerBase, optional
+        Needed with `epsilon_embedding` if the batches were not made by `tokenize`.
+    token_counts : numpy.ndarray, optional
+        Counts ``[vocabulary]`` over more text than the statistics saw, e.g. `count_tokens`.
+
+    Returns
+    -------
+    PruningPlan
+
+    Raises
+    ------
+    ValueError
+        If a threshold is negative or NaN, a quantile is outside [0, 1), or the statistics belong
+        to another model.
+    """
+    rules = _rules(epsilon_linear, epsilon_activation, quantile)
+    _check_epsilon("epsilon_embedding", epsilon_embedding)
+    statistics.require(model)
+    anatomy = Anatomy(model)
+    cut = {
+        component: _cut_neurons(anatomy, statistics, component, rule)
+        for component, rule in rules.items()
+    }
+    zero = _zero_lists(statistics, cut, rules)
+    keep = {
+        site: [
+            _staying_units(anatomy, statistics, site, layer, total, zero, cut)
+            for layer, total in enumerate(anatomy.units(site))
+        ]
+        for site in whole(anatomy)
+    }
+    units = {site: anatomy.units(site) for site in keep}
+    vocabulary = None
+    if epsilon_embedding is not None:
+        counts = statistics.token_counts if token_counts is None else np.asarray(token_counts)
+        vocabulary = _staying_tokens(model, statistics, tokenizer, counts, epsilon_embedding)
+    embedding = {} if epsilon_embedding is None else {"epsilon_embedding": epsilon_embedding}
+    origin = {
+        "method": "contextual",
+        "domain": statistics.domain,
+        **{f"{kind}_{component}": value for component, (kind, value) in rules.items()},
+        **embedding,
+        "tokens": statistics.n_tokens,
+        "content_hash": statistics.content_hash,
+    }
+    return PruningPlan(
+        model_hash=statistics.model_hash,
+        units=units,
+        keep=keep,
+        zero=_without_removed(anatomy, units, keep, zero),
+        vocabulary_size=model.get_input_embeddings().weight.shape[0],
+        vocabulary=vocabulary,
+        origin=origin,
+    )
+
+
+def _check_epsilon(name: str, value: float | None) -> None:
+    if value is not None and not value >= 0:  # NaN fails too
+        raise ValueError(f"{name} is {value}; expected a number ≥ 0, or None to leave it alone")
+
+
+def _rules(epsilon_linear, epsilon_activation, quantile) -> dict[str, tuple[str, float]]:
+    """Component to ``("epsilon" | "quantile", value)`` for those that are to be cut."""
+    pair = epsilon_linear if isinstance(epsilon_linear, tuple | list) else (epsilon_linear,) * 2
+    given = dict(zip(COMPONENTS, (*pair, epsilon_activation), strict=False))
+    for name, value in given.items():
+        _check_epsilon(f"epsilon_{name}", value)
+    rules = {name: ("epsilon", float(value)) for name, value in given.items() if value is not None}
+    if quantile is None:
+        return rules
+    shares = quantile if isinstance(quantile, Mapping) else {"activation": quantile}
+    for name, share in shares.items():
+        if not 0 <= share < 1:
+            raise ValueError(f"quantile for {name!r} is {share}; expected a share in [0, 1)")
+        targets = COMPONENTS[:2] if name == "linear" else (name,)
+        for target in targets:
+            if target not in COMPONENTS[:3]:
+                allowed = "linear, linear_input, linear_output, activation"
+                raise ValueError(f"quantile for unknown component {name!r}; expected {allowed}")
+            if target in rules:
+                raise ValueError(f"{target} has both an epsilon and a quantile; give one of them")
+            rules[target] = ("quantile", float(share))
+    return rules
+
+
+_SIDE = {"linear_input": "input", "linear_output": "output", "activation": "activation"}
+
+
+def _cut_neurons(
+    anatomy: Anatomy, statistics: Statistics, component: str, rule: tuple[str, float]
+) -> dict[str, np.ndarray]:
+    """Linear layer's name to the neurons of one component that fall under a rule."""
+    side, (kind, value) = _SIDE[component], rule
+    names = statistics.activations if side == "activation" else list(statistics.layer_of)
+    found = {}
+    for name in names:
+        magnitude = statistics.mean(name, side, "absolute")
+        if side == "output":
+            magnitude = np.minimum(magnitude, statistics.mean(name, side, "unbiased"))
+        if kind == "epsilon":
+            found[name] = np.flatnonzero(magnitude <= value)
+        else:
+            count = math.floor(value * len(magnitude) + 1e-9)
+            found[name] = np.sort(np.argsort(magnitude, kind="stable")[:count])
+    return found
+
+
+def _zero_lists(statistics: Statistics, cut: dict, rules: dict) -> dict[str, dict[str, np.ndarray]]:
+    """What the linear components zero in every linear layer."""
+    zero: dict[str, dict[str, np.ndarray]] = {}
+    for name, neurons in cut.get("linear_input", {}).items():
+        zero.setdefault(name, {})["input"] = neurons
+    for name, neurons in cut.get("linear_output", {}).items():
+        zero.setdefault(name, {})["output"] = neurons
+        if statistics.biased(name):
+            absolute, unbiased = (
+                statistics.mean(name, "output", moment)[neurons]
+                for moment in ("absolute", "unbiased")
+            )
+            kind, limit = rules["linear_output"]
+            if kind == "quantile":  # the ε that this layer's quantile amounts to
+                limit = np.minimum(absolute, unbiased).max(initial=0)
+            zero[name]["bias"] = neurons[absolute <= limit]
+    return zero
+
+
+def _staying_units(
+    anatomy: Anatomy,
+    statistics: Statistics,
+    site: str,
+    layer: int,
+    total: int,
+    zero: dict[str, dict[str, np.ndarray]],
+    cut: dict[str, dict[str, np.ndarray]],
+) -> list[int]:
+    """Units of a layer that still have an effect; at least the strongest one."""
+    consumer = anatomy.family.consumes[site]
+    name = anatomy.name(layer, consumer)
+    dead = _all_cut(anatomy, consumer, total, zero.get(name, {}).get("input"))
+    if site == "ffn":
+        if name in cut.get("activation", {}):
+            dead[cut["activation"][name]] = True
+        if anatomy.activation_keeps_zero():
+            for projection in anatomy.family.produces[site]:
+                dead |= _silent(anatomy, layer, projection, total, zero, None)
+    else:
+        for projection in anatomy.family.produces[site]:
+            if "value" in projection.blocks:
+                dead |= _silent(anatomy, layer, projection, total, zero, "value")
+    if dead.all():
+        strength = statistics.mean(name, "input", "absolute").reshape(total, -1).mean(1)
+        dead[strength.argmax()] = False
+    return np.flatnonzero(~dead).tolist()
+
+
+def _silent(anatomy, layer, projection, total, zero, block) -> np.ndarray:
+    """Units whose rows (and biases, if there are any) a plan zeroes in one projection."""
+    cuts = zero.get(anatomy.name(layer, projection), {})
+    dead = _all_cut(anatomy, projection, total, cuts.get("output"), block)
+    if anatomy.module(layer, projection).bias is not None:
+        dead &= _all_cut(anatomy, projection, total, cuts.get("bias"), block)
+    return dead
+
+
+def _all_cut(
+    anatomy: Anatomy,
+    projection: Projection,
+    total: int,
+    features: np.ndarray | None,
+    block: str | None = None,
+) -> np.ndarray:
+    """Units ``[total]`` all of whose features (of one block) are among the given ones."""
+    if features is None or len(features) == 0:
+        return np.zeros(total, bool)
+    positions = [anatomy.positions(projection, [unit], total, block) for unit in range(total)]
+    return np.isin(np.array(positions), features).all(1)
+
+
+def _without_removed(anatomy, units, keep, zero) -> dict[str, dict[str, list[int]]]:
+    """Zero lists without the features that leave anyway, and without empty entries."""
+    zero = {name: dict(sides) for name, sides in zero.items()}
+    for site, layers in keep.items():
+        for layer, staying in enumerate(layers):
+            for projection, side in anatomy.coupled(site):
+                features = anatomy.positions(projection, staying, units[site][layer])
+                cuts = zero.get(anatomy.name(layer, projection), {})
+                for name in ("output", "bias") if side == "output" else ("input",):
+                    if name in cuts:
+                        cuts[name] = cuts[name][np.isin(cuts[name], features)]
+    return {
+        name: {side: np.sort(v).tolist() for side, v in sides.items() if len(v)}
+        for name, sides in zero.items()
+        if any(map(len, sides.values()))
+    }
+
+
+def _staying_tokens(model, statistics, tokenizer, counts, epsilon) -> list[int]:
+    rows = len(statistics.token_counts)
+    if len(counts) > rows:
+        raise ValueError(f"token_counts has {len(counts)} entries, the vocabulary {rows}")
+    counts = np.pad(counts, (0, rows - len(counts)))  # models pad their vocabulary
+    protected, merges = statistics.protected, statistics.merges
+    if tokenizer is not None:
+        protected, merges = protected_tokens(tokenizer), merge_table(tokenizer)
+    if not len(protected) or not len(merges):
+        raise ValueError(
+            "epsilon_embedding needs a byte-pair tokenizer's merges: collect the statistics on "
+            "batches from tokenize(), or pass tokenizer=…"
+        )
+    kept = counts / max(1, counts.sum()) > epsilon
+    kept[protected] = True
+    kept[_config_tokens(model)] = True
+    return np.flatnonzero(close_over_merges(kept, merges)).tolist()
+
+
+def _config_tokens(model: PreTrainedModel) -> list[int]:
+    """Special tokens that the model's configs name."""
+    fields = {**model.generation_config.to_dict(), **model.config.to_dict()}
+    values = (value for name, value in fields.items() if name.endswith("_token_id"))
+    ids = {i for value in values for i in (value if isinstance(value, list) else [value])}
+    rows = model.get_input_embeddings().weight.shape[0]
+    return [i for i in ids if isinstance(i, int) and 0 <= i < rows]
+
+
+def plan_from_scores(
+    model: PreTrainedModel,
+    scores: Scores,
+    ratio: float | None = None,
+    parameters: int | None = None,
+    threshold: float | None = None,
+    allocation: str = "uniform",
+    keep_layers: tuple[int, int] = (0, 0),
+) -> PruningPlan:
+    """Cut the units with the lowest scores.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        The model that was scored.
+    scores : Scores
+        From `score`.
+    ratio : float, optional
+        Share of units to remove in every prunable layer, rounded to whole units.
+    parameters : int, optional
+        Largest number of stored parameters the model may have: the smallest cut that meets it.
+    threshold : float, optional
+        Remove units with a score at or below this. Give exactly one of these three.
+    allocation : {"uniform"}
+        How a ratio is spread over layers.
+    keep_layers : (int, int)
+        Numbers of first and last layers to leave whole.
+
+    Returns
+    -------
+    PruningPlan
+        Every layer keeps at least one unit per site.
+
+    Raises
+    ------
+    ValueError
+        If not exactly one target is given, or it cannot be met.
+    """
+    targets = {"ratio": ratio, "parameters": parameters, "threshold": threshold}
+    chosen = {name: value for name, value in targets.items() if value is not None}
+    if len(chosen) != 1:
+        raise ValueError(
+            f"give exactly one of ratio, parameters, threshold; got {chosen or 'none'}"
+        )
+    if allocation not in ALLOCATIONS:
+        raise ValueError(
+            f"unknown allocation {allocation!r}; expected one of {sorted(ALLOCATIONS)}"
+        )
+    if scores.model_hash != fingerprint(model):
+        raise ValueError("these scores are of another model; score this one")
+    anatomy = Anatomy(model)
+    first, last = keep_layers
+    if min(keep_layers) < 0 or first + last >= len(anatomy.layers):
+        raise ValueError(
+            f"keep_layers={keep_layers} leaves nothing of {len(anatomy.layers)} layers"
+        )
+    prunable = range(first, len(anatomy.layers) - last)
+    origin = {"method": scores.criterion, **scores.options, **chosen, "keep_layers": [first, last]}
+
+    def cut(count: Callable[[np.ndarray, int], int]) -> PruningPlan:
+        """The plan that removes ``count(scores, layer)`` units of every prunable layer."""
+        keep = whole(anatomy)
+        for site, layers in scores.values.items():
+            for layer in prunable:
+                gone = min(count(layers[layer], layer), len(layers[layer]) - 1)
+                ranked = np.argsort(layers[layer], kind="stable")
+                keep[site][layer] = np.sort(ranked[gone:]).tolist()
+        rows = model.get_input_embeddings().weight.shape[0]
+        units = {site: anatomy.units(site) for site in keep}
+        return PruningPlan(scores.model_hash, units, keep, vocabulary_size=rows, origin=origin)
+
+    if threshold is not None:
+        if math.isnan(threshold):
+            raise ValueError("threshold is NaN; expected a number")
+        return cut(lambda values, _layer: int((values <= threshold).sum()))
+    shares = ALLOCATIONS[allocation]
+
+    def at(ratio: float) -> PruningPlan:
+        spread = shares(ratio, len(anatomy.layers))
+        return cut(lambda values, layer: round(spread[layer] * len(values)))
+
+    if ratio is not None:
+        if not 0 <= ratio < 1:
+            raise ValueError(f"ratio is {ratio}; expected a share of units in [0, 1)")
+        return at(ratio)
+    return _within(at, model, parameters)
+
+
+#: How a ratio is spread: ``(ratio, n_layers)`` to one ratio per layer.
+ALLOCATIONS: dict[str, Callable[[float, int], list[float]]] = {
+    "uniform": lambda ratio, n_layers: [ratio] * n_layers,
+}
+
+
+def _within(at: Callable[[float], PruningPlan], model, parameters: int) -> PruningPlan:
+    """The smallest cut with at most `parameters` stored, by bisection on the ratio."""
+    smallest = at(1.0).predicted_size(model).stored
+    if parameters < smallest:
+        raise ValueError(
+            f"parameters={parameters:,} cannot be met: with one unit left per layer the model "
+            f"still stores {smallest:,}"
+        )
+    low, high = 0.0, 1.0  # the cut at `high` always meets the target
+    if at(low).predicted_size(model).stored <= parameters:
+        return at(low)
+    while high - low > 1e-5:
+        middle = (low + high) / 2
+        if at(middle).predicted_size(model).stored <= parameters:
+            high = middle
+        else:
+            low = middle
+    return at(high)

@@ -1,0 +1,156 @@
+"""How large a model is, in the ways that must not be confused, and what of it can be pruned."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import pandas as pd
+from transformers import PreTrainedModel
+
+from .families import SITES, Anatomy
+
+
+@dataclass(frozen=True)
+class Size:
+    """Parameters of a model, counted in the three ways that must not be confused.
+
+    Parameters
+    ----------
+    stored : int
+        Parameters on disk and in memory.
+    nonzero : int
+        Stored parameters that are not zero (what the Mini-GPTs paper reports).
+    dense : int
+        Parameters of the model before pruning.
+    layers_stored, layers_dense : int
+        Parameters inside the decoder layers, after and before.
+    """
+
+    stored: int
+    nonzero: int
+    dense: int
+    layers_stored: int
+    layers_dense: int
+
+    @property
+    def layer_ratio(self) -> float:
+        """Share of the decoder layers' parameters that stays."""
+        return self.layers_stored / self.layers_dense
+
+    def frame(self) -> pd.DataFrame:
+        """One row with the counts and their shares of the dense model."""
+        return pd.DataFrame(
+            [
+                {
+                    **asdict(self),
+                    "stored_ratio": self.stored / self.dense,
+                    "nonzero_ratio": self.nonzero / self.dense,
+                    "layer_ratio": self.layer_ratio,
+                }
+            ]
+        )
+
+    def __str__(self) -> str:
+        return (
+            f"stored {self.stored:,} ({self.stored / self.dense:.1%}), non-zero {self.nonzero:,} "
+            f"({self.nonzero / self.dense:.1%}) of {self.dense:,}; "
+            f"{self.layer_ratio:.1%} of the decoder layers"
+        )
+
+
+def model_size(model: PreTrainedModel, dense: PreTrainedModel | None = None) -> Size:
+    """Count a model's parameters as they are; tied weights count once.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        Any supported model.
+    dense : transformers.PreTrainedModel, optional
+        The model it was cut from, for the ratios; by default itself.
+    """
+    dense = dense or model
+    return Size(
+        stored=sum(p.numel() for p in model.parameters()),
+        nonzero=sum(int(p.count_nonzero()) for p in model.parameters()),
+        dense=sum(p.numel() for p in dense.parameters()),
+        layers_stored=layer_parameters(model),
+        layers_dense=layer_parameters(dense),
+    )
+
+
+def layer_parameters(model: PreTrainedModel) -> int:
+    """Parameters inside the decoder layers."""
+    return sum(p.numel() for layer in Anatomy(model).layers for p in layer.parameters())
+
+
+def describe(model: PreTrainedModel) -> pd.DataFrame:
+    """What can be pruned on this model.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        A causal language model of a supported family.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per site: the unit, units per layer (``min``–``max`` where layers differ), the legal
+        ratios of units removed per layer, parameters that one unit costs, and the share of the
+        model's parameters that all units of the site hold.
+    """
+    anatomy = Anatomy(model)
+    grouped = anatomy.queries_per_group > 1
+    names = {"ffn": "channel", "attention": "key/value group" if grouped else "head"}
+    everything = sum(parameter.numel() for parameter in model.parameters())
+    rows = []
+    for site in SITES:
+        units = anatomy.units(site)
+        costs = [anatomy.unit_parameters(site, layer) for layer in range(len(units))]
+        rows.append(
+            {
+                "site": site,
+                "unit": names[site],
+                "layers": len(units),
+                "units_per_layer": _span(units),
+                "legal_ratios": f"k/{_span(units)}, 0 ≤ k < {_span(units)}",
+                "parameters_per_unit": _span(costs),
+                "share_of_model": sum(map(int.__mul__, units, costs)) / everything,
+            }
+        )
+    tokens, width = model.get_input_embeddings().weight.shape
+    cost = width if anatomy.head_is_tied() else 2 * width
+    rows.append(
+        {
+            "site": "vocabulary",
+            "unit": "token",
+            "layers": 1,
+            "units_per_layer": str(tokens),
+            "legal_ratios": "tokens unseen or rare; bytes and special tokens stay",
+            "parameters_per_unit": str(cost),
+            "share_of_model": tokens * cost / everything,
+        }
+    )
+    return pd.DataFrame(rows)
+
+
+def _span(values: list[int]) -> str:
+    low, high = min(values), max(values)
+    return str(low) if low == high else f"{low}–{high}"
+
+
+def budget(model: PreTrainedModel, variant: str) -> pd.DataFrame:
+    """Where a model's stored parameters are: ``variant, part, parameters``."""
+    anatomy = Anatomy(model)
+    counts = {
+        part: sum(
+            n * anatomy.unit_parameters(part, layer) for layer, n in enumerate(anatomy.units(part))
+        )
+        for part in ("attention", "ffn")
+    }
+    heads = (model.get_input_embeddings(), model.get_output_embeddings())
+    tables = {id(head.weight): head.weight.numel() for head in heads if head is not None}
+    counts["embeddings"] = sum(tables.values())  # a tied head counts once
+    counts["other"] = sum(p.numel() for p in model.parameters()) - sum(counts.values())
+    return pd.DataFrame(
+        [{"variant": variant, "part": part, "parameters": n} for part, n in counts.items()]
+    )

