@@ -20,8 +20,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pandas as pd
-import papermill
-from papermill.exceptions import PapermillExecutionError
 from transformers import PreTrainedModel
 
 from .assets import nearest, staged
@@ -66,6 +64,9 @@ def run_notebook(
         If a cell fails; the record in the run folder says ``"failed"``, the executed notebook shows
         where.
     """
+    import papermill  # slow to import, and notebooks import this module too
+    from papermill.exceptions import PapermillExecutionError
+
     if name not in notebook_names():
         raise ValueError(f"no notebook {name!r}; {nearest(name, notebook_names())}")
     source, parameters = NOTEBOOKS / f"{name}.ipynb", dict(parameters or {})

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 
 _CYCLE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DOMAIN_COLOURS = dict(
@@ -36,7 +37,8 @@ PART_COLOURS = {
 STYLE = {
     "figure.dpi": 100, "savefig.dpi": 150, "font.size": 9, "axes.titlesize": 11,
     "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.spines.top": False,
-    "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False,
+    "axes.spines.right": False, "axes.axisbelow": True, "axes.grid": True, "grid.alpha": 0.25,
+    "legend.frameon": False,
 }  # fmt: skip
 
 
@@ -51,7 +53,9 @@ def colour(domain: str, known: Sequence[str] = ()) -> str:
 def _figure(width: float, height: float, caption: str = "") -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
     if caption:
-        figure.supxlabel(caption, fontsize=7.5, color="#555555", x=0.01, ha="left")
+        room = int(width * 17)  # characters of this size that fit
+        lines = [part for line in caption.splitlines() for part in textwrap.wrap(line, room)]
+        figure.supxlabel("\n".join(lines), fontsize=7.5, color="#555555", x=0.01, ha="left")
     return figure
 
 
@@ -115,7 +119,7 @@ def activation_histograms(
     positive = frame.loc[frame["mean_abs"] > 0, "mean_abs"]
     edges = np.linspace(np.log10(positive.min()) - 0.1, np.log10(positive.max()) + 0.1, 41)
     zero_at = edges[0] - 0.35  # neurons that are never on stand apart, left of the scale
-    columns = min(3, len(layers))
+    columns = -(-len(layers) // 2) if len(layers) > 3 else len(layers)
     rows = -(-len(layers) // columns)
     figure = _figure(3.2 * columns, 2.3 * rows + 0.6, caption)
     axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
@@ -136,11 +140,15 @@ def activation_histograms(
         axis.yaxis.set_major_formatter(PercentFormatter(1))
     for axis in axes[len(layers) :]:
         axis.set_visible(False)
-    ticks = np.arange(np.ceil(edges[0]), np.floor(edges[-1]) + 1)
-    axes[0].set_xticks([zero_at, *ticks], ["0", *[f"$10^{{{int(tick)}}}$" for tick in ticks]])
+    decades = 10.0 ** np.arange(np.floor(edges[0]), np.ceil(edges[-1]))
+    steps = (1, 3) if len(decades) < 5 else (1,)
+    marks = [step * decade for decade in decades for step in steps]
+    marks = [value for value in marks if edges[0] <= np.log10(value) <= edges[-1]]
+    axes[0].set_xticks([zero_at, *np.log10(marks)], ["0", *[f"{value:g}" for value in marks]])
     figure.supylabel("share of the layer's neurons", fontsize=9)
     for axis in axes[len(layers) - columns : len(layers)]:
         axis.set_xlabel("mean |activation| per token")
+        axis.tick_params(labelbottom=True)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper right", ncols=4, fontsize=8)
     figure.suptitle("How strongly does each domain use the FFN's neurons?", x=0.01, ha="left",
@@ -162,12 +170,13 @@ def overlap_matrix(overlap: pd.DataFrame, caption: str = "") -> Figure:
     order = list(dict.fromkeys(overlap["domain"]))
     table = overlap.pivot(index="domain", columns="other", values="jaccard").loc[order, order]
     chance = overlap["chance"].mean()
-    figure = _figure(1.1 + 0.8 * len(order), 1.5 + 0.62 * len(order), caption)
+    figure = _figure(2.4 + 0.75 * len(order), 1.9 + 0.62 * len(order), caption)
     axis = figure.subplots()
     sns.heatmap(table, annot=True, fmt=".2f", cmap="cividis", vmin=chance, vmax=1, ax=axis,
                 square=True, cbar_kws={"label": f"Jaccard (chance {chance:.2f})"})  # fmt: skip
     axis.set(title="Which domains leave the same\nneurons unused?", xlabel="", ylabel="")
     axis.tick_params(axis="x", rotation=30)
+    axis.tick_params(axis="y", rotation=0)
     axis.grid(False)
     return figure
 
@@ -237,7 +246,8 @@ def threshold_sweep(
             if len(rows):
                 column[1].plot(rows["epsilon"], rows["perplexity_ratio"], color=tint, marker=marker,
                                ms=4, lw=1.2, label=method)  # fmt: skip
-        column[0].set_title(component, fontsize=9, fontweight="normal")
+        point = f": knee at ε = {knees[component]:.3g}" if knees and component in knees else ""
+        column[0].set_title(component + point, fontsize=9, fontweight="normal")
         for axis in column:
             positive = base.loc[base["epsilon"] > 0, "epsilon"].min()
             axis.set_xscale("symlog", linthresh=positive, linscale=0.3)  # 0 is a threshold too
@@ -249,6 +259,8 @@ def threshold_sweep(
                 axis.axvline(knees[component], color="#D55E00", lw=1)
         column[1].axhline(1, color="black", lw=0.8)
         column[1].set(yscale="log", xlabel="threshold ε")
+        for formatter in (column[1].yaxis.set_major_formatter, column[1].yaxis.set_minor_formatter):
+            formatter(StrMethodFormatter("{x:g}"))
     axes[0, 0].yaxis.set_major_formatter(PercentFormatter(1))
     axes[0, 0].set_ylabel("parameters left")
     axes[1, 0].set_ylabel("perplexity ÷ dense")
@@ -339,8 +351,8 @@ def perplexity_dots(table: pd.DataFrame, caption: str = "") -> Figure:
             value = row["bits_per_character"]
             axis.annotate(f"{value:.3f}", (value, place), xytext=(0, 6), ha="center",
                           textcoords="offset points", fontsize=7.5)  # fmt: skip
-        axis.set(title=text, xlabel="bits per character (95 % interval)")
-        axis.title.set(fontsize=9, fontweight="normal")
+        axis.set_title(text, fontsize=9, fontweight="normal")
+        axis.set_xlabel("bits per character (95 % interval)")
         axis.set_yticks(places, variants)
         axis.set_ylim(len(variants) - 0.5, -0.7)
     figure.suptitle("What does the model lose, inside and outside its domain?", x=0.01, ha="left",

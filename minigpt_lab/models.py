@@ -104,6 +104,8 @@ def load_model(
     else:
         model, tokenizer = _load_hub(name, dtype)
     _refuse_non_finite(model, name)
+    if entry is not None:
+        model.config.minigpt_lab_origin = {field: entry[field] for field in ("title", "note")}
     model.to(device or default_device()).eval()
     return model, tokenizer
 
@@ -211,7 +213,6 @@ def _converted(name: str, entry: dict) -> Path:
         # that does not.
         config = copy.deepcopy(loaded.config)
         del config.quantization_config
-        config.minigpt_lab_origin = {"title": entry["title"], "note": entry["note"]}
         with no_init_weights():
             plain = type(loaded)(config)
         plain.load_state_dict(loaded.state_dict())

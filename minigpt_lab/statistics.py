@@ -135,8 +135,9 @@ class Statistics:
         """
         if self.model_hash != other.model_hash:
             raise ValueError(
-                f"statistics of two models cannot be added: {self.model_name} ({self.model_hash[:12]})"
-                f" and {other.model_name} ({other.model_hash[:12]})"
+                "statistics of two models cannot be added: "
+                f"{self.model_name} ({self.model_hash[:12]}) and "
+                f"{other.model_name} ({other.model_hash[:12]})"
             )
         both = hashlib.sha256((self.content_hash + other.content_hash).encode()).hexdigest()
         return replace(

@@ -92,9 +92,9 @@ def _zero_cuts(
         module = anatomy.model.get_submodule(name)
         for side in ("input", "output"):
             if side in sides:
-                yield module.weight, weight_axis(module, side), np.array(sides[side])
+                yield module.weight, weight_axis(module, side), np.array(sides[side], np.int64)
         if "bias" in sides and module.bias is not None:
-            yield module.bias, 0, np.array(sides["bias"])
+            yield module.bias, 0, np.array(sides["bias"], np.int64)
 
 
 def _forbid(plan: PruningPlan):

@@ -36,11 +36,12 @@ def random_plan(model, seed: int, vocabulary: bool = True) -> lab.PruningPlan:
             zero[name]["bias"] = zero[name]["output"][:1]
     rows = model.get_input_embeddings().weight.shape[0]
     kept = sorted({*range(3), *subset(rows, 20)}) if vocabulary else None
-    # features of removed units are not listed in a plan: the package drops them when it makes one
-    from minigpt_lab.planning import _without_removed
-
-    arrays = {n: {s: np.array(v, int) for s, v in sides.items()} for n, sides in zero.items()}
-    zero = _without_removed(anatomy, units, keep, arrays)
+    # features of removed units are not listed in a plan
+    stay = lab.PruningPlan("random", units, keep).staying_features(anatomy)
+    for name, sides in zero.items():
+        for side, indices in sides.items():
+            mask = stay.get((name, "output" if side == "bias" else side))
+            sides[side] = [i for i in indices if mask is None or mask[i]]
     return lab.PruningPlan("random", units, keep, zero, rows, kept)
 
 

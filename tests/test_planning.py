@@ -1,0 +1,154 @@
+"""Thresholds, quantiles, ratios and budgets: what a plan cuts and what it refuses."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import minigpt_lab as lab
+from minigpt_lab.families import Anatomy
+
+
+@pytest.fixture
+def statistics(model, probe):
+    return lab.collect_statistics(model, [{"input_ids": probe}], progress=False)
+
+
+def test_activation_threshold_removes_the_channels_at_or_below_it(model, statistics):
+    name = statistics.activations[0]
+    magnitude = statistics.mean(name, "activation", "absolute")
+    epsilon = float(np.sort(magnitude)[4])  # at the threshold counts as below
+    plan = lab.contextual_plan(model, statistics, epsilon_activation=epsilon)
+    assert plan.keep["ffn"][0] == np.flatnonzero(magnitude > epsilon).tolist()
+    assert plan.zero == {} and plan.vocabulary is None
+
+
+def test_linear_threshold_follows_the_unbiased_rule(model, statistics):
+    name = next(iter(statistics.layer_of))
+    absolute = statistics.mean(name, "output", "absolute")
+    unbiased = statistics.mean(name, "output", "unbiased")
+    epsilon = float(np.median(np.minimum(absolute, unbiased)))
+    plan = lab.contextual_plan(model, statistics, epsilon_linear=(None, epsilon))
+    cut = set(np.flatnonzero(np.minimum(absolute, unbiased) <= epsilon))
+    assert set(plan.zero[name]["output"]) <= cut
+    staying = _staying_rows(model, plan, name)
+    assert set(plan.zero[name]["output"]) == cut & staying
+    if statistics.biased(name):
+        assert set(plan.zero[name]["bias"]) == set(np.flatnonzero(absolute <= epsilon)) & staying
+    else:
+        assert "bias" not in plan.zero[name]
+
+
+def _staying_rows(model, plan, name) -> set[int]:
+    mask = plan.staying_features(Anatomy(model)).get((name, "output"))
+    return set(np.flatnonzero(mask)) if mask is not None else set(range(1000))
+
+
+def test_linear_cuts_that_kill_a_unit_remove_it(model, statistics):
+    consumer = Anatomy(model).family.consumes["ffn"]
+    name = Anatomy(model).name(2, consumer)
+    magnitude = statistics.mean(name, "input", "absolute")
+    epsilon = float(np.sort(magnitude)[6])
+    plan = lab.contextual_plan(model, statistics, epsilon_linear=(epsilon, None))
+    assert plan.keep["ffn"][2] == np.flatnonzero(magnitude > epsilon).tolist()
+    assert name not in plan.zero  # what leaves is not listed as zeroed
+
+
+@settings(max_examples=15, deadline=None)
+@given(share=st.floats(0, 0.99))
+def test_quantile_cuts_the_same_share_of_every_layer(share):
+    model = random_model("qwen2")
+    batch = {"input_ids": torch.arange(24).reshape(2, 12)}
+    found = lab.collect_statistics(model, [batch], progress=False)
+    plan = lab.contextual_plan(model, found, quantile=share)
+    expected = min(int(share * 20 + 1e-9), 19)
+    assert plan.removed["ffn"] == [expected] * 3
+
+
+def test_huge_thresholds_leave_one_unit_and_the_model_runs(model, statistics, probe):
+    plan = lab.contextual_plan(model, statistics, epsilon_linear=1e9, epsilon_activation=1e9)
+    assert {n for layers in plan.keep.values() for n in map(len, layers)} == {1}
+    mini = lab.shrink(model, plan)
+    assert mini(input_ids=probe).logits.isfinite().all()
+
+
+def test_zero_threshold_cuts_only_what_is_never_on(model, statistics):
+    plan = lab.contextual_plan(model, statistics, epsilon_activation=0.0)
+    dead = [statistics.mean(n, "activation", "absolute") == 0 for n in statistics.activations]
+    assert plan.removed["ffn"] == [int(layer.sum()) for layer in dead]
+
+
+def test_a_plan_equals_its_json(tmp_path, model, statistics):
+    plan = lab.contextual_plan(model, statistics, epsilon_linear=0.3, epsilon_activation=0.2)
+    assert lab.PruningPlan.load(plan.save(tmp_path / "plan.json")) == plan
+    text = str(plan)
+    assert "ffn" in text and "units leave" in text and "epsilon_activation=0.2" in text
+    (tmp_path / "bad.json").write_text('{"keep": {}}')
+    with pytest.raises(ValueError, match="no pruning plan"):
+        lab.PruningPlan.load(tmp_path / "bad.json")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"epsilon_activation": -1}, "epsilon_activation is -1"),
+        ({"epsilon_activation": float("nan")}, "epsilon_activation is nan"),
+        ({"epsilon_linear": -0.1}, "epsilon_linear_input is -0.1"),
+        ({"epsilon_embedding": float("nan")}, "epsilon_embedding is nan"),
+        ({"quantile": 1.0}, r"share in \[0, 1\)"),
+        ({"quantile": {"heads": 0.1}}, "unknown component 'heads'"),
+        ({"quantile": 0.1, "epsilon_activation": 0.1}, "both an epsilon and a quantile"),
+        ({"epsilon_embedding": 0.0}, "merges"),
+    ],
+)
+def test_bad_thresholds_are_named(model, statistics, arguments, words):
+    with pytest.raises(ValueError, match=words):
+        lab.contextual_plan(model, statistics, **arguments)
+
+
+def test_ratio_and_untouched_layers(model):
+    scores = lab.score("random", model, seed=3)
+    plan = lab.plan_from_scores(model, scores, ratio=0.5, keep_layers=(1, 1))
+    assert plan.removed["ffn"] == [0, 10, 0]
+    worst = np.argsort(scores.values["ffn"][1])[:10]
+    assert not set(worst) & set(plan.keep["ffn"][1])
+
+
+def test_budget_is_met_to_within_one_unit_per_layer(model):
+    scores = lab.score("magnitude", model, sites=("ffn",))
+    dense = sum(p.numel() for p in model.parameters())
+    unit = Anatomy(model).unit_parameters("ffn", 0)
+    for target in (dense, dense - 7 * unit, dense - 31 * unit):
+        stored = lab.plan_from_scores(model, scores, parameters=target).predicted_size(model).stored
+        assert target - 3 * unit < stored <= target
+
+
+def test_threshold_on_scores(model):
+    scores = lab.score("random", model, sites=("ffn",))
+    plan = lab.plan_from_scores(model, scores, threshold=0.5)
+    assert plan.removed["ffn"] == [int((v <= 0.5).sum()) for v in scores.values["ffn"]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({}, "exactly one"),
+        ({"ratio": 0.1, "threshold": 0.1}, "exactly one"),
+        ({"ratio": 1.0}, "ratio is 1.0"),
+        ({"ratio": 0.1, "allocation": "psychic"}, "unknown allocation"),
+        ({"ratio": 0.1, "keep_layers": (2, 1)}, "leaves nothing"),
+        ({"parameters": 10}, "cannot be met"),
+    ],
+)
+def test_bad_targets_are_named(model, arguments, words):
+    with pytest.raises(ValueError, match=words):
+        lab.plan_from_scores(model, lab.score("random", model), **arguments)
+
+
+def test_scores_of_another_model_are_refused(model, family):
+    with pytest.raises(ValueError, match="another model"):
+        lab.plan_from_scores(model, lab.score("random", random_model(family, 1)), ratio=0.1)

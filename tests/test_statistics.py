@@ -1,0 +1,136 @@
+"""One pass: right numbers, right model, nothing left behind."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_model
+
+import minigpt_lab as lab
+from minigpt_lab.families import Anatomy
+
+
+@pytest.fixture
+def padded(probe):
+    """A left- and right-padded batch and the rows without padding."""
+    mask = torch.ones_like(probe)
+    mask[0, -4:] = 0
+    return {"input_ids": probe, "attention_mask": mask}
+
+
+def naive(model, batch):
+    """Every linear layer's real input and output rows, from ordinary hooks."""
+    seen, handles = {}, []
+    for _, name, module in Anatomy(model).linears():
+
+        def hook(_module, args, output, name=name):
+            seen[name] = (args[0], output)
+
+        handles.append(module.register_forward_hook(hook))
+    with torch.no_grad():
+        model(**batch, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    real = batch["attention_mask"].bool().reshape(-1)
+    return {
+        name: [x.reshape(-1, x.shape[-1])[real].double().numpy() for x in pair]
+        for name, pair in seen.items()
+    }
+
+
+def test_moments_equal_a_naive_computation(model, padded):
+    found = lab.collect_statistics(model, [padded], progress=False)
+    assert found.n_tokens == int(padded["attention_mask"].sum())
+    for name, (x, y) in naive(model, padded).items():
+        for side, values in (("input", x), ("output", y)):
+            expected = [np.abs(values).mean(0), values.mean(0), (values**2).mean(0)]
+            for moment, numbers in zip(("absolute", "sum", "square"), expected, strict=True):
+                np.testing.assert_allclose(found.mean(name, side, moment), numbers, atol=1e-5)
+        bias = model.get_submodule(name).bias
+        if bias is not None:
+            numbers = np.abs(y - bias.detach().double().numpy()).mean(0)
+            np.testing.assert_allclose(found.mean(name, "output", "unbiased"), numbers, atol=1e-5)
+
+
+def test_frame_has_every_neuron_and_a_true_variance(model, padded):
+    frame = lab.collect_statistics(model, [padded], progress=False).frame()
+    linears = [module for _, _, module in Anatomy(model).linears()]
+    ffn = sum(Anatomy(model).units("ffn"))
+    assert len(frame) == sum(m.in_features + m.out_features for m in linears) + ffn
+    rows = frame.query("layer == 1 and side == 'activation'")
+    name = Anatomy(model).name(1, Anatomy(model).family.consumes["ffn"])
+    np.testing.assert_allclose(rows["variance"], naive(model, padded)[name][0].var(0), atol=1e-5)
+
+
+def test_batches_add_up_and_draws_too(model, padded):
+    rows = [{key: value[i : i + 1] for key, value in padded.items()} for i in range(2)]
+    whole = lab.collect_statistics(model, [padded], progress=False)
+    split = lab.collect_statistics(model, rows, progress=False)
+    first, second = (lab.collect_statistics(model, [row], progress=False) for row in rows)
+    summed = first + second
+    for key in whole.sums:
+        for other in (split, summed):
+            np.testing.assert_allclose(other.sums[key], whole.sums[key], rtol=1e-4, atol=1e-5)
+    assert summed.n_tokens == whole.n_tokens
+
+
+def test_the_model_is_left_as_it_was(model, padded):
+    model.train()
+    before = copy.deepcopy(model.state_dict())
+    lab.collect_statistics(model, [padded], progress=False)
+    assert model.training and all(module.training for module in model.modules())
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_saved_statistics_are_the_same_and_know_their_model(tmp_path, tiny, tiny_domain):
+    model, tokenizer = tiny
+    batches = lab.tokenize(tiny_domain.calibration, tokenizer, 64, 512)
+    found = lab.collect_statistics(model, batches, tmp_path / "s.safetensors", progress=False)
+    again = lab.Statistics.load(tmp_path / "s.safetensors")
+    assert again.domain == "tiny-law/calibration"
+    assert (again.model_hash, again.content_hash) == (found.model_hash, found.content_hash)
+    assert again.frame().equals(found.frame())
+    with pytest.raises(ValueError, match="not of"):
+        lab.contextual_plan(random_model("llama"), again, epsilon_activation=0.1)
+    with pytest.raises(ValueError, match="not of"):
+        lab.score("contextual", random_model("llama"), statistics=again)
+
+
+def test_a_kept_file_is_used_only_for_the_same_tokens(tmp_path, tiny, tiny_domain, monkeypatch):
+    model, tokenizer = tiny
+    path = tmp_path / "s.safetensors"
+    short = lab.tokenize(tiny_domain.calibration, tokenizer, 64, 256)
+    longer = lab.tokenize(tiny_domain.calibration, tokenizer, 64, 512)
+    lab.collect_statistics(model, short, path, progress=False)
+    assert lab.collect_statistics(model, longer, path, progress=False).n_tokens == 512
+    monkeypatch.setattr(type(model), "forward", None)  # a second pass would now fail
+    assert lab.collect_statistics(model, longer, path, progress=False).n_tokens == 512
+
+
+def test_a_damaged_file_is_refused(tmp_path):
+    (tmp_path / "s.safetensors").write_bytes(b"not a tensor file")
+    with pytest.raises(ValueError, match="no readable statistics"):
+        lab.Statistics.load(tmp_path / "s.safetensors")
+
+
+def test_bad_input(model, probe):
+    with pytest.raises(ValueError, match="no tokens"):
+        lab.collect_statistics(model, [], progress=False)
+    with pytest.raises(ValueError, match="token id 97 is outside"):
+        lab.collect_statistics(model, [{"input_ids": probe.clone().fill_(97)}], progress=False)
+    with pytest.raises(ValueError, match=r"windows of 80 tokens .* 64"):
+        lab.collect_statistics(model, [{"input_ids": probe[:1, :1].expand(1, 80)}], progress=False)
+    with torch.no_grad():
+        next(iter(Anatomy(model).linears()))[2].weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="NaN"):
+        lab.collect_statistics(model, [{"input_ids": probe}], progress=False)
+
+
+def test_bfloat16_models_work(probe):
+    model = random_model("llama").bfloat16()
+    found = lab.collect_statistics(model, [{"input_ids": probe}], progress=False)
+    assert model.dtype == torch.bfloat16 and np.isfinite(found.frame()["mean_abs"]).all()
