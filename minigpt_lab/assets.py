@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tarfile
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatch
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from platformdirs import user_cache_path
 
@@ -86,6 +88,21 @@ def cache_folder() -> Path:
             "set MINIGPT_LAB_CACHE to a folder that can"
         ) from error
     return folder
+
+
+def hub_in_reach() -> bool:
+    """Whether the Hugging Face hub's name resolves (or a proxy may do so for us).
+
+    Its clients retry for most of a minute before they say that there is no network.
+    """
+    if any(name.lower().endswith("_proxy") for name in os.environ):
+        return True
+    try:
+        endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+        socket.getaddrinfo(urlsplit(endpoint).hostname, 443)
+    except OSError:
+        return False
+    return True
 
 
 def sha256(path: Path) -> str:

@@ -8,6 +8,7 @@ for eyes.
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import os
 import platform
@@ -35,6 +36,14 @@ _started = time.time()  # of the kernel, to all practical purposes
 def notebook_names() -> list[str]:
     """Names of the series' notebooks, without their suffix."""
     return sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
+
+
+def parameter_names(name: str) -> list[str]:
+    """Names that a notebook's parameters cell assigns."""
+    cells = json.loads((NOTEBOOKS / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
+    tagged = (cell for cell in cells if "parameters" in cell["metadata"].get("tags", []))
+    statements = ast.parse("".join(next(tagged)["source"])).body
+    return [target.id for statement in statements for target in statement.targets]
 
 
 def run_notebook(
@@ -70,10 +79,10 @@ def run_notebook(
     if name not in notebook_names():
         raise ValueError(f"no notebook {name!r}; {nearest(name, notebook_names())}")
     source, parameters = NOTEBOOKS / f"{name}.ipynb", dict(parameters or {})
-    known = papermill.inspect_notebook(str(source))
+    known = parameter_names(name)
     for parameter in parameters:
         if parameter not in known:
-            hint = nearest(parameter, sorted(known))
+            hint = nearest(parameter, known)
             raise ValueError(f"{name} has no parameter {parameter!r}; {hint}")
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     folder = (Path(out_dir) if out_dir else Path.cwd() / "runs" / name / stamp).resolve()
@@ -98,30 +107,27 @@ def run_notebook(
 
 
 def record(
-    out_dir: str | os.PathLike,
     notebook: str,
-    parameters: Mapping[str, object],
-    metrics: Mapping[str, object],
+    namespace: Mapping[str, object],
     model: PreTrainedModel,
     protocol: str,
+    metrics: Mapping[str, object],
     tables: Mapping[str, pd.DataFrame] | None = None,
 ) -> Path:
     """Write what a notebook measured: ``record.json`` and one CSV per table.
 
     Parameters
     ----------
-    out_dir : str or path
-        Run folder.
     notebook : str
         Its name.
-    parameters : mapping
-        What it was run with.
-    metrics : mapping
-        Numbers worth comparing between runs.
+    namespace : mapping
+        The notebook's ``globals()``: the values of its parameters, ``out_dir`` among them.
     model : transformers.PreTrainedModel
         The dense model.
     protocol : str
         How perplexities were measured.
+    metrics : mapping
+        Numbers worth comparing between runs.
     tables : mapping, optional
         Name to frame.
 
@@ -130,14 +136,15 @@ def record(
     pathlib.Path
         Of the record.
     """
-    folder = Path(out_dir)
+    parameters = {name: namespace[name] for name in parameter_names(notebook)}
+    folder = Path(str(parameters["out_dir"]))
     for name, table in (tables or {}).items():
         folder.mkdir(parents=True, exist_ok=True)
         table.to_csv(folder / f"{name}.csv", index=False)
     content = {
         "notebook": notebook,
         "status": "completed",
-        "parameters": dict(parameters),
+        "parameters": parameters,
         "metrics": dict(metrics),
         "protocol": protocol,
         "model": {"label": label(model), "sha256": fingerprint(model), "dtype": str(model.dtype)},

@@ -33,6 +33,7 @@ from .assets import (
     DATA,
     cache_folder,
     fetch,
+    hub_in_reach,
     nearest,
     packages,
     read_toml,
@@ -40,6 +41,8 @@ from .assets import (
     verify,
 )
 from .families import SITES, Anatomy
+from .plan import PruningPlan
+from .vocabulary import tokenizer_for
 
 SIDECAR = "minigpt_lab.json"
 _FORMAT = 1
@@ -136,16 +139,17 @@ def _load_folder(folder: Path, dtype: str | torch.dtype) -> tuple:
         raise ValueError(f"{folder} is damaged or incomplete ({reason}); save it again") from error
 
 
-def _pretrained(source: str | Path, dtype: str | torch.dtype) -> PreTrainedModel:
+def _pretrained(source: str | Path, dtype: str | torch.dtype, **options) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(
-        source, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        source, dtype=dtype, use_safetensors=True, trust_remote_code=False, **options
     )
 
 
 def _load_hub(name: str, dtype: str | torch.dtype) -> tuple:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        return _pretrained(name, dtype), tokenizer
+        where = {"local_files_only": not hub_in_reach()}
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **where)
+        return _pretrained(name, dtype, **where), tokenizer
     except (OSError, ValueError) as error:
         known = list(registry())
         reason = str(error).strip().splitlines()[0]
@@ -167,8 +171,6 @@ def _load_adapter(folder: Path, dtype: str | torch.dtype) -> tuple:
 
 def _load_shrunk(folder: Path, dtype: str | torch.dtype) -> PreTrainedModel:
     """Rebuild a mini-GPT: the config's model, cut to the saved widths, filled with its weights."""
-    from .plan import PruningPlan
-
     sidecar = json.loads((folder / SIDECAR).read_text(encoding="utf-8"))
     if sidecar.get("format") != _FORMAT:
         raise ValueError(
@@ -270,8 +272,6 @@ def save_model(
     RuntimeError
         If the reloaded model gives other logits.
     """
-    from .vocabulary import tokenizer_for
-
     final = Path(path)
     if final.exists() and not (final / "config.json").is_file():
         raise FileExistsError(f"{final} exists and holds no saved model; choose another folder")
@@ -306,6 +306,13 @@ def _padded(model: PreTrainedModel) -> PreTrainedModel:
 
 def _compare_reloaded(model: PreTrainedModel, folder: Path) -> None:
     reloaded, _ = load_model(folder, device=model.device)
+    # Buffers outside the state (rotary frequencies) are not saved but computed anew; a model cast
+    # to bfloat16 has them rounded, which is no fault of the file.
+    for (name, ours), (_, theirs) in zip(
+        model.named_buffers(), reloaded.named_buffers(), strict=True
+    ):
+        owner, _, last = name.rpartition(".")
+        setattr(reloaded.get_submodule(owner), last, ours.to(theirs.device))
     rows = model.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
     probe = torch.randint(rows, (2, 16), generator=generator).to(model.device)

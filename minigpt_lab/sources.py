@@ -9,11 +9,12 @@ from __future__ import annotations
 import gettext
 import io
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from .assets import DATA, fetch, members, nearest, packages
+from .assets import DATA, fetch, hub_in_reach, members, nearest, packages
 
 SPOKEN = {
     "text", "dynamic_line", "yes", "no", "offer", "accepted", "rejected", "advice", "inquire",
@@ -119,9 +120,14 @@ def read_hub(entry: dict) -> list[str]:
     from datasets import load_dataset
 
     path = entry["path"]
+    if not hub_in_reach() and "HF_HUB_OFFLINE" not in os.environ:
+        raise OSError(
+            f"Hugging Face dataset {path!r} cannot be had: the hub is out of reach (no network?); "
+            "HF_HUB_OFFLINE=1 uses a copy from an earlier call"
+        )
     try:
         rows = load_dataset(path, entry.get("config"), split=entry.get("split", "train"))
-    except Exception as error:  # the hub's client raises from many libraries
+    except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise OSError(f"Hugging Face dataset {path!r} could not be loaded: {reason}") from error
     return _columns(rows, entry, f"dataset {path!r}")

@@ -1,0 +1,105 @@
+"""Perplexity against the definition, its protocol, and its interval."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import minigpt_lab as lab
+
+
+def test_one_window_equals_the_models_own_loss(tiny, tiny_domain):
+    model, tokenizer = tiny
+    text = tiny_domain.test[0]
+    ids = tokenizer(text + "\n\n", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        loss = model(input_ids=ids, labels=ids).loss.item()
+    found = lab.perplexity(model, tokenizer, text, seq_len=256)
+    assert found.tokens == ids.shape[1] - 1
+    assert found.value == pytest.approx(math.exp(loss), rel=1e-5)
+    bits = loss * found.tokens / math.log(2)
+    assert found.bits_per_character == pytest.approx(
+        bits / (len(text + "\n\n") * found.tokens / ids.shape[1]), rel=1e-5
+    )
+
+
+def test_windows_are_scored_once_each_and_the_tail_counts(tiny, tiny_domain):
+    model, tokenizer = tiny
+    texts = tiny_domain.test[:4]
+    ids = [i for t in texts for i in tokenizer(t + "\n\n")["input_ids"]]
+    losses = []
+    for start in range(0, len(ids), 64):
+        window = torch.tensor([ids[start : start + 64]])
+        if window.shape[1] > 1:
+            with torch.no_grad():
+                logits = model(input_ids=window).logits[0, :-1]
+            losses += torch.nn.functional.cross_entropy(
+                logits, window[0, 1:], reduction="none"
+            ).tolist()
+    found = lab.perplexity(model, tokenizer, texts, seq_len=64, batch_size=3)
+    assert found.tokens == len(losses)
+    assert found.value == pytest.approx(math.exp(np.mean(losses)), rel=1e-5)
+
+
+def test_overlap_gives_every_token_more_context(tiny, tiny_domain):
+    model, tokenizer = tiny
+    texts = tiny_domain.test[:6]
+    plain = lab.perplexity(model, tokenizer, texts, seq_len=64)
+    overlapping = lab.perplexity(model, tokenizer, texts, seq_len=64, stride=16)
+    total = sum(len(tokenizer(t + "\n\n")["input_ids"]) for t in texts)
+    assert overlapping.tokens == total - 1 > plain.tokens
+    assert overlapping.value < plain.value
+
+
+def test_batch_size_does_not_matter_and_limits_do(tiny, tiny_domain):
+    model, tokenizer = tiny
+    one, many = (
+        lab.perplexity(model, tokenizer, tiny_domain.test, 64, max_tokens=700, batch_size=n)
+        for n in (1, 5)
+    )
+    assert one.value == pytest.approx(many.value, rel=1e-5)
+    assert one.tokens == 700 - 11  # ten full windows and a tail, less a first token each
+
+
+def test_the_interval_holds_the_value_and_is_seeded(tiny, tiny_domain):
+    model, tokenizer = tiny
+    a, b = (lab.perplexity(model, tokenizer, tiny_domain.test, 64) for _ in range(2))
+    assert a.low < a.value < a.high and (a.low, a.high) == (b.low, b.high)
+    assert "windows of 64" in a.protocol and "tiny-law/test" in str(a)
+    assert float(a) == a.value == a.row()["perplexity"]
+    assert a.passages[:, 1].sum() == a.tokens
+
+
+def test_the_model_is_left_as_it_was(tiny, tiny_domain):
+    model, tokenizer = tiny
+    model.train()
+    try:
+        first = lab.perplexity(model, tokenizer, tiny_domain.test[0])
+        assert model.training
+    finally:
+        model.eval()
+    assert first.value == lab.perplexity(model, tokenizer, tiny_domain.test[0]).value
+
+
+def test_bad_input_is_named(tiny, tiny_domain):
+    model, tokenizer = tiny
+    for arguments, words in (
+        ({"texts": []}, "is empty"),
+        ({"texts": tiny_domain.test, "seq_len": 1}, "seq_len=1"),
+        ({"texts": tiny_domain.test, "stride": 300}, "stride=300"),
+        ({"texts": tiny_domain.test, "seq_len": 512}, "windows of 512 tokens are longer"),
+        ({"texts": tiny_domain.test, "max_tokens": 1}, "at least 2"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            lab.perplexity(model, tokenizer, **arguments)
+    with pytest.raises(ValueError, match="prompt is empty"):
+        lab.generate(model, tokenizer, "")
+
+
+def test_generation_continues_the_prompt(tiny):
+    model, tokenizer = tiny
+    text = lab.generate(model, tokenizer, "The court", max_new_tokens=8)
+    assert text and text == lab.generate(model, tokenizer, "The court", max_new_tokens=8)

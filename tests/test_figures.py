@@ -1,0 +1,120 @@
+"""What the figures draw: labels, artists, limits; not pixels."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from minigpt_lab import analysis, figures
+
+
+@pytest.fixture
+def activations():
+    rng = np.random.default_rng(0)
+    parts = []
+    for domain, shift in (("law", -1), ("medical", 0)):
+        for layer in range(8):
+            values = rng.lognormal(shift, 1, 50)
+            values[:5] = 0
+            rows = {"domain": domain, "layer": layer, "neuron": range(50), "mean_abs": values}
+            parts.append(pd.DataFrame(rows))
+    return pd.concat(parts, ignore_index=True)
+
+
+def test_histograms_show_zero_mass_and_epsilon(activations):
+    figure = figures.activation_histograms(activations, 0.3, n_layers=4, caption="tiny model")
+    axes = [axis for axis in figure.axes if axis.get_visible()]
+    assert [axis.get_title(loc="left") for axis in axes] == [f"layer {i}" for i in (0, 2, 5, 7)]
+    for axis in axes:
+        assert [bar.get_height() for bar in axis.containers[0]] == [0.1]  # 5 of 50 are never on
+        assert axis.lines[-1].get_xdata()[0] == pytest.approx(np.log10(0.3))
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == ["law", "medical", "ε = 0.3"]
+    assert "tiny model" in figure._supxlabel.get_text()
+
+
+def test_overlap_matrix_writes_every_cell():
+    names = ("law", "games")
+    rows = [(a, b, 0.9 if a == b else 0.4, 0.18) for a in names for b in names]
+    frame = pd.DataFrame(rows, columns=["domain", "other", "jaccard", "chance"])
+    axis = figures.overlap_matrix(frame).axes[0]
+    assert sorted(text.get_text() for text in axis.texts) == ["0.40", "0.40", "0.90", "0.90"]
+    assert axis.collections[0].get_clim() == (pytest.approx(0.18), 1)
+
+
+def test_scatter_puts_domains_on_axes(activations):
+    axis = figures.magnitude_scatter(activations, "law", "medical", 0.3).axes[0]
+    assert axis.get_xlabel().endswith("law") and axis.get_ylabel().endswith("medical")
+    assert axis.get_xscale() == axis.get_yscale() == "log"
+    assert len(axis.lines) == 3  # diagonal, ε both ways
+
+
+@pytest.fixture
+def sweep():
+    rows = []
+    for method, slope in (("contextual", 1.0), ("random", 3.0), ("magnitude", 2.0)):
+        for epsilon, left in ((1e-3, 1.0), (1e-2, 0.8), (1e-1, 0.4)):
+            rows.append(["activation", method, epsilon, *[left] * 3, 1 + slope * (1 - left) ** 3])
+    names = "component method epsilon stored_ratio nonzero_ratio layer_ratio perplexity_ratio"
+    return pd.DataFrame(rows, columns=names.split())
+
+
+def test_sweep_draws_every_method_and_mark(sweep):
+    figure = figures.threshold_sweep(sweep, [1e-5, 1e-3, 1e-1], {"activation": 1e-2})
+    size, loss = figure.axes
+    assert len(size.lines) == 2 + 2 + 1  # stored and non-zero, two marks in range, the knee
+    assert {text.get_text() for text in loss.get_legend().get_texts()} == set(figures.METHOD_STYLE)
+    assert "knee at ε = 0.01" in size.get_title(loc="left")
+
+
+def test_knee_is_the_last_cheap_point(sweep):
+    curve = sweep[sweep["method"] == "contextual"]
+    assert analysis.knee(curve)["epsilon"] == 1e-2
+    flat = curve.assign(perplexity_ratio=1.0)
+    assert analysis.knee(flat)["stored_ratio"] == 1.0
+    assert analysis.knee_table({"activation": analysis.knee(curve)}).shape == (1, 5)
+
+
+def test_budget_bars_add_up():
+    rows = [
+        ("dense", "embeddings", 2e6), ("dense", "ffn", 3e6),
+        ("shrunk", "embeddings", 1e6), ("shrunk", "ffn", 2e6),
+    ]  # fmt: skip
+    frame = pd.DataFrame(rows, columns=["variant", "part", "parameters"])
+    axis = figures.budget_bars(frame).axes[0]
+    assert [text.get_text() for text in axis.texts] == [" 5 M", " 3 M"]
+
+
+def test_layer_profile_has_a_bar_per_layer():
+    rows = [("ffn", i, 20, 20 - i) for i in range(6)]
+    frame = pd.DataFrame(rows, columns=["site", "layer", "units", "kept"])
+    axis = figures.layer_profile(frame).axes[0]
+    assert [round(bar.get_height(), 3) for bar in axis.patches] == [1, 0.95, 0.9, 0.85, 0.8, 0.75]
+
+
+def test_loss_dots_have_intervals_and_numbers():
+    rows = [
+        ("dense", "law/test", 1.0, 20, 18, 22), ("shrunk", "law/test", 1.2, 30, 27, 34),
+        ("dense", "games/test", 1.1, 25, 22, 28), ("shrunk", "games/test", 1.5, 60, 50, 70),
+    ]  # fmt: skip
+    names = ["variant", "text", "bits_per_character", "perplexity", "low", "high"]
+    figure = figures.perplexity_dots(pd.DataFrame(rows, columns=names))
+    assert [axis.get_title(loc="left") for axis in figure.axes] == ["law/test", "games/test"]
+    assert [text.get_text() for text in figure.axes[0].texts] == ["1.000", "1.200"]
+
+
+def test_saving_writes_picture_vector_and_data(tmp_path, sweep):
+    figure = figures.threshold_sweep(sweep)
+    assert figures.save_figure(figure, tmp_path / "f" / "sweep", sweep) is figure
+    assert sorted(p.suffix for p in (tmp_path / "f").iterdir()) == [".csv", ".png", ".svg"]
+    assert figures.png_bytes(figures.threshold_sweep(sweep)) == figures.png_bytes(
+        figures.threshold_sweep(sweep)
+    )
+
+
+def test_colours_are_one_per_domain():
+    six = [figures.colour(name) for name in figures.DOMAIN_COLOURS]
+    assert len(set(six)) == 6
+    assert figures.colour("tiny-law") == figures.colour("law")
+    assert figures.colour("mine", ["mine"]) != "#000000"

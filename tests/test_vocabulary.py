@@ -1,0 +1,85 @@
+"""Trimmed tokenizers: any text still encodes, kept words encode as before."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from conftest import random_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import minigpt_lab as lab
+from minigpt_lab.vocabulary import close_over_merges, merge_table, protected_tokens
+
+
+@pytest.fixture(scope="module")
+def words(tiny):
+    return tiny[1]
+
+
+def kept_tokens(words, seed: int) -> list[int]:
+    """A random quarter of the vocabulary, closed as a plan closes it."""
+    mask = np.random.default_rng(seed).random(len(words)) < 0.25
+    mask[protected_tokens(words)] = True
+    return np.flatnonzero(close_over_merges(mask, merge_table(words))).tolist()
+
+
+@settings(max_examples=30, deadline=None)
+@given(text=st.text(max_size=60), seed=st.integers(0, 5))
+def test_any_text_round_trips(text, seed, words):
+    for renumber in (True, False):
+        trimmed = lab.trim_tokenizer(words, kept_tokens(words, seed), renumber)
+        assert trimmed.decode(trimmed(text)["input_ids"]) == text
+
+
+def test_text_of_kept_tokens_encodes_as_before(words, tiny_domain):
+    text = " ".join(tiny_domain.calibration[:5])
+    ids = words(text)["input_ids"]
+    mask = np.zeros(len(words), bool)
+    mask[[*ids, *protected_tokens(words)]] = True
+    kept = np.flatnonzero(close_over_merges(mask, merge_table(words)))
+    trimmed = lab.trim_tokenizer(words, kept)
+    assert kept[trimmed(text)["input_ids"]].tolist() == ids
+    assert lab.trim_tokenizer(words, kept, renumber=False)(text)["input_ids"] == ids
+    assert len(trimmed) == len(kept)
+    assert trimmed.eos_token_id == list(kept).index(words.eos_token_id)
+
+
+def test_closure_adds_every_ancestor(words):
+    merges = merge_table(words)
+    mask = np.zeros(len(words), bool)
+    mask[merges[-1, 2]] = True
+    closed = close_over_merges(mask, merges)
+    for left, right, result in merges:
+        assert not closed[result] or (closed[left] and closed[right])
+
+
+def test_masked_and_shrunk_take_the_same_original_tokenizer(tiny, tiny_domain):
+    model, tokenizer = tiny
+    batches = lab.tokenize(tiny_domain.calibration, tokenizer, 64, 512)
+    found = lab.collect_statistics(model, batches, progress=False)
+    plan = lab.contextual_plan(model, found, epsilon_embedding=0.0)
+    with lab.masked(model, plan):
+        masked = lab.perplexity(model, tokenizer, tiny_domain.test, 64, max_tokens=512)
+    mini = lab.shrink(model, plan)
+    shrunk = lab.perplexity(mini, tokenizer, tiny_domain.test, 64, max_tokens=512)
+    assert shrunk.value == pytest.approx(masked.value, rel=1e-4)
+    assert isinstance(lab.generate(mini, tokenizer, "The court"), str)
+
+
+def test_counts_decide_what_leaves(tiny, tiny_domain):
+    model, tokenizer = tiny
+    batches = lab.tokenize(tiny_domain.calibration, tokenizer, 64, 256)
+    found = lab.collect_statistics(model, batches, progress=False)
+    counts = lab.count_tokens(tiny_domain.calibration, tokenizer)
+    short = lab.contextual_plan(model, found, epsilon_embedding=0.0)
+    long = lab.contextual_plan(model, found, epsilon_embedding=0.0, token_counts=counts)
+    assert set(np.flatnonzero(counts)) <= set(long.vocabulary)
+    assert len(short.vocabulary) < len(long.vocabulary) < 1024
+    rare = lab.contextual_plan(model, found, epsilon_embedding=0.01, token_counts=counts)
+    assert len(rare.vocabulary) < len(short.vocabulary)
+
+
+def test_a_foreign_tokenizer_is_refused(tiny, tiny_domain):
+    with pytest.raises(ValueError, match="do not belong together"):
+        lab.perplexity(random_model("llama"), tiny[1], tiny_domain.test, 32)
