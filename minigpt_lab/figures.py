@@ -168,12 +168,19 @@ def overlap_matrix(overlap: pd.DataFrame, caption: str = "") -> Figure:
         Model, tokens, rule.
     """
     order = list(dict.fromkeys(overlap["domain"]))
-    table = overlap.pivot(index="domain", columns="other", values="jaccard").loc[order, order]
-    chance = overlap["chance"].mean()
+    table, chance = (
+        overlap.pivot(index="domain", columns="other", values=name).loc[order, order]
+        for name in ("jaccard", "chance")
+    )
+    one_level = np.ptp(chance.to_numpy()) < 0.01  # an absolute ε gives each pair a level of its own
+    words = table.map("{:.2f}".format)
+    if not one_level:
+        words += chance.map("\n({:.2f})".format)
+    note = f"chance {chance.to_numpy().mean():.2f}" if one_level else "in brackets: by chance"
     figure = _figure(2.4 + 0.75 * len(order), 1.9 + 0.62 * len(order), caption)
     axis = figure.subplots()
-    sns.heatmap(table, annot=True, fmt=".2f", cmap="cividis", vmin=chance, vmax=1, ax=axis,
-                square=True, cbar_kws={"label": f"Jaccard (chance {chance:.2f})"})  # fmt: skip
+    sns.heatmap(table, annot=words, fmt="", cmap="cividis", vmin=chance.to_numpy().min(), vmax=1,
+                ax=axis, square=True, cbar_kws={"label": f"Jaccard overlap ({note})"})  # fmt: skip
     axis.set(title="Which domains leave the same\nneurons unused?", xlabel="", ylabel="")
     axis.tick_params(axis="x", rotation=30)
     axis.tick_params(axis="y", rotation=0)
@@ -210,7 +217,8 @@ def magnitude_scatter(
     correlation = np.log(pair).corr().iloc[0, 1]
     axis.set_title("Is a neuron as active in the other domain?")
     axis.set(xlabel=f"mean |activation| on {domain}", ylabel=f"mean |activation| on {other}")
-    axis.text(0.03, 0.95, f"correlation of logs {correlation:.2f}", transform=axis.transAxes)
+    axis.text(0.97, 0.04, f"correlation of logs {correlation:.2f}", ha="right",
+              transform=axis.transAxes)  # fmt: skip
     return figure
 
 

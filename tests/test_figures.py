@@ -41,6 +41,9 @@ def test_overlap_matrix_writes_every_cell():
     axis = figures.overlap_matrix(frame).axes[0]
     assert sorted(text.get_text() for text in axis.texts) == ["0.40", "0.40", "0.90", "0.90"]
     assert axis.collections[0].get_clim() == (pytest.approx(0.18), 1)
+    frame.loc[1, "chance"] = 0.3
+    axis = figures.overlap_matrix(frame).axes[0]
+    assert sorted(text.get_text() for text in axis.texts)[0] == "0.40\n(0.18)"
 
 
 def test_scatter_puts_domains_on_axes(activations):
