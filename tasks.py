@@ -18,7 +18,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
@@ -97,6 +96,8 @@ def lock(arguments: list[str]) -> int:
 
 def environment() -> str:
     """The text of environment.yml: the dependencies of pyproject.toml for conda."""
+    import tomllib  # new in 3.11; older versions must come as far as the clear line in main()
+
     project = tomllib.loads(PROJECT.read_text())["project"]
     lines = [
         "# Derived from pyproject.toml by `tasks.py lock`; do not edit.",

@@ -18,7 +18,7 @@ from .planning import contextual_plan, plan_from_scores
 from .sizes import Size, describe, model_size
 from .statistics import Statistics, collect_statistics
 from .surgery import masked, shrink
-from .tokens import count_tokens, tokenize
+from .tokens import count_tokens, excerpt, tokenize
 from .vocabulary import tokenizer_for, trim_tokenizer
 
 __version__ = "0.1.0"
@@ -41,6 +41,7 @@ __all__ = [
     "criterion",
     "describe",
     "domain_names",
+    "excerpt",
     "generate",
     "label",
     "load_domain",

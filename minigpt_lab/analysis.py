@@ -24,6 +24,7 @@ from .planning import contextual_plan
 from .sizes import model_size
 from .statistics import Statistics
 from .surgery import masked
+from .tokens import excerpt
 
 #: What a sweep can cut; "all" is the three together.
 SWEEPS = ("linear", "activation", "embedding", "all")
@@ -225,8 +226,13 @@ def threshold_sweep(
     pandas.DataFrame
         One row per point: ``component, method, epsilon, stored, nonzero, stored_ratio,
         nonzero_ratio, layer_ratio, perplexity, low, high, tokens, bits_per_character,
-        perplexity_ratio`` (per character against dense, as a perplexity of the dense tokens).
+        perplexity_ratio`` (per character against dense, as a perplexity of the dense tokens). All
+        points are measured on the same text, cut with the dense model's tokens.
     """
+    limit = protocol.pop("max_tokens", None)
+    if limit is not None:
+        texts = excerpt(texts, tokenizer, limit)
+    protocol["max_tokens"] = None
     done = _finished(path)
     dense = _point(model, tokenizer, None, texts, protocol, done, path)
     jobs = list(_jobs(model, statistics, epsilons, controls, token_counts))
@@ -272,7 +278,7 @@ def _finished(path) -> dict[str, dict]:
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
-            continue  # the line that an interrupted write left behind
+            continue  # empty, or left behind by an interrupted write
     return {row["key"]: row["found"] for row in rows}
 
 
@@ -292,7 +298,8 @@ def _point(model, tokenizer, plan, texts, protocol, done, path) -> dict:
         if path is not None:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             with Path(path).open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"key": key, "found": done[key]}) + "\n")
+                # a line of its own, also after one that was cut off
+                file.write("\n" + json.dumps({"key": key, "found": done[key]}))
     return done[key]
 
 
@@ -333,7 +340,7 @@ def measure(
     variant : str
         What to call it: dense, masked, shrunk, ….
     texts : sequence of Part
-        Held-out texts.
+        Held-out texts, all of which is used; cut them once with `excerpt`.
     dense : transformers.PreTrainedModel, optional
         What it was cut from, for the ratios.
     **protocol
@@ -343,14 +350,9 @@ def measure(
     rows = [
         {
             "variant": variant, "stored": size.stored, "nonzero": size.nonzero,
-            "layer_ratio": size.layer_ratio, **perplexity(model, tokenizer, text, **protocol).row(),
+            "layer_ratio": size.layer_ratio,
+            **perplexity(model, tokenizer, text, max_tokens=None, **protocol).row(),
         }
         for text in texts
     ]  # fmt: skip
     return pd.DataFrame(rows)
-
-
-def knee_table(knees: Mapping[str, pd.Series]) -> pd.DataFrame:
-    """The knees of several components as one table, a row each."""
-    columns = ["epsilon", "stored_ratio", "nonzero_ratio", "layer_ratio", "perplexity_ratio"]
-    return pd.DataFrame({name: point[columns] for name, point in knees.items()}).T

@@ -23,12 +23,12 @@ from difflib import get_close_matches
 from fnmatch import fnmatch
 from pathlib import Path
 from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from platformdirs import user_cache_path
 
-_PACKAGE = Path(__file__).resolve().parent
-# A wheel carries data/ inside the package; a checkout has it beside the package.
-DATA = next(p for p in (_PACKAGE / "data", _PACKAGE.parent / "data") if p.is_dir())
+#: The kit runs from its checkout, where data/ and notebooks/ stand beside the package.
+DATA = Path(__file__).resolve().parent.parent / "data"
 
 
 class SourceUnavailable(OSError):
@@ -95,7 +95,7 @@ def hub_in_reach() -> bool:
 
     Its clients retry for most of a minute before they say that there is no network.
     """
-    if any(name.lower().endswith("_proxy") for name in os.environ):
+    if {"https", "all"} & set(getproxies()):
         return True
     try:
         endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
@@ -103,6 +103,11 @@ def hub_in_reach() -> bool:
     except OSError:
         return False
     return True
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def sha256(path: Path) -> str:
@@ -131,11 +136,11 @@ def staged(final: Path) -> Iterator[Path]:
     staging, old = scratch / "new", scratch / "old"
     try:
         yield staging
-        if final.exists():
+        if final.is_dir():  # a file is replaced by the rename itself
             final.replace(old)
         try:
             staging.replace(final)
-        except OSError:
+        except BaseException:
             if old.exists():
                 old.replace(final)
             raise

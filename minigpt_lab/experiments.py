@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import ast
 import json
+import math
 import os
 import platform
 import subprocess
@@ -20,10 +21,11 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from transformers import PreTrainedModel
 
-from .assets import nearest, staged
+from .assets import first_line, nearest, staged
 from .models import fingerprint, label
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,6 +76,7 @@ def run_notebook(
         where.
     """
     import papermill  # slow to import, and notebooks import this module too
+    from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
     if name not in notebook_names():
@@ -81,6 +84,8 @@ def run_notebook(
     source, parameters = NOTEBOOKS / f"{name}.ipynb", dict(parameters or {})
     known = parameter_names(name)
     for parameter in parameters:
+        if parameter in ("out_dir", "interactive"):
+            raise ValueError(f"{parameter} is set by the runner; --out (out_dir=) names the folder")
         if parameter not in known:
             hint = nearest(parameter, known)
             raise ValueError(f"{name} has no parameter {parameter!r}; {hint}")
@@ -98,8 +103,8 @@ def run_notebook(
             cwd=str(folder),
             progress_bar=sys.stderr.isatty(),
         )
-    except PapermillExecutionError as error:
-        reason = f"{error.ename}: {error.evalue}"
+    except (PapermillExecutionError, DeadKernelError) as error:
+        reason = f"{error.ename}: {error.evalue}" if hasattr(error, "ename") else first_line(error)
         failed = {"notebook": name, "parameters": parameters, "error": reason}
         _write_record(folder, {**failed, "status": "failed", **_surroundings(started)})
         raise RuntimeError(f"{name} failed: {reason}; see {folder / source.name}") from error
@@ -157,9 +162,22 @@ def record(
 
 def _write_record(folder: Path, content: dict) -> Path:
     with staged(folder / RECORD) as staging:
-        text = json.dumps(content, indent=1, sort_keys=True, default=str, ensure_ascii=False)
+        text = json.dumps(_json(content), indent=1, sort_keys=True, ensure_ascii=False)
         staging.write_text(text, encoding="utf-8")
     return folder / RECORD
+
+
+def _json(value: object) -> object:
+    """Plain data: NumPy's numbers as Python's, what is not finite as null, the rest as text."""
+    if isinstance(value, Mapping):
+        return {str(key): _json(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json(entry) for entry in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, bool | int | float | str | None) else str(value)
 
 
 def _surroundings(started: float) -> dict:

@@ -199,28 +199,26 @@ class Anatomy:
         modules = [self.module(layer, consumer) for layer in range(len(self.layers))]
         return [module.weight.shape[weight_axis(module, "input")] // width for module in modules]
 
-    def positions(
-        self, projection: Projection, units: Sequence[int], total: int, block: str | None = None
+    def unit_positions(
+        self, projection: Projection, total: int, block: str | None = None
     ) -> np.ndarray:
-        """Features of a projection's unit axis that belong to `units`.
+        """Features of a projection's unit axis, unit by unit.
 
         Parameters
         ----------
         projection : Projection
             One entry of ``family.produces[site]``, or ``family.consumes[site]``.
-        units : sequence of int
-            Units of this layer.
         total : int
-            Number of units of this layer.
+            Number of units of the layer.
         block : str, optional
             Only this block's features (for fused projections).
 
         Returns
         -------
         numpy.ndarray
-            Indices ``[n]`` along the unit axis, ascending within each block.
+            Indices ``[unit, feature]``.
         """
-        units = np.asarray(units, dtype=np.int64)
+        units = np.arange(total)[:, None]
         widths = [self.block_width(name) for name in projection.blocks]
         starts = np.concatenate([[0], np.cumsum(widths)[:-1]])
         parts = []
@@ -228,9 +226,14 @@ class Anatomy:
             if block in (None, name):
                 step = sum(widths) if projection.interleaved else width
                 offset = start if projection.interleaved else start * total
-                parts.append((offset + units[:, None] * step + np.arange(width)).ravel())
-        found = np.concatenate(parts)
-        return np.sort(found) if projection.interleaved else found
+                parts.append(offset + units * step + np.arange(width))
+        return np.concatenate(parts, axis=1)
+
+    def positions(
+        self, projection: Projection, units: Sequence[int], total: int, block: str | None = None
+    ) -> np.ndarray:
+        """Features ``[n]`` of a projection's unit axis that belong to `units`, in their order."""
+        return self.unit_positions(projection, total, block)[np.asarray(units, np.int64)].ravel()
 
     def layer_widths(self) -> dict[str, list[int]]:
         """Units per layer of both sites: the shape of a (possibly shrunk) model."""

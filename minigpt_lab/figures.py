@@ -172,6 +172,8 @@ def overlap_matrix(overlap: pd.DataFrame, caption: str = "") -> Figure:
         overlap.pivot(index="domain", columns="other", values=name).loc[order, order]
         for name in ("jaccard", "chance")
     )
+    if table.isna().all(axis=None):
+        raise ValueError("no neuron is unused in any domain: choose a larger ε or a quantile")
     one_level = np.ptp(chance.to_numpy()) < 0.01  # an absolute ε gives each pair a level of its own
     words = table.map("{:.2f}".format)
     if not one_level:
@@ -257,8 +259,9 @@ def threshold_sweep(
         point = f": knee at ε = {knees[component]:.3g}" if knees and component in knees else ""
         column[0].set_title(component + point, fontsize=9, fontweight="normal")
         for axis in column:
-            positive = base.loc[base["epsilon"] > 0, "epsilon"].min()
-            axis.set_xscale("symlog", linthresh=positive, linscale=0.3)  # 0 is a threshold too
+            smallest = base.loc[base["epsilon"] > 0, "epsilon"].min()
+            if smallest > 0:
+                axis.set_xscale("symlog", linthresh=smallest, linscale=0.3)  # 0 is a threshold too
             low, high = base["epsilon"].min(), base["epsilon"].max()
             for mark in marks:
                 if low <= mark <= high:
@@ -337,8 +340,7 @@ def perplexity_dots(table: pd.DataFrame, caption: str = "") -> Figure:
     Parameters
     ----------
     table : pandas.DataFrame
-        Columns ``variant, text, bits_per_character, perplexity, low, high`` where low and high
-        bound the perplexity.
+        Columns ``variant, text, bits_per_character, bits_low, bits_high``.
     """
     texts = list(dict.fromkeys(table["text"]))
     variants = list(dict.fromkeys(table["variant"]))
@@ -346,11 +348,8 @@ def perplexity_dots(table: pd.DataFrame, caption: str = "") -> Figure:
     axes = figure.subplots(1, len(texts), sharey=True, squeeze=False).ravel()
     for axis, text in zip(axes, texts, strict=True):
         rows = table[table["text"] == text].set_index("variant").loc[variants]
-        scale = rows["bits_per_character"] / np.log(rows["perplexity"])
-        bounds = [
-            rows["bits_per_character"] - np.log(rows["low"]) * scale,
-            np.log(rows["high"]) * scale - rows["bits_per_character"],
-        ]
+        middle = rows["bits_per_character"]
+        bounds = [middle - rows["bits_low"], rows["bits_high"] - middle]
         places = np.arange(len(variants))
         tint = colour(text.split("/")[0])
         axis.errorbar(rows["bits_per_character"], places, xerr=np.maximum(bounds, 0), fmt="o",

@@ -33,6 +33,7 @@ from .assets import (
     DATA,
     cache_folder,
     fetch,
+    first_line,
     hub_in_reach,
     nearest,
     packages,
@@ -42,7 +43,7 @@ from .assets import (
 )
 from .families import SITES, Anatomy
 from .plan import PruningPlan
-from .vocabulary import tokenizer_for
+from .vocabulary import TrimmedVocabulary, tokenizer_for
 
 SIDECAR = "minigpt_lab.json"
 _FORMAT = 1
@@ -98,7 +99,8 @@ def load_model(
                 f"unknown dtype {dtype!r}; use 'auto', 'float32', 'bfloat16' or 'float16'"
             )
         dtype = getattr(torch, dtype)
-    entry = registry().get(name)
+    # "tiny-opt" is a name of the kit, Path("tiny-opt") a folder
+    entry = None if isinstance(name_or_path, os.PathLike) else registry().get(name)
     if entry is not None:
         folder = DATA / entry["folder"] if "folder" in entry else _converted(name, entry)
         model, tokenizer = _load_folder(folder, dtype)
@@ -134,9 +136,10 @@ def _load_folder(folder: Path, dtype: str | torch.dtype) -> tuple:
         if not (folder / SIDECAR).is_file():
             return _pretrained(folder, dtype), tokenizer
         return _load_shrunk(folder, dtype), tokenizer
-    except (SafetensorError, json.JSONDecodeError, KeyError, RuntimeError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{folder} is damaged or incomplete ({reason}); save it again") from error
+    except (SafetensorError, json.JSONDecodeError, LookupError, RuntimeError, OSError) as error:
+        raise ValueError(
+            f"{folder} is damaged or incomplete ({first_line(error)}); save it again"
+        ) from error
 
 
 def _pretrained(source: str | Path, dtype: str | torch.dtype, **options) -> PreTrainedModel:
@@ -151,11 +154,9 @@ def _load_hub(name: str, dtype: str | torch.dtype) -> tuple:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **where)
         return _pretrained(name, dtype, **where), tokenizer
     except (OSError, ValueError) as error:
-        known = list(registry())
-        reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(
-            f"no model {name!r}: not a name of this kit ({nearest(name, known)}), not a local "
-            f"folder, and the hub said: {reason}"
+            f"no model {name!r}: not a name of this kit ({nearest(name, list(registry()))}), not a "
+            f"local folder, and the hub said: {first_line(error)}"
         ) from error
 
 
@@ -188,8 +189,10 @@ def _load_shrunk(folder: Path, dtype: str | torch.dtype) -> PreTrainedModel:
     if absent or unexpected:
         raise KeyError(f"weights do not match: missing {sorted(absent)}, unexpected {unexpected}")
     model.tie_weights()
-    if sidecar["plan"] is not None:
-        model.pruning_plan = PruningPlan.from_dict(sidecar["plan"])
+    model.pruning_plans = [PruningPlan.from_dict(plan) for plan in sidecar["plans"]]
+    if sidecar["vocabulary"] is not None:
+        kept = sidecar["vocabulary"]
+        model.trimmed_vocabulary = TrimmedVocabulary(kept["size"], *[tuple(kept["rows"])] * 2)
     if (folder / "generation_config.json").is_file():
         model.generation_config = type(model.generation_config).from_pretrained(folder)
     return model
@@ -255,7 +258,7 @@ def save_model(
         The model's tokenizer; for a model with a trimmed vocabulary the original one may be given,
         and the trimmed one is saved.
     path : str or path
-        Folder to create. One that holds an earlier saved model is replaced, any other refused.
+        Folder to create. One that an earlier call wrote is replaced, any other refused.
     portable : bool
         Pad uneven layers with units of zeros to the widest, so that plain transformers loads the
         folder at the price of a larger file.
@@ -268,20 +271,33 @@ def save_model(
     Raises
     ------
     FileExistsError
-        If `path` holds something that is not a saved model.
+        If `path` holds something that this function did not write.
+    ValueError
+        If the model is masked and the mask forbids tokens.
     RuntimeError
         If the reloaded model gives other logits.
     """
     final = Path(path)
-    if final.exists() and not (final / "config.json").is_file():
-        raise FileExistsError(f"{final} exists and holds no saved model; choose another folder")
-    kept = getattr(model, "pruning_plan", None)
-    plan = None if kept is None else kept.to_dict()
+    if final.exists() and not (final / SIDECAR).is_file():
+        raise FileExistsError(
+            f"{final} exists and was not written by save_model; choose another folder"
+        )
+    kept = getattr(model, "trimmed_vocabulary", None)
+    if kept is not None and kept.rows != kept.allowed:
+        raise ValueError(
+            "a mask over the vocabulary cannot be saved: its tokens are forbidden, not gone; "
+            "shrink the model and save that"
+        )
     stored = _padded(model) if portable else model
     with staged(final) as staging:
         stored.save_pretrained(staging, max_shard_size="1TB")
         tokenizer_for(model, tokenizer).save_pretrained(staging)
-        sidecar = {"format": _FORMAT, "widths": Anatomy(stored).layer_widths(), "plan": plan}
+        sidecar = {
+            "format": _FORMAT,
+            "widths": Anatomy(stored).layer_widths(),
+            "plans": [plan.to_dict() for plan in getattr(model, "pruning_plans", [])],
+            "vocabulary": kept and {"size": kept.size, "rows": kept.rows},
+        }
         (staging / SIDECAR).write_text(json.dumps(sidecar), encoding="utf-8")
         _compare_reloaded(stored, staging)
     return final
@@ -306,6 +322,7 @@ def _padded(model: PreTrainedModel) -> PreTrainedModel:
 
 def _compare_reloaded(model: PreTrainedModel, folder: Path) -> None:
     reloaded, _ = load_model(folder, device=model.device)
+    reloaded.set_attn_implementation(model.config._attn_implementation)
     # Buffers outside the state (rotary frequencies) are not saved but computed anew; a model cast
     # to bfloat16 has them rounded, which is no fault of the file.
     for (name, ours), (_, theirs) in zip(
@@ -336,19 +353,26 @@ def inference(model: nn.Module) -> Iterator[nn.Module]:
             module.training = flag
 
 
+# Config fields that say nothing about what the model computes.
+_CIRCUMSTANCES = {
+    "_name_or_path", "transformers_version", "minigpt_lab_origin", "architectures", "use_cache",
+    "dtype",
+}  # fmt: skip
 _fingerprints: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """SHA-256 of a model's architecture and weights (names, types, shapes, bytes).
+    """SHA-256 of a model's config and weights (names, types, shapes, bytes).
 
-    Kept until a weight changes, so that repeated calls cost nothing.
+    Kept until a weight changes, so that repeated calls cost nothing. Changes behind autograd's
+    back (``weight.data.mul_(2)``) go unseen; change weights under ``torch.no_grad`` instead.
     """
     state = dict(model.named_parameters())
     version = tuple((key, p.data_ptr(), p._version, p.dtype) for key, p in state.items())
     known = _fingerprints.get(model)
     if known is None or known[0] != version:
-        digest = hashlib.sha256(model.config.model_type.encode())
+        facts = {k: v for k, v in model.config.to_dict().items() if k not in _CIRCUMSTANCES}
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
         for key, parameter in state.items():
             digest.update(f"{key} {parameter.dtype} {tuple(parameter.shape)}".encode())
             content = parameter.detach().cpu().contiguous().view(torch.uint8)

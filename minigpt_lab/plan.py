@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from .assets import staged
 from .families import SITES, Anatomy, weight_axis
-from .sizes import Size, layer_parameters
+from .sizes import Size, layer_parameters, token_parameters
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,15 @@ class PruningPlan:
     origin: dict = field(default_factory=dict)
 
     def __post_init__(self):
+        if set(self.keep) - set(self.units) or set(self.units) - set(SITES):
+            raise ValueError(f"a plan is for sites {SITES}; got {[*self.units]}, {[*self.keep]}")
         for site, layers in self.keep.items():
+            if len(layers) != len(self.units[site]):
+                raise ValueError(f"the plan lists {len(layers)} of {len(self.units[site])} layers")
             for layer, units in enumerate(layers):
-                total = self.units[site][layer]
-                if not units or sorted(set(units)) != units or units[0] < 0 or units[-1] >= total:
-                    raise ValueError(
-                        f"plan keeps {units[:5]}… of {total} {site} units in layer {layer}: "
-                        "expected at least one unit, ascending, without repeats, in range"
-                    )
+                _check_subset(units, self.units[site][layer], f"{site} units in layer {layer}")
+        if self.vocabulary is not None:
+            _check_subset(self.vocabulary, self.vocabulary_size, "tokens")
 
     @cached_property
     def removed(self) -> dict[str, list[int]]:
@@ -75,6 +76,8 @@ class PruningPlan:
 
     def require(self, model: PreTrainedModel) -> Anatomy:
         """The model's anatomy, if the plan fits the model's shape.
+
+        Weights are not compared: a plan also serves a fine-tuned copy of its model.
 
         Raises
         ------
@@ -94,6 +97,15 @@ class PruningPlan:
                 f"the plan is for a vocabulary of {self.vocabulary_size}, the model has {rows}: "
                 "apply it to the model it was made for"
             )
+        modules = {name: module for _, name, module in anatomy.linears()}
+        for name, sides in self.zero.items():
+            for side, features in sides.items():
+                axis = weight_axis(modules[name], "input" if side == "input" else "output")
+                if (
+                    features
+                    and not 0 <= min(features) <= max(features) < modules[name].weight.shape[axis]
+                ):
+                    raise ValueError(f"the plan zeroes a feature that {name} does not have: {side}")
         return anatomy
 
     def predicted_size(self, model: PreTrainedModel) -> Size:
@@ -131,11 +143,8 @@ class PruningPlan:
                 zeroed += int(rows.sum()) - int(alive_bias.sum())
         layers_stored = layers_dense - gone
         if self.vocabulary is not None:
-            width = model.get_input_embeddings().weight.shape[1]
-            head = model.get_output_embeddings()
-            per_token = width if anatomy.head_is_tied() else width + head.weight.shape[1]
-            per_token += int(head is not None and getattr(head, "bias", None) is not None)
-            gone += (self.vocabulary_size - len(self.vocabulary)) * per_token
+            tokens = self.vocabulary_size - len(self.vocabulary)
+            gone += tokens * token_parameters(model)
         stored = dense - gone
         return Size(stored, stored - zeroed, dense, layers_stored, layers_dense)
 
@@ -153,52 +162,6 @@ class PruningPlan:
                     mask[anatomy.positions(projection, units, total)] = True
                     found[anatomy.name(layer, projection), side] = mask
         return found
-
-    def after(self, first: PruningPlan, anatomy: Anatomy) -> PruningPlan:
-        """The one plan that does `first` and then this one.
-
-        Parameters
-        ----------
-        first : PruningPlan
-            The plan that made the model which this plan is for.
-        anatomy : Anatomy
-            Of a model of the same family (for the features of units).
-        """
-        keep = {
-            site: [
-                [old[unit] for unit in new] if new is not None else old
-                for old, new in zip(layers, self.keep.get(site, [None] * len(layers)), strict=True)
-            ]
-            for site, layers in first.keep.items()
-        }
-        zero = {
-            name: {side: list(v) for side, v in sides.items()} for name, sides in first.zero.items()
-        }
-        features = {
-            (anatomy.name(layer, projection), side): anatomy.positions(
-                projection, units, first.units[site][layer]
-            )
-            for site, layers in first.keep.items()
-            for layer, units in enumerate(layers)
-            for projection, side in anatomy.coupled(site)
-        }
-        for name, sides in self.zero.items():
-            for side, indices in sides.items():
-                old = features.get((name, "output" if side == "bias" else side))
-                moved = indices if old is None else old[indices].tolist()
-                known = zero.setdefault(name, {}).setdefault(side, [])
-                known[:] = sorted({*known, *moved})
-        vocabulary = first.vocabulary
-        if self.vocabulary is not None:
-            vocabulary = (
-                self.vocabulary
-                if vocabulary is None
-                else [vocabulary[token] for token in self.vocabulary]
-            )
-        return PruningPlan(
-            first.model_hash, first.units, keep, zero, first.vocabulary_size, vocabulary,
-            {**self.origin, "after": first.origin},
-        )  # fmt: skip
 
     def frame(self) -> pd.DataFrame:
         """Units kept and removed, one row per site and layer."""
@@ -274,6 +237,15 @@ class PruningPlan:
             return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} is no pruning plan: {error}") from error
+
+
+def _check_subset(chosen: list[int], total: int, what: str) -> None:
+    ascending = all(a < b for a, b in zip(chosen, chosen[1:], strict=False))
+    if not chosen or not ascending or chosen[0] < 0 or chosen[-1] >= total:
+        raise ValueError(
+            f"the plan keeps {chosen[:5]}… of {total} {what}: expected at least one, ascending, "
+            "without repeats, in range"
+        )
 
 
 def whole(anatomy: Anatomy) -> dict[str, list[list[int]]]:

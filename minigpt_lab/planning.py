@@ -227,8 +227,7 @@ def _all_cut(
     """Units ``[total]`` all of whose features (of one block) are among the given ones."""
     if features is None or len(features) == 0:
         return np.zeros(total, bool)
-    positions = [anatomy.positions(projection, [unit], total, block) for unit in range(total)]
-    return np.isin(np.array(positions), features).all(1)
+    return np.isin(anatomy.unit_positions(projection, total, block), features).all(1)
 
 
 def _without_removed(anatomy, units, keep, zero) -> dict[str, dict[str, list[int]]]:
@@ -270,8 +269,8 @@ def _staying_tokens(model, statistics, tokenizer, counts, epsilon) -> list[int]:
 
 def _config_tokens(model: PreTrainedModel) -> list[int]:
     """Special tokens that the model's configs name."""
-    fields = {**model.generation_config.to_dict(), **model.config.to_dict()}
-    values = (value for name, value in fields.items() if name.endswith("_token_id"))
+    fields = [*model.generation_config.to_dict().items(), *model.config.to_dict().items()]
+    values = (value for name, value in fields if name.endswith("_token_id"))
     ids = {i for value in values for i in (value if isinstance(value, list) else [value])}
     rows = model.get_input_embeddings().weight.shape[0]
     return [i for i in ids if isinstance(i, int) and 0 <= i < rows]

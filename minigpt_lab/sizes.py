@@ -112,13 +112,12 @@ def describe(model: PreTrainedModel) -> pd.DataFrame:
                 "unit": names[site],
                 "layers": len(units),
                 "units_per_layer": _span(units),
-                "legal_ratios": f"k/{_span(units)}, 0 ≤ k < {_span(units)}",
+                "legal_ratios": f"k/n for 0 ≤ k < n = {_span(units)}",
                 "parameters_per_unit": _span(costs),
                 "share_of_model": sum(map(int.__mul__, units, costs)) / everything,
             }
         )
-    tokens, width = model.get_input_embeddings().weight.shape
-    cost = width if anatomy.head_is_tied() else 2 * width
+    tokens, cost = len(model.get_input_embeddings().weight), token_parameters(model)
     rows.append(
         {
             "site": "vocabulary",
@@ -131,6 +130,15 @@ def describe(model: PreTrainedModel) -> pd.DataFrame:
         }
     )
     return pd.DataFrame(rows)
+
+
+def token_parameters(model: PreTrainedModel) -> int:
+    """Parameters that leave with one token: its rows of the embedding and of an untied head."""
+    cost = model.get_input_embeddings().weight.shape[1]
+    head = model.get_output_embeddings()
+    if not Anatomy(model).head_is_tied():
+        cost += head.weight.shape[1]
+    return cost + int(head is not None and getattr(head, "bias", None) is not None)
 
 
 def _span(values: list[int]) -> str:

@@ -7,6 +7,7 @@ where it ends up, is decided in `domains`.
 from __future__ import annotations
 
 import gettext
+import html
 import io
 import json
 import os
@@ -14,12 +15,13 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from .assets import DATA, fetch, hub_in_reach, members, nearest, packages
+from .assets import DATA, fetch, first_line, hub_in_reach, members, nearest, packages
 
 SPOKEN = {
     "text", "dynamic_line", "yes", "no", "offer", "accepted", "rejected", "advice", "inquire",
     "success", "success_lie", "failure", "describe",
 }  # fmt: skip
+FILES = (".txt", ".jsonl", ".json", ".csv")
 NPC_FILES = "./usr/share/games/cataclysm-dda/json/npcs/*.json"
 
 
@@ -47,7 +49,13 @@ def _jsonl(files: dict[str, bytes], source: dict, _archive: Path | None) -> Iter
     for content in files.values():
         for line in content.decode().splitlines():
             text = source["template"].format_map(json.loads(line))
-            yield re.sub(source["remove"], "", text) if "remove" in source else text
+            yield _plain(re.sub(source["remove"], "", text) if "remove" in source else text)
+
+
+def _plain(text: str) -> str:
+    """Text without what its way through HTML and CSV left in it."""
+    text = re.sub(r"</?[a-zA-Z][^<>]*>", "", html.unescape(text))
+    return text.replace('""', '"').replace("\xa0", " ")
 
 
 def _lines(files: dict[str, bytes], _source: dict, _archive: Path | None) -> Iterator[str]:
@@ -90,6 +98,7 @@ def _catalogue(files: dict[str, bytes], source: dict, archive: Path) -> Iterator
         for english, chinese in pairs.items():
             if not (isinstance(english, str) and isinstance(chinese, str)):
                 continue  # plural forms
+            english = english.rpartition("\x04")[2]  # gettext's context comes before that mark
             plain = re.sub(r"\s*<[^>]*>", "", english.lstrip("&")).strip()
             if len(english.split()) >= source["minimum_words"] and plain not in said:
                 yield f"{english.strip()}\n{chinese.strip()}"
@@ -128,8 +137,9 @@ def read_hub(entry: dict) -> list[str]:
     try:
         rows = load_dataset(path, entry.get("config"), split=entry.get("split", "train"))
     except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise OSError(f"Hugging Face dataset {path!r} could not be loaded: {reason}") from error
+        raise OSError(
+            f"Hugging Face dataset {path!r} could not be loaded: {first_line(error)}"
+        ) from error
     return _columns(rows, entry, f"dataset {path!r}")
 
 
@@ -143,23 +153,29 @@ def read_path(path: Path, column: str | None) -> list[str]:
     ValueError
         If the text column cannot be told, or a file's type is not supported.
     """
-    from datasets import Dataset
-
-    kinds = {".txt": None, ".jsonl": Dataset.from_json, ".json": Dataset.from_json}
-    kinds[".csv"] = Dataset.from_csv
-    files = sorted(p for p in path.rglob("*") if p.suffix in kinds) if path.is_dir() else [path]
+    files = sorted(p for p in path.rglob("*") if p.suffix in FILES) if path.is_dir() else [path]
     if not files:
         raise FileNotFoundError(f"{path} holds no .txt, .jsonl or .csv file")
-    documents = []
-    for file in files:
-        if file.suffix not in kinds:
-            raise ValueError(f"{file}: expected a .txt, .jsonl or .csv file, got {file.suffix!r}")
+    return [document for file in files for document in _read_file(file, column)]
+
+
+def _read_file(file: Path, column: str | None) -> list[str]:
+    from datasets import Dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    if file.suffix not in FILES:
+        raise ValueError(f"{file}: expected a .txt, .jsonl or .csv file, got {file.suffix!r}")
+    if not file.stat().st_size:
+        return []
+    try:
         if file.suffix == ".txt":
-            documents.append(file.read_text(encoding="utf-8"))
-        elif file.stat().st_size:
-            rows = kinds[file.suffix](str(file), keep_in_memory=True)
-            documents += _columns(rows, {"column": column} if column else {}, str(file))
-    return documents
+            return [file.read_text(encoding="utf-8")]
+        read = Dataset.from_csv if file.suffix == ".csv" else Dataset.from_json
+        rows = read(str(file), keep_in_memory=True)
+    except (UnicodeDecodeError, DatasetGenerationError) as error:
+        reason = first_line(error.__cause__ or error)
+        raise ValueError(f"{file} cannot be read as {file.suffix} in UTF-8: {reason}") from error
+    return _columns(rows, {"column": column} if column else {}, str(file))
 
 
 def _columns(rows, entry: dict, what: str) -> list[str]:

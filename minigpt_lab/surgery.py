@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from .families import Anatomy, weight_axis
 from .plan import PruningPlan
+from .vocabulary import TrimmedVocabulary
 
 
 @contextlib.contextmanager
@@ -40,7 +41,7 @@ def masked(model: PreTrainedModel, plan: PruningPlan) -> Iterator[PreTrainedMode
     """
     anatomy = plan.require(model)
     saved: list[tuple[torch.Tensor, int, torch.Tensor, torch.Tensor]] = []
-    previous = getattr(model, "pruning_plan", None)
+    vocabulary = getattr(model, "trimmed_vocabulary", None)
     hook = None
     try:
         for tensor, axis, features in _cuts(anatomy, plan):
@@ -49,11 +50,12 @@ def masked(model: PreTrainedModel, plan: PruningPlan) -> Iterator[PreTrainedMode
             with torch.no_grad():
                 tensor.index_fill_(axis, index, 0)
         if plan.vocabulary is not None:
-            hook = model.get_output_embeddings().register_forward_hook(_forbid(plan))
-        model.pruning_plan = plan if previous is None else plan.after(previous, anatomy)
+            head = model.get_output_embeddings()
+            hook = head.register_forward_hook(_forbid(plan, head.weight.device))
+            model.trimmed_vocabulary = TrimmedVocabulary.of(model).cut(plan.vocabulary, mask=True)
         yield model
     finally:
-        model.pruning_plan = previous
+        model.trimmed_vocabulary = vocabulary
         if hook is not None:
             hook.remove()
         with torch.no_grad():
@@ -97,12 +99,13 @@ def _zero_cuts(
             yield module.bias, 0, np.array(sides["bias"], np.int64)
 
 
-def _forbid(plan: PruningPlan):
+def _forbid(plan: PruningPlan, device: torch.device):
     gone = torch.ones(plan.vocabulary_size, dtype=torch.bool)
     gone[plan.vocabulary] = False
+    gone = gone.to(device)
 
     def hook(_module: nn.Module, _args: tuple, logits: torch.Tensor) -> torch.Tensor:
-        return logits.masked_fill(gone.to(logits.device), float("-inf"))
+        return logits.masked_fill(gone, float("-inf"))
 
     return hook
 
@@ -124,9 +127,9 @@ def shrink(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
     Returns
     -------
     transformers.PreTrainedModel
-        With the plan as its attribute ``pruning_plan``. If tokens left, `perplexity`, `save_model`
-        and the other functions of this kit trim the tokenizer by themselves; `trim_tokenizer`
-        gives it.
+        Its attribute ``pruning_plans`` lists the plans that made it. If tokens left, `perplexity`,
+        `save_model` and the other functions of this kit trim the tokenizer by themselves;
+        `tokenizer_for` gives it.
     """
     plan.require(model)
     mini = copy.deepcopy(model)
@@ -136,9 +139,9 @@ def shrink(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
     anatomy.set_units(plan.keep)
     anatomy.set_config()
     if plan.vocabulary is not None:
+        mini.trimmed_vocabulary = TrimmedVocabulary.of(model).cut(plan.vocabulary, mask=False)
         _trim_vocabulary(mini, plan.vocabulary)
-    previous = getattr(model, "pruning_plan", None)
-    mini.pruning_plan = plan if previous is None else plan.after(previous, anatomy)
+    mini.pruning_plans = [*getattr(model, "pruning_plans", []), plan]
     return mini
 
 
@@ -147,13 +150,13 @@ def _trim_vocabulary(model: PreTrainedModel, kept: list[int]) -> None:
     tied = Anatomy(model).head_is_tied()
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     index = torch.tensor(kept, device=embedding.weight.device)
-    embedding.weight = nn.Parameter(embedding.weight.index_select(0, index))
+    embedding.weight = _rows(embedding.weight, index)
     embedding.num_embeddings = len(kept)
     new = {old: place for place, old in enumerate(kept)}
     if embedding.padding_idx is not None:
         embedding.padding_idx = new.get(embedding.padding_idx)
     if head is not None:
-        head.weight = embedding.weight if tied else nn.Parameter(head.weight.index_select(0, index))
+        head.weight = embedding.weight if tied else _rows(head.weight, index)
         if head.bias is not None:
             head.bias = nn.Parameter(head.bias.index_select(0, index))
         head.out_features = len(kept)
@@ -163,5 +166,11 @@ def _trim_vocabulary(model: PreTrainedModel, kept: list[int]) -> None:
     for config in (model.config, model.generation_config):
         for name, value in config.to_dict().items():
             if name.endswith("_token_id") and value is not None:
-                renumbered = [new[i] for i in value] if isinstance(value, list) else new.get(value)
-                setattr(config, name, renumbered)
+                listed = isinstance(value, list)
+                setattr(
+                    config, name, [new[i] for i in value if i in new] if listed else new.get(value)
+                )
+
+
+def _rows(parameter: nn.Parameter, index: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(parameter.index_select(0, index), requires_grad=parameter.requires_grad)

@@ -58,6 +58,31 @@ def count_tokens(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> np
     return counts
 
 
+def excerpt(
+    texts: Part | Sequence[str], tokenizer: PreTrainedTokenizerBase, max_tokens: int
+) -> Part | Sequence[str]:
+    """The first passages with at most `max_tokens` tokens together; at least one passage.
+
+    Cut the text once, with the dense model's tokenizer, before models with different vocabularies
+    are compared on it: a limit in tokens would show each of them another text.
+
+    Raises
+    ------
+    ValueError
+        If the limit is below 2 tokens or there is no text.
+    """
+    if max_tokens < 2 or not len(texts):
+        raise ValueError(f"{texts} with max_tokens={max_tokens}: nothing to score")
+    total, count = 0, 0
+    for ids, _ in encoded(texts, tokenizer):
+        total += len(ids)
+        if count and total > max_tokens:
+            break
+        count += 1
+    chosen = tuple(texts[:count])
+    return Part(texts.domain, texts.name, chosen) if isinstance(texts, Part) else chosen
+
+
 def window_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """``[bos]`` for tokenizers that begin every text with it, else nothing."""
     bos = tokenizer.bos_token_id
@@ -97,21 +122,19 @@ def tokenize(
     ValueError
         If the text is shorter than one window, or a number is not positive.
     """
-    for name, value in (
-        ("seq_len", seq_len),
-        ("max_tokens", max_tokens),
-        ("batch_size", batch_size),
-    ):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} is {value}; expected a positive number")
-    limit = max_tokens or float("inf")
     prefix = window_prefix(tokenizer)
+    for name, value in (("seq_len", seq_len - len(prefix)), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; expected a positive number")
+    if max_tokens is not None and max_tokens < 1:
+        raise ValueError(f"max_tokens is {max_tokens}; expected a positive number or None")
+    step = seq_len - len(prefix)
+    limit = float("inf") if max_tokens is None else max_tokens // seq_len * step
     ids: list[int] = []
     for tokens, _ in encoded([texts] if isinstance(texts, str) else texts, tokenizer):
         ids += tokens
         if len(ids) >= limit:
             break
-    step = seq_len - len(prefix)
     count = min(len(ids), limit) // step
     if count == 0:
         raise ValueError(

@@ -8,11 +8,47 @@ kept encodes exactly as before.
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+#: Where a trimmed tokenizer keeps the original ids of its tokens; saved and loaded with it.
+_ORIGINAL = "minigpt_lab_original_ids"
+
+
+@dataclass(frozen=True)
+class TrimmedVocabulary:
+    """What a model with fewer tokens must remember about the tokenizer it began with.
+
+    Parameters
+    ----------
+    size : int
+        Tokens of the model before the first cut.
+    rows : tuple of int
+        Original id of every row of the embedding.
+    allowed : tuple of int
+        Original ids that a text may use; fewer than the rows only under a mask.
+    """
+
+    size: int
+    rows: tuple[int, ...]
+    allowed: tuple[int, ...]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> TrimmedVocabulary:
+        """What the model remembers, or the whole vocabulary of one that was never cut."""
+        size = model.get_input_embeddings().weight.shape[0]
+        known = getattr(model, "trimmed_vocabulary", None)
+        return known or cls(size, tuple(range(size)), tuple(range(size)))
+
+    def cut(self, kept: list[int], mask: bool) -> TrimmedVocabulary:
+        """After a further cut to `kept`, in ids of the model."""
+        allowed = tuple(self.rows[token] for token in kept)
+        return TrimmedVocabulary(self.size, self.rows if mask else allowed, allowed)
 
 
 def _model(tokenizer: PreTrainedTokenizerBase) -> dict | None:
@@ -77,9 +113,9 @@ def close_over_merges(kept: np.ndarray, merges: np.ndarray) -> np.ndarray:
 
 
 def trim_tokenizer(
-    tokenizer: PreTrainedTokenizerBase, kept: np.ndarray | list[int], renumber: bool = True
+    tokenizer: PreTrainedTokenizerBase, kept: np.ndarray | list[int]
 ) -> PreTrainedTokenizerFast:
-    """A tokenizer with only the kept tokens.
+    """A tokenizer with only the kept tokens, renumbered 0, 1, 2, … in their order.
 
     Parameters
     ----------
@@ -87,9 +123,6 @@ def trim_tokenizer(
         A byte-pair tokenizer.
     kept : sequence of int
         Ids of the tokens that stay, closed over merges (as a plan holds them), ascending.
-    renumber : bool
-        True: ids become 0, 1, 2, … in the order of `kept`, to go with a shrunk model. False: ids
-        stay as they were, to go with a masked one.
 
     Returns
     -------
@@ -100,13 +133,18 @@ def trim_tokenizer(
     ValueError
         If the tokenizer is not a byte-pair encoding.
     """
+    return _renumbered(tokenizer, {int(old): new for new, old in enumerate(kept)})
+
+
+def _renumbered(tokenizer: PreTrainedTokenizerBase, new: dict[int, int]) -> PreTrainedTokenizerFast:
+    """A tokenizer with the tokens of `new` (old id to new id) only."""
     if _model(tokenizer) is None:
         raise ValueError(
             f"the vocabulary of {type(tokenizer).__name__} cannot be trimmed: only fast byte-pair "
             "(BPE) tokenizers can; leave epsilon_embedding out"
         )
+    original = tokenizer.init_kwargs.get(_ORIGINAL)
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
-    new = {int(old): (place if renumber else int(old)) for place, old in enumerate(kept)}
     added = [token for token in spec["added_tokens"] if token["id"] in new]
     # added tokens join the model's own table: the ids of those outside it are recomputed on loading
     vocab = {**spec["model"]["vocab"], **{token["content"]: token["id"] for token in added}}
@@ -120,6 +158,7 @@ def trim_tokenizer(
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(spec)),
         **tokenizer.special_tokens_map,
+        **{_ORIGINAL: [original[old] if original else old for old in sorted(new, key=new.get)]},
         model_max_length=tokenizer.model_max_length,
         padding_side=tokenizer.padding_side,
         clean_up_tokenization_spaces=False,
@@ -147,25 +186,36 @@ def tokenizer_for(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer that fits a model: trimmed if the model's vocabulary is, else as given.
 
+    A model whose tokens were cut (once or more) takes the tokenizer of any stage before.
+
     Raises
     ------
     ValueError
-        If the tokenizer's size shows that it does not belong to the model.
+        If the tokenizer does not belong to the model.
     """
-    rows = model.get_input_embeddings().weight.shape[0]
-    plan = getattr(model, "pruning_plan", None)
-    kept = None if plan is None else plan.vocabulary
-    if kept is not None and len(tokenizer) != len(kept):
-        _refuse_foreign(len(tokenizer), plan.vocabulary_size)
-        return trim_tokenizer(tokenizer, kept, renumber=rows == len(kept))
-    _refuse_foreign(len(tokenizer), rows if kept is None else len(kept))
-    return tokenizer
-
-
-def _refuse_foreign(tokens: int, rows: int) -> None:
-    # models pad their vocabulary by a few rows, never by a tenth
-    if not 0.9 * rows <= tokens <= rows:
+    wanted = TrimmedVocabulary.of(model)
+    original = tokenizer.init_kwargs.get(_ORIGINAL)
+    if original is not None and len(original) == wanted.size:
+        original = None  # this very tokenizer is what the model began with
+    if original is None:  # models pad their vocabulary by a few rows, never by a tenth
+        fits = 0.9 * wanted.size <= len(tokenizer) <= wanted.size
+    else:
+        fits = set(wanted.allowed) <= set(original)
+    if not fits:
         raise ValueError(
-            f"the tokenizer has {tokens} tokens, the model's vocabulary {rows}: they do not belong "
-            "together; use the pair that load_model returns"
+            f"the tokenizer has {len(tokenizer)} tokens, the model's vocabulary "
+            f"{len(wanted.rows)}: they do not belong together; use the pair that load_model returns"
         )
+    if list(wanted.allowed) == (original or list(range(wanted.size))):
+        return tokenizer
+    known = _fitted.get(tokenizer)
+    if known is None or known[0] != wanted:
+        rows = {old: row for row, old in enumerate(wanted.rows)}
+        ids = {old: own for own, old in enumerate(original or range(wanted.size))}
+        fitted = _renumbered(tokenizer, {ids[old]: rows[old] for old in wanted.allowed})
+        known = _fitted[tokenizer] = (wanted, fitted)
+    return known[1]
+
+
+# The last tokenizer fitted to each: a sweep asks for the same one at every point.
+_fitted: WeakKeyDictionary = WeakKeyDictionary()

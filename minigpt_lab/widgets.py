@@ -44,13 +44,14 @@ class ThresholdExplorer:
     ):
         self.model, self.statistics = model, dict(statistics)
         self._frame = activation_frame(self.statistics)
-        low, high = np.log10(np.quantile(self._frame["mean_abs"].clip(1e-12), [0.0, 0.999]))
-        low, high = min(low, np.log10(epsilon)) - 0.1, max(high, np.log10(epsilon)) + 0.1
+        live = self._frame.loc[self._frame["mean_abs"] > 0, "mean_abs"]
+        ends = [*np.quantile(live, [0, 0.999]), *([epsilon] if epsilon > 0 else [])]
+        low, high = np.log10(min(ends)) - 0.1, np.log10(max(ends)) + 0.1
         self.domain = ipywidgets.Dropdown(
             options=list(statistics), value=domain, description="domain"
         )
         self.epsilon = ipywidgets.FloatLogSlider(
-            value=epsilon, min=low, max=high, step=0.02, description="ε activation",
+            value=max(epsilon, 10**low), min=low, max=high, step=0.02, description="ε activation",
             continuous_update=False, readout_format=".2e",
         )  # fmt: skip
         self.summary = ipywidgets.HTML()

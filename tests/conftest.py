@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -32,7 +34,7 @@ CONFIGS = {
 def random_model(family: str, seed: int = 0) -> torch.nn.Module:
     """A small model of a family with every parameter random, biases too."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[family]).eval()
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[family])).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.3)

@@ -75,7 +75,7 @@ def test_a_sweep_resumes_where_it_stopped(tmp_path, tiny, draws, monkeypatch):
 
     first = sweep(activation=[0.05])
     with path.open("a") as file:
-        file.write('{"key": "cut off')  # as a killed process leaves it
+        file.write('\n{"key": "cut off')  # as a killed process leaves it
     measured = []
     real = analysis.perplexity
     monkeypatch.setattr(analysis, "perplexity", lambda *a, **k: measured.append(1) or real(*a, **k))

@@ -61,3 +61,15 @@ def test_unknown_names_get_the_nearest(model):
         lab.score("random", model, sites=("head",))
     with pytest.raises(ValueError, match="needs batches"):
         lab.score("contextual", model)
+
+
+def test_scores_that_are_no_numbers_are_refused(model):
+    @lab.criterion("lost")
+    def lost(model, batches=None, statistics=None, *, sites):
+        return {site: [np.full(n, np.nan) for n in Anatomy(model).units(site)] for site in sites}
+
+    try:
+        with pytest.raises(ValueError, match="lost gives NaN"):
+            lab.score("lost", model)
+    finally:
+        del lab.CRITERIA["lost"]

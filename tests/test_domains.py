@@ -94,11 +94,15 @@ def test_bad_input_is_named(tmp_path):
     (tmp_path / "two.csv").write_text("question,answer\na,b\n")
     (tmp_path / "data.parquet").write_text("")
     (tmp_path / "void").mkdir()
+    (tmp_path / "broken.jsonl").write_text('{"text": ')
+    (tmp_path / "latin.txt").write_bytes("naïve".encode("latin-1") * 9)
     for name, words in {
         "short.txt": "1 passage.* at least 4",
         "empty.txt": "is empty",
         "two.csv": "which column .*question, answer",
         "data.parquet": "expected a .txt, .jsonl or .csv",
+        "broken.jsonl": "broken.jsonl cannot be read as .jsonl",
+        "latin.txt": "latin.txt cannot be read as .txt in UTF-8",
     }.items():
         with pytest.raises(ValueError, match=words):
             lab.load_domain(tmp_path / name)
@@ -108,6 +112,10 @@ def test_bad_input_is_named(tmp_path):
         lab.load_domain(tmp_path / "two.csv", column="anser")
     with pytest.raises(ValueError, match="unknown domain 'medicl'.*'medical'"):
         lab.load_domain("medicl")
+    with pytest.raises(ValueError, match="unknown domain 'my_texts/'"):
+        lab.load_domain("my_texts/")
+    with pytest.raises(ValueError, match="unknown domain 'tiny-law'"):
+        lab.load_domain(sources.Path("tiny-law"))  # a path is a folder, never a name
 
 
 def test_hub_domains_go_through_datasets(monkeypatch):
@@ -136,6 +144,11 @@ def test_hub_domains_go_through_datasets(monkeypatch):
     monkeypatch.setattr(sources, "hub_in_reach", lambda: False)
     with pytest.raises(OSError, match="out of reach"):
         lab.load_domain("someone/texts")
+
+
+def test_texts_are_clean_of_what_they_came_through():
+    raw = 'He said ""yes"" &amp; <a href="x">left</a>.\xa0If a < b, go.'
+    assert sources._plain(raw) == 'He said "yes" & left. If a < b, go.'
 
 
 def test_tokenize_packs_full_windows(tiny, tiny_domain):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import minigpt_lab as lab
+from minigpt_lab import evaluation
 
 
 def test_one_window_equals_the_models_own_loss(tiny, tiny_domain):
@@ -61,13 +62,16 @@ def test_batch_size_does_not_matter_and_limits_do(tiny, tiny_domain):
         for n in (1, 5)
     )
     assert one.value == pytest.approx(many.value, rel=1e-5)
-    assert one.tokens == 700 - 11  # ten full windows and a tail, less a first token each
+    assert 500 < one.tokens <= 700
 
 
 def test_the_interval_holds_the_value_and_is_seeded(tiny, tiny_domain):
     model, tokenizer = tiny
     a, b = (lab.perplexity(model, tokenizer, tiny_domain.test, 64) for _ in range(2))
     assert a.low < a.value < a.high and (a.low, a.high) == (b.low, b.high)
+    assert a.bits_low < a.bits_per_character < a.bits_high
+    alone = lab.perplexity(model, tokenizer, tiny_domain.test[0], 64)
+    assert math.isnan(alone.low) and math.isnan(alone.high)
     assert "windows of 64" in a.protocol and "tiny-law/test" in str(a)
     assert float(a) == a.value == a.row()["perplexity"]
     assert a.passages[:, 1].sum() == a.tokens
@@ -87,16 +91,47 @@ def test_the_model_is_left_as_it_was(tiny, tiny_domain):
 def test_bad_input_is_named(tiny, tiny_domain):
     model, tokenizer = tiny
     for arguments, words in (
-        ({"texts": []}, "is empty"),
+        ({"texts": []}, "nothing to score"),
+        ({"texts": [], "max_tokens": None}, "is empty"),
         ({"texts": tiny_domain.test, "seq_len": 1}, "seq_len=1"),
         ({"texts": tiny_domain.test, "stride": 300}, "stride=300"),
         ({"texts": tiny_domain.test, "seq_len": 512}, "windows of 512 tokens are longer"),
-        ({"texts": tiny_domain.test, "max_tokens": 1}, "at least 2"),
+        ({"texts": tiny_domain.test, "stride": 0}, "stride=0"),
+        ({"texts": tiny_domain.test, "max_tokens": 1}, "nothing to score"),
     ):
         with pytest.raises(ValueError, match=words):
             lab.perplexity(model, tokenizer, **arguments)
     with pytest.raises(ValueError, match="prompt is empty"):
         lab.generate(model, tokenizer, "")
+    with pytest.raises(ValueError, match="this model takes 256"):
+        lab.generate(model, tokenizer, "The court", max_new_tokens=300)
+
+
+def test_nan_is_an_error_and_not_a_number_less(tiny, tiny_domain, monkeypatch):
+    model, tokenizer = tiny
+    real = evaluation._token_losses
+
+    def half_nan(*arguments):
+        losses = real(*arguments)
+        losses[:, 20:] = float("nan")
+        return losses
+
+    monkeypatch.setattr(evaluation, "_token_losses", half_nan)
+    with pytest.raises(ValueError, match="gives NaN on tiny-law/test"):
+        lab.perplexity(model, tokenizer, tiny_domain.test, 64)
+
+
+def test_an_excerpt_is_the_same_text_for_every_vocabulary(tiny, tiny_domain):
+    model, tokenizer = tiny
+    batches = lab.tokenize(tiny_domain.calibration, tokenizer, 64, 512)
+    found = lab.collect_statistics(model, batches, progress=False)
+    mini = lab.shrink(model, lab.contextual_plan(model, found, epsilon_embedding=0.0))
+    text = lab.excerpt(tiny_domain.test, tokenizer, 600)
+    assert str(text) == "tiny-law/test" and 1 < len(text) < len(tiny_domain.test)
+    pair = [lab.perplexity(m, tokenizer, text, 64, max_tokens=None) for m in (model, mini)]
+    assert pair[0].characters == pair[1].characters == sum(map(len, text))
+    assert pair[0].tokens < pair[1].tokens
+    assert len(lab.excerpt(tiny_domain.test, tokenizer, 2)) == 1  # never nothing
 
 
 def test_generation_continues_the_prompt(tiny):

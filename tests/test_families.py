@@ -29,9 +29,16 @@ def test_describe_names_units_and_shares(model):
     grouped = Anatomy(model).queries_per_group > 1
     assert table.loc["attention", "unit"] == ("key/value group" if grouped else "head")
     assert table.loc["ffn", "units_per_layer"] == "20"
+    mini = lab.shrink(model, _fewer_tokens(model))
+    cost = int(table.loc["vocabulary", "parameters_per_unit"])
+    assert lab.model_size(model).stored - lab.model_size(mini).stored == 7 * cost
     assert 0 < table["share_of_model"].sum() < 1
     mini = lab.shrink(model, _narrower(model))
     assert lab.describe(mini).set_index("site").loc["ffn", "units_per_layer"] == "19–20"
+
+
+def _fewer_tokens(model):
+    return lab.PruningPlan("", {}, {}, vocabulary_size=97, vocabulary=list(range(90)))
 
 
 def _narrower(model):

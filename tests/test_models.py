@@ -34,7 +34,7 @@ def test_save_equals_load_for_uneven_layers(tmp_path, model, tokenizer, probe):
     mini = lab.shrink(model, random_plan(model, 11, vocabulary=False))
     again, _ = lab.load_model(lab.save_model(mini, tokenizer, tmp_path / "mini"), device="cpu")
     assert same(mini, again, probe)
-    assert again.pruning_plan == mini.pruning_plan
+    assert again.pruning_plans == mini.pruning_plans
     assert Anatomy(again).layer_widths() == Anatomy(mini).layer_widths()
 
 
@@ -91,13 +91,37 @@ def test_masked_models_can_be_saved_and_stay_masked(tmp_path, tokenizer, probe):
     assert torch.equal(logits(lab.load_model(folder, device="cpu")[0], probe), expected)
 
 
+def test_a_mask_over_tokens_is_not_saved(tmp_path, tokenizer):
+    model = random_model("llama")
+    with (
+        lab.masked(model, random_plan(model, 14)),
+        pytest.raises(ValueError, match="forbidden, not gone"),
+    ):
+        lab.save_model(model, tokenizer, tmp_path / "masked")
+
+
+def test_other_attention_implementations_save_too(tmp_path, tokenizer):
+    model = random_model("llama")
+    model.set_attn_implementation("eager")
+    assert lab.save_model(model, tokenizer, tmp_path / "eager").is_dir()
+
+
+def test_padded_and_masked_saves_can_be_cut_again(tmp_path, tokenizer, probe):
+    model = random_model("opt")
+    mini = lab.shrink(model, random_plan(model, 16, vocabulary=False))
+    folder = lab.save_model(mini, tokenizer, tmp_path / "mini", portable=True)
+    again, _ = lab.load_model(folder, device="cpu")
+    assert lab.shrink(again, random_plan(again, 17))(input_ids=probe % 20).logits.isfinite().all()
+
+
 def test_saving_replaces_models_only_and_leaves_no_halves(tmp_path, tokenizer, monkeypatch, probe):
     model = random_model("llama")
     folder = lab.save_model(model, tokenizer, tmp_path / "mini")
     other = lab.save_model(random_model("llama", 1), tokenizer, folder)
     assert same(lab.load_model(other, device="cpu")[0], random_model("llama", 1), probe)
     (tmp_path / "thesis").mkdir()
-    with pytest.raises(FileExistsError, match="no saved model"):
+    (tmp_path / "thesis" / "config.json").touch()
+    with pytest.raises(FileExistsError, match="not written by save_model"):
         lab.save_model(model, tokenizer, tmp_path / "thesis")
 
     def broken(*_args):
@@ -167,6 +191,8 @@ def test_unknown_names_are_offered_the_nearest(tmp_path, monkeypatch):
         lab.load_model("smollm-135m")
     with pytest.raises(FileNotFoundError, match="no model: expected config.json"):
         lab.load_model(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no model 'tiny-llama'"):
+        lab.load_model(models.Path("tiny-llama"))  # a path is a folder, never a name
     with pytest.raises(ValueError, match="unknown dtype 'float33'"):
         lab.load_model("tiny-llama", dtype="float33")
 
@@ -178,6 +204,35 @@ def test_tiny_models_have_learnt_something(name):
     test = lab.load_domain("tiny-medical").test
     assert lab.perplexity(model, tokenizer, test, 64, max_tokens=1024).value < 150
     assert "trained in this project" in lab.label(model)
+
+
+def test_the_fingerprint_sees_weights_and_config():
+    model = random_model("llama")
+    before = models.fingerprint(model)
+    assert models.fingerprint(random_model("llama")) == before
+    with torch.no_grad():
+        model.model.norm.weight[0] += 1
+    changed = models.fingerprint(model)
+    assert changed != before
+    other = random_model("llama")
+    other.config.rms_norm_eps = 0.1
+    assert models.fingerprint(other) != before
+
+
+def test_an_interrupted_replacement_keeps_the_old(tmp_path, monkeypatch):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "old").touch()
+    real = models.Path.replace
+
+    def replace(self, target):
+        if self.name == "new":
+            raise KeyboardInterrupt
+        return real(self, target)
+
+    monkeypatch.setattr(models.Path, "replace", replace)
+    with pytest.raises(KeyboardInterrupt), assets.staged(tmp_path / "folder") as staging:
+        staging.mkdir()
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["old"]
 
 
 def test_an_unwritable_cache_is_named(tmp_path, monkeypatch):

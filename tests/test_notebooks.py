@@ -27,7 +27,8 @@ CASES = {
     "02_threshold_sweep": {
         domain: {
             "domain": domain, "epsilon_linear": [0.01, 0.05], "epsilon_activation": [0.03, 0.1],
-            "epsilon_embedding": [0.0], "epsilon_all": [0.05], "test_tokens": 512,
+            "epsilon_embedding": [0.0], "epsilon_all": [0.05], "validation_tokens": 512,
+            "test_tokens": 512,
         }
         for domain in ("tiny-law", "tiny-games")
     },
@@ -69,6 +70,8 @@ def test_unknown_names_are_refused_before_anything_runs(tmp_path):
         run_notebook("3_contextual")
     with pytest.raises(ValueError, match="no parameter 'epsilon_activations'; did you mean"):
         run_notebook("03_contextual_pruning", {"epsilon_activations": 1}, tmp_path / "run")
+    with pytest.raises(ValueError, match="set by the runner"):
+        run_notebook("03_contextual_pruning", {"interactive": True}, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

@@ -87,6 +87,20 @@ def test_a_plan_equals_its_json(tmp_path, model, statistics):
     assert lab.PruningPlan.load(plan.save(tmp_path / "plan.json")) == plan
     text = str(plan)
     assert "ffn" in text and "units leave" in text and "epsilon_activation=0.2" in text
+    data = plan.to_dict()
+    for change in (
+        {"keep": {"ffn": plan.keep["ffn"][:1]}},
+        {"keep": {"mlp": [[0]] * 3}},
+        {"keep": {"ffn": [[0], [1, 1], [2]]}},
+        {"vocabulary": [3, 2]},
+        {"vocabulary": [0, 97]},
+    ):
+        with pytest.raises(ValueError, match="plan"):
+            lab.PruningPlan.from_dict({**data, **change})
+    name = next(iter(statistics.layer_of))
+    wrong = lab.PruningPlan.from_dict({**data, "zero": {name: {"input": [999]}}})
+    with pytest.raises(ValueError, match="does not have"):
+        lab.shrink(model, wrong)
     (tmp_path / "bad.json").write_text('{"keep": {}}')
     with pytest.raises(ValueError, match="no pruning plan"):
         lab.PruningPlan.load(tmp_path / "bad.json")

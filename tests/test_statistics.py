@@ -15,9 +15,10 @@ from minigpt_lab.families import Anatomy
 
 @pytest.fixture
 def padded(probe):
-    """A left- and right-padded batch and the rows without padding."""
+    """A batch with padding on the left of one row and on the right of the other."""
     mask = torch.ones_like(probe)
     mask[0, -4:] = 0
+    mask[1, :3] = 0
     return {"input_ids": probe, "attention_mask": mask}
 
 
@@ -107,6 +108,10 @@ def test_a_kept_file_is_used_only_for_the_same_tokens(tmp_path, tiny, tiny_domai
     longer = lab.tokenize(tiny_domain.calibration, tokenizer, 64, 512)
     lab.collect_statistics(model, short, path, progress=False)
     assert lab.collect_statistics(model, longer, path, progress=False).n_tokens == 512
+    other_windows = lab.tokenize(tiny_domain.calibration, tokenizer, 32, 512)
+    mean = lab.collect_statistics(model, other_windows, path, progress=False).frame()["mean_abs"]
+    found = lab.collect_statistics(model, longer, path, progress=False)
+    assert not mean.equals(found.frame()["mean_abs"])
     monkeypatch.setattr(type(model), "forward", None)  # a second pass would now fail
     assert lab.collect_statistics(model, longer, path, progress=False).n_tokens == 512
 

@@ -93,14 +93,28 @@ def test_shrink_leaves_the_original_alone(model, probe):
     assert lab.model_size(mini).stored < lab.model_size(model).stored
 
 
-def test_two_plans_in_a_row_compose(model):
+def test_a_shrunk_model_can_be_masked_and_shrunk_again(model):
     first = random_plan(model, 5)
     once = lab.shrink(model, first)
     second = random_plan(once, 6)
+    kept = torch.tensor(second.vocabulary)
+    places = torch.arange(10)[None] % len(kept)
+    with lab.masked(once, second):
+        expected = logits(once, kept[places])[..., kept]
     twice = lab.shrink(once, second)
-    composed = lab.shrink(model, twice.pruning_plan)
-    places = torch.arange(10)[None] % len(second.vocabulary)
-    torch.testing.assert_close(logits(twice, places), logits(composed, places))
+    torch.testing.assert_close(logits(twice, places), expected, atol=1e-4, rtol=1e-4)
+    assert twice.pruning_plans == [first, second]
+
+
+def test_masks_nest(model, probe):
+    outer, inner = (random_plan(model, seed, vocabulary=False) for seed in (31, 32))
+    dense = logits(model, probe)
+    with lab.masked(model, outer):
+        alone = logits(model, probe)
+        with lab.masked(model, inner):
+            assert not torch.equal(logits(model, probe), alone)
+        assert torch.equal(logits(model, probe), alone)
+    assert torch.equal(logits(model, probe), dense)
 
 
 def test_generation_with_the_cache_after_shrinking(model, probe):

@@ -27,9 +27,8 @@ def kept_tokens(words, seed: int) -> list[int]:
 @settings(max_examples=30, deadline=None)
 @given(text=st.text(max_size=60), seed=st.integers(0, 5))
 def test_any_text_round_trips(text, seed, words):
-    for renumber in (True, False):
-        trimmed = lab.trim_tokenizer(words, kept_tokens(words, seed), renumber)
-        assert trimmed.decode(trimmed(text)["input_ids"]) == text
+    trimmed = lab.trim_tokenizer(words, kept_tokens(words, seed))
+    assert trimmed.decode(trimmed(text)["input_ids"]) == text
 
 
 def test_text_of_kept_tokens_encodes_as_before(words, tiny_domain):
@@ -40,7 +39,6 @@ def test_text_of_kept_tokens_encodes_as_before(words, tiny_domain):
     kept = np.flatnonzero(close_over_merges(mask, merge_table(words)))
     trimmed = lab.trim_tokenizer(words, kept)
     assert kept[trimmed(text)["input_ids"]].tolist() == ids
-    assert lab.trim_tokenizer(words, kept, renumber=False)(text)["input_ids"] == ids
     assert len(trimmed) == len(kept)
     assert trimmed.eos_token_id == list(kept).index(words.eos_token_id)
 
@@ -65,6 +63,31 @@ def test_masked_and_shrunk_take_the_same_original_tokenizer(tiny, tiny_domain):
     shrunk = lab.perplexity(mini, tokenizer, tiny_domain.test, 64, max_tokens=512)
     assert shrunk.value == pytest.approx(masked.value, rel=1e-4)
     assert isinstance(lab.generate(mini, tokenizer, "The court"), str)
+
+
+def test_a_vocabulary_can_be_cut_twice(tmp_path, tiny, tiny_domain):
+    """Every tokenizer of the way fits: the original, the first trimmed, and the reloaded one."""
+    model, tokenizer = tiny
+    counts = lab.count_tokens(tiny_domain.calibration, tokenizer)
+    batches = lab.tokenize(tiny_domain.calibration, tokenizer, 64, 512)
+    found = lab.collect_statistics(model, batches, progress=False)
+    first = lab.contextual_plan(model, found, epsilon_embedding=0.0, token_counts=counts)
+    folder = lab.save_model(lab.shrink(model, first), tokenizer, tmp_path / "once")
+    once, trimmed = lab.load_model(folder, device="cpu")
+    batches = lab.tokenize(tiny_domain.calibration, trimmed, 64, 512)
+    found = lab.collect_statistics(once, batches, progress=False)
+    second = lab.contextual_plan(once, found, epsilon_embedding=0.0)
+    text = lab.excerpt(tiny_domain.test, tokenizer, 400)
+    twice = lab.shrink(once, second)
+    assert len(twice.get_input_embeddings().weight) < len(trimmed) < len(tokenizer)
+    with lab.masked(once, second):
+        values = [lab.perplexity(once, t, text, 64, max_tokens=None) for t in (tokenizer, trimmed)]
+    own = lab.tokenizer_for(twice, tokenizer)
+    for words in (tokenizer, trimmed, own):
+        values.append(lab.perplexity(twice, words, text, 64, max_tokens=None))
+    assert [v.value for v in values] == pytest.approx([values[0].value] * 5, rel=1e-4)
+    with pytest.raises(ValueError, match="do not belong together"):
+        lab.perplexity(once, own, text, 64)
 
 
 def test_counts_decide_what_leaves(tiny, tiny_domain):

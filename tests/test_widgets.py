@@ -65,6 +65,11 @@ def test_bad_values(explorer, monkeypatch):
     assert "no such thing" in explorer.summary.value  # seen by the reader, not lost in a log
 
 
+def test_epsilon_zero_is_a_place_to_start(tiny, statistics):
+    explorer = ThresholdExplorer(tiny[0], statistics, "tiny-law", 0.0)
+    assert 0 < explorer.epsilon.value < 0.1
+
+
 def test_headless_shows_the_picture(explorer):
     assert explorer.show(interactive=True) is explorer.view
     assert explorer.show(interactive=False).data == explorer.image.value

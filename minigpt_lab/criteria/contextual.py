@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from ..families import Anatomy
 from ..statistics import collect_statistics
 from .scores import criterion
@@ -31,6 +29,5 @@ def contextual_scores(model, batches=None, statistics=None, *, sites):
         found[site] = []
         for layer, total in enumerate(anatomy.units(site)):
             mean_abs = statistics.mean(anatomy.name(layer, consumer), "input", "absolute")
-            features = [anatomy.positions(consumer, [unit], total) for unit in range(total)]
-            found[site].append(mean_abs[np.array(features)].mean(1))
+            found[site].append(mean_abs[anatomy.unit_positions(consumer, total)].mean(1))
     return found

@@ -93,7 +93,7 @@ def score(
     Raises
     ------
     ValueError
-        If the criterion or a site is unknown, or a criterion lacks its data.
+        If the criterion or a site is unknown, a criterion lacks its data, or a score is not finite.
     """
     if name not in CRITERIA:
         raise ValueError(f"unknown criterion {name!r}; {nearest(name, sorted(CRITERIA))}")
@@ -103,4 +103,8 @@ def score(
     if statistics is not None:
         statistics.require(model)
     values = CRITERIA[name](model, batches, statistics, sites=sites, **options)
+    for site, layers in values.items():
+        for layer, found in enumerate(layers):
+            if not np.isfinite(found).all():
+                raise ValueError(f"{name} gives NaN or infinite {site} scores in layer {layer}")
     return Scores(name, values, fingerprint(model), options)
