@@ -229,10 +229,8 @@ def threshold_sweep(
         perplexity_ratio`` (per character against dense, as a perplexity of the dense tokens). All
         points are measured on the same text, cut with the dense model's tokens.
     """
-    limit = protocol.pop("max_tokens", None)
-    if limit is not None:
-        texts = excerpt(texts, tokenizer, limit)
-    protocol["max_tokens"] = None
+    texts = excerpt(texts, tokenizer, protocol.pop("max_tokens", None))
+    protocol["max_characters"] = None
     done = _finished(path)
     dense = _point(model, tokenizer, None, texts, protocol, done, path)
     jobs = list(_jobs(model, statistics, epsilons, controls, token_counts))
@@ -351,7 +349,7 @@ def measure(
         {
             "variant": variant, "stored": size.stored, "nonzero": size.nonzero,
             "layer_ratio": size.layer_ratio,
-            **perplexity(model, tokenizer, text, max_tokens=None, **protocol).row(),
+            **perplexity(model, tokenizer, text, max_characters=None, **protocol).row(),
         }
         for text in texts
     ]  # fmt: skip

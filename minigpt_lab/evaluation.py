@@ -88,7 +88,8 @@ def perplexity(
     texts: Part | Sequence[str] | str,
     seq_len: int = 256,
     stride: int | None = None,
-    max_tokens: int | None = 16_384,
+    max_characters: int | None = 65_536,
+    max_tokens: int | None = None,
     batch_size: int = 4,
     n_bootstrap: int = 1000,
     seed: int = 0,
@@ -111,9 +112,11 @@ def perplexity(
         Tokens per window.
     stride : int, optional
         Tokens by which windows advance; by default `seq_len` (no overlap).
-    max_tokens : int or None
-        Use the first whole passages with at most so many tokens of the tokenizer given (see
-        `excerpt`); None uses all.
+    max_characters : int or None
+        Use the first whole passages with at most so many characters (see `excerpt`): the same text
+        for every tokenizer. None uses all.
+    max_tokens : int, optional
+        A budget in tokens of the tokenizer given, besides.
     batch_size : int
         Windows per forward pass.
     n_bootstrap, seed : int
@@ -135,8 +138,7 @@ def perplexity(
     if seq_len < 2 or not 1 <= stride <= seq_len:
         raise ValueError(f"seq_len={seq_len}, stride={stride}; expected 1 ≤ stride ≤ seq_len ≥ 2")
     passages = [texts] if isinstance(texts, str) else texts
-    if max_tokens is not None:
-        passages = excerpt(passages, tokenizer, max_tokens)
+    passages = excerpt(passages, tokenizer, max_tokens, max_characters)
     tokenizer = tokenizer_for(model, tokenizer)
     ids, passage, characters = _encode(passages, tokenizer)
     if len(ids) < 2:

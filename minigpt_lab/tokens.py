@@ -59,24 +59,42 @@ def count_tokens(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> np
 
 
 def excerpt(
-    texts: Part | Sequence[str], tokenizer: PreTrainedTokenizerBase, max_tokens: int
+    texts: Part | Sequence[str],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    max_tokens: int | None = None,
+    max_characters: int | None = None,
 ) -> Part | Sequence[str]:
-    """The first passages with at most `max_tokens` tokens together; at least one passage.
+    """The first whole passages within a budget; at least one.
 
-    Cut the text once, with the dense model's tokenizer, before models with different vocabularies
-    are compared on it: a limit in tokens would show each of them another text.
+    To compare models whose vocabularies differ, cut the text once, with the dense model's
+    tokenizer: a limit in tokens would show each of them another text.
+
+    Parameters
+    ----------
+    texts : Part or sequence of str
+        Passages.
+    tokenizer : transformers.PreTrainedTokenizerBase, optional
+        What counts the tokens.
+    max_tokens, max_characters : int, optional
+        Budgets; None is no limit.
 
     Raises
     ------
     ValueError
-        If the limit is below 2 tokens or there is no text.
+        If a budget is below 2 or there is no text.
     """
-    if max_tokens < 2 or not len(texts):
-        raise ValueError(f"{texts} with max_tokens={max_tokens}: nothing to score")
-    total, count = 0, 0
-    for ids, _ in encoded(texts, tokenizer):
-        total += len(ids)
-        if count and total > max_tokens:
+    for name, value in (("max_tokens", max_tokens), ("max_characters", max_characters)):
+        if value is not None and value < 2:
+            raise ValueError(f"{name} is {value}; expected at least 2, or None for no limit")
+    if not any(passage.strip() for passage in texts):
+        raise ValueError(f"{texts if isinstance(texts, Part) else 'the text'} is empty")
+    tokens = characters = count = 0
+    for passage in texts:
+        characters += len(passage)
+        if max_tokens is not None:
+            tokens += len(tokenizer(passage + SEPARATOR, add_special_tokens=False)["input_ids"])
+        over = tokens > (max_tokens or tokens) or characters > (max_characters or characters)
+        if count and over:
             break
         count += 1
     chosen = tuple(texts[:count])

@@ -22,7 +22,7 @@ def test_a_real_model_becomes_a_smaller_real_model(tmp_path):
         model, statistics, epsilon_embedding=0.0, quantile=0.1, token_counts=counts
     )
     text = lab.excerpt(domain.test, tokenizer, 1024)
-    size, protocol = plan.predicted_size(model), {"seq_len": 128, "max_tokens": None}
+    size, protocol = plan.predicted_size(model), {"seq_len": 128}
     assert size.stored < 0.85 * size.dense
     dense = lab.perplexity(model, tokenizer, text, **protocol)
     assert 10 < dense.value < 60

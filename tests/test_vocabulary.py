@@ -81,10 +81,10 @@ def test_a_vocabulary_can_be_cut_twice(tmp_path, tiny, tiny_domain):
     twice = lab.shrink(once, second)
     assert len(twice.get_input_embeddings().weight) < len(trimmed) < len(tokenizer)
     with lab.masked(once, second):
-        values = [lab.perplexity(once, t, text, 64, max_tokens=None) for t in (tokenizer, trimmed)]
+        values = [lab.perplexity(once, t, text, 64) for t in (tokenizer, trimmed)]
     own = lab.tokenizer_for(twice, tokenizer)
     for words in (tokenizer, trimmed, own):
-        values.append(lab.perplexity(twice, words, text, 64, max_tokens=None))
+        values.append(lab.perplexity(twice, words, text, 64))
     assert [v.value for v in values] == pytest.approx([values[0].value] * 5, rel=1e-4)
     with pytest.raises(ValueError, match="do not belong together"):
         lab.perplexity(once, own, text, 64)
