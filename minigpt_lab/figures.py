@@ -173,7 +173,9 @@ def overlap_matrix(overlap: pd.DataFrame, caption: str = "") -> Figure:
         for name in ("jaccard", "chance")
     )
     if table.isna().all(axis=None):
-        raise ValueError("no neuron is unused in any domain: choose a larger ε or a quantile")
+        figure = _figure(5, 1.5, caption)
+        figure.text(0.5, 0.6, "No neuron is unused in any domain: choose a larger ε.", ha="center")
+        return figure
     one_level = np.ptp(chance.to_numpy()) < 0.01  # an absolute ε gives each pair a level of its own
     words = table.map("{:.2f}".format)
     if not one_level:

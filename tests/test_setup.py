@@ -83,6 +83,7 @@ def test_tasks_explain_themselves():
 
 
 def test_wrong_python_and_missing_venv_get_one_line(tmp_path, monkeypatch):
+    assert "tomllib" not in vars(tasks)  # new in 3.11: its import must not come before the check
     monkeypatch.setattr(sys, "argv", ["tasks.py", "test"])
     monkeypatch.setattr(sys, "version_info", (3, 9, 1))
     with pytest.raises(SystemExit, match="Python 3.11 is needed, this is 3.9"):
