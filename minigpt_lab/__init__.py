@@ -12,9 +12,10 @@ from .domains import (
 )
 from .evaluation import Perplexity, generate, perplexity
 from .families import FAMILIES
-from .models import label, load_model, save_model
+from .models import load_model, save_model
 from .plan import PruningPlan
 from .planning import contextual_plan, plan_from_scores
+from .runtime import label
 from .sizes import Size, describe, model_size
 from .statistics import Statistics, collect_statistics
 from .surgery import masked, shrink

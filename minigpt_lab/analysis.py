@@ -18,9 +18,9 @@ from .criteria import score
 from .domains import Part
 from .evaluation import perplexity
 from .families import weight_axis
-from .models import fingerprint
 from .plan import PruningPlan
 from .planning import contextual_plan
+from .runtime import fingerprint
 from .sizes import model_size
 from .statistics import Statistics
 from .surgery import masked

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .domains import Part
-from .models import check_token_ids, inference
+from .runtime import check_token_ids, inference
 from .tokens import encoded, excerpt, window_prefix
 from .vocabulary import tokenizer_for
 

@@ -26,7 +26,7 @@ import pandas as pd
 from transformers import PreTrainedModel
 
 from .assets import first_line, nearest, staged
-from .models import fingerprint, label
+from .runtime import fingerprint, label
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"

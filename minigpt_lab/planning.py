@@ -10,8 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .criteria import Scores
 from .families import Anatomy, Projection
-from .models import fingerprint
 from .plan import PruningPlan, whole
+from .runtime import fingerprint
 from .statistics import Statistics
 from .vocabulary import close_over_merges, merge_table, protected_tokens
 

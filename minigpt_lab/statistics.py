@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from .assets import staged
 from .families import Anatomy
-from .models import check_token_ids, fingerprint, inference, label
+from .runtime import check_token_ids, fingerprint, inference, label
 
 _BLOCK = 256  # rows of activations summed at once
 Key = tuple[str, str]  # (module name, "input" or "output")

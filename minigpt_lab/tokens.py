@@ -54,7 +54,7 @@ def count_tokens(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> np
     """
     counts = np.zeros(len(tokenizer), dtype=np.int64)
     for ids, _ in encoded(texts, tokenizer):
-        np.add.at(counts, ids, 1)
+        counts += np.bincount(ids, minlength=len(counts))
     return counts
 
 

@@ -14,7 +14,7 @@ from test_surgery import logits, random_plan
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import minigpt_lab as lab
-from minigpt_lab import assets, models
+from minigpt_lab import assets, models, runtime
 from minigpt_lab.families import Anatomy
 
 
@@ -209,15 +209,15 @@ def test_tiny_models_have_learnt_something(name):
 
 def test_the_fingerprint_sees_weights_and_config():
     model = random_model("llama")
-    before = models.fingerprint(model)
-    assert models.fingerprint(random_model("llama")) == before
+    before = runtime.fingerprint(model)
+    assert runtime.fingerprint(random_model("llama")) == before
     with torch.no_grad():
         model.model.norm.weight[0] += 1
-    changed = models.fingerprint(model)
+    changed = runtime.fingerprint(model)
     assert changed != before
     other = random_model("llama")
     other.config.rms_norm_eps = 0.1
-    assert models.fingerprint(other) != before
+    assert runtime.fingerprint(other) != before
 
 
 def test_an_interrupted_replacement_keeps_the_old(tmp_path, monkeypatch):

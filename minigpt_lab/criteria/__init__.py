@@ -1,6 +1,6 @@
 """One file per way to score units; importing this package fills the registry."""
 
-from . import contextual, magnitude, random  # noqa: F401  (each registers itself)
+from . import contextual, magnitude, random
 from .scores import CRITERIA, Scores, criterion, score
 
-__all__ = ["CRITERIA", "Scores", "criterion", "score"]
+__all__ = ["CRITERIA", "Scores", "contextual", "criterion", "magnitude", "random", "score"]

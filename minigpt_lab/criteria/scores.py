@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ..assets import nearest
 from ..families import SITES
-from ..models import fingerprint
+from ..runtime import fingerprint
 from ..statistics import Statistics
 
 

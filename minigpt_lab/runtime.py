@@ -1,0 +1,94 @@
+"""What every pass over a model needs: a device, evaluation mode, a name, a hash, a check of ids."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+
+def default_device() -> torch.device:
+    """CUDA if there is one, else Apple's MPS, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def label(model: PreTrainedModel) -> str:
+    """The model's name for captions and records, with what must be said about its origin."""
+    origin = getattr(model.config, "minigpt_lab_origin", None)
+    if origin:
+        return f"{origin['title']} ({origin['note']})"
+    return Path(model.config._name_or_path or model.config.model_type).name
+
+
+@contextlib.contextmanager
+def inference(model: nn.Module) -> Iterator[nn.Module]:
+    """Evaluation mode without gradients; every module's training flag is put back on leaving."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield model
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+
+
+# Config fields that say nothing about what the model computes.
+_CIRCUMSTANCES = {
+    "_name_or_path", "transformers_version", "minigpt_lab_origin", "architectures", "use_cache",
+    "dtype",
+}  # fmt: skip
+_fingerprints: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """SHA-256 of a model's config and weights (names, types, shapes, bytes).
+
+    Kept until a weight changes, so that repeated calls cost nothing. Changes behind autograd's
+    back (``weight.data.mul_(2)``) go unseen; change weights under ``torch.no_grad`` instead.
+    """
+    state = dict(model.named_parameters())
+    version = tuple((key, p.data_ptr(), p._version, p.dtype) for key, p in state.items())
+    known = _fingerprints.get(model)
+    if known is None or known[0] != version:
+        facts = {k: v for k, v in model.config.to_dict().items() if k not in _CIRCUMSTANCES}
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
+        for key, parameter in state.items():
+            digest.update(f"{key} {parameter.dtype} {tuple(parameter.shape)}".encode())
+            content = parameter.detach().cpu().contiguous().view(torch.uint8)
+            digest.update(memoryview(content.numpy()).cast("B"))
+        known = _fingerprints[model] = (version, digest.hexdigest())
+    return known[1]
+
+
+def check_token_ids(model: PreTrainedModel, input_ids: torch.Tensor) -> None:
+    """Refuse token ids, or windows, that the model has no embedding for.
+
+    Raises
+    ------
+    ValueError
+        Naming the offending id or length and the legal range.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    low, high = int(input_ids.min()), int(input_ids.max())
+    if low < 0 or high >= rows:
+        raise ValueError(
+            f"token id {low if low < 0 else high} is outside the model's vocabulary (0 to "
+            f"{rows - 1}): the tokenizer does not belong to this model; use the pair that "
+            "load_model returns"
+        )
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and input_ids.shape[1] > longest:
+        raise ValueError(
+            f"windows of {input_ids.shape[1]} tokens are longer than this model's {longest}; use a "
+            "shorter seq_len"
+        )
