@@ -15,6 +15,7 @@ from .families import FAMILIES
 from .models import load_model, save_model
 from .plan import PruningPlan
 from .planning import contextual_plan, plan_from_scores
+from .recovery import recover
 from .runtime import label
 from .sizes import Size, describe, model_size
 from .statistics import Statistics, collect_statistics
@@ -52,6 +53,7 @@ __all__ = [
     "model_size",
     "perplexity",
     "plan_from_scores",
+    "recover",
     "save_model",
     "score",
     "shrink",
