@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter, StrMethodFormatter
+from matplotlib.ticker import NullFormatter, PercentFormatter, StrMethodFormatter
 
 _CYCLE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DOMAIN_COLOURS = dict(
@@ -272,8 +272,11 @@ def threshold_sweep(
                 axis.axvline(knees[component], color="#D55E00", lw=1)
         column[1].axhline(1, color="black", lw=0.8)
         column[1].set(yscale="log", xlabel="threshold ε")
-        for formatter in (column[1].yaxis.set_major_formatter, column[1].yaxis.set_minor_formatter):
-            formatter(StrMethodFormatter("{x:g}"))
+        column[1].yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        narrow = sweep["perplexity_ratio"].max() < 20  # wider, and labels between decades collide
+        column[1].yaxis.set_minor_formatter(
+            StrMethodFormatter("{x:g}") if narrow else NullFormatter()
+        )
     axes[0, 0].yaxis.set_major_formatter(PercentFormatter(1))
     axes[0, 0].set_ylabel("parameters left")
     axes[1, 0].set_ylabel("perplexity ÷ dense")

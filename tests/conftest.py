@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
+
+# Tiny models gain nothing from a second thread, and on a busy machine threads wait for each other.
+# Kernels and other processes that tests start inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import os
+
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import minigpt_lab as lab
 
 
-def test_a_real_model_becomes_a_smaller_real_model(tmp_path):
+@pytest.fixture
+def all_cores():
+    """This one model is large enough for threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count())
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_real_model_becomes_a_smaller_real_model(tmp_path, all_cores):
     model, tokenizer = lab.load_model("smollm2-135m")
     assert "4-bit" in lab.label(model)
     assert model.num_parameters() == 134_515_008
