@@ -85,6 +85,10 @@ def neuron_overlap(
     """
     if (epsilon is None) == (quantile is None):
         raise ValueError(f"give epsilon or quantile, not both or none: {epsilon}, {quantile}")
+    if (epsilon is not None and not epsilon >= 0) or not 0 <= (quantile or 0) < 1:
+        raise ValueError(
+            f"epsilon={epsilon}, quantile={quantile}; expected ε ≥ 0, 0 ≤ quantile < 1"
+        )
     for domain, found in draws.items():
         if len(found) < 2:
             raise ValueError(
@@ -312,15 +316,16 @@ def knee(curve: pd.DataFrame, x: str = "nonzero_ratio", y: str = "perplexity_rat
     Returns
     -------
     pandas.Series
-        The row: as small as possible before perplexity takes off.
+        The row: as small as possible before perplexity takes off. The largest size if no point
+        lies below the line.
     """
     curve = curve.sort_values(x).reset_index(drop=True)
     size, loss = curve[x].to_numpy(), np.log(curve[y].to_numpy())
     if len(curve) < 3 or np.ptp(size) == 0 or np.ptp(loss) == 0:
         return curve.iloc[-1]
     size, loss = (size - size[0]) / np.ptp(size), (loss - loss.min()) / np.ptp(loss)
-    line = loss[0] + (loss[-1] - loss[0]) * size
-    return curve.loc[int(np.argmax(line - loss))]
+    below = loss[0] + (loss[-1] - loss[0]) * size - loss
+    return curve.loc[int(np.argmax(below))] if below.max() > 0 else curve.iloc[-1]
 
 
 def measure(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import json
 import math
 import os
@@ -89,6 +90,13 @@ def run_notebook(
         if parameter not in known:
             hint = nearest(parameter, known)
             raise ValueError(f"{name} has no parameter {parameter!r}; {hint}")
+    # the kernel works in the run folder: paths given from here must mean the same there
+    parameters = {
+        key: str(Path(value).resolve())
+        if isinstance(value, str) and "/" in value and Path(value).exists()
+        else value
+        for key, value in parameters.items()
+    }
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     folder = (Path(out_dir) if out_dir else Path.cwd() / "runs" / name / stamp).resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -203,11 +211,11 @@ def _git(*arguments: str) -> str | None:
 
 
 def _value(text: str) -> object:
-    """A parameter from the command line: JSON where it is, else a string."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
+    """A parameter from the command line: JSON or a Python literal where it is one, else text."""
+    for read in (json.loads, ast.literal_eval):
+        with contextlib.suppress(ValueError, SyntaxError):
+            return read(text)
+    return text
 
 
 def main() -> None:

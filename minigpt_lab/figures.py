@@ -150,7 +150,7 @@ def activation_histograms(
         axis.set_xlabel("mean |activation| per token")
         axis.tick_params(labelbottom=True)
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper right", ncols=4, fontsize=8)
+    figure.legend(handles, labels, loc="outside lower center", ncols=7, fontsize=8)
     figure.suptitle("How strongly does each domain use the FFN's neurons?", x=0.01, ha="left",
                     fontsize=11, fontweight="bold")  # fmt: skip
     return figure

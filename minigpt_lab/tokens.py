@@ -22,7 +22,9 @@ class Batches(list):
     protected: np.ndarray
 
     def halves(self) -> tuple[Batches, Batches]:
-        """Two draws of disjoint text: windows dealt in turn, half of them each.
+        """Two draws of disjoint text, the first half of the windows and the second.
+
+        Halves, not every other window: neighbours come from the same document.
 
         Raises
         ------
@@ -34,8 +36,8 @@ class Batches(list):
             raise ValueError("one window cannot be halved; take more tokens or a shorter seq_len")
         size = len(self[0]["input_ids"])
         known = (self.source, self.merges, self.protected)
-        even = len(rows) // 2 * 2
-        return _batches(rows[0:even:2], size, *known), _batches(rows[1:even:2], size, *known)
+        half = len(rows) // 2
+        return _batches(rows[:half], size, *known), _batches(rows[half : 2 * half], size, *known)
 
 
 def encoded(

@@ -76,6 +76,8 @@ def test_sweep_draws_every_method_and_mark(sweep):
 def test_knee_is_the_last_cheap_point(sweep):
     curve = sweep[sweep["method"] == "contextual"]
     assert analysis.knee(curve)["epsilon"] == 1e-2
+    steep = curve.assign(perplexity_ratio=[1, 39, 40])
+    assert analysis.knee(steep)["stored_ratio"] == 1.0  # nothing below the line: no knee
     flat = curve.assign(perplexity_ratio=1.0)
     assert analysis.knee(flat)["stored_ratio"] == 1.0
 
