@@ -12,6 +12,7 @@ from .domains import (
 )
 from .evaluation import Perplexity, generate, perplexity
 from .families import FAMILIES
+from .matrix import domain_matrix, domain_plans
 from .models import load_model, save_model
 from .plan import PruningPlan
 from .planning import contextual_plan, plan_from_scores
@@ -42,7 +43,9 @@ __all__ = [
     "count_tokens",
     "criterion",
     "describe",
+    "domain_matrix",
     "domain_names",
+    "domain_plans",
     "excerpt",
     "generate",
     "label",

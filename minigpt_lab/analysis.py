@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -18,6 +16,7 @@ from .criteria import score
 from .domains import Part
 from .evaluation import perplexity
 from .families import weight_axis
+from .ledger import Ledger, content_hash
 from .plan import PruningPlan
 from .planning import contextual_plan
 from .runtime import fingerprint
@@ -235,12 +234,12 @@ def threshold_sweep(
     """
     texts = excerpt(texts, tokenizer, protocol.pop("max_tokens", None))
     protocol["max_characters"] = None
-    done = _finished(path)
-    dense = _point(model, tokenizer, None, texts, protocol, done, path)
+    ledger = Ledger(path)
+    dense = _point(model, tokenizer, None, texts, protocol, ledger)
     jobs = list(_jobs(model, statistics, epsilons, controls, token_counts))
     rows = []
     for component, method, epsilon, plan in tqdm(jobs, desc="sweep", unit="point"):
-        found = _point(model, tokenizer, plan, texts, protocol, done, path)
+        found = _point(model, tokenizer, plan, texts, protocol, ledger)
         size = plan.predicted_size(model).frame().iloc[0].to_dict()
         # token counts differ once tokens leave: compare per character, on the scale of the dense
         # model's tokens
@@ -272,37 +271,15 @@ def _jobs(model, statistics, epsilons, controls, token_counts) -> Iterator[tuple
                 yield component, control, epsilon, matched_plan(model, plan, control)
 
 
-def _finished(path) -> dict[str, dict]:
-    if path is None or not Path(path).is_file():
-        return {}
-    rows = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue  # empty, or left behind by an interrupted write
-    return {row["key"]: row["found"] for row in rows}
-
-
-def _point(model, tokenizer, plan, texts, protocol, done, path) -> dict:
+def _point(model, tokenizer, plan, texts, protocol, ledger: Ledger) -> dict:
     """Perplexity of one plan, from the finished points if it is there."""
     cuts = None if plan is None else [plan.keep, plan.zero, plan.vocabulary]
-    text = hashlib.sha256("\0".join(texts).encode()).hexdigest()
-    recipe = json.dumps([fingerprint(model), cuts, text, protocol], sort_keys=True)
-    key = hashlib.sha256(recipe.encode()).hexdigest()
-    if key not in done:
-        if plan is None:
-            found = perplexity(model, tokenizer, texts, **protocol)
-        else:
-            with masked(model, plan):
-                found = perplexity(model, tokenizer, texts, **protocol)
-        done[key] = found.row()
-        if path is not None:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            with Path(path).open("a", encoding="utf-8") as file:
-                # a line of its own, also after one that was cut off
-                file.write("\n" + json.dumps({"key": key, "found": done[key]}))
-    return done[key]
+
+    def measured() -> dict:
+        with contextlib.nullcontext() if plan is None else masked(model, plan):
+            return perplexity(model, tokenizer, texts, **protocol).row()
+
+    return ledger.get([fingerprint(model), cuts, content_hash(texts), protocol], measured)
 
 
 def knee(curve: pd.DataFrame, x: str = "nonzero_ratio", y: str = "perplexity_ratio") -> pd.Series:

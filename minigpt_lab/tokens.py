@@ -21,23 +21,25 @@ class Batches(list):
     merges: np.ndarray
     protected: np.ndarray
 
-    def halves(self) -> tuple[Batches, Batches]:
-        """Two draws of disjoint text, the first half of the windows and the second.
+    def draws(self, count: int = 2) -> list[Batches]:
+        """Draws of disjoint text and equal length: consecutive stretches of the windows.
 
-        Halves, not every other window: neighbours come from the same document.
+        Stretches, not every other window: neighbours come from the same document.
 
         Raises
         ------
         ValueError
-            If there is only one window.
+            If there are fewer windows than draws.
         """
         rows = torch.cat([batch["input_ids"] for batch in self])
-        if len(rows) < 2:
-            raise ValueError("one window cannot be halved; take more tokens or a shorter seq_len")
-        size = len(self[0]["input_ids"])
+        if not 1 <= count <= len(rows):
+            raise ValueError(
+                f"{len(rows)} window(s) of {rows.shape[1]} tokens cannot give {count} draws; take "
+                "more tokens or a shorter seq_len"
+            )
+        size, length = len(self[0]["input_ids"]), len(rows) // count
         known = (self.source, self.merges, self.protected)
-        half = len(rows) // 2
-        return _batches(rows[:half], size, *known), _batches(rows[half : 2 * half], size, *known)
+        return [_batches(part, size, *known) for part in rows[: count * length].split(length)]
 
 
 def encoded(

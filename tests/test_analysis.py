@@ -18,7 +18,7 @@ def draws(tiny):
     for name in ("tiny-law", "tiny-games"):
         batches = lab.tokenize(lab.load_domain(name).calibration, tokenizer, 64, 2048)
         found[name] = [
-            lab.collect_statistics(model, half, progress=False) for half in batches.halves()
+            lab.collect_statistics(model, half, progress=False) for half in batches.draws()
         ]
     return found
 

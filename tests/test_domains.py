@@ -157,7 +157,7 @@ def test_tokenize_packs_full_windows(tiny, tiny_domain):
     assert [tuple(b["input_ids"].shape) for b in batches] == [(4, 32), (2, 32)]
     text = tokenizer.decode(batches[0]["input_ids"][0])
     assert tiny_domain.calibration[0].startswith(text[:40])
-    first, second = batches.halves()
+    first, second = batches.draws()
     assert sum(len(b["input_ids"]) for b in first) == 3 == sum(len(b["input_ids"]) for b in second)
     with pytest.raises(ValueError, match="less than one window of seq_len=4096"):
         lab.tokenize(tiny_domain.validation, tokenizer, 4096)
