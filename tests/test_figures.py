@@ -69,7 +69,7 @@ def test_sweep_draws_every_method_and_mark(sweep):
     figure = figures.threshold_sweep(sweep, [1e-5, 1e-3, 1e-1], {"activation": 1e-2})
     size, loss = figure.axes
     assert len(size.lines) == 2 + 2 + 1  # stored and non-zero, two marks in range, the knee
-    assert {text.get_text() for text in loss.get_legend().get_texts()} == set(figures.METHOD_STYLE)
+    assert {text.get_text() for text in loss.get_legend().get_texts()} == set(sweep["method"])
     assert "knee at ε = 0.01" in size.get_title(loc="left")
 
 

@@ -1,103 +1,22 @@
-"""Every picture of the series, one function each: a tidy frame in, a matplotlib figure out.
+"""Pictures of pruning, one function each: a tidy frame in, a matplotlib figure out.
 
-One colour per domain and per method everywhere (Okabe–Ito, safe for colour-blind readers), the
-question as the title, units on the axes, and model and protocol in the caption.
+The question is the title, units stand on the axes, model and protocol in the caption.
 """
 
 from __future__ import annotations
 
-import io
-import os
-import textwrap
 from collections.abc import Sequence
-from pathlib import Path
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, PercentFormatter, StrMethodFormatter
 
-_CYCLE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-DOMAIN_COLOURS = dict(
-    zip(("law", "medical", "economics", "games", "translation", "general"), _CYCLE, strict=True)
-)
-METHOD_STYLE = {  # colour, marker: readable in grey by the marker
-    "contextual": ("#0072B2", "o"),
-    "magnitude": ("#E69F00", "s"),
-    "random": ("#7F7F7F", "x"),
-}
-PART_COLOURS = {
-    "embeddings": "#56B4E9",
-    "attention": "#E69F00",
-    "ffn": "#0072B2",
-    "other": "#999999",
-}
-STYLE = {
-    "figure.dpi": 100, "savefig.dpi": 150, "font.size": 9, "axes.titlesize": 11,
-    "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.spines.top": False,
-    "axes.spines.right": False, "axes.axisbelow": True, "axes.grid": True, "grid.alpha": 0.25,
-    "legend.frameon": False,
-}  # fmt: skip
+from .style import METHOD_STYLE, PART_COLOURS, colour, new_figure, styled
 
 
-def colour(domain: str, known: Sequence[str] = ()) -> str:
-    """The colour of a domain; a user's own domain takes the next free one, by its place."""
-    short = domain.removeprefix("tiny-")
-    if short in DOMAIN_COLOURS:
-        return DOMAIN_COLOURS[short]
-    return _CYCLE[list(known).index(domain) % len(_CYCLE)] if domain in known else "#000000"
-
-
-def _figure(width: float, height: float, caption: str = "") -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    if caption:
-        room = int(width * 17)  # characters of this size that fit
-        lines = [part for line in caption.splitlines() for part in textwrap.wrap(line, room)]
-        figure.supxlabel("\n".join(lines), fontsize=7.5, color="#555555", x=0.01, ha="left")
-    return figure
-
-
-def _styled(function):
-    """Draw under the kit's style, whatever the reader's matplotlib settings are."""
-
-    def draw(*args, **kwargs) -> Figure:
-        with mpl.rc_context(STYLE):
-            return function(*args, **kwargs)
-
-    draw.__doc__, draw.__name__ = function.__doc__, function.__name__
-    return draw
-
-
-def png_bytes(figure: Figure) -> bytes:
-    """The figure as PNG bytes; the same figure gives the same bytes."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
-
-
-def save_figure(
-    figure: Figure, path: str | os.PathLike, data: pd.DataFrame | None = None
-) -> Figure:
-    """Write a figure as PNG and SVG, and the data behind it as CSV, under one stem.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
-        The figure, so that a notebook cell shows it.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with mpl.rc_context({**STYLE, "svg.hashsalt": "minigpt_lab"}):
-        figure.savefig(path.with_suffix(".png"), metadata={"Software": None})
-        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
-    if data is not None:
-        data.to_csv(path.with_suffix(".csv"), index=False)
-    return figure
-
-
-@_styled
+@styled
 def activation_histograms(
     frame: pd.DataFrame, epsilon: float | None = None, n_layers: int = 6, caption: str = ""
 ) -> Figure:
@@ -121,7 +40,7 @@ def activation_histograms(
     zero_at = edges[0] - 0.35  # neurons that are never on stand apart, left of the scale
     columns = -(-len(layers) // 2) if len(layers) > 3 else len(layers)
     rows = -(-len(layers) // columns)
-    figure = _figure(3.2 * columns, 2.3 * rows + 0.6, caption)
+    figure = new_figure(3.2 * columns, 2.3 * rows + 0.6, caption)
     axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
     for axis, layer in zip(axes, layers, strict=False):
         for place, domain in enumerate(domains):
@@ -156,7 +75,7 @@ def activation_histograms(
     return figure
 
 
-@_styled
+@styled
 def overlap_matrix(overlap: pd.DataFrame, caption: str = "") -> Figure:
     """Jaccard overlap of the neurons that domains leave unused, domain by domain.
 
@@ -173,7 +92,7 @@ def overlap_matrix(overlap: pd.DataFrame, caption: str = "") -> Figure:
         for name in ("jaccard", "chance")
     )
     if table.isna().all(axis=None):
-        figure = _figure(5, 1.5, caption)
+        figure = new_figure(5, 1.5, caption)
         figure.text(0.5, 0.6, "No neuron is unused in any domain: choose a larger ε.", ha="center")
         return figure
     one_level = np.ptp(chance.to_numpy()) < 0.01  # an absolute ε gives each pair a level of its own
@@ -181,7 +100,7 @@ def overlap_matrix(overlap: pd.DataFrame, caption: str = "") -> Figure:
     if not one_level:
         words += chance.map("\n({:.2f})".format)
     note = f"chance {chance.to_numpy().mean():.2f}" if one_level else "in brackets: by chance"
-    figure = _figure(2.4 + 0.75 * len(order), 1.9 + 0.62 * len(order), caption)
+    figure = new_figure(2.4 + 0.75 * len(order), 1.9 + 0.62 * len(order), caption)
     axis = figure.subplots()
     sns.heatmap(table, annot=words, fmt="", cmap="cividis", vmin=chance.to_numpy().min(), vmax=1,
                 ax=axis, square=True, cbar_kws={"label": f"Jaccard overlap ({note})"})  # fmt: skip
@@ -192,7 +111,7 @@ def overlap_matrix(overlap: pd.DataFrame, caption: str = "") -> Figure:
     return figure
 
 
-@_styled
+@styled
 def magnitude_scatter(
     frame: pd.DataFrame, domain: str, other: str, epsilon: float | None = None, caption: str = ""
 ) -> Figure:
@@ -208,7 +127,7 @@ def magnitude_scatter(
     wide = frame.pivot(index=["layer", "neuron"], columns="domain", values="mean_abs")
     pair = wide[[domain, other]]
     pair = pair[(pair > 0).all(axis=1)]
-    figure = _figure(4.6, 4.4, caption)
+    figure = new_figure(4.6, 4.4, caption)
     axis = figure.subplots()
     drawn = axis.hexbin(pair[domain], pair[other], xscale="log", yscale="log", gridsize=55,
                         bins="log", mincnt=1, cmap="cividis")  # fmt: skip
@@ -226,7 +145,7 @@ def magnitude_scatter(
     return figure
 
 
-@_styled
+@styled
 def threshold_sweep(
     sweep: pd.DataFrame,
     marks: Sequence[float] = (),
@@ -245,7 +164,7 @@ def threshold_sweep(
         Component to the threshold of its knee.
     """
     components = list(sweep["component"].unique())
-    figure = _figure(2.75 * len(components), 4.8, caption)
+    figure = new_figure(2.75 * len(components), 4.8, caption)
     axes = figure.subplots(2, len(components), sharex="col", sharey="row", squeeze=False)
     for column, component in zip(axes.T, components, strict=True):
         part = sweep[sweep["component"] == component]
@@ -287,7 +206,7 @@ def threshold_sweep(
     return figure
 
 
-@_styled
+@styled
 def budget_bars(budget: pd.DataFrame, caption: str = "") -> Figure:
     """What the stored parameters are, before and after.
 
@@ -298,7 +217,7 @@ def budget_bars(budget: pd.DataFrame, caption: str = "") -> Figure:
     """
     variants = list(dict.fromkeys(budget["variant"]))
     table = budget.pivot(index="variant", columns="part", values="parameters").loc[variants]
-    figure = _figure(6.4, 0.9 + 0.55 * len(variants), caption)
+    figure = new_figure(6.4, 0.9 + 0.55 * len(variants), caption)
     axis = figure.subplots()
     left = np.zeros(len(variants))
     for part, tint in PART_COLOURS.items():
@@ -315,7 +234,7 @@ def budget_bars(budget: pd.DataFrame, caption: str = "") -> Figure:
     return figure
 
 
-@_styled
+@styled
 def layer_profile(kept: pd.DataFrame, caption: str = "") -> Figure:
     """Share of units kept in every layer.
 
@@ -325,7 +244,7 @@ def layer_profile(kept: pd.DataFrame, caption: str = "") -> Figure:
         `PruningPlan.frame`: columns ``site, layer, units, kept``.
     """
     sites = list(dict.fromkeys(kept["site"]))
-    figure = _figure(6.4, 1.1 + 1.3 * len(sites), caption)
+    figure = new_figure(6.4, 1.1 + 1.3 * len(sites), caption)
     axes = figure.subplots(len(sites), 1, sharex=True, squeeze=False).ravel()
     for axis, site in zip(axes, sites, strict=True):
         rows = kept[kept["site"] == site]
@@ -338,7 +257,7 @@ def layer_profile(kept: pd.DataFrame, caption: str = "") -> Figure:
     return figure
 
 
-@_styled
+@styled
 def perplexity_dots(table: pd.DataFrame, caption: str = "") -> Figure:
     """Bits per character with intervals, per variant, inside and outside the domain.
 
@@ -349,7 +268,7 @@ def perplexity_dots(table: pd.DataFrame, caption: str = "") -> Figure:
     """
     texts = list(dict.fromkeys(table["text"]))
     variants = list(dict.fromkeys(table["variant"]))
-    figure = _figure(6.4, 0.9 + 0.45 * len(variants), caption)
+    figure = new_figure(6.4, 0.9 + 0.45 * len(variants), caption)
     axes = figure.subplots(1, len(texts), sharey=True, squeeze=False).ravel()
     for axis, text in zip(axes, texts, strict=True):
         rows = table[table["text"] == text].set_index("variant").loc[variants]

@@ -1,0 +1,95 @@
+"""One look for every picture: palette, fonts, captions, and how a figure is written to disk.
+
+One colour per domain and per method everywhere (Okabe–Ito, safe for colour-blind readers).
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import os
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+import pandas as pd
+from matplotlib.figure import Figure
+
+_CYCLE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+DOMAIN_COLOURS = dict(
+    zip(("law", "medical", "economics", "games", "translation", "general"), _CYCLE, strict=True)
+)
+METHOD_STYLE = {  # colour, marker: readable in grey by the marker; drawn in this order
+    "contextual": ("#0072B2", "o"),
+    "magnitude": ("#E69F00", "s"),
+    "random": ("#7F7F7F", "x"),
+}
+PART_COLOURS = {
+    "embeddings": "#56B4E9",
+    "attention": "#E69F00",
+    "ffn": "#0072B2",
+    "other": "#999999",
+}
+STYLE = {
+    "figure.dpi": 100, "savefig.dpi": 150, "font.size": 9, "axes.titlesize": 11,
+    "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.spines.top": False,
+    "axes.spines.right": False, "axes.axisbelow": True, "axes.grid": True, "grid.alpha": 0.25,
+    "legend.frameon": False,
+}  # fmt: skip
+
+
+def colour(domain: str, known: Sequence[str] = ()) -> str:
+    """The colour of a domain; a user's own domain takes the next free one, by its place."""
+    short = domain.removeprefix("tiny-")
+    if short in DOMAIN_COLOURS:
+        return DOMAIN_COLOURS[short]
+    return _CYCLE[list(known).index(domain) % len(_CYCLE)] if domain in known else "#000000"
+
+
+def new_figure(width: float, height: float, caption: str = "") -> Figure:
+    """An empty figure of a size in inches, with its caption under it."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    if caption:
+        room = int(width * 17)  # characters of this size that fit
+        lines = [part for line in caption.splitlines() for part in textwrap.wrap(line, room)]
+        figure.supxlabel("\n".join(lines), fontsize=7.5, color="#555555", x=0.01, ha="left")
+    return figure
+
+
+def styled(function):
+    """Draw under the kit's style, whatever the reader's matplotlib settings are."""
+
+    @functools.wraps(function)
+    def draw(*args, **kwargs) -> Figure:
+        with mpl.rc_context(STYLE):
+            return function(*args, **kwargs)
+
+    return draw
+
+
+def png_bytes(figure: Figure) -> bytes:
+    """The figure as PNG bytes; the same figure gives the same bytes."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def save_figure(
+    figure: Figure, path: str | os.PathLike, data: pd.DataFrame | None = None
+) -> Figure:
+    """Write a figure as PNG and SVG, and the data behind it as CSV, under one stem.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        The figure, so that a notebook cell shows it.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with mpl.rc_context({**STYLE, "svg.hashsalt": "minigpt_lab"}):
+        figure.savefig(path.with_suffix(".png"), metadata={"Software": None})
+        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+    if data is not None:
+        data.to_csv(path.with_suffix(".csv"), index=False)
+    return figure
