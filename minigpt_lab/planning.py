@@ -299,8 +299,10 @@ def plan_from_scores(
         Largest number of stored parameters the model may have: the smallest cut that meets it.
     threshold : float, optional
         Remove units with a score at or below this. Give exactly one of these three.
-    allocation : {"uniform"}
-        How a ratio is spread over layers.
+    allocation : {"uniform", "global"}
+        How a ratio is spread over layers: the same share of each, or the lowest scores of a site
+        wherever they are. With contextual scores the latter is one absolute ε for all layers, as
+        in Mini-GPTs (see `Scores.highest_cut`).
     keep_layers : (int, int)
         Numbers of first and last layers to leave whole.
 
@@ -334,13 +336,14 @@ def plan_from_scores(
         )
     prunable = range(first, len(anatomy.layers) - last)
     origin = {"method": scores.criterion, **scores.options, **chosen, "keep_layers": [first, last]}
+    origin["allocation"] = allocation
 
-    def cut(count: Callable[[np.ndarray, int], int]) -> PruningPlan:
-        """The plan that removes ``count(scores, layer)`` units of every prunable layer."""
+    def cut(count: Callable[[str, int, np.ndarray], int]) -> PruningPlan:
+        """The plan that removes ``count(site, layer, scores)`` units of every prunable layer."""
         keep = whole(anatomy)
         for site, layers in scores.values.items():
             for layer in prunable:
-                gone = min(count(layers[layer], layer), len(layers[layer]) - 1)
+                gone = min(count(site, layer, layers[layer]), len(layers[layer]) - 1)
                 ranked = np.argsort(layers[layer], kind="stable")
                 keep[site][layer] = np.sort(ranked[gone:]).tolist()
         rows = model.get_input_embeddings().weight.shape[0]
@@ -350,23 +353,29 @@ def plan_from_scores(
     if threshold is not None:
         if math.isnan(threshold):
             raise ValueError("threshold is NaN; expected a number")
-        return cut(lambda values, _layer: int((values <= threshold).sum()))
-    shares = ALLOCATIONS[allocation]
+        return cut(lambda _site, _layer, values: int((values <= threshold).sum()))
 
     def at(ratio: float) -> PruningPlan:
-        spread = shares(ratio, len(anatomy.layers))
-        return cut(lambda values, layer: round(spread[layer] * len(values)))
+        shares = {
+            site: ALLOCATIONS[allocation](ratio, [layers[i] for i in prunable])
+            for site, layers in scores.values.items()
+        }
+        return cut(lambda site, layer, values: round(shares[site][layer - first] * len(values)))
 
-    if ratio is not None:
-        if not 0 <= ratio < 1:
-            raise ValueError(f"ratio is {ratio}; expected a share of units in [0, 1)")
-        return at(ratio)
-    return _within(at, model, parameters)
+    if ratio is not None and not 0 <= ratio < 1:
+        raise ValueError(f"ratio is {ratio}; expected a share of units in [0, 1)")
+    return at(ratio) if ratio is not None else _within(at, model, parameters)
 
 
-#: How a ratio is spread: ``(ratio, n_layers)`` to one ratio per layer.
-ALLOCATIONS: dict[str, Callable[[float, int], list[float]]] = {
-    "uniform": lambda ratio, n_layers: [ratio] * n_layers,
+def _global(ratio: float, layers: list[np.ndarray]) -> list[float]:
+    limit = np.quantile(np.concatenate(layers), ratio, method="lower")
+    return [float((values <= limit).mean()) if ratio else 0.0 for values in layers]
+
+
+#: How a ratio is spread: ``(ratio, scores of each layer)`` to one share per layer.
+ALLOCATIONS: dict[str, Callable[[float, list[np.ndarray]], list[float]]] = {
+    "uniform": lambda ratio, layers: [ratio] * len(layers),
+    "global": _global,
 }
 
 

@@ -166,3 +166,14 @@ def test_bad_targets_are_named(model, arguments, words):
 def test_scores_of_another_model_are_refused(model, family):
     with pytest.raises(ValueError, match="another model"):
         lab.plan_from_scores(model, lab.score("random", random_model(family, 1)), ratio=0.1)
+
+
+def test_a_global_cut_is_one_threshold_for_all_layers(model, statistics):
+    scores = lab.score("contextual", model, statistics=statistics, sites=("ffn",))
+    plan = lab.plan_from_scores(model, scores, ratio=0.3, allocation="global")
+    level = scores.highest_cut(plan.keep)
+    assert plan.keep == lab.plan_from_scores(model, scores, threshold=level).keep
+    assert plan.keep == lab.contextual_plan(model, statistics, epsilon_activation=level).keep
+    assert sum(plan.removed["ffn"]) == pytest.approx(0.3 * 60, abs=1)
+    dense = lab.plan_from_scores(model, scores, ratio=0.0, allocation="global")
+    assert not any(dense.removed["ffn"]) and dense.origin["allocation"] == "global"

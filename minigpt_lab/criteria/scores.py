@@ -45,6 +45,11 @@ class Scores:
         ]
         return pd.concat(parts, ignore_index=True)
 
+    def highest_cut(self, keep: dict[str, list[list[int]]], site: str = "ffn") -> float:
+        """The highest score among the units that leave: for a global cut, its threshold ε."""
+        layers = zip(self.values[site], keep[site], strict=True)
+        return float(max(np.delete(values, units).max(initial=0) for values, units in layers))
+
 
 #: Criteria by name. Each is ``(model, batches, statistics=None, *, sites, **options)`` and returns
 #: site to one array ``[unit]`` per layer.
