@@ -34,6 +34,29 @@ def test_histograms_show_zero_mass_and_epsilon(activations):
     assert "tiny model" in figure._supxlabel.get_text()
 
 
+def test_histograms_say_how_many_are_never_on_and_thin_the_decades(activations):
+    figure = figures.activation_histograms(activations, n_layers=2)
+    assert [text.get_text() for text in figure.axes[0].texts] == ["never on:\n10.0%"]
+    wide = activations.assign(mean_abs=activations["mean_abs"] ** 6)
+    for frame in (activations, wide):
+        ticks = figures.activation_histograms(frame, n_layers=2).axes[0].get_xticklabels()
+        assert ticks[0].get_text() == "0" and 3 <= len(ticks) <= 8
+    live = activations[activations["mean_abs"] > 0]
+    axis = figures.activation_histograms(live, n_layers=2).axes[0]
+    assert not axis.texts and axis.get_xticklabels()[0].get_text() != "0"
+
+
+def test_titles_stay_inside_narrow_figures(sweep):
+    overlap = pd.DataFrame(
+        [("law", "law", 0.9, 0.18)], columns="domain other jaccard chance".split()
+    )
+    for figure in (figures.threshold_sweep(sweep), figures.overlap_matrix(overlap)):
+        figures.png_bytes(figure)  # lays it out
+        assert figure.get_suptitle().endswith("?")
+        box = figure._suptitle.get_window_extent()
+        assert box.x0 >= 0 and box.x1 <= figure.bbox.width
+
+
 def test_overlap_matrix_writes_every_cell():
     names = ("law", "games")
     rows = [(a, b, 0.9 if a == b else 0.4, 0.18) for a in names for b in names]
@@ -44,8 +67,10 @@ def test_overlap_matrix_writes_every_cell():
     frame.loc[1, "chance"] = 0.3
     axis = figures.overlap_matrix(frame).axes[0]
     assert sorted(text.get_text() for text in axis.texts)[0] == "0.40\n(0.18)"
+    axis = figures.overlap_matrix(frame.assign(chance=1.0)).axes[0]
+    assert axis.collections[0].get_clim() == (0.99, 1)
     nothing = figures.overlap_matrix(frame.assign(jaccard=np.nan))
-    assert "choose a larger ε" in nothing.texts[0].get_text()
+    assert "choose a larger ε" in nothing.texts[-1].get_text()
 
 
 def test_scatter_puts_domains_on_axes(activations):
@@ -71,6 +96,16 @@ def test_sweep_draws_every_method_and_mark(sweep):
     assert len(size.lines) == 2 + 2 + 1  # stored and non-zero, two marks in range, the knee
     assert {text.get_text() for text in loss.get_legend().get_texts()} == set(sweep["method"])
     assert "knee at ε = 0.01" in size.get_title(loc="left")
+
+
+def test_sweep_of_one_point_has_its_tick_and_no_knee(sweep):
+    for epsilon, words in ((0.05, "0.05"), (0.0, "0")):
+        point = sweep[sweep["epsilon"] == 1e-2].assign(epsilon=epsilon, component="embedding")
+        size, loss = figures.threshold_sweep(point, knees={"embedding": epsilon}).axes
+        assert [tick.get_text() for tick in loss.get_xticklabels()] == [words]
+        assert "knee" not in size.get_title(loc="left")
+        assert all(line.get_marker() not in ("", "None") for line in size.lines)
+        assert "share of tokens" in loss.get_xlabel()
 
 
 def test_knee_is_the_last_cheap_point(sweep):
@@ -108,6 +143,17 @@ def test_loss_dots_have_intervals_and_numbers():
     figure = figures.perplexity_dots(pd.DataFrame(rows, columns=names))
     assert [axis.get_title(loc="left") for axis in figure.axes] == ["law/test", "games/test"]
     assert [text.get_text() for text in figure.axes[0].texts] == ["1.000", "1.200"]
+    assert figure.axes[0].get_xlim() == figure.axes[1].get_xlim()
+
+
+def test_loss_dots_say_when_there_is_no_interval():
+    names = "variant text bits_per_character bits_low bits_high".split()
+    rows = [("dense", "law/test", 1.0, np.nan, np.nan), ("dense", "games/test", 1.1, 1.0, 1.3)]
+    axes = figures.perplexity_dots(pd.DataFrame(rows, columns=names)).axes
+    assert axes[0].get_title(loc="left") == "law/test: one passage, no interval"
+    assert [axis.get_xlabel() for axis in axes] == [
+        "bits per character", "bits per character (95 % interval)",
+    ]  # fmt: skip
 
 
 def test_saving_writes_picture_vector_and_data(tmp_path, sweep):

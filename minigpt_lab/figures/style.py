@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib as mpl
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -47,14 +48,28 @@ def colour(domain: str, known: Sequence[str] = ()) -> str:
     return _CYCLE[list(known).index(domain) % len(_CYCLE)] if domain in known else "#000000"
 
 
-def new_figure(width: float, height: float, caption: str = "") -> Figure:
-    """An empty figure of a size in inches, with its caption under it."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    if caption:
-        room = int(width * 17)  # characters of this size that fit
-        lines = [part for line in caption.splitlines() for part in textwrap.wrap(line, room)]
-        figure.supxlabel("\n".join(lines), fontsize=7.5, color="#555555", x=0.01, ha="left")
+def new_figure(width: float, height: float, caption: str = "", title: str = "") -> Figure:
+    """An empty figure of a size in inches, with its title and caption wrapped to its width."""
+    head = textwrap.wrap(title, int(width * 10))  # characters of this size that fit
+    foot = [part for line in caption.splitlines() for part in textwrap.wrap(line, int(width * 17))]
+    more = 0.19 * max(len(head) - 1, 0) + 0.12 * max(len(foot) - 2, 0)  # the drawing keeps its room
+    figure = Figure(figsize=(width, height + more), layout="constrained")
+    if head:
+        figure.suptitle("\n".join(head), x=0.01, ha="left", fontsize=11, fontweight="bold")
+    if foot:
+        figure.supxlabel("\n".join(foot), fontsize=7.5, color="#555555", x=0.01, ha="left")
     return figure
+
+
+def log_ticks(low: float, high: float) -> tuple[list[float], list[str]]:
+    """Round numbers from `low` to `high`, few enough to be read, and their labels."""
+    powers = np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
+    steps = (1,) if len(powers) > 5 else (1, 3) if high / low > 30 else (1, 2, 5)
+    every = -(-len(powers) // 6)
+    marks = [step * 10.0**power for power in powers[::-every] for step in steps]
+    marks = [mark for mark in marks if low <= mark <= high]
+    words = [f"$10^{{{np.log10(mark):.0f}}}$" if len(powers) > 5 else f"{mark:g}" for mark in marks]
+    return marks, words
 
 
 def styled(function):
