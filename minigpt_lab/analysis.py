@@ -97,9 +97,21 @@ def neuron_overlap(
         domain: [_unused(_activations(draw), epsilon, quantile) for draw in found]
         for domain, found in draws.items()
     }
+    return set_overlap(unused).rename(columns={"size": "unused"})
+
+
+def set_overlap(draws: Mapping[str, Sequence[list[np.ndarray]]]) -> pd.DataFrame:
+    """Jaccard overlap of sets given as flags ``[member]`` per layer, mean over pairs of draws.
+
+    Returns
+    -------
+    pandas.DataFrame
+        ``domain, other, jaccard, chance, size`` (share of members in the set); a domain with itself
+        is one draw against another.
+    """
     rows = []
-    for domain, own in unused.items():
-        for other, foreign in unused.items():
+    for domain, own in draws.items():
+        for other, foreign in draws.items():
             pairs = [
                 _jaccard(a, b)
                 for i, a in enumerate(own)
@@ -109,7 +121,7 @@ def neuron_overlap(
             jaccard, chance = np.mean(pairs, axis=0)
             share = np.mean([np.concatenate(layers).mean() for layers in own])
             rows.append([domain, other, jaccard, chance, share])
-    return pd.DataFrame(rows, columns=["domain", "other", "jaccard", "chance", "unused"])
+    return pd.DataFrame(rows, columns=["domain", "other", "jaccard", "chance", "size"])
 
 
 def _unused(layers: list[np.ndarray], epsilon, quantile) -> list[np.ndarray]:

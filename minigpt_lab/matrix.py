@@ -17,6 +17,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .analysis import set_overlap
 from .criteria import score
 from .domains import Domain, Part
 from .evaluation import perplexity
@@ -116,6 +117,30 @@ def _sum(parts: Sequence[Statistics]) -> Statistics:
     for part in parts[1:]:
         total = total + part
     return total
+
+
+def kept_overlap(plans: Plans) -> pd.DataFrame:
+    """Jaccard overlap of the units that two cuts keep; a cut with itself: between its draws.
+
+    Returns
+    -------
+    pandas.DataFrame
+        As `minigpt_lab.analysis.set_overlap` gives it; cuts with a single draw are left out.
+    """
+    kept: dict[str, list] = {}
+    for (cut, _), plan in plans.items():
+        kept.setdefault(cut, []).append(_flags(plan))
+    return set_overlap({cut: draws for cut, draws in kept.items() if len(draws) > 1})
+
+
+def _flags(plan: PruningPlan) -> list[np.ndarray]:
+    """Per site and layer, whether each unit stays; sites that lose nothing say nothing."""
+    return [
+        np.isin(np.arange(total), units)
+        for site, layers in plan.keep.items()
+        if any(plan.removed[site])
+        for total, units in zip(plan.units[site], layers, strict=True)
+    ]
 
 
 def domain_matrix(

@@ -170,3 +170,68 @@ def test_colours_are_one_per_domain():
     assert len(set(six)) == 6
     assert figures.colour("tiny-law") == figures.colour("law")
     assert figures.colour("mine", ["mine"]) != "#000000"
+
+
+@pytest.fixture
+def histories():
+    rows = [
+        [regime, method, tokens, 30 - tokens / 100 - 5 * (regime == "mild"), 40 + tokens / 100]
+        for regime in ("mild", "aggressive")
+        for method in ("full", "lora")
+        for tokens in (0, 512, 1024)
+    ]
+    return pd.DataFrame(
+        rows, columns=["regime", "method", "tokens", "perplexity", "other_perplexity"]
+    )
+
+
+def test_recovery_curves_mark_where_dense_was_reached(histories):
+    figure = figures.recovery_curves(histories, {"law": 18.0, "games": 35.0}, "two runs")
+    mild, aggressive = figure.axes
+    stars = [
+        [len(line.get_xdata()) for line in axis.lines if line.get_marker() == "*"]
+        for axis in (mild, aggressive)
+    ]
+    assert stars == [[1, 1], [0, 0]]  # only the mild cut comes back
+    levels = [set(line.get_ydata()) for line in mild.lines if len(line.get_xdata()) == 2]
+    assert {18.0} in levels and {35.0} in levels
+    words = {text.get_text() for text in figure.legends[0].get_texts()}
+    assert {"full", "lora", "on law", "dense on games"} <= words
+
+
+def test_answers_stand_beside_chance():
+    table = pd.DataFrame(
+        [
+            [domain, variant, 0.3, 0.2, 0.4, 0.25, 100]
+            for domain in ("law", "medical")
+            for variant in ("dense", "pruned", "recovered")
+        ],
+        columns=["domain", "variant", "accuracy", "low", "high", "chance", "n"],
+    )
+    axis = figures.answer_dots(table).axes[0]
+    assert [t.get_text() for t in axis.get_yticklabels()] == ["law\nn = 100", "medical\nn = 100"]
+    assert len(axis.containers) == 3 and axis.get_xlabel().startswith("accuracy")
+    changes = table[table["variant"] != "dense"].rename(columns={"accuracy": "difference"})
+    axis = figures.answer_differences(changes).axes[0]
+    assert len(axis.containers) == 2
+    ways = changes.assign(perplexity_ratio=[1.5, 1.1, 2.0, 1.2])
+    axis = figures.perplexity_and_accuracy(ways).axes[0]
+    assert axis.get_xscale() == "log" and "dense" in axis.get_xlabel()
+
+
+def test_heatmap_frames_the_diagonal_and_brackets_what_is_unsure():
+    rows = [
+        [recovered, cut, text, 20.0 + (cut != text), gap, gap - spread, gap + spread]
+        for recovered in (False, True)
+        for cut in ("law", "games", "random")
+        for text in ("law", "games")
+        for gap, spread in [(0.0 if cut == text else 0.1, 0.2 if cut == "random" else 0.05)]
+    ]
+    columns = ["recovered", "cut", "text", "perplexity", "difference", "difference_low",
+               "difference_high"]  # fmt: skip
+    figure = figures.domain_heatmap(pd.DataFrame(rows, columns=columns), "made up")
+    pruned, recovered = figure.axes[:2]
+    words = [text.get_text() for text in pruned.texts]
+    assert words[:2] == ["20.0\n×1.00", "21.0\n×1.11"] and words[4] == "(21.0\n×1.11)"
+    assert [patch.get_xy() for patch in recovered.patches] == [(0, 0), (1, 1)]
+    assert recovered.get_title(loc="left") == "recovered"

@@ -145,3 +145,13 @@ def test_a_ledger_survives_a_torn_line(tmp_path):
     assert second.get(["b"], lambda: {"x": 3}) == {"x": 3}
     assert Ledger(path).get(["b"], dict) == {"x": 3}
     assert Ledger().get(["b"], lambda: {"x": 4}) == {"x": 4}
+
+
+def test_overlap_of_kept_units(plans):
+    table = matrix.kept_overlap(plans).set_index(["domain", "other"])
+    assert set(table.index.get_level_values(0)) == {*NAMES, "mix", "random"}
+    assert table["size"].between(0.69, 0.71).all()
+    own, foreign = table.loc[("tiny-law", "tiny-law")], table.loc[("tiny-law", "tiny-games")]
+    assert own["jaccard"] > foreign["jaccard"] > foreign["chance"] + 0.02
+    random = table.loc[("random", "tiny-law")]
+    assert random["jaccard"] == pytest.approx(random["chance"], abs=0.03)

@@ -1,5 +1,12 @@
 """Every picture of the series: `style` holds the look, the other files what is drawn."""
 
+from .evaluation import (
+    answer_differences,
+    answer_dots,
+    domain_heatmap,
+    perplexity_and_accuracy,
+    recovery_curves,
+)
 from .pruning import (
     activation_histograms,
     budget_bars,
@@ -17,13 +24,18 @@ __all__ = [
     "PART_COLOURS",
     "STYLE",
     "activation_histograms",
+    "answer_differences",
+    "answer_dots",
     "budget_bars",
     "colour",
+    "domain_heatmap",
     "layer_profile",
     "magnitude_scatter",
     "overlap_matrix",
+    "perplexity_and_accuracy",
     "perplexity_dots",
     "png_bytes",
+    "recovery_curves",
     "save_figure",
     "threshold_sweep",
 ]

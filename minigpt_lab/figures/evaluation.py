@@ -11,15 +11,9 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import (
-    FuncFormatter,
-    LogLocator,
-    NullFormatter,
-    PercentFormatter,
-    StrMethodFormatter,
-)
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
 
-from .style import METHOD_STYLE, VARIANT_STYLE, colour, new_figure, styled, title
+from .style import METHOD_STYLE, VARIANT_STYLE, colour, log_ticks, new_figure, styled
 
 
 @styled
@@ -39,7 +33,8 @@ def recovery_curves(
     """
     regimes, texts = list(dict.fromkeys(histories["regime"])), list(dense)
     columns = ("perplexity", "other_perplexity")
-    figure = new_figure(max(4.2 * len(regimes), 5.2), 4.4, caption)
+    question = "Does a short fine-tune bring the model back, and what does it forget?"
+    figure = new_figure(3.6 * len(regimes) + 2, 4.0, caption, question)
     axes = figure.subplots(1, len(regimes), squeeze=False).ravel()
     for axis, regime in zip(axes, regimes, strict=True):
         part = histories[histories["regime"] == regime]
@@ -67,17 +62,19 @@ def recovery_curves(
         handles.append(Line2D([], [], color="black", lw=1, ls=line, label=f"dense on {name}"))
     handles.append(Line2D([], [], color="white", marker="*", mec="black", ms=12, ls="",
                           label="dense level reached"))  # fmt: skip
-    figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8)
-    title(figure, "Does a short fine-tune bring the model back, and what does it forget?")
+    figure.legend(handles=handles, loc="outside right upper", fontsize=8)
     return figure
 
 
 def _log_labels(axis, values: np.ndarray, levels) -> None:
     """Readable numbers on a log axis, whether it spans a tenth of a decade or five."""
     values = np.array([*values[np.isfinite(values)], *levels])
-    wide = values.max() / values.min() > 30
-    axis.set_major_locator(LogLocator(subs=(1, 3) if wide else (1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8)))
-    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    low, high = values.min(), values.max()
+    if high > 10 * low:
+        axis.set_ticks(*log_ticks(low / 1.2, high * 1.2))
+    else:
+        axis.set_major_locator(MaxNLocator(6))
+        axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter(NullFormatter())
 
 
@@ -114,7 +111,8 @@ def answer_differences(differences: pd.DataFrame, caption: str = "") -> Figure:
 def _dots(table, value, label, caption, question, reference) -> Figure:
     domains = list(dict.fromkeys(table["domain"]))
     variants = list(dict.fromkeys(table["variant"]))
-    figure = new_figure(6.6, 1.3 + 0.24 * (len(variants) + 1) * len(domains), caption)
+    height = 1.3 + 0.24 * (len(variants) + 1) * len(domains)
+    figure = new_figure(7.0, height, caption, question)
     axis = figure.subplots()
     middles = np.arange(len(domains)) * (len(variants) + 1.0)
     for place, variant in enumerate(variants):
@@ -133,10 +131,9 @@ def _dots(table, value, label, caption, question, reference) -> Figure:
     names = [f"{domain}\nn = {counts[domain]}" for domain in domains]
     axis.set_yticks(middles + (len(variants) - 1) / 2, names)
     axis.set_ylim(middles[-1] + len(variants), -1)
-    axis.xaxis.set_major_formatter(PercentFormatter(1))
+    axis.xaxis.set_major_formatter(PercentFormatter(1, 0))
     axis.set_xlabel(label)
-    figure.legend(loc="outside lower right", ncols=len(variants) + 1, fontsize=8)
-    title(figure, question)
+    figure.legend(loc="outside right upper", fontsize=8)
     return figure
 
 
@@ -151,7 +148,7 @@ def perplexity_and_accuracy(table: pd.DataFrame, caption: str = "") -> Figure:
         dense). If perplexity recovered while accuracy fell (the question behind table 4 of
         Mini-GPTs), the last points would lie at the left, below zero.
     """
-    figure = new_figure(5.6, 4.2, caption)
+    figure = new_figure(6.4, 4.0, caption, "Does accuracy follow perplexity back?")
     axis = figure.subplots()
     domains = list(dict.fromkeys(table["domain"]))
     for domain in domains:
@@ -164,14 +161,13 @@ def perplexity_and_accuracy(table: pd.DataFrame, caption: str = "") -> Figure:
     axis.axvline(1, color="black", lw=0.8)
     axis.set(xscale="log", xlabel="test perplexity ÷ dense", ylabel="accuracy − dense")
     _log_labels(axis.xaxis, table["perplexity_ratio"].to_numpy(), [1])
-    axis.yaxis.set_major_formatter(PercentFormatter(1))
+    axis.yaxis.set_major_formatter(PercentFormatter(1, 0))
     handles, _ = axis.get_legend_handles_labels()
     handles += [
         Line2D([], [], color="#555555", marker=VARIANT_STYLE[v][1], ls="", label=v)
         for v in dict.fromkeys(table["variant"])
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=8)
-    title(figure, "Does accuracy follow perplexity back?")
+    figure.legend(handles=handles, loc="outside right upper", fontsize=8)
     return figure
 
 
@@ -187,8 +183,8 @@ def domain_heatmap(matrix: pd.DataFrame, caption: str = "") -> Figure:
     states = sorted(matrix["recovered"].unique())
     texts = list(dict.fromkeys(matrix["text"]))
     cuts = list(dict.fromkeys(matrix["cut"]))
-    figure = new_figure((1.6 + 0.95 * len(texts)) * len(states) + 1, 1.7 + 0.52 * len(cuts),
-                        caption)  # fmt: skip
+    width, height = (1.6 + 0.95 * len(texts)) * len(states) + 1, 1.7 + 0.52 * len(cuts)
+    figure = new_figure(width, height, caption, "Is a model cut for a domain better there?")
     axes = figure.subplots(1, len(states), sharey=True, squeeze=False).ravel()
     reach = max(0.05, float(np.quantile(matrix["difference"].abs(), 0.9)))
     norm = TwoSlopeNorm(0, -reach, reach)
@@ -196,8 +192,9 @@ def domain_heatmap(matrix: pd.DataFrame, caption: str = "") -> Figure:
         part = matrix[matrix["recovered"] == state]
         wide = part.pivot(index="cut", columns="text").loc[cuts]
         gaps, values = wide["difference"][texts], wide["perplexity"][texts]
-        sure = (wide["difference_low"][texts] > 0) | (wide["difference_high"][texts] < 0)
-        words = values.map("{:.3g}".format) + np.exp(gaps).map("\n×{:.2f}".format)
+        sure = wide["difference_low"][texts] * wide["difference_high"][texts] > 0
+        sure |= gaps == 0  # the text's own cut
+        words = values.map("{:#.3g}".format) + np.exp(gaps).map("\n×{:.2f}".format)
         sns.heatmap(gaps, annot=words.where(sure, words.map("({})".format)), fmt="", norm=norm,
                     cmap="PuOr_r", ax=axis, cbar=axis is axes[-1], annot_kws={"fontsize": 7},
                     cbar_kws={"label": "perplexity ÷ that of the text's own cut"})  # fmt: skip
@@ -211,5 +208,4 @@ def domain_heatmap(matrix: pd.DataFrame, caption: str = "") -> Figure:
         axis.grid(False)
     scale = figure.axes[-1].yaxis
     scale.set_major_formatter(FuncFormatter(lambda value, _: f"×{np.exp(value):.2f}"))
-    title(figure, "Is a model cut for a domain better there?")
     return figure

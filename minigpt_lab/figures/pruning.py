@@ -83,8 +83,12 @@ def activation_histograms(
 
 
 @styled
-def overlap_matrix(overlap: pd.DataFrame, caption: str = "") -> Figure:
-    """Jaccard overlap of the neurons that domains leave unused, domain by domain.
+def overlap_matrix(
+    overlap: pd.DataFrame,
+    caption: str = "",
+    title: str = "Which domains leave the same neurons unused?",
+) -> Figure:
+    """Jaccard overlap of the sets of neurons that domains choose, domain by domain.
 
     Parameters
     ----------
@@ -92,13 +96,14 @@ def overlap_matrix(overlap: pd.DataFrame, caption: str = "") -> Figure:
         Columns ``domain, other, jaccard, chance``; the diagonal compares two draws of one domain.
     caption : str
         Model, tokens, rule.
+    title : str
+        The question, if the sets are others than the unused neurons.
     """
     order = list(dict.fromkeys(overlap["domain"]))
     table, chance = (
         overlap.pivot(index="domain", columns="other", values=name).loc[order, order]
         for name in ("jaccard", "chance")
     )
-    title = "Which domains leave the same neurons unused?"
     if table.isna().all(axis=None):
         figure = new_figure(5, 1.7, caption, title)
         figure.text(0.5, 0.6, "No neuron is unused in any domain: choose a larger ε.", ha="center")

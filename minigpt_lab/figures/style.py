@@ -25,6 +25,13 @@ METHOD_STYLE = {  # colour, marker: readable in grey by the marker; drawn in thi
     "contextual": ("#0072B2", "o"),
     "magnitude": ("#E69F00", "s"),
     "random": ("#7F7F7F", "x"),
+    "full": ("#0072B2", "o"),
+    "lora": ("#D55E00", "s"),
+}
+VARIANT_STYLE = {
+    "dense": ("#000000", "o"),
+    "pruned": ("#D55E00", "s"),
+    "recovered": ("#0072B2", "D"),
 }
 PART_COLOURS = {
     "embeddings": "#56B4E9",
