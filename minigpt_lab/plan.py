@@ -200,6 +200,8 @@ class PruningPlan:
             )
         return "\n".join(lines)
 
+    __repr__ = __str__  # the fields hold thousands of indices
+
     def to_dict(self) -> dict:
         """Plain data for JSON."""
         return asdict(self)

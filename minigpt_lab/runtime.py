@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .sizes import dense_parameters
+
 
 def default_device() -> torch.device:
     """CUDA if there is one, else Apple's MPS, else the CPU."""
@@ -22,11 +24,16 @@ def default_device() -> torch.device:
 
 
 def label(model: PreTrainedModel) -> str:
-    """The model's name for captions and records, with what must be said about its origin."""
+    """The model's name for captions and records, with its origin and how much was cut from it."""
     origin = getattr(model.config, "minigpt_lab_origin", None)
     if origin:
-        return f"{origin['title']} ({origin['note']})"
-    return Path(model.config._name_or_path or model.config.model_type).name
+        name = f"{origin['title']} ({origin['note']})"
+    else:
+        name = Path(model.config._name_or_path or model.config.model_type).name
+    if not getattr(model, "pruning_plans", None):
+        return name
+    left = sum(parameter.numel() for parameter in model.parameters()) / dense_parameters(model)
+    return f"{name}, cut to {left:.1%} of its parameters"
 
 
 @contextlib.contextmanager

@@ -83,6 +83,21 @@ def layer_parameters(model: PreTrainedModel) -> int:
     return sum(p.numel() for layer in Anatomy(model).layers for p in layer.parameters())
 
 
+def dense_parameters(model: PreTrainedModel) -> int:
+    """Parameters of the model that a shrunk one was cut from; those of any other model."""
+    anatomy = Anatomy(model)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    tokens = rows = model.get_input_embeddings().weight.shape[0]
+    units = {}
+    for plan in reversed(getattr(model, "pruning_plans", [])):  # the first plan saw the dense model
+        units |= plan.units
+        tokens = max(tokens, plan.vocabulary_size)
+    for site, widths in units.items():
+        for layer, (before, now) in enumerate(zip(widths, anatomy.units(site), strict=True)):
+            total += (before - now) * anatomy.unit_parameters(site, layer)
+    return total + (tokens - rows) * token_parameters(model)
+
+
 def describe(model: PreTrainedModel) -> pd.DataFrame:
     """What can be pruned on this model.
 

@@ -91,6 +91,9 @@ class Statistics:
         for module in self.activations:
             yield module, "activation"
 
+    def __repr__(self) -> str:  # the arrays fill pages
+        return f"Statistics of {self.n_tokens:,} tokens of {self.domain} under {self.model_name}"
+
     def frame(self) -> pd.DataFrame:
         """Tidy table, one row per neuron.
 

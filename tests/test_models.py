@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import minigpt_lab as lab
 from minigpt_lab import assets, models, runtime
 from minigpt_lab.families import Anatomy
+from minigpt_lab.sizes import dense_parameters
 
 
 @pytest.fixture
@@ -52,6 +53,8 @@ def test_portable_folders_load_with_plain_transformers(tmp_path, model, tokenize
     plain = AutoModelForCausalLM.from_pretrained(folder)
     torch.testing.assert_close(logits(plain, probe), logits(mini, probe), atol=1e-5, rtol=1e-5)
     assert mini.num_parameters() < plain.num_parameters() <= model.num_parameters()
+    padded, _ = lab.load_model(folder, device="cpu")
+    assert dense_parameters(padded) == model.num_parameters()
 
 
 def test_a_shrunk_model_can_be_saved_in_bfloat16(tmp_path, tokenizer, probe):

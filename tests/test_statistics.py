@@ -45,6 +45,7 @@ def naive(model, batch):
 def test_moments_equal_a_naive_computation(model, padded):
     found = lab.collect_statistics(model, [padded], progress=False)
     assert found.n_tokens == int(padded["attention_mask"].sum())
+    assert repr(found).startswith(f"Statistics of {found.n_tokens} tokens of")
     for name, (x, y) in naive(model, padded).items():
         for side, values in (("input", x), ("output", y)):
             expected = [np.abs(values).mean(0), values.mean(0), (values**2).mean(0)]
