@@ -206,7 +206,7 @@ def test_answers_stand_beside_chance():
             for domain in ("law", "medical")
             for variant in ("dense", "pruned", "recovered")
         ],
-        columns=["domain", "variant", "accuracy", "low", "high", "chance", "n"],
+        columns=["domain", "variant", "accuracy", "low", "high", "chance", "items"],
     )
     axis = figures.answer_dots(table).axes[0]
     assert [t.get_text() for t in axis.get_yticklabels()] == ["law\nn = 100", "medical\nn = 100"]

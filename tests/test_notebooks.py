@@ -16,6 +16,16 @@ from minigpt_lab.experiments import RECORD, notebook_names, run_notebook
 
 EXPECTED = Path(__file__).parent / "expected"
 SMALL = {"model_name": "tiny-llama", "seq_len": 64, "calibration_tokens": 2048}
+RECOVERY = {
+    "stored_ratios": {"mild": 0.9, "aggressive": 0.7}, "recovery_tokens": 2048, "eval_every": 512,
+    "learning_rates": {"full": 1e-3, "lora": 5e-3}, "eval_characters": 3000, "test_tokens": 1024,
+    "calibration_tokens": 1024,
+}  # fmt: skip
+ANSWERS = {
+    "n_questions": 20, "recovery_tokens": 1024, "learning_rate": 1e-3, "test_tokens": 512,
+    "n_rotated": 5,
+}  # fmt: skip
+MATRIX = {"calibration_tokens": 1024, "test_tokens": 512, "recovery_tokens": 1024}
 CASES = {
     "01_activation_histograms": {
         "law-games": {"domains": ["tiny-law", "tiny-games"], "pair": ["tiny-law", "tiny-games"]},
@@ -38,6 +48,26 @@ CASES = {
             "domain": "tiny-games", "other_domain": "tiny-law", "test_tokens": 1024,
             "model_name": "tiny-phi", "epsilon_linear": 0.05, "quantile_activation": None,
             "epsilon_activation": 0.05,
+        },
+    },
+    "04_recovery_curves": {
+        "tiny-law": {"domain": "tiny-law", "other_domain": "tiny-games", **RECOVERY},
+        "tiny-games": {
+            "domain": "tiny-games", "other_domain": "tiny-law", "model_name": "tiny-phi",
+            "allocation": "global", "methods": ["lora"], **RECOVERY,
+        },
+    },
+    "05_mcq_evaluation": {
+        "two": {"domains": ["tiny-law", "tiny-games"], **ANSWERS},
+        "opt": {
+            "domains": ["tiny-medical"], "model_name": "tiny-opt", "score": "logprob", **ANSWERS,
+        },
+    },
+    "06_domain_matrix": {
+        "three": {"domains": ["tiny-law", "tiny-games", "tiny-medical"], **MATRIX},
+        "own": {
+            "domains": ["tiny-law", "tiny-economics"], "model_name": "tiny-opt",
+            "recover_on": "own", **MATRIX, "draws": 2,
         },
     },
 }  # fmt: skip

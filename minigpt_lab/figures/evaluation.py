@@ -85,7 +85,7 @@ def answer_dots(answers: pd.DataFrame, caption: str = "") -> Figure:
     Parameters
     ----------
     answers : pandas.DataFrame
-        Columns ``domain, variant, accuracy, low, high, chance, n``.
+        Columns ``domain, variant, accuracy, low, high, chance, items``.
     """
     return _dots(
         answers, "accuracy", "accuracy (95 % Wilson interval)", caption,
@@ -100,7 +100,7 @@ def answer_differences(differences: pd.DataFrame, caption: str = "") -> Figure:
     Parameters
     ----------
     differences : pandas.DataFrame
-        Columns ``domain, variant, difference, low, high, n``.
+        Columns ``domain, variant, difference, low, high, items``.
     """
     return _dots(
         differences, "difference", "accuracy − dense (paired 95 % interval)", caption,
@@ -127,7 +127,7 @@ def _dots(table, value, label, caption, question, reference) -> Figure:
         axis.vlines(levels, *ends, color="black", ls="--", lw=1, label=reference)
     else:
         axis.axvline(0, color="black", ls="--", lw=1)
-    counts = table.groupby("domain")["n"].first()
+    counts = table.groupby("domain")["items"].first()
     names = [f"{domain}\nn = {counts[domain]}" for domain in domains]
     axis.set_yticks(middles + (len(variants) - 1) / 2, names)
     axis.set_ylim(middles[-1] + len(variants), -1)

@@ -30,6 +30,7 @@ METHOD_STYLE = {  # colour, marker: readable in grey by the marker; drawn in thi
 }
 VARIANT_STYLE = {
     "dense": ("#000000", "o"),
+    "random": ("#7F7F7F", "x"),
     "pruned": ("#D55E00", "s"),
     "recovered": ("#0072B2", "D"),
 }
