@@ -266,8 +266,11 @@ class _Collector:
         self.sums[key] += sums
 
     def tables(self) -> dict[Key, np.ndarray]:
-        """All sums on the host, inputs that were shared filled in."""
-        found = {key: table.cpu().double().numpy() for key, table in self.sums.items()}
+        """All sums on the host, inputs that were shared filled in; the collector is empty then."""
+        # copies: the sums lie scattered between activations, and on the CPU would keep that memory
+        # from being used again
+        found = {key: table.cpu().double().numpy().copy() for key, table in self.sums.items()}
+        self.sums.clear()
         for name, source in self.shared.items():
             found[name, "input"] = found[source, "input"]
         order = [(name, side) for name in self.modules for side in ("input", "output")]

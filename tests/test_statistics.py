@@ -140,3 +140,11 @@ def test_bfloat16_models_work(probe):
     model = random_model("llama").bfloat16()
     found = lab.collect_statistics(model, [{"input_ids": probe}], progress=False)
     assert model.dtype == torch.bfloat16 and np.isfinite(found.frame()["mean_abs"]).all()
+
+
+def test_statistics_own_their_memory(tiny, tiny_domain):
+    """Sums that lie scattered between activations would keep a CPU's memory from being reused."""
+    model, tokenizer = tiny
+    batches = lab.tokenize(tiny_domain.calibration, tokenizer, 64, 256)
+    found = lab.collect_statistics(model, batches, progress=False)
+    assert all(table.flags.owndata for table in found.sums.values())
