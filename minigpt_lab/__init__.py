@@ -16,6 +16,7 @@ from .matrix import domain_matrix, domain_plans
 from .models import load_model, save_model
 from .plan import PruningPlan
 from .planning import contextual_plan, plan_from_scores
+from .questions import Question
 from .recovery import recover
 from .runtime import label
 from .sizes import Size, describe, model_size
@@ -33,6 +34,7 @@ __all__ = [
     "Part",
     "Perplexity",
     "PruningPlan",
+    "Question",
     "Scores",
     "Size",
     "SourceUnavailable",

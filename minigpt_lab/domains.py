@@ -11,9 +11,9 @@ import hashlib
 import json
 import os
 import re
-from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import InitVar, dataclass
+from dataclasses import InitVar, dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +21,13 @@ import pandas as pd
 from transformers import PreTrainedTokenizerBase
 
 from .assets import DATA, cache_folder, nearest, packages, read_toml, staged
-from .sources import FILES, read_hub, read_path, read_source
+from .passages import PASSAGE_WORDS, count_words, cut, near_duplicates
+from .questions import Questions, read_questions
+from .sources import FILES, QUESTIONS, read_hub, read_path, read_source
 
 #: Share of the words that each part gets.
 PARTS = {"calibration": 0.25, "train": 0.45, "validation": 0.10, "test": 0.20}
-PASSAGE_WORDS = 150
-SHINGLE = 8  # words; two passages that share half their runs of this length are near-duplicates
 _VERSION = 2  # of the cutting rules: a change must not reuse parts cached under the old ones
-_WORD = re.compile(r"[\u3400-\u9fff\uf900-\ufaff]|\w+")  # a CJK character counts as a word
 
 
 @dataclass(frozen=True)
@@ -48,10 +47,13 @@ class Part(Sequence):
     def __str__(self) -> str:
         return f"{self.domain}/{self.name}"
 
+    def __repr__(self) -> str:
+        return f"Part({self!s}, {len(self)} passages)"
+
 
 @dataclass(frozen=True)
 class Domain:
-    """A body of text in four disjoint parts.
+    """A body of text in four disjoint parts, and questions on it.
 
     Parameters
     ----------
@@ -61,6 +63,8 @@ class Domain:
         Disjoint passages: statistics, recovery, stopping, results.
     dropped : int
         Passages left out because they nearly repeat an earlier one.
+    question_sources : tuple of dict
+        Where `questions` are read from (see `minigpt_lab.questions.read_questions`).
     checked : bool
         The parts are known to be disjoint (they come from the cache): do not compare them again.
 
@@ -79,11 +83,28 @@ class Domain:
     validation: Part
     test: Part
     dropped: int = 0
+    question_sources: tuple[dict, ...] = field(default=(), compare=False)
     checked: InitVar[bool] = False
 
     def __post_init__(self, checked: bool):
         if not checked:
             check_disjoint(self.parts)
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{name} {len(part)}" for name, part in self.parts.items())
+        return f"Domain({self.name!r}, passages: {counts})"
+
+    @cached_property
+    def questions(self) -> Questions:
+        """Multiple-choice questions, read when first asked for.
+
+        They come from the domain's declared sets (any first n are a fair sample) or the
+        ``questions.jsonl`` of a user's folder, in its order. Otherwise they are built from the test
+        part: which of four sentences continues the text? Those share text with the test perplexity,
+        never with calibration, training or validation.
+        """
+        other = [text for part in self.parts.values() for text in part if part is not self.test]
+        return read_questions(self.question_sources, self.test, other, self.name, self.licence)
 
     @property
     def parts(self) -> dict[str, Part]:
@@ -121,7 +142,9 @@ def load_domain(
     ----------
     name_or_path : str or path
         A name (see `domain_names`); a ``.txt``, ``.jsonl`` or ``.csv`` file; a folder of such
-        files; or a hub dataset id (``"user/dataset"``).
+        files; or a hub dataset id (``"user/dataset"``). A folder's ``questions.jsonl`` holds its
+        multiple-choice questions: a line each, with keys ``question``, ``choices``, ``answer``
+        (the right choice or its index), and if wanted ``context``, ``source``, ``licence``.
     column : str, optional
         The column with the text, where there are several.
     online : bool
@@ -147,16 +170,33 @@ def load_domain(
         entry = declared[name]
         if "hub" not in entry:
             raise ValueError(f"domain {name!r} has no online data set; load it without online=True")
-        return make_domain(name, read_hub(entry["hub"]), f"{entry['title']} (hub)")
+        return make_domain(
+            name, read_hub(entry["hub"]), f"{entry['title']} (hub)",
+            question_sources=entry.get("questions", ()),
+        )  # fmt: skip
     path = Path(name)
     if path.exists():
-        return make_domain(path.stem, read_path(path, column))
+        own = path / QUESTIONS
+        asked = [{"reader": "own", "path": str(own)}] if own.is_file() else []
+        return make_domain(path.stem, read_path(path, column), question_sources=asked)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and path.suffix not in FILES:
         return make_domain(name.replace("/", "-"), read_hub({"path": name, "column": column}))
     raise ValueError(
         f"unknown domain {name!r}: not a shipped one ({nearest(name, list(declared))}), not a file "
         "or folder, not a hub id"
     )
+
+
+def check_part(texts: object) -> None:
+    """Refuse a whole domain where one of its parts is wanted.
+
+    Raises
+    ------
+    TypeError
+        If `texts` is a `Domain`.
+    """
+    if isinstance(texts, Domain):
+        raise TypeError(f"{texts.name!r} is a Domain; pass one of its parts, e.g. domain.test")
 
 
 def domain_names(tiny: bool = False) -> list[str]:
@@ -166,8 +206,9 @@ def domain_names(tiny: bool = False) -> list[str]:
 
 
 def make_domain(
-    name: str, documents: Iterable[str], title: str = "", licence: str = "", attribution: str = ""
-) -> Domain:
+    name: str, documents: Iterable[str], title: str = "", licence: str = "", attribution: str = "",
+    question_sources: Iterable[dict] = (),
+) -> Domain:  # fmt: skip
     """Cut documents into passages, drop near-duplicates and deal the rest into four parts.
 
     With 40 documents or more every document falls into one part whole; with fewer, passages do.
@@ -198,57 +239,8 @@ def make_domain(
     return Domain(
         name, title or name, licence, attribution,
         **{part: Part(name, part, tuple(parts[part])) for part in PARTS}, dropped=len(repeats),
+        question_sources=tuple(question_sources),
     )  # fmt: skip
-
-
-def cut(document: str, words: int = PASSAGE_WORDS) -> list[str]:
-    """Cut a text into passages of about `words` words, at ends of sentences or lines."""
-    passages, current, length = [], "", 0
-    for piece in re.findall(r".+?(?:[.!?。！？][\"')\]]*\s+|\n+|$)", document, re.DOTALL):
-        current, length = current + piece, length + count_words(piece)
-        if length >= words:
-            passages.append(current.strip())
-            current, length = "", 0
-    if length:
-        passages.append(current.strip())
-    return passages
-
-
-def count_words(text: str) -> int:
-    """Words, or characters of Chinese."""
-    return len(_WORD.findall(text))
-
-
-def near_duplicates(passages: Sequence[str], parts: Sequence[str] | None = None) -> dict[int, int]:
-    """Passages that repeat an earlier one: index to the index of what it repeats.
-
-    Two passages count as the same when the shorter shares at least half of its runs of `SHINGLE`
-    words with the other (case and punctuation ignored).
-
-    Parameters
-    ----------
-    passages : sequence of str
-        Texts to compare.
-    parts : sequence of str, optional
-        The part each passage is in; then only passages of different parts are compared.
-    """
-    owners: dict[int, list[int]] = {}
-    sizes, repeats = [], {}
-    for index, passage in enumerate(passages):
-        words = _WORD.findall(passage.lower())
-        count = max(1, len(words) - SHINGLE + 1)
-        runs = {hash(tuple(words[i : i + SHINGLE])) for i in range(count)}
-        sizes.append(len(runs))
-        shared = Counter(owner for run in runs for owner in owners.get(run, ()))
-        for earlier, common in shared.items():
-            foreign = parts is None or parts[index] != parts[earlier]
-            if foreign and 2 * common >= min(len(runs), sizes[earlier]):
-                repeats[index] = earlier
-                break
-        if parts is not None or index not in repeats:
-            for run in runs:
-                owners.setdefault(run, []).append(index)
-    return repeats
 
 
 def check_disjoint(parts: dict[str, Sequence[str]]) -> None:
@@ -291,7 +283,8 @@ def _shipped(name: str, entry: dict) -> Domain:
     recipe = json.dumps([_VERSION, entry["texts"], pins, local])
     key = hashlib.sha256(recipe.encode()).hexdigest()[:12]
     cached = cache_folder() / "domains" / f"{name}-{key}.json"
-    facts = {field: entry[field] for field in ("title", "licence", "attribution")}
+    facts = {key: entry[key] for key in ("title", "licence", "attribution")}
+    facts["question_sources"] = tuple(entry.get("questions", ()))
     if cached.is_file():
         stored = json.loads(cached.read_text(encoding="utf-8"))
         parts = {part: Part(name, part, tuple(stored[part])) for part in PARTS}

@@ -22,6 +22,7 @@ SPOKEN = {
     "success", "success_lie", "failure", "describe",
 }  # fmt: skip
 FILES = (".txt", ".jsonl", ".json", ".csv")
+QUESTIONS = "questions.jsonl"  # of a user's folder: asked, never read as text
 NPC_FILES = "./usr/share/games/cataclysm-dda/json/npcs/*.json"
 
 
@@ -49,10 +50,10 @@ def _jsonl(files: dict[str, bytes], source: dict, _archive: Path | None) -> Iter
     for content in files.values():
         for line in content.decode().splitlines():
             text = source["template"].format_map(json.loads(line))
-            yield _plain(re.sub(source["remove"], "", text) if "remove" in source else text)
+            yield plain(re.sub(source["remove"], "", text) if "remove" in source else text)
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text without what its way through HTML and CSV left in it."""
     text = re.sub(r"</?[a-zA-Z][^<>]*>", "", html.unescape(text))
     return text.replace('""', '"').replace("\xa0", " ")
@@ -146,6 +147,8 @@ def read_hub(entry: dict) -> list[str]:
 def read_path(path: Path, column: str | None) -> list[str]:
     """Documents of a user's own file or folder (``.txt``, ``.jsonl``, ``.json``, ``.csv``).
 
+    A folder's ``questions.jsonl`` is left out: it holds questions.
+
     Raises
     ------
     FileNotFoundError
@@ -153,7 +156,9 @@ def read_path(path: Path, column: str | None) -> list[str]:
     ValueError
         If the text column cannot be told, or a file's type is not supported.
     """
-    files = sorted(p for p in path.rglob("*") if p.suffix in FILES) if path.is_dir() else [path]
+    files = [path]
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.suffix in FILES and p != path / QUESTIONS)
     if not files:
         raise FileNotFoundError(f"{path} holds no .txt, .jsonl or .csv file")
     return [document for file in files for document in _read_file(file, column)]

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from .domains import Part
+from .domains import Part, check_part
 from .vocabulary import merge_table, protected_tokens
 
 SEPARATOR = "\n\n"
@@ -46,6 +46,7 @@ def encoded(
     passages: Iterable[str], tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[tuple[list[int], int]]:
     """Token ids and characters of each passage, with the separator that ends it."""
+    check_part(passages)
     for passage in passages:
         text = passage + SEPARATOR
         yield tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], len(text)
@@ -87,6 +88,7 @@ def excerpt(
     ValueError
         If a budget is below 2 or there is no text.
     """
+    check_part(texts)
     for name, value in (("max_tokens", max_tokens), ("max_characters", max_characters)):
         if value is not None and value < 2:
             raise ValueError(f"{name} is {value}; expected at least 2, or None for no limit")

