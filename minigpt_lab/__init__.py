@@ -1,5 +1,6 @@
 """A research kit: how small can a language model get for one domain, and what does it lose."""
 
+from .answers import Answers, answer_questions, compare_answers, position_bias
 from .assets import SourceUnavailable
 from .criteria import CRITERIA, Scores, criterion, score
 from .domains import (
@@ -30,6 +31,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CRITERIA",
     "FAMILIES",
+    "Answers",
     "Domain",
     "Part",
     "Perplexity",
@@ -39,8 +41,10 @@ __all__ = [
     "Size",
     "SourceUnavailable",
     "Statistics",
+    "answer_questions",
     "check_disjoint",
     "collect_statistics",
+    "compare_answers",
     "contextual_plan",
     "count_tokens",
     "criterion",
@@ -58,6 +62,7 @@ __all__ = [
     "model_size",
     "perplexity",
     "plan_from_scores",
+    "position_bias",
     "recover",
     "save_model",
     "score",

@@ -1,0 +1,349 @@
+"""Multiple-choice answers: which choice a model finds likeliest, by three scores and two styles.
+
+A choice's tokens are scored given the question, by one table of losses for all scores.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from math import sqrt
+
+import numpy as np
+import pandas as pd
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .continuations import Packed, branch_losses, longest, pack
+from .questions import Question
+from .runtime import inference
+from .vocabulary import tokenizer_for
+
+#: Each score of a choice, from its row in `Answers.frame`. The highest wins of `HIGHEST`, else the
+#: lowest.
+SCORES = {
+    "perplexity": lambda row: np.exp(row["nll"] / row["tokens"]),
+    "logprob": lambda row: -row["nll"],
+    "paper": lambda row: np.exp(row["whole_nll"] / (row["whole_tokens"] - 1)) / row["whole_tokens"],
+}
+HIGHEST = ("logprob",)
+STYLES = ("cloze", "letters")
+
+
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """What a model answered, with everything needed to compare it.
+
+    Parameters
+    ----------
+    frame : pandas.DataFrame
+        One row per question and choice: ``question`` (its number), ``source``, ``choice``,
+        ``text``, ``is_answer``, ``picked``, ``score``, ``nll`` and ``tokens`` (summed negative
+        log-likelihood of the choice's tokens, nats, and their number), ``whole_nll`` and
+        ``whole_tokens`` (the same of question and choice; the first token has no likelihood),
+        ``truncated`` (tokens cut from the front of the prompt).
+    questions : tuple of Question
+        What was asked.
+    score, style : str
+        How it was decided and presented.
+    """
+
+    frame: pd.DataFrame = field(repr=False)
+    questions: tuple[Question, ...] = field(repr=False)
+    score: str
+    style: str
+
+    @property
+    def correct(self) -> np.ndarray:
+        """Whether each question was answered right, ``[question]``."""
+        return self.frame.loc[self.frame["is_answer"], "picked"].to_numpy()
+
+    @property
+    def n(self) -> int:
+        """Number of questions."""
+        return len(self.questions)
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers."""
+        return float(self.correct.mean())
+
+    @property
+    def low(self) -> float:
+        """Lower end of the 95 % interval (Wilson)."""
+        return _wilson(int(self.correct.sum()), self.n)[0]
+
+    @property
+    def high(self) -> float:
+        """Upper end of the 95 % interval (Wilson)."""
+        return _wilson(int(self.correct.sum()), self.n)[1]
+
+    @property
+    def chance(self) -> float:
+        """Accuracy of a guess: the mean of one over the number of choices."""
+        return float(np.mean([1 / len(question.choices) for question in self.questions]))
+
+    def __float__(self) -> float:
+        return self.accuracy
+
+    def __str__(self) -> str:
+        return (
+            f"accuracy {self.accuracy:.1%} [{self.low:.1%}, {self.high:.1%}] of {self.n} items, "
+            f"chance {self.chance:.1%}, score={self.score}, {self.style}"
+        )
+
+    def row(self) -> dict:
+        """The numbers as one row of a table."""
+        return {
+            "accuracy": self.accuracy, "low": self.low, "high": self.high, "items": self.n,
+            "chance": self.chance, "score": self.score, "style": self.style,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models on the same questions.
+
+    Parameters
+    ----------
+    difference : float
+        Accuracy of the second less that of the first.
+    low, high : float
+        Its 95 % interval for paired shares (Newcombe 1998, method 10).
+    first_only, second_only : int
+        Questions that only one of them answered right.
+    p : float
+        Of the exact McNemar test (two-sided binomial on those questions).
+    n : int
+        Questions.
+    """
+
+    difference: float
+    low: float
+    high: float
+    first_only: int
+    second_only: int
+    p: float
+    n: int
+
+    def __str__(self) -> str:
+        return (
+            f"accuracy {self.difference:+.1%} [{self.low:+.1%}, {self.high:+.1%}] on {self.n} "
+            f"items; right only first {self.first_only}, only second {self.second_only}, "
+            f"p={self.p:.2g} (exact McNemar)"
+        )
+
+
+def answer_questions(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    score: str = "perplexity",
+    style: str = "cloze",
+    seq_len: int | None = None,
+    batch_size: int = 8,
+    progress: bool = False,
+) -> Answers:
+    """Answer multiple-choice questions by the likelihood of each choice.
+
+    Parameters
+    ----------
+    model, tokenizer
+        A pair; a trimmed model also takes its original tokenizer, which is trimmed alike.
+    questions : sequence of Question
+        E.g. ``domain.questions[:200]``.
+    score : {"perplexity", "logprob", "paper"}
+        ``"perplexity"``: of the choice's tokens given the question. ``"logprob"``: their summed
+        log-probability, which favours short choices. ``"paper"``: the rule of the Mini-GPTs
+        reference code, ``exp(mean loss of question and choice) / tokens``; length counts twice in
+        it, which favours long choices, so use it only to compare with that paper.
+    style : {"cloze", "letters"}
+        ``"cloze"``: the choice follows the question; their order cannot matter. ``"letters"``: the
+        choices are listed as A, B, …, and the letter is scored; their order can (`position_bias`).
+    seq_len : int, optional
+        Most tokens of question and choice; by default what the model takes. Longer questions lose
+        their beginning, alike for all choices.
+    batch_size : int
+        Questions per forward pass.
+    progress : bool
+        Show a progress bar.
+
+    Returns
+    -------
+    Answers
+
+    Raises
+    ------
+    TypeError
+        If something else than questions is given.
+    ValueError
+        If there are no questions, an option is unknown, a choice has no tokens or does not fit,
+        tokenizer and model do not belong together, or the model answers with NaN.
+    """
+    for name, value, known in (("score", score, SCORES), ("style", style, STYLES)):
+        if value not in known:
+            raise ValueError(f"{name} is {value!r}; expected one of {', '.join(known)}")
+    _check(questions)
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}; expected 1 or more")
+    tokenizer = tokenizer_for(model, tokenizer)
+    packed = []
+    for number, question in enumerate(questions):
+        prompt, follows = _texts(question, style)
+        try:
+            packed.append(pack(prompt, follows, tokenizer, longest(model, seq_len)))
+        except ValueError as error:
+            raise ValueError(f"question {number} ({question!s}): {error}") from error
+    order = np.argsort([-len(entry.ids) for entry in packed], kind="stable")  # little padding
+    groups = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    losses = {}
+    with inference(model):
+        for group in tqdm(groups, desc="questions", unit="batch", disable=not progress):
+            found = branch_losses(model, [packed[i] for i in group])
+            losses.update(zip(group, found, strict=True))
+    rows = []
+    for number, (question, entry) in enumerate(zip(questions, packed, strict=True)):
+        if np.isnan(losses[number]).any():
+            raise ValueError(
+                f"the model gives NaN on question {number} ({question!s}): check its weights, dtype"
+            )
+        rows += _rows(number, question, entry, losses[number], score)
+    return Answers(pd.DataFrame(rows), tuple(questions), score, style)
+
+
+def _check(questions: Sequence[Question]) -> None:
+    if not isinstance(questions, Sequence) or not all(isinstance(q, Question) for q in questions):
+        raise TypeError(
+            f"expected a sequence of Question, got {questions!r:.80}; pass e.g. domain.questions"
+        )
+    if not questions:
+        raise ValueError("there are no questions to answer; a short test part may yield none")
+
+
+def _texts(question: Question, style: str) -> tuple[str, list[str]]:
+    """The prompt, and what follows it (after a space) for every choice."""
+    prompt = f"{question.context}\n{question.question}" if question.context else question.question
+    if style == "cloze":
+        return prompt, list(question.choices)
+    letters = string.ascii_uppercase[: len(question.choices)]
+    if len(letters) < len(question.choices):
+        raise ValueError(f"{question!s} has {len(question.choices)} choices, more than letters")
+    listed = [f"{x}. {choice}" for x, choice in zip(letters, question.choices, strict=True)]
+    return "\n".join([prompt, *listed, "Answer:"]), list(letters)
+
+
+def _rows(
+    number: int, question: Question, entry: Packed, losses: np.ndarray, score: str
+) -> list[dict]:
+    """A question's rows of `Answers.frame`."""
+    rows, shared = [], losses[: entry.shared - 1].sum()  # losses[i] is of token i + 1
+    for choice, (branch, start) in enumerate(zip(entry.branches, entry.starts, strict=True)):
+        row = {
+            "question": number, "source": question.source, "choice": choice,
+            "text": question.choices[choice], "is_answer": choice == question.answer,
+            "nll": losses[start - 1 : branch.stop - 1].sum(), "tokens": branch.stop - start,
+            "whole_nll": shared + losses[branch.start - 1 : branch.stop - 1].sum(),
+            "whole_tokens": entry.shared + branch.stop - branch.start,
+            "truncated": entry.truncated,
+        }  # fmt: skip
+        rows.append({**row, "score": SCORES[score](row)})
+    sign = -1 if score in HIGHEST else 1
+    # Equal scores (letters in bfloat16) must not favour a place: the text's hash decides.
+    best = min(rows, key=lambda row: (sign * row["score"], sha256(row["text"].encode()).digest()))
+    return [{**row, "picked": row is best} for row in rows]
+
+
+def compare_answers(first: Answers, second: Answers) -> Comparison:
+    """Compare two models' answers to the same questions, question by question.
+
+    Parameters
+    ----------
+    first, second : Answers
+        E.g. of the dense and of the pruned model.
+
+    Returns
+    -------
+    Comparison
+
+    Raises
+    ------
+    ValueError
+        If they did not answer the same questions.
+    """
+    from scipy.stats import binomtest  # here, because it takes a second to import
+
+    if first.questions != second.questions:
+        pairs = enumerate(zip(first.questions, second.questions, strict=False))
+        place = next((i for i, (a, b) in pairs if a != b), min(first.n, second.n))
+        raise ValueError(
+            f"the answers are to different questions ({first.n} and {second.n}, the first "
+            f"difference at number {place}); give both models the same ones"
+        )
+    both = int((first.correct & second.correct).sum())
+    lost, won = int(first.correct.sum()) - both, int(second.correct.sum()) - both
+    p = binomtest(won, lost + won).pvalue if lost + won else 1.0
+    low, high = _newcombe(both, won, lost, first.n)
+    difference = (won - lost) / first.n
+    return Comparison(difference, low, high, lost, won, float(p), first.n)
+
+
+def _wilson(right: int, n: int) -> tuple[float, float]:
+    from scipy.stats import binomtest
+
+    interval = binomtest(right, n).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def _newcombe(both: int, won: int, lost: int, n: int) -> tuple[float, float]:
+    """95 % interval of the difference of two paired shares, (both + won) less (both + lost)."""
+    neither = n - both - won - lost
+    shares = [(both + won) / n, (both + lost) / n]
+    (low1, high1), (low2, high2) = (_wilson(both + x, n) for x in (won, lost))
+    margins = (both + won) * (lost + neither) * (both + lost) * (won + neither)
+    phi = both * neither - won * lost
+    if phi > 0:
+        phi = max(phi - n / 2, 0)  # continuity
+    phi = phi / sqrt(margins) if margins else 0.0
+    difference = shares[0] - shares[1]
+    ends = []
+    for a, b in ((shares[0] - low1, high2 - shares[1]), (high1 - shares[0], shares[1] - low2)):
+        ends.append(sqrt(max(0.0, a * a - 2 * phi * a * b + b * b)))
+    return difference - ends[0], difference + ends[1]
+
+
+def position_bias(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    score: str = "perplexity",
+    style: str = "letters",
+    **options,
+) -> pd.DataFrame:
+    """Does the place of a choice decide? Every question is asked in every rotation of its choices.
+
+    Parameters
+    ----------
+    model, tokenizer, questions, score, style, **options
+        As for `answer_questions`.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per position: ``accuracy`` where the right answer stands there, ``picked`` (share of
+        picks among the questions that have this position), ``unbiased`` (what that share would be
+        if the position did not matter), ``asked`` (rotations), and ``mean_accuracy`` over all
+        rotations, the same in every row.
+    """
+    _check(questions)
+    turned = [q.rotated(k) for q in questions for k in range(len(q.choices))]
+    frame = answer_questions(model, tokenizer, turned, score, style, **options).frame
+    frame["unbiased"] = 1 / frame.groupby("question")["choice"].transform("size")
+    right = frame[frame["is_answer"]]
+    table = frame.groupby("choice").agg(
+        picked=("picked", "mean"), unbiased=("unbiased", "mean"), asked=("picked", "size")
+    )
+    table.insert(0, "accuracy", right.groupby("choice")["picked"].mean())
+    table["mean_accuracy"] = right["picked"].mean()
+    return table.rename_axis("position").reset_index()
