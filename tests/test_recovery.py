@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 import minigpt_lab as lab
-from minigpt_lab import recovery
+from minigpt_lab import adapters, training
 
 SMALL = {"seq_len": 64, "eval_every": 1024, "tokens": 4096, "eval_characters": 3000}
 
@@ -38,6 +39,16 @@ def zeros(model) -> dict[str, torch.Tensor]:
     return {name: p.detach() == 0 for name, p in model.named_parameters() if (p == 0).any()}
 
 
+def reached(model, tiny, domain) -> float:
+    """The model's perplexity, as recovery measures it."""
+    text = lab.excerpt(domain.validation, max_characters=SMALL["eval_characters"])
+    return lab.perplexity(model, tiny[1], text, 64).value
+
+
+def same_weights(model, other) -> bool:
+    return all(map(torch.equal, model.state_dict().values(), other.state_dict().values()))
+
+
 @pytest.mark.parametrize(("method", "rate"), [("full", 1e-3), ("lora", 5e-3)])
 def test_a_pruned_model_gets_better_and_its_zeros_stay(mini, tiny, tiny_domain, method, rate):
     _, tokenizer = tiny
@@ -56,15 +67,12 @@ def test_a_pruned_model_gets_better_and_its_zeros_stay(mini, tiny, tiny_domain, 
     assert [name for name, _ in mini.named_modules()] == names and not mini.training
     assert type(mini.model.layers[0].mlp.up_proj) is nn.Linear
     assert all(p.requires_grad for p in mini.parameters())
-    text = lab.excerpt(tiny_domain.validation, max_characters=SMALL["eval_characters"])
-    now = lab.perplexity(mini, tokenizer, text, 64).value
-    assert now == pytest.approx(history["perplexity"].min(), rel=1e-3)
+    assert reached(mini, tiny, tiny_domain) == pytest.approx(history["perplexity"].min(), rel=1e-3)
 
 
 def test_it_stops_at_the_level_asked_for(mini, tiny, tiny_domain):
     _, tokenizer = tiny
-    text = lab.excerpt(tiny_domain.validation, max_characters=SMALL["eval_characters"])
-    start = lab.perplexity(mini, tokenizer, text, 64).value
+    start = reached(mini, tiny, tiny_domain)
     arguments = {"epochs": 4, "learning_rate": 1e-3, **SMALL}
     history = lab.recover(mini, tokenizer, tiny_domain, stop_at=0.97 * start, **arguments)
     assert history.attrs["stopped"] == "recovered"
@@ -87,21 +95,25 @@ def test_a_run_that_only_harms_changes_nothing(mini, tiny, tiny_domain, method):
     assert all(torch.equal(value, mini.state_dict()[name]) for name, value in before.items())
 
 
-def test_interrupting_keeps_what_was_reached(mini, tiny, tiny_domain, monkeypatch):
-    real, calls = recovery.perplexity, []
+@pytest.fixture
+def interrupted(monkeypatch):
+    """Ctrl-C during the fourth evaluation: one before training, two with their checkpoints."""
+    real, calls = training.perplexity, []
 
-    def interrupted(*arguments):
+    def perplexity(*arguments):
         calls.append(1)
         if len(calls) == 4:
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(recovery, "perplexity", interrupted)
+    monkeypatch.setattr(training, "perplexity", perplexity)
+
+
+@pytest.mark.usefixtures("interrupted")
+def test_interrupting_keeps_what_was_reached(mini, tiny, tiny_domain):
     history = lab.recover(mini, tiny[1], tiny_domain, learning_rate=1e-3, **SMALL)
     assert history.attrs["stopped"] == "interrupted" and len(history) == 3
-    text = lab.excerpt(tiny_domain.validation, max_characters=SMALL["eval_characters"])
-    now = lab.perplexity(mini, tiny[1], text, 64).value
-    assert now == pytest.approx(history["perplexity"].min(), rel=1e-4)
+    assert reached(mini, tiny, tiny_domain) == pytest.approx(history["perplexity"].min(), rel=1e-4)
 
 
 def test_a_killed_run_resumes_to_the_same_curve(tmp_path, pruned, tiny):
@@ -134,6 +146,205 @@ history.drop(columns="seconds").to_csv(sys.argv[2], index=False)
 
 
 @pytest.mark.parametrize(
+    ("method", "damage"),
+    [("lora", "state missing"), ("lora", "weights cut"), ("full", "optimizer cut")],
+)
+@pytest.mark.usefixtures("interrupted")
+def test_a_broken_checkpoint_is_passed_over(tmp_path, pruned, tiny, tiny_domain, method, damage):
+    arguments = {"method": method, "learning_rate": 1e-3, "progress": False, **SMALL}
+    mini, whole, out = copy.deepcopy(pruned), copy.deepcopy(pruned), tmp_path / "run"
+    lab.recover(mini, tiny[1], tiny_domain, out_dir=out, **arguments)
+    last = out / "checkpoint-8"
+    names = {"state missing": "trainer_state.json", "weights cut": "adapter_model.safetensors"}
+    broken = last / names.get(damage, "optimizer.pt")
+    if damage == "state missing":
+        broken.unlink()
+    else:
+        broken.write_bytes(broken.read_bytes()[: broken.stat().st_size // 2])
+    again = copy.deepcopy(pruned)
+    resumed = lab.recover(again, tiny[1], tiny_domain, out_dir=out, **arguments)
+    expected = lab.recover(whole, tiny[1], tiny_domain, **arguments)
+    columns = resumed.columns.drop("seconds")
+    pd.testing.assert_frame_equal(resumed[columns], expected[columns])
+    assert resumed["seconds"].is_monotonic_increasing and len(resumed) == 5
+    assert same_weights(again, whole)
+
+
+def test_a_finished_run_returns_what_it_returned(tmp_path, pruned, tiny, tiny_domain, monkeypatch):
+    mini, again = copy.deepcopy(pruned), copy.deepcopy(pruned)
+    arguments = {"learning_rate": 3e-2, "patience": 1, "out_dir": tmp_path, **SMALL}
+    history = lab.recover(mini, tiny[1], tiny_domain, epochs=2, **arguments)
+    assert history.attrs["stopped"] == "patience"
+    monkeypatch.setattr(training.KitTrainer, "train", None)
+    found = lab.recover(again, tiny[1], tiny_domain, epochs=2, **arguments)
+    pd.testing.assert_frame_equal(found, history)
+    assert found.attrs == history.attrs and same_weights(again, mini)
+
+
+def test_another_run_in_the_same_folder_is_refused(tmp_path, pruned, tiny, tiny_domain):
+    same = {"out_dir": tmp_path, "learning_rate": 1e-3, **SMALL}
+    lab.recover(copy.deepcopy(pruned), tiny[1], tiny_domain, **same)
+    for change, words in (
+        ({"learning_rate": 2e-3}, r"another learning_rate \(0.001, now 0.002\); repeat that call"),
+        ({"method": "lora"}, "another method"),
+        ({"tokens": 2048}, "another tokens .*training text"),
+        ({"domain": lab.load_domain("tiny-games")}, "another training text .*validation text"),
+        ({"model": copy.deepcopy(tiny[0])}, "another model"),
+    ):
+        arguments = {"model": copy.deepcopy(pruned), "domain": tiny_domain, **same, **change}
+        with pytest.raises(ValueError, match=words):
+            lab.recover(tokenizer=tiny[1], **arguments)
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(ValueError, match="checkpoints of something else"):
+        lab.recover(copy.deepcopy(pruned), tiny[1], tiny_domain, **same)
+
+
+def test_a_full_disk_stops_clearly_and_is_resumed(tmp_path, pruned, tiny):
+    lab.save_model(pruned, tiny[1], tmp_path / "mini")
+    script = tmp_path / "run.py"
+    script.write_text(f"""
+import resource, signal, sys, warnings
+import pandas as pd
+import minigpt_lab as lab
+from minigpt_lab import training
+real, calls = training.perplexity, []
+def full(*arguments):
+    calls.append(1)
+    if len(calls) == 4 and sys.argv[3] == "full":  # before the third checkpoint
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, resource.RLIM_INFINITY))
+    return real(*arguments)
+training.perplexity = full
+model, tokenizer = lab.load_model({str(tmp_path / "mini")!r}, device="cpu")
+domain = lab.load_domain("tiny-law")
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    history = lab.recover(model, tokenizer, domain, learning_rate=1e-3,
+                          out_dir=sys.argv[1], **{SMALL!r})
+if sys.argv[3] == "full":
+    assert history.attrs["stopped"] == "disk" and len(history) == 4, history
+    assert any("checkpoint-12 could not be written" in str(w.message) for w in caught)
+    text = lab.excerpt(domain.validation, max_characters={SMALL["eval_characters"]})
+    now = real(model, tokenizer, text, 64).value
+    assert abs(now / history["perplexity"].min() - 1) < 1e-4, (now, history)
+history.drop(columns="seconds").to_csv(sys.argv[2], index=False)
+""")
+
+    def start(folder: str, out: str, disk: str) -> None:
+        paths = [str(script), str(tmp_path / folder), str(tmp_path / out), disk]
+        done = subprocess.run([sys.executable, *paths], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+    start("checkpoints", "none.csv", "full")
+    left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert left == ["checkpoint-4", "checkpoint-8", "run.json"]
+    start("checkpoints", "resumed.csv", "room")
+    start("fresh", "whole.csv", "room")
+    resumed, whole = (pd.read_csv(tmp_path / name) for name in ("resumed.csv", "whole.csv"))
+    pd.testing.assert_frame_equal(resumed, whole, rtol=1e-4)
+
+
+def test_two_processes_train_one_model(tmp_path, pruned, tiny):
+    lab.save_model(pruned, tiny[1], tmp_path / "mini")
+    script = tmp_path / "run.py"
+    script.write_text(f"""
+import os, sys, torch
+import minigpt_lab as lab
+rank, domain = os.environ["RANK"], lab.load_domain("tiny-law")
+for method, rate in (("full", 1e-3), ("lora", 5e-3)):
+    model, tokenizer = lab.load_model({str(tmp_path / "mini")!r}, device="cpu")
+    zero = {{name: p == 0 for name, p in model.named_parameters()}}
+    history = lab.recover(model, tokenizer, domain, method, learning_rate=rate, patience=2,
+                          out_dir=f"{{sys.argv[1]}}/{{method}}", **{SMALL!r})
+    assert all((model.get_parameter(name)[mask] == 0).all() for name, mask in zero.items())
+    torch.save((history, history.attrs, model.state_dict()), f"{{sys.argv[1]}}/{{method}}-{{rank}}")
+try:
+    lab.recover(model, tokenizer, domain)
+except ValueError as error:
+    assert "2 processes train together" in str(error)
+else:
+    raise AssertionError
+""")
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run(
+        [sys.executable, *command, str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for method in ("full", "lora"):
+        (one, facts, weights), (other, same, others) = (
+            torch.load(tmp_path / f"{method}-{rank}", weights_only=False) for rank in (0, 1)
+        )
+        pd.testing.assert_frame_equal(one, other)
+        assert facts == same and facts["stopped"] == "finished"
+        assert all(torch.equal(value, others[name]) for name, value in weights.items())
+        assert one["tokens"].tolist() == [0, 1024, 2048, 3072, 4096]
+        assert one["step"].tolist() == [0, 2, 4, 6, 8]  # 4 windows of 64 tokens on each of two
+        assert one["perplexity"].min() < 0.97 * one["perplexity"][0]
+
+
+def test_tokens_are_those_that_were_read(mini, tiny, tiny_domain):
+    """The last update of an epoch may be smaller."""
+    small = {**SMALL, "tokens": 64 * 9, "eval_every": 64 * 4, "patience": 9}
+    history = lab.recover(mini, tiny[1], tiny_domain, epochs=2, **small)
+    assert history["step"].tolist() == [0, 1, 2, 3, 4, 5, 6]
+    assert history["tokens"].tolist() == [64 * n for n in (0, 4, 8, 9, 13, 17, 18)]
+    accumulated = lab.recover(mini, tiny[1], tiny_domain, accumulation=2, **small)
+    assert accumulated["tokens"].tolist() == [0, 64 * 8, 64 * 9]
+    assert accumulated["train_loss"].iloc[1:].notna().all()
+
+
+def test_adapters_go_where_they_are_asked_to(mini, tiny, tiny_domain, monkeypatch):
+    before = copy.deepcopy(mini)
+    wanted = ["q_proj", "model.layers.1.mlp.up_proj"]
+    lab.recover(mini, tiny[1], tiny_domain, "lora", learning_rate=5e-3, targets=wanted, **SMALL)
+    changed = {
+        name.removesuffix(".weight")
+        for name, value in before.named_parameters()
+        if not torch.equal(value, mini.get_parameter(name))
+    }
+    layers = range(len(mini.model.layers))
+    assert changed == {f"model.layers.{n}.self_attn.q_proj" for n in layers} | {wanted[1]}
+    for targets, words in (
+        (["q_prj"], "no linear layer 'q_prj' to adapt; did you mean 'q_proj'"),
+        (["model.layers.99.mlp.up_proj"], "did you mean 'model.layers"),
+        ([], "targets is empty"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            lab.recover(mini, tiny[1], tiny_domain, "lora", targets=targets)
+    assert len(adapters.adapter_targets(mini, None)) == 7 * len(layers)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_the_model_is_left_as_it_was_but_for_its_weights(mini, tiny, tiny_domain, method, capfd):
+    mini.config.use_cache = True
+    plain = lab.recover(copy.deepcopy(mini), tiny[1], tiny_domain, method, **SMALL)
+    capfd.readouterr()
+    saving = lab.recover(
+        mini, tiny[1], tiny_domain, method, checkpointing=True, progress=False, **SMALL
+    )
+    assert capfd.readouterr() == ("", "")
+    assert saving["perplexity"].tolist() == pytest.approx(plain["perplexity"].tolist(), rel=1e-3)
+    assert mini.config.use_cache and not mini.is_activation_checkpointing
+
+
+def test_a_loss_that_is_not_a_number_ends_it(mini, tiny, tiny_domain):
+    before = copy.deepcopy(mini)
+    history = lab.recover(mini, tiny[1], tiny_domain, learning_rate=1e30, **SMALL)
+    assert history.attrs == {"stopped": "diverged", "best_step": 0} and len(history) == 1
+    assert same_weights(mini, before)
+    with torch.no_grad():
+        mini.model.norm.weight[0] = float("nan")
+    with pytest.raises(ValueError, match="gives NaN on tiny-law/validation"):
+        lab.recover(mini, tiny[1], tiny_domain, **SMALL)
+
+
+POSITIVE = (
+    "tokens", "stop_at", "eval_every", "eval_characters", "patience", "batch_size", "accumulation",
+    "rank", "alpha",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
     ("arguments", "words"),
     [
         ({"method": "prayer"}, "unknown method 'prayer'"),
@@ -141,8 +352,24 @@ history.drop(columns="seconds").to_csv(sys.argv[2], index=False)
         ({"learning_rate": -1e-4}, "learning_rate is -0.0001"),
         ({"learning_rate": float("nan")}, "learning_rate is nan"),
         ({"seq_len": 100_000}, "less than one window"),
+        ({"tokens": 100}, r"limit 100\), less than one window of seq_len=256"),
+        ({"targets": ["q_proj"]}, "targets are for method='lora'"),
+        ({"dropout": 1.0}, "dropout is 1.0"),
+        *(({name: 0}, f"{name} is 0; expected a number above 0") for name in POSITIVE),
     ],
 )
 def test_bad_arguments_are_named(mini, tiny, tiny_domain, arguments, words):
     with pytest.raises(ValueError, match=words):
         lab.recover(mini, tiny[1], tiny_domain, **arguments)
+
+
+def test_parts_that_are_too_short_are_named(mini, tiny, tiny_domain):
+    for part, words in (
+        ({"train": ("A word.",)}, "tiny-law/train has .* less than one window"),
+        ({"validation": ()}, "tiny-law/validation is empty"),
+    ):
+        short = dataclasses.replace(
+            tiny_domain, **{k: lab.Part("tiny-law", k, v) for k, v in part.items()}
+        )
+        with pytest.raises(ValueError, match=words):
+            lab.recover(mini, tiny[1], short)
