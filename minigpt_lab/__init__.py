@@ -2,6 +2,7 @@
 
 from .answers import Answers, answer_questions, compare_answers, position_bias
 from .assets import SourceUnavailable
+from .benchmarks import benchmark
 from .criteria import CRITERIA, Scores, criterion, score
 from .domains import (
     Domain,
@@ -42,6 +43,7 @@ __all__ = [
     "SourceUnavailable",
     "Statistics",
     "answer_questions",
+    "benchmark",
     "check_disjoint",
     "collect_statistics",
     "compare_answers",

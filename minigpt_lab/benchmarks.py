@@ -1,0 +1,214 @@
+"""Standard benchmarks, by lm-eval, on a model in memory: shrunk, trimmed or dense."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import logging
+import math
+import os
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+
+import pandas as pd
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .assets import first_line, hub_in_reach
+from .runtime import inference
+from .vocabulary import tokenizer_for
+
+# lm-eval and all it brings along takes seconds to import: it is imported where it is used.
+
+
+def benchmark(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: str | os.PathLike | Sequence[str | os.PathLike],
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+    include_path: str | os.PathLike | None = None,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Score a model on tasks of lm-eval, the harness that published numbers come from.
+
+    Parameters
+    ----------
+    model, tokenizer
+        A pair; a trimmed model also takes its original tokenizer, which is trimmed alike.
+    tasks : str, path or sequence of them
+        Names of tasks, groups or tags (``"arc_easy"``), task files (``"my/task.yaml"``), or folders
+        of task files.
+    num_fewshot : int, optional
+        Solved examples before each question; by default what the task says. A task that says 0
+        keeps 0.
+    limit : int, optional
+        Use only the first so many questions of each task.
+    batch_size : int
+        Texts per forward pass.
+    include_path : str or path, optional
+        A folder with more task files, whose tasks may be named.
+    seed : int
+        Of the choice of examples.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per task and metric: ``task, metric, value, stderr, low, high, n, num_fewshot,
+        higher_is_better, version``; low and high are the 95 % interval ``value ± 1.96 stderr``.
+
+    Raises
+    ------
+    ValueError
+        If a task is not known, a file defines none, or a number is out of range.
+    FileNotFoundError
+        If there is no such task file or folder.
+    OSError
+        If a task's dataset is neither in reach nor in the local cache.
+    """
+    for name, value, least in (
+        ("num_fewshot", num_fewshot, 0), ("limit", limit, 1), ("batch_size", batch_size, 1)
+    ):  # fmt: skip
+        if value is not None and value < least:
+            raise ValueError(f"{name} is {value}; expected at least {least}")
+    words = tokenizer_for(model, tokenizer)
+    with _quiet(), _offline_unless_in_reach(), inference(model):
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+
+        manager, names = _resolved(tasks, include_path)
+        # a copy: lm-eval gives a tokenizer without padding some
+        harness = HFLM(pretrained=model, tokenizer=copy.deepcopy(words), batch_size=batch_size)
+        try:
+            found = simple_evaluate(
+                harness,
+                tasks=names,
+                task_manager=manager,
+                num_fewshot=num_fewshot,
+                limit=limit,
+                log_samples=False,
+                bootstrap_iters=1000,  # of metrics that are no mean; means have a closed form
+                random_seed=seed,
+                numpy_random_seed=seed,
+                torch_random_seed=seed,
+                fewshot_random_seed=seed,
+            )
+        except ConnectionError as error:
+            raise OSError(
+                f"the data of {', '.join(names)} cannot be had ({first_line(error)}): it comes "
+                "from the Hugging Face hub, which is out of reach (no network?), and no earlier "
+                "call left a copy; use a task over local files"
+            ) from error
+    return _table(found)
+
+
+def _resolved(tasks, include_path: str | os.PathLike | None) -> tuple:
+    """A manager that knows the tasks, and their names."""
+    from lm_eval.tasks import TaskManager
+
+    wanted = [tasks] if isinstance(tasks, str | os.PathLike) else list(tasks)
+    folders, names = [] if include_path is None else [Path(include_path)], []
+    for task in wanted:
+        if isinstance(task, os.PathLike) or os.sep in task or task.endswith(".yaml"):
+            path = Path(task).resolve()
+            folders.append(path if path.is_dir() else path.parent)
+            names += _defined(path)
+        else:
+            names.append(task)
+    for folder in folders:
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder} is no folder; expected one with task files (.yaml)")
+    paths = tuple(dict.fromkeys(map(str, folders)))
+    local = TaskManager(include_path=list(paths), include_defaults=False)
+    if names and set(names) <= set(local.all_subtasks):
+        return local, names
+    manager = _everything(paths)
+    for name in names:
+        if name not in manager.task_index:
+            close = get_close_matches(name, manager.all_tasks, n=3, cutoff=0.5)
+            hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "see lm_eval ls"
+            raise ValueError(f"lm-eval has no task {name!r}; {hint}")
+    return manager, names
+
+
+@functools.cache
+def _everything(paths: tuple[str, ...]):
+    """Every task of lm-eval, and those in folders. Reading its files takes several seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=list(paths))
+
+
+def _defined(path: Path) -> list[str]:
+    """Names of the tasks that a file, or every file of a folder, defines."""
+    from lm_eval.tasks import TaskManager
+
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; expected a task file (.yaml) or a folder")
+    folder = path if path.is_dir() else path.parent
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    if path.is_dir():
+        names = manager.all_subtasks
+    else:
+        entries = manager.task_index.items()
+        names = [n for n, e in entries if e.yaml_path and e.yaml_path.resolve() == path]
+    if not names:
+        raise ValueError(f"{path} defines no task of lm-eval; expected YAML with 'task: NAME'")
+    return names
+
+
+def _table(found: dict) -> pd.DataFrame:
+    rows = []
+    for task, scores in found["results"].items():
+        for key, value in scores.items():
+            metric, comma, kind = key.partition(",")
+            if not comma or metric.endswith("_stderr"):
+                continue
+            stderr = scores.get(f"{metric}_stderr,{kind}")
+            stderr = stderr if isinstance(stderr, float) else math.nan  # "N/A"
+            rows.append(
+                {
+                    "task": task,
+                    "metric": metric if kind == "none" else key,
+                    "value": value,
+                    "stderr": stderr,
+                    "low": value - 1.96 * stderr,
+                    "high": value + 1.96 * stderr,
+                    "n": scores.get("sample_len"),
+                    "num_fewshot": found["n-shot"].get(task),
+                    "higher_is_better": found["higher_is_better"].get(task, {}).get(metric),
+                    "version": found["versions"].get(task),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without lm-eval's warnings that a model in memory was given, and of defaults it uses."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _offline_unless_in_reach() -> Iterator[None]:
+    """Use what the cache holds, at once: the hub's client retries for half a minute."""
+    import datasets
+    from huggingface_hub import constants
+
+    before = [(module, module.HF_HUB_OFFLINE) for module in (constants, datasets.config)]
+    out_of_reach = not hub_in_reach()
+    try:
+        for module, offline in before:
+            module.HF_HUB_OFFLINE = offline or out_of_reach
+        yield
+    finally:
+        for module, offline in before:
+            module.HF_HUB_OFFLINE = offline
