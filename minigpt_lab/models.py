@@ -36,7 +36,7 @@ from .assets import (
     staged,
     verify,
 )
-from .families import SITES, Anatomy
+from .families import SITES, Anatomy, weight_axis
 from .plan import PruningPlan
 from .runtime import default_device, inference
 from .vocabulary import TrimmedVocabulary, tokenizer_for
@@ -145,10 +145,40 @@ def _load_adapter(folder: Path, dtype: str | torch.dtype) -> tuple:
     """A LoRA adapter's folder: load the base it names and merge the adapter into it."""
     from peft import PeftConfig, PeftModel
 
-    base, tokenizer = load_model(
-        PeftConfig.from_pretrained(folder).base_model_name_or_path, dtype, "cpu"
-    )
+    name = PeftConfig.from_pretrained(folder).base_model_name_or_path
+    if not name:
+        raise ValueError(
+            f"the adapter in {folder} names no base model; write its name or folder into "
+            "adapter_config.json, as base_model_name_or_path"
+        )
+    base, tokenizer = load_model(name, dtype, "cpu")
+    _check_adapter(folder, base, name)
     return PeftModel.from_pretrained(base, folder).merge_and_unload(), tokenizer
+
+
+def _check_adapter(folder: Path, base: PreTrainedModel, name: str) -> None:
+    """Refuse an adapter of another shape; peft passes over one whose layer is gone."""
+    try:
+        factors = load_file(folder / "adapter_model.safetensors")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{folder} is damaged or incomplete ({first_line(error)}); save it again"
+        ) from error
+    modules = dict(base.named_modules())
+    for key, factor in factors.items():
+        layer, _, which = key.removeprefix("base_model.model.").partition(".lora_")
+        axis, side = {"A.weight": (1, "input"), "B.weight": (0, "output")}.get(which, (0, None))
+        if side is None:
+            continue  # of an embedding, or no LoRA: peft's own checks must do
+        module = modules.get(layer)
+        here = module and module.weight.shape[weight_axis(module, side)]
+        if here != factor.shape[axis]:
+            what = f"{here} {side}s of {layer}" if module else f"no {layer}"
+            raise ValueError(
+                f"the adapter in {folder} does not fit its base {name!r}, which has {what}; the "
+                f"adapter was trained on {factor.shape[axis]}. If the base was pruned since, merge "
+                "the adapter into the base from before, and prune that"
+            )
 
 
 def _load_shrunk(folder: Path, dtype: str | torch.dtype) -> PreTrainedModel:

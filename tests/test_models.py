@@ -189,6 +189,32 @@ def test_an_adapter_folder_loads_merged(tmp_path, tokenizer, probe):
     assert not same(merged, random_model("llama"), probe)
 
 
+def test_an_adapter_of_a_layer_that_is_gone_is_refused(tmp_path, tokenizer):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    lab.save_model(random_model("llama"), tokenizer, base)
+    config = LoraConfig(r=2, target_modules=["q_proj", "up_proj"])
+    get_peft_model(lab.load_model(base, device="cpu")[0], config).save_pretrained(adapter)
+    lab.load_model(adapter, device="cpu")
+    narrow = lab.shrink(random_model("llama"), random_plan(random_model("llama"), 11, False))
+    shallow = random_model("llama")
+    del shallow.model.layers[2]
+    shallow.config.num_hidden_layers = 2
+    for pruned, words in (
+        (narrow, r"has \d+ outputs of model.layers.0.mlp.up_proj; .* trained on 20"),
+        (shallow, "has no model.layers.2.mlp.up_proj; .* prune that"),
+    ):
+        lab.save_model(pruned, tokenizer, base)
+        with pytest.raises(ValueError, match=words):
+            lab.load_model(adapter, device="cpu")
+    weights = adapter / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    with pytest.raises(ValueError, match="adapter is damaged or incomplete"):
+        lab.load_model(adapter, device="cpu")
+    get_peft_model(random_model("llama"), config).save_pretrained(adapter)
+    with pytest.raises(ValueError, match="adapter in .* names no base model"):
+        lab.load_model(adapter, device="cpu")
+
+
 def test_unknown_names_are_offered_the_nearest(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(FileNotFoundError, match="did you mean 'smollm2-135m'"):
