@@ -1,0 +1,115 @@
+"""The command line around notebooks: names, parameters and what is printed, without running one."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pandas as pd
+import pytest
+
+from minigpt_lab import experiments
+
+WRONG = [
+    ("02", "epsilon_linear", 0.1, "a list"),
+    ("02", "epsilon_linear", ["a"], r"default \[1e-05"),
+    ("03", "seq_len", 64.0, "a whole number"),
+    ("03", "seq_len", True, "a whole number"),
+    ("03", "seq_len", None, "a whole number"),
+    ("03", "quantile_activation", "0.1", "a number or None"),
+    ("03", "domain", 3, "a text"),
+    ("03", "epsilon_linear", {"a": 1}, "a number, a text, a list or None"),
+    ("03", "epsilon_linear", True, "a number, a text, a list or None"),
+]
+
+
+@pytest.mark.parametrize(("notebook", "name", "value", "expected"), WRONG)
+def test_values_of_another_kind_are_refused_before_anything_runs(
+    notebook, name, value, expected, tmp_path
+):
+    with pytest.raises(ValueError, match=f"{name} is .*; expected .*{expected}"):
+        experiments.run_notebook(notebook, {name: value}, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_values_of_the_right_kind_reach_the_kernel(monkeypatch, tmp_path):
+    handed = {}
+    monkeypatch.setattr(
+        "papermill.execute_notebook", lambda *_, parameters, **__: handed.update(parameters)
+    )
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts").mkdir()
+    given = {
+        "quantile_activation": None,
+        "epsilon_embedding": 1,
+        "epsilon_linear": 0.1,
+        "seq_len": 8,
+    }
+    experiments.run_notebook("03", {**given, "domain": "./texts"}, tmp_path / "run")
+    assert given.items() <= handed.items()
+    assert handed["domain"] == str(tmp_path / "texts")  # the kernel works elsewhere
+    experiments.run_notebook("01", {"domains": ["./texts", "tiny-law"]}, tmp_path / "run")
+    assert handed["domains"] == [str(tmp_path / "texts"), "tiny-law"]
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path, capsys):
+    """Call the command line with a run that is made up; its arguments and what was printed."""
+    calls = []
+
+    def run_notebook(*arguments):
+        calls.append(arguments)
+        table = pd.DataFrame(
+            {"text": ["z", "a"], "stored": [134_515_008, 7], "loss": [1.23456, 2e7]}
+        )
+        table.to_csv(tmp_path / "summary.csv", index=False)
+        model = {"label": "tiny"}
+        content = {"model": model, "protocol": "quickly", "tables": ["summary"]}
+        (tmp_path / experiments.RECORD).write_text(json.dumps(content))
+        return tmp_path
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["experiments", *words])
+        experiments.main()
+        return calls, capsys.readouterr().out
+
+    monkeypatch.setattr(experiments, "run_notebook", run_notebook)
+    return call
+
+
+def test_parameters_of_the_command_line(command):
+    words = [
+        "02",
+        "-p",
+        "domain=law",
+        "-p",
+        "controls",
+        "[]",
+        "-p",
+        "model_name",
+        "a=b",
+        "--out",
+        "x",
+    ]
+    calls, printed = command(*words, "-p", "epsilon_all=[1e-3]")
+    given = {"domain": "law", "controls": [], "model_name": "a=b", "epsilon_all": [1e-3]}
+    assert calls == [("02_threshold_sweep", given, "x")]
+    rows = [line.split() for line in printed.splitlines()[4:7]]
+    assert rows == [
+        ["text", "stored", "loss"],
+        ["z", "134515008", "1.235"],
+        ["a", "7", "20,000,000"],
+    ]
+    assert command()[0][1][0] == experiments.DEFAULT
+
+
+def test_help_lists_notebooks_and_parameters(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        command("--help")
+    assert not stopped.value.code
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in experiments.notebook_names())
+    calls, printed = command("03", "--help")
+    assert 'domain = "medical"' in printed and not calls
+    with pytest.raises(SystemExit, match="no notebook '9'"):
+        command("9", "--help")
