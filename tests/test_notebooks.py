@@ -29,10 +29,7 @@ MATRIX = {"calibration_tokens": 1024, "test_tokens": 512, "recovery_tokens": 102
 CASES = {
     "01_activation_histograms": {
         "law-games": {"domains": ["tiny-law", "tiny-games"], "pair": ["tiny-law", "tiny-games"]},
-        "opt": {
-            "domains": ["tiny-medical", "tiny-economics"], "model_name": "tiny-opt",
-            "pair": ["tiny-medical", "tiny-economics"],
-        },
+        "opt": {"domains": ["tiny-medical", "tiny-economics"], "model_name": "tiny-opt"},
     },
     "02_threshold_sweep": {
         domain: {
@@ -48,6 +45,10 @@ CASES = {
             "domain": "tiny-games", "other_domain": "tiny-law", "test_tokens": 1024,
             "model_name": "tiny-phi", "epsilon_linear": 0.05, "quantile_activation": None,
             "epsilon_activation": 0.05,
+        },
+        "same": {
+            "domain": "tiny-law", "other_domain": "tiny-law", "test_tokens": 512,
+            "model_name": "tiny-opt",
         },
     },
     "04_recovery_curves": {
