@@ -235,3 +235,7 @@ def test_heatmap_frames_the_diagonal_and_brackets_what_is_unsure():
     assert words[:2] == ["20.0\n×1.00", "21.0\n×1.11"] and words[4] == "(21.0\n×1.11)"
     assert [patch.get_xy() for patch in recovered.patches] == [(0, 0), (1, 1)]
     assert recovered.get_title(loc="left") == "recovered"
+
+    known = ["mine", "tiny-law", "yours"]
+    assert len({figures.colour(name, known) for name in known} - {"#000000"}) == 3
+    assert figures.colour("mine") == "#000000"

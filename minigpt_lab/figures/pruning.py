@@ -306,7 +306,7 @@ def perplexity_dots(table: pd.DataFrame, caption: str = "") -> Figure:
         middle = rows["bits_per_character"]
         bounds = [middle - rows["bits_low"], rows["bits_high"] - middle]
         places = np.arange(len(variants))
-        tint = colour(text.rsplit("/", 1)[0])
+        tint = colour(text.rsplit("/", 1)[0], [name.rsplit("/", 1)[0] for name in texts])
         axis.errorbar(rows["bits_per_character"], places, xerr=np.maximum(bounds, 0), fmt="o",
                       color=tint, capsize=3)  # fmt: skip
         for place, (_, row) in zip(places, rows.iterrows(), strict=True):
@@ -317,6 +317,7 @@ def perplexity_dots(table: pd.DataFrame, caption: str = "") -> Figure:
         note = ": one passage, no interval" if alone else ""
         axis.set_title(text + note, fontsize=9, fontweight="normal")
         axis.set_xlabel("bits per character" + ("" if alone else " (95 % interval)"))
+        axis.locator_params(axis="x", nbins=5)
         axis.set_yticks(places, variants)
         axis.set_ylim(len(variants) - 0.5, -0.7)
     return figure

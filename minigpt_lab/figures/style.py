@@ -49,11 +49,13 @@ STYLE = {
 
 
 def colour(domain: str, known: Sequence[str] = ()) -> str:
-    """The colour of a domain; a user's own domain takes the next free one, by its place."""
-    short = domain.removeprefix("tiny-")
-    if short in DOMAIN_COLOURS:
-        return DOMAIN_COLOURS[short]
-    return _CYCLE[list(known).index(domain) % len(_CYCLE)] if domain in known else "#000000"
+    """The colour of a domain; a user's own takes the next that none of those `known` has."""
+    fixed = {name: DOMAIN_COLOURS.get(name.removeprefix("tiny-")) for name in (domain, *known)}
+    if fixed[domain] or domain not in known:
+        return fixed[domain] or "#000000"
+    free = [tint for tint in _CYCLE if tint not in fixed.values()] or _CYCLE
+    own = [name for name in known if not fixed[name]]
+    return free[own.index(domain) % len(free)]
 
 
 def new_figure(width: float, height: float, caption: str = "", title: str = "") -> Figure:
