@@ -70,3 +70,11 @@ def tiny():
 @pytest.fixture(scope="session")
 def tiny_domain():
     return lab.load_domain("tiny-law")
+
+
+@pytest.fixture(scope="session")
+def tiny_statistics(tiny, tiny_domain):
+    """Of the tiny model on its domain, 512 tokens; read-only."""
+    model, tokenizer = tiny
+    batches = lab.tokenize(tiny_domain.calibration, tokenizer, 64, 512)
+    return lab.collect_statistics(model, batches, progress=False)

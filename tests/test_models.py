@@ -66,11 +66,9 @@ def test_a_shrunk_model_can_be_saved_in_bfloat16(tmp_path, tokenizer, probe):
     assert lab.load_model(folder, dtype="float32", device="cpu")[0].dtype == torch.float32
 
 
-def test_trimmed_pair_reloads_with_plain_transformers(tmp_path, tiny, tiny_domain):
+def test_trimmed_pair_reloads_with_plain_transformers(tmp_path, tiny, tiny_domain, tiny_statistics):
     model, tokenizer = tiny
-    batches = lab.tokenize(tiny_domain.calibration, tokenizer, 64, 512)
-    found = lab.collect_statistics(model, batches, progress=False)
-    plan = lab.contextual_plan(model, found, quantile=0.25, epsilon_embedding=0.0)
+    plan = lab.contextual_plan(model, tiny_statistics, quantile=0.25, epsilon_embedding=0.0)
     mini = lab.shrink(model, plan)
     folder = lab.save_model(mini, tokenizer, tmp_path / "mini")
     plain, words = (

@@ -101,8 +101,7 @@ def test_wrong_python_and_missing_venv_get_one_line(tmp_path, monkeypatch):
 
 def test_a_second_call_installs_nothing(monkeypatch):
     monkeypatch.setattr(tasks.subprocess, "run", lambda *_, **__: pytest.fail("installed again"))
-    if not (tasks.VENV / "installed").is_file():
-        pytest.fail("run the suite with `python3.11 tasks.py test`")
+    assert (tasks.VENV / "installed").is_file(), "run the suite with `python3.11 tasks.py test`"
     tasks.install()
 
 

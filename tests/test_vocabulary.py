@@ -52,11 +52,9 @@ def test_closure_adds_every_ancestor(words):
         assert not closed[result] or (closed[left] and closed[right])
 
 
-def test_masked_and_shrunk_take_the_same_original_tokenizer(tiny, tiny_domain):
+def test_masked_and_shrunk_take_the_same_original_tokenizer(tiny, tiny_domain, tiny_statistics):
     model, tokenizer = tiny
-    batches = lab.tokenize(tiny_domain.calibration, tokenizer, 64, 512)
-    found = lab.collect_statistics(model, batches, progress=False)
-    plan = lab.contextual_plan(model, found, epsilon_embedding=0.0)
+    plan = lab.contextual_plan(model, tiny_statistics, epsilon_embedding=0.0)
     with lab.masked(model, plan):
         masked = lab.perplexity(model, tokenizer, tiny_domain.test, 64, max_tokens=512)
     mini = lab.shrink(model, plan)
@@ -65,13 +63,11 @@ def test_masked_and_shrunk_take_the_same_original_tokenizer(tiny, tiny_domain):
     assert isinstance(lab.generate(mini, tokenizer, "The court"), str)
 
 
-def test_a_vocabulary_can_be_cut_twice(tmp_path, tiny, tiny_domain):
+def test_a_vocabulary_can_be_cut_twice(tmp_path, tiny, tiny_domain, tiny_statistics):
     """Every tokenizer of the way fits: the original, the first trimmed, and the reloaded one."""
     model, tokenizer = tiny
     counts = lab.count_tokens(tiny_domain.calibration, tokenizer)
-    batches = lab.tokenize(tiny_domain.calibration, tokenizer, 64, 512)
-    found = lab.collect_statistics(model, batches, progress=False)
-    first = lab.contextual_plan(model, found, epsilon_embedding=0.0, token_counts=counts)
+    first = lab.contextual_plan(model, tiny_statistics, epsilon_embedding=0.0, token_counts=counts)
     folder = lab.save_model(lab.shrink(model, first), tokenizer, tmp_path / "once")
     once, trimmed = lab.load_model(folder, device="cpu")
     batches = lab.tokenize(tiny_domain.calibration, trimmed, 64, 512)
@@ -90,16 +86,14 @@ def test_a_vocabulary_can_be_cut_twice(tmp_path, tiny, tiny_domain):
         lab.perplexity(once, own, text, 64)
 
 
-def test_counts_decide_what_leaves(tiny, tiny_domain):
+def test_counts_decide_what_leaves(tiny, tiny_domain, tiny_statistics):
     model, tokenizer = tiny
-    batches = lab.tokenize(tiny_domain.calibration, tokenizer, 64, 256)
-    found = lab.collect_statistics(model, batches, progress=False)
     counts = lab.count_tokens(tiny_domain.calibration, tokenizer)
-    short = lab.contextual_plan(model, found, epsilon_embedding=0.0)
-    long = lab.contextual_plan(model, found, epsilon_embedding=0.0, token_counts=counts)
+    short = lab.contextual_plan(model, tiny_statistics, epsilon_embedding=0.0)
+    long = lab.contextual_plan(model, tiny_statistics, epsilon_embedding=0.0, token_counts=counts)
     assert set(np.flatnonzero(counts)) <= set(long.vocabulary)
     assert len(short.vocabulary) < len(long.vocabulary) < 1024
-    rare = lab.contextual_plan(model, found, epsilon_embedding=0.01, token_counts=counts)
+    rare = lab.contextual_plan(model, tiny_statistics, epsilon_embedding=0.01, token_counts=counts)
     assert len(rare.vocabulary) < len(short.vocabulary)
 
 
