@@ -116,7 +116,7 @@ class Comparison:
         Questions that only one of them answered right.
     p : float
         Of the exact McNemar test (two-sided binomial on those questions).
-    n : int
+    items : int
         Questions.
     """
 
@@ -126,11 +126,11 @@ class Comparison:
     first_only: int
     second_only: int
     p: float
-    n: int
+    items: int
 
     def __str__(self) -> str:
         return (
-            f"accuracy {self.difference:+.1%} [{self.low:+.1%}, {self.high:+.1%}] on {self.n} "
+            f"accuracy {self.difference:+.1%} [{self.low:+.1%}, {self.high:+.1%}] on {self.items} "
             f"items; right only first {self.first_only}, only second {self.second_only}, "
             f"p={self.p:.2g} (exact McNemar)"
         )

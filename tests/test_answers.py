@@ -233,7 +233,7 @@ def test_mcnemar_and_the_paired_interval():
     first = answered([True] * 8 + [False] * 13)  # 1 both, 7 first only, 1 second only, 12 neither
     second = answered([True] + [False] * 7 + [True] + [False] * 12)
     found = lab.compare_answers(first, second)
-    assert (found.first_only, found.second_only, found.n) == (7, 1, 21)
+    assert (found.first_only, found.second_only, found.items) == (7, 1, 21)
     assert found.p == pytest.approx(2 * (1 + 8) / 2**8)
     assert found.difference == pytest.approx(-6 / 21)
     # Fagerland, Lydersen and Laake (2014), Newcombe's square-and-add interval of these counts
