@@ -230,7 +230,7 @@ def threshold_sweep(
     axes[0, 0].set_ylabel("parameters left")
     axes[1, 0].set_ylabel("perplexity ÷ dense")
     for axis in axes[:, 0]:
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, frameon=True, edgecolor="none")
     return figure
 
 
