@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Iterator, Sequence
 
@@ -78,6 +79,8 @@ def adapted(
         with warnings.catch_warnings():  # peft asks transformers by a name that it now warns of
             warnings.simplefilter("ignore", FutureWarning)
             peft = get_peft_model(model, LoraConfig(target_modules=list(names), **lora))
+        # checkpoints without embeddings: peft asks the hub whether a pruned one has changed
+        peft.save_pretrained = functools.partial(peft.save_pretrained, save_embedding_layers=False)
         try:
             with torch.no_grad():
                 for name in names:
