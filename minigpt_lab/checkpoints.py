@@ -23,6 +23,7 @@ from .assets import staged
 #: What a run was begun with, beside its checkpoints.
 RUN = "run.json"
 STATE = "trainer_state.json"
+OPTIMIZER = "optimizer.pt"
 
 
 @contextlib.contextmanager
@@ -89,19 +90,33 @@ def last_whole(folder: Path) -> Path | None:
     """
     for checkpoint in sorted(_checkpoints(folder), key=_step, reverse=True):
         if is_whole(checkpoint):
-            best = json.loads((checkpoint / STATE).read_text())["best_global_step"]
-            if is_whole(folder / f"checkpoint-{best}"):
+            state = json.loads((checkpoint / STATE).read_text())
+            resumable = has_ended(state) or (checkpoint / OPTIMIZER).is_file()
+            if resumable and is_whole(folder / f"checkpoint-{state['best_global_step']}"):
                 return checkpoint
         shutil.rmtree(checkpoint)
     return None
 
 
+def has_ended(state: dict) -> bool:
+    """Whether a checkpoint's state is the end of its run."""
+    return state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"]
+
+
+def slim(folder: Path) -> None:
+    """Drop what only resuming needs, two thirds of the bytes, from a run that has ended."""
+    checkpoints = sorted(_checkpoints(folder), key=_step)
+    if checkpoints and has_ended(json.loads((checkpoints[-1] / STATE).read_text())):
+        for checkpoint in checkpoints:
+            (checkpoint / OPTIMIZER).unlink(missing_ok=True)
+
+
 def is_whole(checkpoint: Path) -> bool:
-    """Whether every file of a checkpoint is there and can be read to its end."""
+    """Whether the files that a state needs are there, and every file can be read to its end."""
     found = {path.name: path for path in checkpoint.glob("*")}
     weights = {"model.safetensors", "adapter_model.safetensors", "model.safetensors.index.json"}
     generators = [name for name in found if name.startswith("rng_state")]
-    if not ({STATE, "optimizer.pt", "scheduler.pt"} <= set(found) and weights & set(found)):
+    if not ({STATE, "scheduler.pt"} <= set(found) and weights & set(found)):
         return False
     try:
         for path in found.values():

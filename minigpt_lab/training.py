@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import shutil
 import time
@@ -18,7 +19,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 from transformers.utils import logging
 
 from .assets import first_line
-from .checkpoints import STATE, begin_run, last_whole, resume_run
+from .checkpoints import STATE, begin_run, has_ended, last_whole, resume_run, slim
 from .evaluation import perplexity
 
 
@@ -78,7 +79,7 @@ class KitTrainer(Trainer):
         if checkpoint is not None:
             state = TrainerState.load_from_json(str(checkpoint / STATE))
             self.began -= max(row.get("eval_seconds", 0.0) for row in state.log_history)
-            ended = state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"]
+            ended = has_ended(dataclasses.asdict(state))
         level = facts["stop_at"]
         if level is not None and start["eval_perplexity"] <= level:
             return "recovered", start
@@ -92,6 +93,8 @@ class KitTrainer(Trainer):
             self.state = state
         else:
             why = self._train(checkpoint, progress and first)
+        if first and why == "finished":
+            slim(folder)
         best = folder / f"checkpoint-{self.state.best_global_step}"
         if not (self.state.best_metric or math.inf) < start["eval_perplexity"]:
             with torch.no_grad():

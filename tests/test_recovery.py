@@ -182,6 +182,7 @@ def test_a_finished_run_returns_what_it_returned(
     arguments |= SMALL
     history = lab.recover(mini, tiny[1], tiny_domain, epochs=2, **arguments)
     assert history.attrs["stopped"] == stopped
+    assert not list(tmp_path.rglob("optimizer.pt")) and list(tmp_path.rglob("trainer_state.json"))
     monkeypatch.setattr(training.KitTrainer, "train", None)
     found = lab.recover(again, tiny[1], tiny_domain, epochs=2, **arguments)
     pd.testing.assert_frame_equal(found, history)
