@@ -49,6 +49,7 @@ def recovery_curves(
         axis.set(yscale="log", xlabel="tokens trained on")
         axis.set_title(regime, fontsize=9, fontweight="normal")
         _log_labels(axis.yaxis, part[list(columns)].to_numpy().ravel(), dense.values())
+        axis.xaxis.set_major_locator(MaxNLocator(4))
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes[0].set_ylabel("validation perplexity (each panel its own scale)")
     methods = dict.fromkeys(histories["method"])
@@ -171,6 +172,11 @@ def perplexity_and_accuracy(table: pd.DataFrame, caption: str = "") -> Figure:
     return figure
 
 
+def _short(value: float) -> str:
+    """Three digits, or all of a large number."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
+
+
 @styled
 def domain_heatmap(matrix: pd.DataFrame, caption: str = "") -> Figure:
     """Perplexity of every cut on every text, coloured by its ratio to the text's own cut.
@@ -186,7 +192,9 @@ def domain_heatmap(matrix: pd.DataFrame, caption: str = "") -> Figure:
     width, height = (1.6 + 0.95 * len(texts)) * len(states) + 1, 1.7 + 0.52 * len(cuts)
     figure = new_figure(width, height, caption, "Is a model cut for a domain better there?")
     axes = figure.subplots(1, len(states), sharey=True, squeeze=False).ravel()
-    reach = max(0.05, float(np.quantile(matrix["difference"].abs(), 0.9)))
+    foreign = matrix[matrix["cut"].isin(texts) & (matrix["cut"] != matrix["text"])]
+    # the scale is that of the domains' cuts: beside the smallest weights they would all look white
+    reach = max(0.05, float(np.quantile(foreign["difference"].abs(), 0.8)))
     norm = TwoSlopeNorm(0, -reach, reach)
     for axis, state in zip(axes, states, strict=True):
         part = matrix[matrix["recovered"] == state]
@@ -194,7 +202,7 @@ def domain_heatmap(matrix: pd.DataFrame, caption: str = "") -> Figure:
         gaps, values = wide["difference"][texts], wide["perplexity"][texts]
         sure = wide["difference_low"][texts] * wide["difference_high"][texts] > 0
         sure |= gaps == 0  # the text's own cut
-        words = values.map("{:#.3g}".format) + np.exp(gaps).map("\n×{:.2f}".format)
+        words = values.map(_short) + "\n×" + np.exp(gaps).map(_short)
         sns.heatmap(gaps, annot=words.where(sure, words.map("({})".format)), fmt="", norm=norm,
                     cmap="PuOr_r", ax=axis, cbar=axis is axes[-1], annot_kws={"fontsize": 7},
                     cbar_kws={"label": "perplexity ÷ that of the text's own cut"})  # fmt: skip
