@@ -55,7 +55,7 @@ CASES = {
         "tiny-law": {"domain": "tiny-law", "other_domain": "tiny-games", **RECOVERY},
         "tiny-games": {
             "domain": "tiny-games", "other_domain": "tiny-law", "model_name": "tiny-phi",
-            "allocation": "global", "methods": ["lora"], **RECOVERY,
+            "allocation": "global", **RECOVERY, "learning_rates": {"lora": 5e-3},
         },
     },
     "05_mcq_evaluation": {
