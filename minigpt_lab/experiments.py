@@ -77,7 +77,8 @@ def default_parameters(name: str) -> dict[str, object]:
 
 _EXPECTED = {
     bool: "True or False", int: "a whole number", float: "a number or None", str: "a text",
-    list: "a list of the same kind", type(None): "a number, a text, a list or None",
+    list: "a list of the same kind", dict: "a mapping",
+    type(None): "a number, a text, a list or None",
 }  # fmt: skip
 
 

@@ -14,6 +14,7 @@ WRONG = [
     ("02", "epsilon_linear", 0.1, "a list"),
     ("02", "epsilon_linear", ["a"], r"default \[1e-05"),
     ("03", "seq_len", 64.0, "a whole number"),
+    ("04", "learning_rates", 1e-3, "a mapping"),
     ("03", "seq_len", True, "a whole number"),
     ("03", "seq_len", None, "a whole number"),
     ("03", "quantile_activation", "0.1", "a number or None"),
