@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import shutil
 import socket
@@ -17,7 +18,7 @@ import tarfile
 import tempfile
 import tomllib
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatch
@@ -146,6 +147,28 @@ def staged(final: Path) -> Iterator[Path]:
             raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def remembered(kind: str, name: str, recipe: list, make: Callable[[], dict]) -> dict:
+    """Plain data from the cache, or (first use) made and kept there.
+
+    Parameters
+    ----------
+    kind, name : str
+        Folder of the cache, and what the file's name begins with.
+    recipe : list
+        All that the data depends on, as plain data.
+    make : callable
+        Gives the data.
+    """
+    key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]
+    cached = cache_folder() / kind / f"{name}-{key}.json"
+    if cached.is_file():
+        return json.loads(cached.read_text(encoding="utf-8"))
+    made = make()
+    with staged(cached) as staging:
+        staging.write_text(json.dumps(made, ensure_ascii=False), encoding="utf-8")
+    return made
 
 
 def verify(path: Path, expected: str, what: str) -> Path:

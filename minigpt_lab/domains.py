@@ -8,7 +8,6 @@ always gives the same parts, and no part can see another's.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -20,7 +19,7 @@ import numpy as np
 import pandas as pd
 from transformers import PreTrainedTokenizerBase
 
-from .assets import DATA, cache_folder, nearest, packages, read_toml, staged
+from .assets import DATA, nearest, packages, read_toml, remembered
 from .passages import PASSAGE_WORDS, count_words, cut, near_duplicates
 from .questions import Questions, read_questions
 from .sources import FILES, QUESTIONS, read_hub, read_path, read_source
@@ -280,19 +279,14 @@ def _shipped(name: str, entry: dict) -> Domain:
     """A declared domain, from the cache or (first use) from its sources."""
     pins = [packages()[s["package"]].sha256 for s in entry["texts"] if "package" in s]
     local = [(DATA / s["member"]).read_text() for s in entry["texts"] if "package" not in s]
-    recipe = json.dumps([_VERSION, entry["texts"], pins, local])
-    key = hashlib.sha256(recipe.encode()).hexdigest()[:12]
-    cached = cache_folder() / "domains" / f"{name}-{key}.json"
     facts = {key: entry[key] for key in ("title", "licence", "attribution")}
     facts["question_sources"] = tuple(entry.get("questions", ()))
-    if cached.is_file():
-        stored = json.loads(cached.read_text(encoding="utf-8"))
-        parts = {part: Part(name, part, tuple(stored[part])) for part in PARTS}
-        return Domain(name, **facts, **parts, dropped=stored["dropped"], checked=True)
-    documents = [document for source in entry["texts"] for document in read_source(source)]
-    domain = make_domain(name, documents, **facts)
-    with staged(cached) as staging:
-        stored = {part: list(passages) for part, passages in domain.parts.items()}
-        text = json.dumps({**stored, "dropped": domain.dropped}, ensure_ascii=False)
-        staging.write_text(text, encoding="utf-8")
-    return domain
+
+    def made() -> dict:
+        documents = [document for source in entry["texts"] for document in read_source(source)]
+        domain = make_domain(name, documents, **facts)
+        return {**{part: list(p) for part, p in domain.parts.items()}, "dropped": domain.dropped}
+
+    stored = remembered("domains", name, [_VERSION, entry["texts"], pins, local], made)
+    parts = {part: Part(name, part, tuple(stored[part])) for part in PARTS}
+    return Domain(name, **facts, **parts, dropped=stored["dropped"], checked=True)

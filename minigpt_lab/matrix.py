@@ -27,7 +27,7 @@ from .planning import plan_from_scores
 from .recovery import recover
 from .runtime import fingerprint
 from .sizes import model_size
-from .statistics import Statistics, collect_statistics
+from .statistics import collect_statistics
 from .surgery import shrink
 from .tokens import excerpt, tokenize
 
@@ -106,17 +106,11 @@ def domain_plans(
             found[domain.name, draw] = collect_statistics(model, batch, path)
             add(domain.name, draw, "contextual", statistics=found[domain.name, draw])
     for draw in range(draws):
-        add("mix", draw, "contextual", statistics=_sum([found[name, draw] for name in names]))
+        first, *rest = (found[name, draw] for name in names)
+        add("mix", draw, "contextual", statistics=sum(rest, first))
         add("random", draw, "random", seed=draw)
     add("magnitude", 0, "magnitude")
     return plans
-
-
-def _sum(parts: Sequence[Statistics]) -> Statistics:
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
 
 
 def kept_overlap(plans: Plans) -> pd.DataFrame:
@@ -207,7 +201,8 @@ def domain_matrix(
     if recover_on not in ("mix", "own"):
         raise ValueError(f"recover_on is {recover_on!r}; expected 'mix' or 'own'")
     texts = {domain.name: excerpt(domain.test, tokenizer, test_tokens) for domain in domains}
-    own, mix = {domain.name: domain for domain in domains}, mixed(domains)
+    own = {domain.name: domain for domain in domains}
+    mix = mixed(domains) if recovery_tokens else None
     jobs = [("dense", 0, None), *((cut, draw, plan) for (cut, draw), plan in plans.items())]
     cells = _Cells(model, tokenizer, texts, seq_len, Ledger(out_dir and f"{out_dir}/cells.jsonl"))
     rows = []

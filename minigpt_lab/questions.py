@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .assets import cache_folder, fetch, members, packages, staged
+from .assets import fetch, members, packages, remembered
 from .passages import CJK, count_words, cut, near_duplicates, sentences, split_words
 from .sources import plain
 
@@ -153,17 +153,14 @@ def read_questions(
     if sources[0]["reader"] == "own":
         return Questions(_own(Path(sources[0]["path"])))
     pins = [packages()[source["package"]].sha256 for source in sources if "package" in source]
-    recipe = json.dumps([_VERSION, sources, pins, list(test), list(elsewhere)])
-    key = hashlib.sha256(recipe.encode()).hexdigest()[:12]
-    cached = cache_folder() / "questions" / f"{name}-{key}.json"
-    if cached.is_file():
-        stored = json.loads(cached.read_text(encoding="utf-8"))
-        return Questions((Question(*item) for item in stored["items"]), stored["dropped"])
-    found = _collect(sources, test, elsewhere, name, licence)
-    with staged(cached) as staging:
-        stored = {"items": [astuple(item) for item in found], "dropped": found.dropped}
-        staging.write_text(json.dumps(stored, ensure_ascii=False), encoding="utf-8")
-    return found
+
+    def made() -> dict:
+        found = _collect(sources, test, elsewhere, name, licence)
+        return {"items": [astuple(item) for item in found], "dropped": found.dropped}
+
+    recipe = [_VERSION, sources, pins, list(test), list(elsewhere)]
+    stored = remembered("questions", name, recipe, made)
+    return Questions((Question(*item) for item in stored["items"]), stored["dropped"])
 
 
 def _collect(

@@ -7,7 +7,6 @@ disjoint: train, validation, test.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -27,6 +26,7 @@ from transformers import (
 from .adapters import adapted, adapter_targets
 from .checkpoints import run_folder
 from .domains import Domain
+from .ledger import content_hash
 from .runtime import fingerprint
 from .tokens import excerpt, tokenize
 from .training import KitTrainer, StopTraining
@@ -194,7 +194,7 @@ def recover(
 
 
 def _digest(value: list) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+    return content_hash([json.dumps(value)])[:16]
 
 
 def _arguments(folder: Path, device: str, **options) -> TrainingArguments:
