@@ -94,6 +94,18 @@ class Answers:
             f"chance {self.chance:.1%}, score={self.score}, {self.style}"
         )
 
+    def sheet(self) -> pd.DataFrame:
+        """One row per question: ``question, answer, picked, right``, as texts and a flag."""
+        chosen = self.frame[self.frame["picked"]]
+        return pd.DataFrame(
+            {
+                "question": [question.question for question in self.questions],
+                "answer": [question.choices[question.answer] for question in self.questions],
+                "picked": chosen["text"].to_numpy(),
+                "right": self.correct,
+            }
+        )
+
     def row(self) -> dict:
         """The numbers as one row of a table."""
         return {

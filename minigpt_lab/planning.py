@@ -149,9 +149,7 @@ def _cut_neurons(
     names = statistics.activations if side == "activation" else list(statistics.layer_of)
     found = {}
     for name in names:
-        magnitude = statistics.mean(name, side, "absolute")
-        if side == "output":
-            magnitude = np.minimum(magnitude, statistics.mean(name, side, "unbiased"))
+        magnitude = statistics.magnitude(name, side)
         if kind == "epsilon":
             found[name] = np.flatnonzero(magnitude <= value)
         else:

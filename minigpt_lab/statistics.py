@@ -81,6 +81,15 @@ class Statistics:
         row = self.MOMENTS.index(moment)
         return table[row if row < len(table) else 0] / self.n_tokens
 
+    def magnitude(self, module: str, side: str) -> np.ndarray:
+        """What ε is compared with ``[neuron]``: mean |a|, of outputs the smaller of it and |y - b|.
+
+        An output that only its bias keeps away from zero counts as unused (Mini-GPTs' reference
+        code).
+        """
+        found = self.mean(module, side, "absolute")
+        return np.minimum(found, self.mean(module, side, "unbiased")) if side == "output" else found
+
     def biased(self, module: str) -> bool:
         """Whether the linear layer has a bias."""
         return len(self.sums[module, "output"]) == len(self.MOMENTS)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "minigpt_lab"
-PACKAGES = {"criteria", "figures"}
+PACKAGES = {"criteria", "figures", "widgets"}
 
 
 def imported(path: Path) -> set[str]:

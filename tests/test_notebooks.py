@@ -33,7 +33,8 @@ CASES = {
     },
     "02_threshold_sweep": {
         domain: {
-            "domain": domain, "epsilon_linear": [0.01, 0.05], "epsilon_activation": [0.03, 0.1],
+            "domain": domain, "explored": ["tiny-medical"], "epsilon_linear": [0.01, 0.05],
+            "epsilon_activation": [0.03, 0.1],
             "epsilon_embedding": [0.0], "epsilon_all": [0.05], "validation_tokens": 512,
             "test_tokens": 512,
         }

@@ -7,6 +7,7 @@ from .evaluation import (
     perplexity_and_accuracy,
     recovery_curves,
 )
+from .explorer import ThresholdPicture
 from .pruning import (
     activation_histograms,
     budget_bars,
@@ -23,6 +24,7 @@ __all__ = [
     "METHOD_STYLE",
     "PART_COLOURS",
     "STYLE",
+    "ThresholdPicture",
     "activation_histograms",
     "answer_differences",
     "answer_dots",

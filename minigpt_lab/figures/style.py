@@ -34,6 +34,12 @@ VARIANT_STYLE = {
     "pruned": ("#D55E00", "s"),
     "recovered": ("#0072B2", "D"),
 }
+COMPONENT_STYLE = {  # colour, marker, line
+    "linear": ("#E69F00", "s", "--"),
+    "activation": ("#0072B2", "o", "-"),
+    "embedding": ("#009E73", "^", ":"),
+    "all": ("#000000", "D", "-."),
+}
 PART_COLOURS = {
     "embeddings": "#56B4E9",
     "attention": "#E69F00",

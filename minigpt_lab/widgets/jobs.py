@@ -1,0 +1,129 @@
+"""What needs a model: behind a button, in the background, with a progress bar and a way out."""
+
+from __future__ import annotations
+
+import html
+import threading
+from collections.abc import Callable
+
+import ipywidgets
+from IPython.display import HTML
+from transformers import PreTrainedTokenizerBase
+
+from ..evaluation import perplexity
+from ..surgery import shrink
+from ..tokens import excerpt
+from .base import alarm, size_words
+from .pruning import RatioExplorer, ThresholdExplorer
+
+
+class Cancelled(Exception):
+    """Raised inside a `ModelJob`'s work once its cancel button has been pressed."""
+
+
+class ModelJob:
+    """A button for what needs a model: runs in the background, can be cancelled.
+
+    If the work fails or is cancelled, the last result stays and the reason stands below it.
+
+    Parameters
+    ----------
+    description : str
+        On the button.
+    work : callable
+        Takes ``tick(done)`` with the share that is done, to be called often (it raises `Cancelled`
+        to stop the work); returns the result as text.
+    """
+
+    def __init__(self, description: str, work: Callable[[Callable[[float], None]], str]):
+        self.work = work
+        self.button = ipywidgets.Button(description=description, layout={"width": "auto"})
+        self.cancel = ipywidgets.Button(description="cancel", disabled=True)
+        self.progress = ipywidgets.FloatProgress(min=0, max=1)
+        self.result, self.state = ipywidgets.HTML(), ipywidgets.HTML()
+        self.result.add_class("lab-result")
+        self.view = ipywidgets.VBox(
+            [ipywidgets.HBox([self.button, self.cancel, self.progress]), self.result, self.state]
+        )
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self.button.on_click(lambda _button: self.start())
+        self.cancel.on_click(lambda _button: self._stop.set())
+
+    def show(self, interactive: bool) -> ipywidgets.Widget | HTML:
+        """What a notebook cell displays: the button, or a word on it where nothing can press it."""
+        if interactive:
+            return self.view
+        return HTML(f"<i>In a live notebook: a button, <b>{self.button.description}</b>.</i>")
+
+    def start(self) -> None:
+        """Begin, unless it is running already."""
+        if self._thread is not None and self._thread.is_alive():
+            return
+        self._stop.clear()
+        self.button.disabled, self.cancel.disabled = True, False
+        self.progress.value, self.state.value = 0.0, "running …"
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Return when the work has ended."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def _tick(self, done: float) -> None:
+        if self._stop.is_set():
+            raise Cancelled
+        self.progress.value = min(done, 1.0)
+
+    def _run(self) -> None:
+        try:
+            self.result.value = html.escape(self.work(self._tick))
+            self.state.value, self.progress.value = "", 1.0
+        except Cancelled:
+            self.state.value = "cancelled; the last result stands"
+        except Exception as error:  # noqa: BLE001 - a thread's error would be lost
+            self.state.value = alarm(error)
+        finally:
+            self.button.disabled, self.cancel.disabled = False, True
+
+
+def perplexity_job(
+    explorer: ThresholdExplorer | RatioExplorer,
+    tokenizer: PreTrainedTokenizerBase,
+    texts,
+    max_tokens: int = 2048,
+    seq_len: int = 256,
+) -> ModelJob:
+    """A button that measures held-out perplexity of the explorer's choice.
+
+    It runs a shrunk copy: the notebook's own model stays as it is, whatever cells run meanwhile.
+
+    Parameters
+    ----------
+    explorer
+        Whose `plan` to measure.
+    tokenizer : transformers.PreTrainedTokenizerBase
+        Of the explorer's model.
+    texts : Part
+        E.g. ``domain.validation``.
+    max_tokens, seq_len : int
+        Protocol, see `perplexity`.
+    """
+    held_out = excerpt(texts, tokenizer, max_tokens)
+
+    def work(tick: Callable[[float], None]) -> str:
+        plan, calls = explorer.plan, 0
+        mini = shrink(explorer.model, plan)
+        batches = max_tokens / seq_len / 4 + 1
+
+        def count(*_call) -> None:
+            nonlocal calls
+            calls += 1
+            tick((calls - 1) / batches)
+
+        mini.register_forward_pre_hook(count)
+        found = perplexity(mini, tokenizer, held_out, seq_len, max_characters=None)
+        return f"{size_words(plan.predicted_size(explorer.model))}: {found}"
+
+    return ModelJob("measure perplexity", work)

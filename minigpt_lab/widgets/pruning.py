@@ -1,0 +1,219 @@
+"""Explorers of plans: ε over saved statistics, ratio and method over finished scores."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping
+
+import ipywidgets
+import numpy as np
+import pandas as pd
+from transformers import PreTrainedModel
+
+from ..criteria import Scores
+from ..figures import ThresholdPicture, layer_profile, png_bytes
+from ..lookups import COMPONENTS, Magnitudes, read_sweep, threshold_range
+from ..plan import PruningPlan
+from ..planning import ALLOCATIONS, contextual_plan, plan_from_scores
+from ..sizes import Size
+from ..statistics import Statistics
+from .base import Explorer, size_words
+
+ABSOLUTE, RELATIVE = "absolute ε", "share of each layer"
+
+
+class ThresholdExplorer(Explorer):
+    """ε for linear layers, activations and embedding, over saved statistics of several domains.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        For the sizes; it is never run.
+    statistics : mapping
+        Domain to its statistics.
+    domain : str
+        Where to start.
+    epsilon : float
+        Activation threshold to start with.
+    token_counts : mapping, optional
+        Domain to token counts over more text than the statistics saw, see `contextual_plan`.
+    sweeps : mapping, optional
+        Domain to its `threshold_sweep`: perplexities to read at ε.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        statistics: Mapping[str, Statistics],
+        domain: str,
+        epsilon: float,
+        token_counts: Mapping[str, np.ndarray] | None = None,
+        sweeps: Mapping[str, pd.DataFrame] | None = None,
+    ):
+        self.model, self.statistics, self.sweeps = model, dict(statistics), dict(sweeps or {})
+        self.token_counts = dict(token_counts or {})
+        self.magnitudes = {
+            name: Magnitudes(found, self.token_counts.get(name))
+            for name, found in self.statistics.items()
+        }
+        self._picture = ThresholdPicture(self.magnitudes, self.sweeps)
+        self.domain = ipywidgets.Dropdown(
+            options=list(statistics), value=domain, description="domain"
+        )
+        self.rule = ipywidgets.ToggleButtons(
+            options=[ABSOLUTE, RELATIVE], style={"button_width": "auto"}
+        )
+        self.active = {
+            name: ipywidgets.Checkbox(name == "activation", description=name, indent=False,
+                                      layout={"width": "110px"})
+            for name in COMPONENTS
+        }  # fmt: skip
+        self.epsilon = {
+            name: _log_slider(self.magnitudes, name, epsilon if name == "activation" else None)
+            for name in COMPONENTS
+        }
+        self.share = {
+            name: ipywidgets.FloatSlider(
+                value=0.1, min=0, max=0.9, step=0.01, continuous_update=False, readout_format=".0%",
+                layout={"width": "440px", "display": "none"},
+            )
+            for name in COMPONENTS[:2]
+        }  # fmt: skip
+        self.rule.observe(lambda _change: self._swap_sliders(), "value")
+        rows = [
+            ipywidgets.HBox([self.active[name], self.epsilon[name], *_present(self.share, name)])
+            for name in COMPONENTS
+        ]
+        inputs = [*self.active.values(), *self.epsilon.values(), *self.share.values()]
+        controls = [ipywidgets.HBox([self.domain, self.rule]), *rows]
+        super().__init__(controls, [self.domain, self.rule, *inputs])
+
+    @property
+    def relative(self) -> bool:
+        """Whether the linear and activation sliders are shares of each layer."""
+        return self.rule.value == RELATIVE
+
+    def thresholds(self) -> dict[str, float]:
+        """ε (or share) of every component that is ticked; 0 where ε means tokens never seen."""
+        chosen = {}
+        for name in COMPONENTS:
+            if self.active[name].value:
+                sliders = self.share if self.relative and name in self.share else self.epsilon
+                chosen[name] = sliders[name].value
+        if chosen.get("embedding", 1) <= 10 ** (self.epsilon["embedding"].min + 0.01):
+            chosen["embedding"] = 0.0
+        return chosen
+
+    @property
+    def plan(self) -> PruningPlan:
+        """The plan for the controls' values."""
+        chosen = self.thresholds()
+        embedding = {"epsilon_embedding": chosen.pop("embedding", None)}
+        found = self.statistics[self.domain.value]
+        embedding["token_counts"] = self.token_counts.get(self.domain.value)
+        if self.relative:
+            return contextual_plan(self.model, found, quantile=chosen or None, **embedding)
+        epsilons = {f"epsilon_{name}": value for name, value in chosen.items()}
+        return contextual_plan(self.model, found, **epsilons, **embedding)
+
+    @property
+    def size(self) -> Size:
+        """Predicted size for the controls' values."""
+        return self.plan.predicted_size(self.model)
+
+    def choose(self) -> tuple[str, bytes]:
+        """Sizes, shares and readings, and where ε falls."""
+        plan, domain, chosen = self.plan, self.domain.value, self.thresholds()
+        size = plan.predicted_size(self.model)
+        marks: dict = dict(chosen)
+        readings = {}
+        if self.relative:
+            marks.pop("linear", None)
+            if "activation" in chosen:
+                marks["activation"] = self.magnitudes[domain].layer_thresholds(chosen["activation"])
+        else:
+            sweep = self.sweeps.get(domain)
+            readings = {name: read_sweep(sweep, name, value) for name, value in chosen.items()}
+        self._picture.draw(domain, marks, plan.frame(), size, readings)
+        lines = [f"<b>{html.escape(domain)}</b>: {size_words(size)}", *self._shares(chosen)]
+        lines += [
+            f"{name} alone: validation perplexity {reading} (from the sweep)"
+            for name, reading in readings.items()
+            if reading is not None
+        ]
+        return "<br>".join(lines), self._picture.png()
+
+    def _shares(self, chosen: Mapping[str, float]) -> list[str]:
+        """What the thresholds catch in this domain, and activation's ε in the others."""
+        if self.relative:
+            return [f"{name}: the lowest {v:.0%} of each layer" for name, v in chosen.items()
+                    if name != "embedding"]  # fmt: skip
+        domain = self.domain.value
+        words = [
+            f"{name} ε = {value:.3e}: {self.magnitudes[domain].share(name, value):.1%}"
+            for name, value in chosen.items()
+        ]
+        lines = ["at or below " + "; ".join(words)] if words else []
+        if "activation" in chosen and len(self.magnitudes) > 1:
+            others = [
+                f"{html.escape(name)} {found.share('activation', chosen['activation']):.1%}"
+                for name, found in self.magnitudes.items()
+                if name != domain
+            ]
+            lines.append("the same activation ε elsewhere: " + ", ".join(others))
+        return lines
+
+    def _swap_sliders(self) -> None:
+        for name, slider in self.share.items():
+            slider.layout.display = None if self.relative else "none"
+            self.epsilon[name].layout.display = "none" if self.relative else None
+
+
+def _log_slider(magnitudes, component: str, start: float | None) -> ipywidgets.FloatLogSlider:
+    low, high = threshold_range(magnitudes, component, start)
+    return ipywidgets.FloatLogSlider(
+        value=max(start or 0, 10**low), min=low, max=high, step=0.02, continuous_update=False,
+        readout_format=".2e", layout={"width": "440px"},
+    )  # fmt: skip
+
+
+def _present(sliders: Mapping[str, ipywidgets.Widget], name: str) -> list[ipywidgets.Widget]:
+    return [sliders[name]] if name in sliders else []
+
+
+class RatioExplorer(Explorer):
+    """Method, ratio and allocation over finished scores: what each would cut where.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        The one that was scored; it is never run.
+    scores : mapping
+        Name to show to `Scores`.
+    ratio : float
+        Share of units to start with.
+    """
+
+    def __init__(self, model: PreTrainedModel, scores: Mapping[str, Scores], ratio: float = 0.2):
+        self.model, self.scores = model, dict(scores)
+        self.method = ipywidgets.Dropdown(options=list(scores), description="method")
+        self.allocation = ipywidgets.Dropdown(options=list(ALLOCATIONS), description="allocation")
+        self.ratio = ipywidgets.FloatSlider(
+            value=ratio, min=0, max=0.9, step=0.01, description="ratio", continuous_update=False,
+            readout_format=".0%", layout={"width": "440px"},
+        )  # fmt: skip
+        inputs = [self.method, self.allocation, self.ratio]
+        super().__init__([ipywidgets.HBox(inputs[:2]), self.ratio], inputs)
+
+    @property
+    def plan(self) -> PruningPlan:
+        """The plan for the controls' values."""
+        scores = self.scores[self.method.value]
+        ratio, allocation = self.ratio.value, self.allocation.value
+        return plan_from_scores(self.model, scores, ratio=ratio, allocation=allocation)
+
+    def choose(self) -> tuple[str, bytes]:
+        """Sizes, and what leaves every layer."""
+        plan = self.plan
+        words = size_words(plan.predicted_size(self.model))
+        return f"<b>{self.method.value}</b>: {words}", png_bytes(layer_profile(plan.frame()))
