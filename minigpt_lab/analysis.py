@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
 
 import numpy as np
 import pandas as pd
@@ -124,6 +125,40 @@ def set_overlap(draws: Mapping[str, Sequence[list[np.ndarray]]]) -> pd.DataFrame
     return pd.DataFrame(rows, columns=["domain", "other", "jaccard", "chance", "size"])
 
 
+def calibration_stability(
+    pieces: Mapping[str, Sequence[Statistics]], quantile: float
+) -> pd.DataFrame:
+    """How soon the set of kept FFN neurons settles as the calibration text grows.
+
+    Statistics add up, so one pass over disjoint pieces of a text gives those of all its beginnings.
+    Each beginning's set is compared with that of the whole text, which contains it: the last is
+    equal by construction, and the others are flattered a little.
+
+    Parameters
+    ----------
+    pieces : mapping
+        Domain to statistics of consecutive, disjoint pieces of its text.
+    quantile : float
+        A neuron is kept if it is not among this share of the lowest of its layer.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Columns ``domain, tokens, jaccard, chance``, one row per beginning.
+    """
+    rows = []
+    for domain, found in pieces.items():
+        kept = [
+            [~layer for layer in _unused(_activations(beginning), None, quantile)]
+            for beginning in accumulate(found)
+        ]
+        tokens = accumulate(piece.n_tokens for piece in found)
+        rows += [
+            [domain, n, *_jaccard(layers, kept[-1])] for n, layers in zip(tokens, kept, strict=True)
+        ]
+    return pd.DataFrame(rows, columns=["domain", "tokens", "jaccard", "chance"])
+
+
 def _unused(layers: list[np.ndarray], epsilon, quantile) -> list[np.ndarray]:
     if epsilon is not None:
         return [layer <= epsilon for layer in layers]
@@ -211,6 +246,7 @@ def threshold_sweep(
     controls: Sequence[str] = ("random", "magnitude"),
     token_counts: np.ndarray | None = None,
     path: str | os.PathLike | None = None,
+    seeds: Sequence[int] = (0,),
     **protocol,
 ) -> pd.DataFrame:
     """Size and held-out perplexity at every threshold, beside controls of equal size.
@@ -233,13 +269,15 @@ def threshold_sweep(
     path : str or path, optional
         A ``.jsonl`` file in which finished points are kept: an interrupted sweep goes on where it
         stopped, and a longer one measures only what is new.
+    seeds : sequence of int
+        Of the random control: one row for each, so that its spread shows.
     **protocol
         Of `perplexity`: ``seq_len, max_tokens, …``.
 
     Returns
     -------
     pandas.DataFrame
-        One row per point: ``component, method, epsilon, stored, nonzero, stored_ratio,
+        One row per point: ``component, method, epsilon, seed, stored, nonzero, stored_ratio,
         nonzero_ratio, layer_ratio, perplexity, low, high, tokens, bits_per_character,
         perplexity_ratio`` (per character against dense, as a perplexity of the dense tokens). All
         points are measured on the same text, cut with the dense model's tokens.
@@ -248,9 +286,9 @@ def threshold_sweep(
     protocol["max_characters"] = None
     ledger = Ledger(path)
     dense = _point(model, tokenizer, None, texts, protocol, ledger)
-    jobs = list(_jobs(model, statistics, epsilons, controls, token_counts))
+    jobs = list(_jobs(model, statistics, epsilons, controls, token_counts, seeds))
     rows = []
-    for component, method, epsilon, plan in tqdm(jobs, desc="sweep", unit="point"):
+    for component, method, epsilon, seed, plan in tqdm(jobs, desc="sweep", unit="point"):
         found = _point(model, tokenizer, plan, texts, protocol, ledger)
         size = plan.predicted_size(model).frame().iloc[0].to_dict()
         # token counts differ once tokens leave: compare per character, on the scale of the dense
@@ -259,14 +297,14 @@ def threshold_sweep(
         ratio = dense["perplexity"] ** (excess - 1)
         rows.append(
             {
-                "component": component, "method": method, "epsilon": epsilon, **size, **found,
-                "perplexity_ratio": ratio,
+                "component": component, "method": method, "epsilon": epsilon, "seed": seed,
+                **size, **found, "perplexity_ratio": ratio,
             }
         )  # fmt: skip
     return pd.DataFrame(rows)
 
 
-def _jobs(model, statistics, epsilons, controls, token_counts) -> Iterator[tuple]:
+def _jobs(model, statistics, epsilons, controls, token_counts, seeds) -> Iterator[tuple]:
     for component, values in epsilons.items():
         if component not in SWEEPS:
             raise ValueError(f"unknown component {component!r}; {nearest(component, list(SWEEPS))}")
@@ -277,10 +315,12 @@ def _jobs(model, statistics, epsilons, controls, token_counts) -> Iterator[tuple
             else:
                 thresholds = {f"epsilon_{component}": epsilon}
             plan = contextual_plan(model, statistics, **thresholds, token_counts=token_counts)
-            yield component, "contextual", epsilon, plan
+            yield component, "contextual", epsilon, 0, plan
             # tokens are cut by frequency alone: nothing to control for
             for control in controls if component != "embedding" else ():
-                yield component, control, epsilon, matched_plan(model, plan, control)
+                for seed in seeds if control == "random" else (0,):
+                    matched = matched_plan(model, plan, control, seed)
+                    yield component, control, epsilon, seed, matched
 
 
 def _point(model, tokenizer, plan, texts, protocol, ledger: Ledger) -> dict:

@@ -40,6 +40,15 @@ def test_chance_is_what_random_sets_give():
     assert expected == pytest.approx(0.3 / (2 - 0.3), abs=0.01)
 
 
+def test_the_kept_set_settles_as_text_grows(draws):
+    table = analysis.calibration_stability(draws, 0.3)
+    for domain, rows in table.groupby("domain"):
+        assert list(rows["tokens"]) == [1024, 2048]
+        assert rows["jaccard"].iloc[0] < rows["jaccard"].iloc[1] == 1, domain
+        assert (rows["jaccard"] > rows["chance"] + 0.1).all()
+    assert table["chance"].between(0.53, 0.56).all()  # 0.7 / (2 - 0.7)
+
+
 def test_overlap_needs_one_rule_and_two_draws(draws):
     with pytest.raises(ValueError, match="epsilon or quantile"):
         analysis.neuron_overlap(draws)
@@ -68,10 +77,11 @@ def test_a_sweep_resumes_where_it_stopped(tmp_path, tiny, draws, monkeypatch):
     statistics = draws["tiny-law"][0] + draws["tiny-law"][1]
     path = tmp_path / "sweep.jsonl"
 
-    def sweep(**epsilons):
+    def sweep(seeds=(0,), **epsilons):
         return analysis.threshold_sweep(
-            model, tokenizer, statistics, texts, epsilons, path=path, seq_len=64, max_tokens=256
-        )
+            model, tokenizer, statistics, texts, epsilons, path=path, seeds=seeds, seq_len=64,
+            max_tokens=256,
+        )  # fmt: skip
 
     first = sweep(activation=[0.05])
     with path.open("a") as file:
@@ -83,6 +93,10 @@ def test_a_sweep_resumes_where_it_stopped(tmp_path, tiny, draws, monkeypatch):
     assert len(measured) == 3  # 0.1: contextual and two controls
     assert second.iloc[:3].reset_index(drop=True).equals(first)
     assert set(second["method"]) == {"contextual", "random", "magnitude"}
+    seeded = sweep(activation=[0.05], seeds=(0, 1))
+    assert list(seeded["method"]) == ["contextual", "random", "random", "magnitude"]
+    assert list(seeded["seed"]) == [0, 0, 1, 0] and len(measured) == 4  # the second seed is new
+    assert seeded["stored"].nunique() == 1 and seeded["perplexity"].nunique() == 4
     with pytest.raises(ValueError, match="unknown component 'activations'"):
         sweep(activations=[0.1])
 
