@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from minigpt_lab import analysis, figures
+from minigpt_lab.figures import style
 
 
 @pytest.fixture
@@ -31,12 +32,64 @@ def test_histograms_show_zero_mass_and_epsilon(activations):
         assert axis.lines[-1].get_xdata()[0] == pytest.approx(np.log10(0.3))
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert labels == ["law", "medical", "ε = 0.3"]
-    assert "tiny model" in figure._supxlabel.get_text()
+    caption = figure._supxlabel.get_text()
+    assert "tiny model" in caption and "n = 50 neurons per layer" in caption
+
+
+def test_histograms_say_what_lies_below_epsilon_and_leave_nothing_out(activations):
+    figure = figures.activation_histograms(activations, 0.3, n_layers=2)
+    for axis, layer in zip(figure.axes, (0, 7), strict=True):
+        words = [text.get_text() for text in axis.texts]
+        assert "at or below ε:" in words
+        for domain, line in zip(("law", "medical"), axis.lines, strict=False):
+            chosen = (activations["domain"] == domain) & (activations["layer"] == layer)
+            part = activations.loc[chosen, "mean_abs"]
+            assert f"{domain} {100 * (part <= 0.3).mean():.1f} %" in words
+            assert sum(line.get_ydata()) == pytest.approx(0.9)  # all but those never on
+    alone = activations[activations["domain"] == "law"]
+    texts = figures.activation_histograms(alone, 0.3, n_layers=1).axes[0].texts
+    assert texts[-1].get_text().endswith("% at or below ε")
+
+
+def test_histograms_of_one_domain_show_the_highest_step(activations):
+    alone = activations[activations["domain"] == "law"]
+    axes = figures.activation_histograms(alone, 0.3).axes
+    highest = max(max(axis.lines[0].get_ydata()) for axis in axes)
+    assert axes[0].get_ylim()[0] == 0 and axes[0].get_ylim()[1] > highest
+
+
+def test_depth_shows_every_layer_and_what_one_epsilon_cuts(activations):
+    figure = figures.activation_depth(activations, 0.3, "tiny model")
+    law, medical, cut = figure.axes
+    assert [axis.get_title(loc="left") for axis in (law, medical)] == ["law", "medical"]
+    assert law.get_yscale() == "log" and law.get_ylim() == medical.get_ylim()
+    assert len(law.collections) == 2 and len(law.lines) == 2  # two bands; median and ε
+    assert list(cut.get_xticks()) == list(range(8)) and "0.3" in cut.get_ylabel()
+    shares = activations.query("domain == 'law'").groupby("layer")["mean_abs"]
+    expected = shares.apply(lambda values: (values <= 0.3).mean())
+    assert list(cut.lines[0].get_ydata()) == pytest.approx(list(expected))
+    assert len(figures.activation_depth(activations).axes) == 2  # no ε, nothing to cut
+
+
+def test_calibration_curve_stands_between_chance_and_the_full_set():
+    rows = [
+        (domain, tokens, overlap, 0.54)
+        for domain in ("law", "games")
+        for tokens, overlap in ((256, 0.8), (512, 0.9), (1024, 1.0))
+    ]
+    frame = pd.DataFrame(rows, columns=["domain", "tokens", "jaccard", "chance"])
+    figure = figures.calibration_curve(frame, "tiny model")
+    axis = figure.axes[0]
+    assert [tick.get_text() for tick in axis.get_xticklabels()] == ["256", "512", "1,024"]
+    assert axis.get_ylim()[0] < 0.54 and axis.get_ylim()[1] > 1
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == ["law", "games", "by chance 0.54"]
+    assert axis.get_xlabel() == "calibration tokens"
 
 
 def test_histograms_say_how_many_are_never_on_and_thin_the_decades(activations):
     figure = figures.activation_histograms(activations, n_layers=2)
-    assert [text.get_text() for text in figure.axes[0].texts] == ["never on:\n10.0%"]
+    assert [text.get_text() for text in figure.axes[0].texts] == ["never on:\n10.0 %"]
     wide = activations.assign(mean_abs=activations["mean_abs"] ** 6)
     for frame in (activations, wide):
         ticks = figures.activation_histograms(frame, n_layers=2).axes[0].get_xticklabels()
@@ -94,8 +147,22 @@ def test_sweep_draws_every_method_and_mark(sweep):
     figure = figures.threshold_sweep(sweep, [1e-5, 1e-3, 1e-1], {"activation": 1e-2})
     size, loss = figure.axes
     assert len(size.lines) == 2 + 2 + 1  # stored and non-zero, two marks in range, the knee
-    assert {text.get_text() for text in loss.get_legend().get_texts()} == set(sweep["method"])
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == ["stored", "non-zero", "contextual", "magnitude", "random", "knee",
+                      "paper's ε"]  # fmt: skip
     assert "knee at ε = 0.01" in size.get_title(loc="left")
+    assert not loss.collections  # one seed has no range
+
+
+def test_sweep_shades_the_range_of_seeds(sweep):
+    other = sweep[sweep["method"] == "random"]
+    other = other.assign(perplexity_ratio=other["perplexity_ratio"] * 2)
+    figure = figures.threshold_sweep(pd.concat([sweep, other]))
+    loss = figure.axes[1]
+    assert len(loss.collections) == 1
+    random = next(line for line in loss.lines if "random" in line.get_label())
+    assert random.get_label() == "random (range of 2 seeds)"
+    assert random.get_ydata()[0] == pytest.approx(1.5)  # between 1 and 2
 
 
 def test_sweep_of_one_point_has_its_tick_and_no_knee(sweep):
@@ -124,14 +191,62 @@ def test_budget_bars_add_up():
     ]  # fmt: skip
     frame = pd.DataFrame(rows, columns=["variant", "part", "parameters"])
     axis = figures.budget_bars(frame).axes[0]
-    assert [text.get_text() for text in axis.texts] == [" 5 M", " 3 M"]
+    words = [text.get_text() for text in axis.texts]
+    assert [word for word in words if word.startswith(" ")] == [" 5 M", " 3 M"]
+    assert sorted(words)[2:] == ["1 M", "2 M", "2 M", "3 M"]  # each part says its own
 
 
-def test_layer_profile_has_a_bar_per_layer():
-    rows = [("ffn", i, 20, 20 - i) for i in range(6)]
-    frame = pd.DataFrame(rows, columns=["site", "layer", "units", "kept"])
-    axis = figures.layer_profile(frame).axes[0]
-    assert [round(bar.get_height(), 3) for bar in axis.patches] == [1, 0.95, 0.9, 0.85, 0.8, 0.75]
+def test_speed_stands_beside_size_with_its_spread():
+    rows = [
+        (variant, stored, kind, speed, 0.9 * speed, 1.2 * speed, 1, "CPU", 7)
+        for variant, stored, gain in (("dense", 100e6, 1), ("mine", 50e6, 1.5))
+        for kind, speed in (("prefill", 300 * gain), ("decode", 10 * gain))
+    ]
+    names = "variant stored kind tokens_per_second low high batch device runs".split()
+    figure = figures.throughput(pd.DataFrame(rows, columns=names), "tiny model")
+    prefill, decode = figure.axes
+    assert [axis.get_title(loc="left") for axis in figure.axes] == ["prefill", "decode"]
+    assert len(prefill.containers) == 2 and prefill.get_ylim()[0] == 0
+    assert prefill.get_ylim()[1] > 1.2 * 450 and decode.get_ylim()[1] > 1.2 * 15
+    line = next(line for line in prefill.lines if line.get_linestyle() == ":")
+    assert line.get_ydata()[[0, -1]] == pytest.approx([600, 300])  # half the size, twice as fast
+    assert "batch 1, on CPU, n = 7 runs each" in figure._supxlabel.get_text()
+    assert "tokens per second" in prefill.get_ylabel() and "parameters" in prefill.get_xlabel()
+
+
+@pytest.fixture
+def kept():
+    rows = [("ffn", i, 1000, 1000 - 30 * i) for i in range(30)]
+    rows += [("attention", i, 3, 2 if i == 5 else 3) for i in range(30)]
+    return pd.DataFrame(rows, columns=["site", "layer", "units", "kept"])
+
+
+def test_cut_heatmap_numbers_every_layer_and_every_cut(kept):
+    figure = figures.cut_heatmap(kept, "made up")
+    cells, above, beside, bar = figure.axes
+    assert [tick.get_text() for tick in cells.get_xticklabels()] == [str(i) for i in range(30)]
+    assert [tick.get_text() for tick in cells.get_yticklabels()] == ["ffn", "attention"]
+    words = [text.get_text() for text in cells.texts]
+    assert words[:3] == ["", "3", "6"] and words[30:].count("33") == 1
+    assert cells.collections[0].get_clim() == (0, pytest.approx(0.87))
+    heights = [patch.get_height() for patch in above.patches]
+    assert len(heights) == 30 and heights[5] == pytest.approx((0.15 + 1 / 3) / 2)
+    assert [text.get_text() for text in beside.texts] == ["43.5 %", "1.11 %"]
+    assert bar.get_ylabel() == "units cut"
+    assert "ffn 1,000; attention 3" in figure._supxlabel.get_text()
+
+
+def test_cut_heatmaps_share_a_scale_and_two_have_a_difference(kept):
+    more = kept.assign(kept=kept["kept"] * 0.5)
+    two = pd.concat([kept.assign(domain="law"), more.assign(domain="games")])
+    axes = figures.cut_heatmap(two).axes
+    titles = [axis.get_title(loc="left") for axis in axes if axis.get_title(loc="left")]
+    assert titles == ["law", "games", "games − law"]
+    limits = [axis.collections[0].get_clim() for axis in axes[::4]]
+    assert limits[0] == limits[1] and limits[2][0] == -limits[2][1]
+    assert axes[1].get_ylim() == axes[5].get_ylim()
+    three = pd.concat([two, kept.assign(domain="medical")])
+    assert len(figures.cut_heatmap(three).axes) == 3 * 4
 
 
 def test_loss_dots_have_intervals_and_numbers():
@@ -140,8 +255,10 @@ def test_loss_dots_have_intervals_and_numbers():
         ("dense", "games/test", 1.1, 1.0, 1.3), ("shrunk", "games/test", 1.5, 1.3, 1.6),
     ]  # fmt: skip
     names = "variant text bits_per_character bits_low bits_high".split()
-    figure = figures.perplexity_dots(pd.DataFrame(rows, columns=names))
-    assert [axis.get_title(loc="left") for axis in figure.axes] == ["law/test", "games/test"]
+    figure = figures.perplexity_dots(pd.DataFrame(rows, columns=names).assign(characters=1234))
+    assert [axis.get_title(loc="left") for axis in figure.axes] == [
+        f"{text}, n = 1,234 characters" for text in ("law/test", "games/test")
+    ]
     assert [text.get_text() for text in figure.axes[0].texts] == ["1.000", "1.200"]
     assert figure.axes[0].get_xlim() == figure.axes[1].get_xlim()
 
@@ -149,8 +266,8 @@ def test_loss_dots_have_intervals_and_numbers():
 def test_loss_dots_say_when_there_is_no_interval():
     names = "variant text bits_per_character bits_low bits_high".split()
     rows = [("dense", "law/test", 1.0, np.nan, np.nan), ("dense", "games/test", 1.1, 1.0, 1.3)]
-    axes = figures.perplexity_dots(pd.DataFrame(rows, columns=names)).axes
-    assert axes[0].get_title(loc="left") == "law/test: one passage, no interval"
+    axes = figures.perplexity_dots(pd.DataFrame(rows, columns=names).assign(characters=99)).axes
+    assert axes[0].get_title(loc="left").endswith("one passage, no interval")
     assert [axis.get_xlabel() for axis in axes] == [
         "bits per character", "bits per character (95 % interval)",
     ]  # fmt: skip
@@ -160,16 +277,40 @@ def test_saving_writes_picture_vector_and_data(tmp_path, sweep):
     figure = figures.threshold_sweep(sweep)
     assert figures.save_figure(figure, tmp_path / "f" / "sweep", sweep) is figure
     assert sorted(p.suffix for p in (tmp_path / "f").iterdir()) == [".csv", ".png", ".svg"]
+    assert pd.read_csv(tmp_path / "f" / "sweep.csv").shape == sweep.shape
+    with pytest.raises(TypeError, match="data"):
+        figures.save_figure(figure, tmp_path / "f" / "no_numbers")
     assert figures.png_bytes(figures.threshold_sweep(sweep)) == figures.png_bytes(
         figures.threshold_sweep(sweep)
     )
 
 
+@pytest.mark.parametrize("table", ["DOMAIN_STYLE", "METHOD_STYLE", "VARIANT_STYLE", "PART_STYLE"])
+def test_every_colour_has_a_second_sign_for_grey(table):
+    looks = list(getattr(figures, table).values())
+    assert len({tint for tint, _ in looks}) == len({sign for _, sign in looks}) == len(looks)
+    assert all(style.luminance(tint) < 0.5 for tint, _ in looks)  # each stands out from white
+
+
 def test_colours_are_one_per_domain():
-    six = [figures.colour(name) for name in figures.DOMAIN_COLOURS]
-    assert len(set(six)) == 6
-    assert figures.colour("tiny-law") == figures.colour("law")
-    assert figures.colour("mine", ["mine"]) != "#000000"
+    assert figures.colour("tiny-law") == figures.colour("law") == figures.DOMAIN_STYLE["law"][0]
+    known = ["mine", "tiny-law", "yours"]
+    assert len({figures.colour(name, known) for name in known} - {"#000000"}) == 3
+    assert figures.colour("mine") == "#000000"
+    many = [f"domain {i}" for i in range(15)] + list(figures.DOMAIN_STYLE)
+    assert len({figures.look(name, many) for name in many}) == len(many)
+
+
+def test_words_stand_out_from_their_cells():
+    overlap = pd.DataFrame(
+        [(a, b, value, 0.1) for a, row in zip("ab", ((0.95, 0.1), (0.5, 0.95)), strict=True)
+         for b, value in zip("ab", row, strict=True)],
+        columns="domain other jaccard chance".split(),
+    )  # fmt: skip
+    axis = figures.overlap_matrix(overlap).axes[0]
+    for text, face in zip(axis.texts, axis.collections[0].get_facecolors(), strict=True):
+        dark, light = sorted([style.luminance(text.get_color()), style.luminance(face[:3])])
+        assert (light + 0.05) / (dark + 0.05) > 4.5  # WCAG's contrast for small print
 
 
 @pytest.fixture
@@ -193,10 +334,25 @@ def test_recovery_curves_mark_where_dense_was_reached(histories):
         for axis in (mild, aggressive)
     ]
     assert stars == [[1, 1], [0, 0]]  # only the mild cut comes back
+    rings = [line.get_xdata()[0] for line in mild.lines if line.get_markersize() == 11]
+    assert rings == [1024, 1024]  # the best checkpoint of each method
     levels = [set(line.get_ydata()) for line in mild.lines if len(line.get_xdata()) == 2]
     assert {18.0} in levels and {35.0} in levels
     words = {text.get_text() for text in figure.legends[0].get_texts()}
-    assert {"full", "lora", "on law", "dense on games"} <= words
+    assert {"full", "lora", "on law", "dense on games", "best checkpoint"} <= words
+    hollow = [
+        line for line in mild.lines if line.get_linestyle() == ":" and line.get_marker() in "^v"
+    ]
+    assert len(hollow) == 2 and all(line.get_markerfacecolor() == "white" for line in hollow)
+
+
+def test_recovery_of_several_seeds_has_a_band_and_new_methods_a_look(histories):
+    seeds = [histories, histories.assign(perplexity=histories["perplexity"] + 2)]
+    dense = {"law": 18.0, "games": 35.0}
+    axis = figures.recovery_curves(pd.concat(seeds), dense).axes[0]
+    assert len(axis.collections) == 4  # two methods on two texts
+    assert axis.lines[0].get_ydata()[0] == histories["perplexity"][0] + 1  # the median
+    figures.recovery_curves(histories.replace("lora", "prefix"), dense)
 
 
 def test_answers_stand_beside_chance():
@@ -217,6 +373,8 @@ def test_answers_stand_beside_chance():
     ways = changes.assign(perplexity_ratio=[1.5, 1.1, 2.0, 1.2])
     axis = figures.perplexity_and_accuracy(ways).axes[0]
     assert axis.get_xscale() == "log" and "dense" in axis.get_xlabel()
+    assert "percentage points" in axis.get_ylabel()
+    assert {"law", "medical"} <= {text.get_text() for text in axis.texts}
 
 
 def test_heatmap_frames_the_diagonal_and_brackets_what_is_unsure():
@@ -235,7 +393,5 @@ def test_heatmap_frames_the_diagonal_and_brackets_what_is_unsure():
     assert words[:2] == ["20.0\n×1.00", "21.0\n×1.11"] and words[4] == "(21.0\n×1.11)"
     assert [patch.get_xy() for patch in recovered.patches] == [(0, 0), (1, 1)]
     assert recovered.get_title(loc="left") == "recovered"
-
-    known = ["mine", "tiny-law", "yours"]
-    assert len({figures.colour(name, known) for name in known} - {"#000000"}) == 3
-    assert figures.colour("mine") == "#000000"
+    scales = [axis.get_yticklabels() for axis in figure.axes[2:]]
+    assert all("×1" in [tick.get_text() for tick in ticks] for ticks in scales)

@@ -1,5 +1,12 @@
 """Every picture of the series: `style` holds the look, the other files what is drawn."""
 
+from .activations import (
+    activation_depth,
+    activation_histograms,
+    calibration_curve,
+    magnitude_scatter,
+    overlap_matrix,
+)
 from .evaluation import (
     answer_differences,
     answer_dots,
@@ -8,30 +15,37 @@ from .evaluation import (
     recovery_curves,
 )
 from .explorer import ThresholdPicture
-from .pruning import (
-    activation_histograms,
-    budget_bars,
-    layer_profile,
-    magnitude_scatter,
-    overlap_matrix,
-    perplexity_dots,
-    threshold_sweep,
+from .pruning import budget_bars, cut_heatmap, perplexity_dots, threshold_sweep
+from .speed import throughput
+from .style import (
+    DOMAIN_STYLE,
+    METHOD_STYLE,
+    PART_STYLE,
+    STYLE,
+    VARIANT_STYLE,
+    colour,
+    look,
+    png_bytes,
+    save_figure,
 )
-from .style import DOMAIN_COLOURS, METHOD_STYLE, PART_COLOURS, STYLE, colour, png_bytes, save_figure
 
 __all__ = [
-    "DOMAIN_COLOURS",
+    "DOMAIN_STYLE",
     "METHOD_STYLE",
-    "PART_COLOURS",
+    "PART_STYLE",
     "STYLE",
     "ThresholdPicture",
+    "VARIANT_STYLE",
+    "activation_depth",
     "activation_histograms",
     "answer_differences",
     "answer_dots",
     "budget_bars",
+    "calibration_curve",
     "colour",
+    "cut_heatmap",
     "domain_heatmap",
-    "layer_profile",
+    "look",
     "magnitude_scatter",
     "overlap_matrix",
     "perplexity_and_accuracy",
@@ -40,4 +54,5 @@ __all__ = [
     "recovery_curves",
     "save_figure",
     "threshold_sweep",
+    "throughput",
 ]

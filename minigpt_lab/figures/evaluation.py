@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
-from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
-from .style import METHOD_STYLE, VARIANT_STYLE, colour, log_ticks, new_figure, styled
+from .style import (
+    METHOD_STYLE,
+    VARIANT_STYLE,
+    colour,
+    heat,
+    log_labels,
+    look,
+    new_figure,
+    styled,
+    with_note,
+)
 
 
 @styled
@@ -22,61 +31,78 @@ def recovery_curves(
 ) -> Figure:
     """Held-out perplexity against tokens trained on, a panel per regime, a colour per method.
 
+    Filled markers are of the domain, hollow ones of the other text. A ring marks the best
+    checkpoint, chosen on the validation text that is drawn.
+
     Parameters
     ----------
     histories : pandas.DataFrame
         Columns ``regime, method, tokens, perplexity, other_perplexity``, as `recover` returns them.
+        Several rows at one point (seeds) are drawn as their median and their range.
     dense : mapping
         Name of the domain and of the other one to the dense model's perplexity, in this order.
     caption : str
         Model, text, protocol.
     """
-    regimes, texts = list(dict.fromkeys(histories["regime"])), list(dense)
+    regimes, methods = (list(dict.fromkeys(histories[name])) for name in ("regime", "method"))
     columns = ("perplexity", "other_perplexity")
     question = "Does a short fine-tune bring the model back, and what does it forget?"
-    figure = new_figure(3.6 * len(regimes) + 2, 4.0, caption, question)
+    note = "each panel has its own scale"
+    figure = new_figure(3.6 * len(regimes) + 2, 4.0, with_note(caption, note), question)
     axes = figure.subplots(1, len(regimes), squeeze=False).ravel()
+    own_level = next(iter(dense.values()))
     for axis, regime in zip(axes, regimes, strict=True):
         part = histories[histories["regime"] == regime]
         for method, rows in part.groupby("method", sort=False):
-            tint, marker = METHOD_STYLE[method]
-            for column, line in zip(columns, ("-", ":"), strict=True):
-                axis.plot(rows["tokens"], rows[column], color=tint, marker=marker, ms=4, ls=line)
-            met = rows[rows["perplexity"] <= dense[texts[0]]].head(1)
-            axis.plot(met["tokens"], met["perplexity"], "*", ms=15, color=tint, mec="black")
-        for level, line in zip(dense.values(), ("--", (0, (1, 2))), strict=True):
+            tint, marker = look(method, methods, METHOD_STYLE)
+            own, other = (
+                _over_seeds(axis, rows.groupby("tokens")[column], color=tint, marker=marker, **how)
+                for column, how in zip(columns, _TEXTS, strict=True)
+            )
+            axis.plot(own.idxmin(), own.min(), "o", ms=11, mfc="none", mec=tint, mew=1.4)
+            met = own[own <= own_level].head(1)
+            axis.plot(met.index, met, "*", ms=15, color=tint, mec="black")
+        for level, line in zip(dense.values(), _LEVELS, strict=True):
             axis.axhline(level, color="black", lw=1, ls=line)
-        axis.set(yscale="log", xlabel="tokens trained on")
+        axis.set(yscale="log", xlabel="tokens trained on (0: cut, not tuned)")
         axis.set_title(regime, fontsize=9, fontweight="normal")
-        _log_labels(axis.yaxis, part[list(columns)].to_numpy().ravel(), dense.values())
+        log_labels(axis.yaxis, [*part[list(columns)].to_numpy().ravel(), *dense.values()])
         axis.xaxis.set_major_locator(MaxNLocator(4))
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    axes[0].set_ylabel("validation perplexity (each panel its own scale)")
-    methods = dict.fromkeys(histories["method"])
-    handles = [
-        Line2D([], [], color=METHOD_STYLE[m][0], marker=METHOD_STYLE[m][1], ms=4, label=m)
-        for m in methods
-    ]
-    for name, line in zip(texts, ("-", ":"), strict=True):
-        handles.append(Line2D([], [], color="#555555", ls=line, label=f"on {name}"))
-    for name, line in zip(texts, ("--", (0, (1, 2))), strict=True):
-        handles.append(Line2D([], [], color="black", lw=1, ls=line, label=f"dense on {name}"))
-    handles.append(Line2D([], [], color="white", marker="*", mec="black", ms=12, ls="",
-                          label="dense level reached"))  # fmt: skip
-    figure.legend(handles=handles, loc="outside right upper", fontsize=8)
+    axes[0].set_ylabel("validation perplexity")
+    figure.legend(handles=_recovery_handles(methods, dense), loc="outside right upper", fontsize=8)
     return figure
 
 
-def _log_labels(axis, values: np.ndarray, levels) -> None:
-    """Readable numbers on a log axis, whether it spans a tenth of a decade or five."""
-    values = np.array([*values[np.isfinite(values)], *levels])
-    low, high = values.min(), values.max()
-    if high > 10 * low:
-        axis.set_ticks(*log_ticks(low / 1.2, high * 1.2))
-    else:
-        axis.set_major_locator(MaxNLocator(6))
-        axis.set_major_formatter("{x:g}")
-    axis.set_minor_formatter(NullFormatter())
+_TEXTS = ({"ls": "-"}, {"ls": ":", "mfc": "white"})  # of the domain, of the other text
+_LEVELS = ("--", (0, (1, 2)))
+
+
+def _over_seeds(axis, seeds, **how) -> pd.Series:
+    """Draw the median over seeds, and their range if there are several; return the median."""
+    middle = seeds.median()
+    axis.plot(middle, ms=4.5, lw=1.3, **how)
+    if seeds.size().max() > 1:
+        axis.fill_between(middle.index, seeds.min(), seeds.max(), color=how["color"], alpha=0.2,
+                          lw=0)  # fmt: skip
+    return middle
+
+
+def _recovery_handles(methods: list[str], dense: Mapping[str, float]) -> list[Line2D]:
+    handles = []
+    for method in methods:
+        tint, marker = look(method, methods, METHOD_STYLE)
+        handles.append(Line2D([], [], color=tint, marker=marker, ms=4.5, label=method))
+    for name, how in zip(dense, _TEXTS, strict=True):
+        handles.append(
+            Line2D([], [], color="#555555", marker="o", ms=4.5, label=f"on {name}", **how)
+        )
+    for name, line in zip(dense, _LEVELS, strict=True):
+        handles.append(Line2D([], [], color="black", lw=1, ls=line, label=f"dense on {name}"))
+    mark = {"color": "white", "ls": "", "mec": "black"}
+    handles.append(Line2D([], [], marker="o", ms=9, label="best checkpoint", **mark))
+    handles.append(Line2D([], [], marker="*", ms=12, label="dense level reached", **mark))
+    return handles
 
 
 @styled
@@ -89,7 +115,7 @@ def answer_dots(answers: pd.DataFrame, caption: str = "") -> Figure:
         Columns ``domain, variant, accuracy, low, high, chance, items``.
     """
     return _dots(
-        answers, "accuracy", "accuracy (95 % Wilson interval)", caption,
+        answers, "accuracy", "accuracy in % (95 % Wilson interval)", caption,
         "Does the model still answer its domain's questions?", reference="chance",
     )  # fmt: skip
 
@@ -104,7 +130,8 @@ def answer_differences(differences: pd.DataFrame, caption: str = "") -> Figure:
         Columns ``domain, variant, difference, low, high, items``.
     """
     return _dots(
-        differences, "difference", "accuracy − dense (paired 95 % interval)", caption,
+        differences, "difference", "accuracy − dense, percentage points (paired 95 % interval)",
+        caption,
         "Is the change more than luck?", reference=None,
     )  # fmt: skip
 
@@ -119,7 +146,7 @@ def _dots(table, value, label, caption, question, reference) -> Figure:
     for place, variant in enumerate(variants):
         rows = table[table["variant"] == variant].set_index("domain").reindex(domains)
         bounds = [rows[value] - rows["low"], rows["high"] - rows[value]]
-        tint, marker = VARIANT_STYLE[variant]
+        tint, marker = look(variant, variants, VARIANT_STYLE)
         axis.errorbar(rows[value], middles + place, xerr=np.maximum(bounds, 0), fmt=marker,
                       color=tint, ms=5, capsize=2, label=variant)  # fmt: skip
     if reference:
@@ -132,7 +159,7 @@ def _dots(table, value, label, caption, question, reference) -> Figure:
     names = [f"{domain}\nn = {counts[domain]}" for domain in domains]
     axis.set_yticks(middles + (len(variants) - 1) / 2, names)
     axis.set_ylim(middles[-1] + len(variants), -1)
-    axis.xaxis.set_major_formatter(PercentFormatter(1, 0))
+    axis.xaxis.set_major_formatter(PercentFormatter(1, 0, symbol=""))
     axis.set_xlabel(label)
     figure.legend(loc="outside right upper", fontsize=8)
     return figure
@@ -151,25 +178,42 @@ def perplexity_and_accuracy(table: pd.DataFrame, caption: str = "") -> Figure:
     """
     figure = new_figure(6.4, 4.0, caption, "Does accuracy follow perplexity back?")
     axis = figure.subplots()
-    domains = list(dict.fromkeys(table["domain"]))
+    domains, variants = (list(dict.fromkeys(table[name])) for name in ("domain", "variant"))
     for domain in domains:
         rows, tint = table[table["domain"] == domain], colour(domain, domains)
-        axis.plot(rows["perplexity_ratio"], rows["difference"], color=tint, lw=1, label=domain)
-        for _, row in rows.iterrows():
-            axis.plot(row["perplexity_ratio"], row["difference"], color=tint, ms=6,
-                      marker=VARIANT_STYLE[row["variant"]][1])  # fmt: skip
+        places = rows[["perplexity_ratio", "difference"]].to_numpy()
+        axis.plot(*places[:-1].T, color=tint, lw=0.8, alpha=0.6)
+        for start, end in pairwise(places[-2:]):  # the way back is what the question is about
+            axis.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": tint, "lw": 1.6})
+        for place, variant in zip(places, rows["variant"], strict=True):
+            axis.plot(*place, color=tint, ms=6, marker=look(variant, variants, VARIANT_STYLE)[1])
+    _name_ends(axis, table.groupby("domain", sort=False).last(), domains)
     axis.axhline(0, color="black", lw=0.8)
     axis.axvline(1, color="black", lw=0.8)
-    axis.set(xscale="log", xlabel="test perplexity ÷ dense", ylabel="accuracy − dense")
-    _log_labels(axis.xaxis, table["perplexity_ratio"].to_numpy(), [1])
-    axis.yaxis.set_major_formatter(PercentFormatter(1, 0))
-    handles, _ = axis.get_legend_handles_labels()
-    handles += [
-        Line2D([], [], color="#555555", marker=VARIANT_STYLE[v][1], ls="", label=v)
-        for v in dict.fromkeys(table["variant"])
+    axis.set(
+        xscale="log", xlabel="test perplexity ÷ dense", ylabel="accuracy − dense, percentage points"
+    )
+    log_labels(axis.xaxis, [1, *table["perplexity_ratio"]])
+    axis.yaxis.set_major_formatter(PercentFormatter(1, 0, symbol=""))
+    handles = [
+        Line2D([], [], color="#555555", marker=look(v, variants, VARIANT_STYLE)[1], ls="", label=v)
+        for v in variants
     ]
     figure.legend(handles=handles, loc="outside right upper", fontsize=8)
     return figure
+
+
+def _name_ends(axis, ends: pd.DataFrame, domains: list[str]) -> None:
+    """Write each domain beside its last point, on the side away from the nearest other one."""
+    places = ends[["perplexity_ratio", "difference"]].to_numpy()
+    apart = (places - places.mean(0)) / np.maximum(np.ptp(places, axis=0), 1e-9)
+    for domain, place, own in zip(ends.index, places, apart, strict=True):
+        others = np.linalg.norm(apart - own, axis=1)
+        others[others == 0] = np.inf
+        right, up = own > apart[others.argmin()] if len(ends) > 1 else (False, True)
+        axis.annotate(domain, place, xytext=(6 if right else -6, 5 if up else -5), fontsize=8,
+                      textcoords="offset points", color=colour(domain, domains),
+                      ha="left" if right else "right", va="bottom" if up else "top")  # fmt: skip
 
 
 def _short(value: float) -> str:
@@ -188,14 +232,16 @@ def domain_heatmap(matrix: pd.DataFrame, caption: str = "") -> Figure:
     """
     states = sorted(matrix["recovered"].unique())
     texts = list(dict.fromkeys(matrix["text"]))
-    cuts = list(dict.fromkeys(matrix["cut"]))
-    width, height = (1.6 + 0.95 * len(texts)) * len(states) + 1, 1.7 + 0.52 * len(cuts)
+    cuts = sorted(dict.fromkeys(matrix["cut"]), key=lambda cut: cut not in texts)
+    width, height = 3.2 + 0.85 * len(texts), (0.7 + 0.42 * len(cuts)) * len(states) + 0.9
     figure = new_figure(width, height, caption, "Is a model cut for a domain better there?")
-    axes = figure.subplots(1, len(states), sharey=True, squeeze=False).ravel()
+    axes = figure.subplots(len(states), 1, sharex=True, squeeze=False).ravel()
     foreign = matrix[matrix["cut"].isin(texts) & (matrix["cut"] != matrix["text"])]
     # the scale is that of the domains' cuts: beside the smallest weights they would all look white
     reach = max(0.05, float(np.quantile(foreign["difference"].abs(), 0.8)))
-    norm = TwoSlopeNorm(0, -reach, reach)
+    above = {"clip_on": False, "zorder": 3}
+    step = next(step for step in _STEPS if 2.5 * np.log(step) >= reach or step == _STEPS[-1])
+    marks = [ratio for ratio in step ** np.arange(-2.0, 3) if abs(np.log(ratio)) <= reach]
     for axis, state in zip(axes, states, strict=True):
         part = matrix[matrix["recovered"] == state]
         wide = part.pivot(index="cut", columns="text").loc[cuts]
@@ -203,17 +249,29 @@ def domain_heatmap(matrix: pd.DataFrame, caption: str = "") -> Figure:
         sure = wide["difference_low"][texts] * wide["difference_high"][texts] > 0
         sure |= gaps == 0  # the text's own cut
         words = values.map(_short) + "\n×" + np.exp(gaps).map(_short)
-        sns.heatmap(gaps, annot=words.where(sure, words.map("({})".format)), fmt="", norm=norm,
-                    cmap="PuOr_r", ax=axis, cbar=axis is axes[-1], annot_kws={"fontsize": 7},
-                    cbar_kws={"label": "perplexity ÷ that of the text's own cut"})  # fmt: skip
+        heat(
+            axis,
+            gaps,
+            words.where(sure, words.map("({})".format)),
+            7,
+            cmap="PuOr_r",
+            vmin=-reach,
+            vmax=reach,
+            cbar_kws={"label": "perplexity ÷ that of the text's own cut", "extend": "both"},
+        )
         for place, text in enumerate(texts):
-            axis.add_patch(Rectangle((place, cuts.index(text)), 1, 1, fill=False, lw=1.6))
-        axis.set(xlabel="held-out text", ylabel="cut for" if axis is axes[0] else "")
+            axis.add_patch(Rectangle((place, cuts.index(text)), 1, 1, fill=False, lw=1.6, **above))
+        if len(cuts) > len(texts):  # the domains' cuts above, the controls below
+            axis.axhline(len(texts), color="white", lw=4)
+        axis.set_ylabel("cut for")
         axis.set_title("recovered" if state else "without recovery", fontsize=9,
                        fontweight="normal")  # fmt: skip
         axis.tick_params(axis="x", rotation=30)
         axis.tick_params(axis="y", rotation=0)
-        axis.grid(False)
-    scale = figure.axes[-1].yaxis
-    scale.set_major_formatter(FuncFormatter(lambda value, _: f"×{np.exp(value):.2f}"))
+        scale = axis.collections[0].colorbar.ax.yaxis
+        scale.set_ticks(np.log(marks), [f"×{ratio:.3g}" for ratio in marks])
+    axes[-1].set_xlabel("held-out text")
     return figure
+
+
+_STEPS = (1.02, 1.05, 1.1, 1.2, 1.5, 2, 3, 5, 10)

@@ -1,6 +1,7 @@
 """One look for every picture: palette, fonts, captions, and how a figure is written to disk.
 
-One colour per domain and per method everywhere (Okabe–Ito, safe for colour-blind readers).
+One colour per domain and per method everywhere (Okabe–Ito, safe for colour-blind readers), and a
+marker or hatch that says the same in grey.
 """
 
 from __future__ import annotations
@@ -9,26 +10,51 @@ import functools
 import io
 import os
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
-_CYCLE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-DOMAIN_COLOURS = dict(
-    zip(("law", "medical", "economics", "games", "translation", "general"), _CYCLE, strict=True)
-)
-METHOD_STYLE = {  # colour, marker: readable in grey by the marker; drawn in this order
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "h")  # what grey print tells apart
+Look = tuple[str, str]
+DOMAIN_STYLE: dict[str, Look] = {  # colour, marker
+    name: (tint, marker)
+    for name, tint, marker in zip(
+        ("law", "medical", "economics", "games", "translation", "general"),
+        _COLOURS,
+        _MARKERS,
+        strict=False,
+    )
+}
+METHOD_STYLE: dict[str, Look] = {  # drawn in this order
     "contextual": ("#0072B2", "o"),
     "magnitude": ("#E69F00", "s"),
     "random": ("#7F7F7F", "x"),
-    "full": ("#0072B2", "o"),
-    "lora": ("#D55E00", "s"),
+    "full": ("#009E73", "^"),
+    "lora": ("#CC79A7", "v"),
 }
-VARIANT_STYLE = {
+VARIANT_STYLE: dict[str, Look] = {
+    "dense": ("#000000", "o"),
+    "random": ("#7F7F7F", "x"),
+    "pruned": ("#D55E00", "s"),
+    "recovered": ("#0072B2", "D"),
+}
+PART_STYLE: dict[str, Look] = {  # colour, hatch
+    "embeddings": ("#56B4E9", "///"),
+    "attention": ("#E69F00", "..."),
+    "ffn": ("#0072B2", ""),
+    "other": ("#999999", "xxx"),
+}
+STYLE = {
     "dense": ("#000000", "o"),
     "random": ("#7F7F7F", "x"),
     "pruned": ("#D55E00", "s"),
@@ -54,14 +80,40 @@ STYLE = {
 }  # fmt: skip
 
 
+def look(name: str, known: Sequence[str] = (), fixed: Mapping[str, Look] = DOMAIN_STYLE) -> Look:
+    """Colour and marker of a domain or, from another table, of a method or variant.
+
+    Parameters
+    ----------
+    name : str
+        ``tiny-law`` looks like ``law``.
+    known : sequence of str
+        All that the figure shows. One that is not in the table takes the next colour and marker
+        that none of the others has; once all colours are taken they come again, with new markers.
+    fixed : mapping
+        The table: `DOMAIN_STYLE`, `METHOD_STYLE` or `VARIANT_STYLE`.
+    """
+    looks = {one: fixed.get(one.removeprefix("tiny-")) for one in (name, *known)}
+    if looks[name] or name not in known:
+        return looks[name] or ("#000000", "o")
+    place = [one for one in known if not looks[one]].index(name)
+    taken = {part for found in looks.values() if found for part in found}
+    tints, markers = (
+        [part for part in parts if part not in taken] or parts for parts in (_COLOURS, _MARKERS)
+    )
+    return tints[place % len(tints)], markers[place % len(markers)]
+
+
 def colour(domain: str, known: Sequence[str] = ()) -> str:
-    """The colour of a domain; a user's own takes the next that none of those `known` has."""
-    fixed = {name: DOMAIN_COLOURS.get(name.removeprefix("tiny-")) for name in (domain, *known)}
-    if fixed[domain] or domain not in known:
-        return fixed[domain] or "#000000"
-    free = [tint for tint in _CYCLE if tint not in fixed.values()] or _CYCLE
-    own = [name for name in known if not fixed[name]]
-    return free[own.index(domain) % len(free)]
+    """The colour of a domain, see `look`."""
+    return look(domain, known)[0]
+
+
+def luminance(tint) -> float:
+    """How bright a colour is, 0 (black) to 1 (white), as WCAG defines it."""
+    parts = np.array(to_rgb(tint))
+    linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+    return float(linear @ (0.2126, 0.7152, 0.0722))
 
 
 def new_figure(width: float, height: float, caption: str = "", title: str = "") -> Figure:
@@ -88,6 +140,48 @@ def log_ticks(low: float, high: float) -> tuple[list[float], list[str]]:
     return marks, words
 
 
+def log_labels(axis: Axis, values: Iterable[float]) -> None:
+    """Readable numbers on a log axis, whether `values` span a tenth of a decade or ten."""
+    values = np.asarray(list(values), dtype=float)
+    values = values[np.isfinite(values)]
+    low, high = values.min(), values.max()
+    if high > 10 * low:
+        axis.set_ticks(*log_ticks(low / 1.2, high * 1.2))
+    else:
+        axis.set_major_locator(MaxNLocator(6))
+        axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
+
+
+def layer_ticks(axis: Axes, layers: int, room: int) -> None:
+    """Whole layers along the horizontal axis, as many as there is `room` for."""
+    step = next(step for step in (1, 2, 5, 10, 20, 50, layers) if layers <= room * step)
+    axis.set_xticks(range(0, layers, step))
+    axis.set_xlim(-0.6, layers - 0.4)
+
+
+def heat(axis: Axes, values: pd.DataFrame, words: pd.DataFrame, fontsize: float = 8, **how) -> None:
+    """A heatmap of annotated cells whose words stand out from every colour."""
+    sns.heatmap(values, annot=words, fmt="", ax=axis, annot_kws={"fontsize": fontsize}, **how)
+    mesh = axis.collections[0]
+    mesh.update_scalarmappable()
+    faces = mesh.get_facecolors()[~np.isnan(values.to_numpy(dtype=float)).ravel()]
+    for text, face in zip(axis.texts, faces, strict=True):
+        text.set_color("black" if luminance(face[:3]) > 0.18 else "white")
+    axis.set(xlabel="", ylabel="")
+    axis.grid(False)
+
+
+def percent(value: float, _place: int | None = None) -> str:
+    """A share in three digits at most, as tick labels want it."""
+    return f"{100 * value:.3g} %".replace("-", "−")
+
+
+def with_note(caption: str, note: str) -> str:
+    """The caption, and what the frame says about itself below it."""
+    return f"{caption}\n{note}" if caption else note
+
+
 def styled(function):
     """Draw under the kit's style, whatever the reader's matplotlib settings are."""
 
@@ -106,10 +200,17 @@ def png_bytes(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def save_figure(
-    figure: Figure, path: str | os.PathLike, data: pd.DataFrame | None = None
-) -> Figure:
+def save_figure(figure: Figure, path: str | os.PathLike, data: pd.DataFrame) -> Figure:
     """Write a figure as PNG and SVG, and the data behind it as CSV, under one stem.
+
+    Parameters
+    ----------
+    figure : matplotlib.figure.Figure
+        What a function of this package drew.
+    path : str or path
+        Folder and stem.
+    data : pandas.DataFrame
+        What it was drawn from: a picture without its numbers cannot be checked.
 
     Returns
     -------
@@ -121,6 +222,5 @@ def save_figure(
     with mpl.rc_context({**STYLE, "svg.hashsalt": "minigpt_lab"}):
         figure.savefig(path.with_suffix(".png"), metadata={"Software": None})
         figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
-    if data is not None:
-        data.to_csv(path.with_suffix(".csv"), index=False)
+    data.to_csv(path.with_suffix(".csv"), index=False)
     return figure

@@ -1,0 +1,61 @@
+"""What a smaller model gains when it runs: a frame in, a figure out."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
+
+from .style import VARIANT_STYLE, look, new_figure, styled, with_note
+
+_LINE = "in proportion to the size"
+
+
+@styled
+def throughput(speeds: pd.DataFrame, caption: str = "") -> Figure:
+    """Tokens per second against stored parameters, a panel for reading and one for writing.
+
+    Parameters
+    ----------
+    speeds : pandas.DataFrame
+        Columns ``variant, stored, kind`` (prefill, decode, …), ``tokens_per_second`` (median over
+        the runs), ``low, high`` (its spread, such as the quartiles), ``batch, device, runs``. A
+        variant named ``dense`` gives the line of a speed that is in proportion to the size.
+    caption : str
+        Model, lengths of prompt and continuation, what the spread is.
+    """
+    kinds, variants = (list(dict.fromkeys(speeds[name])) for name in ("kind", "variant"))
+    facts = [
+        ("batch", "batch {}"), ("device", "on {}"), ("runs", "n = {} runs each")
+    ]  # fmt: skip
+    note = ", ".join(
+        form.format("/".join(map(str, dict.fromkeys(speeds[name])))) for name, form in facts
+    )
+    title = "Does a smaller model run faster?"
+    figure = new_figure(3.1 * len(kinds) + 1.6, 3.6, with_note(caption, note), title)
+    axes = figure.subplots(1, len(kinds), sharex=True, squeeze=False).ravel()
+    for axis, kind in zip(axes, kinds, strict=True):
+        part = speeds[speeds["kind"] == kind]
+        for variant, rows in part.groupby("variant", sort=False):
+            tint, marker = look(variant, variants, VARIANT_STYLE)
+            middle = rows["tokens_per_second"]
+            bounds = [middle - rows["low"], rows["high"] - middle]
+            axis.errorbar(rows["stored"] / 1e6, middle, yerr=np.maximum(bounds, 0), fmt=marker,
+                          color=tint, ms=6, mfc="none", capsize=3, label=variant)  # fmt: skip
+        for _, dense in part[part["variant"] == "dense"].iterrows():
+            sizes = np.linspace(part["stored"].min(), part["stored"].max())
+            speed = dense["tokens_per_second"] * dense["stored"] / sizes
+            axis.plot(sizes / 1e6, speed, color="black", ls=":", lw=1, zorder=1,
+                      label=_LINE)  # fmt: skip
+        axis.set_title(kind, fontsize=9, fontweight="normal")
+        axis.set_xlabel("stored parameters (millions)")
+        axis.set_ylim(0, 1.08 * max(part["high"].max(), axis.get_ylim()[1] / 1.05))
+        axis.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axis.locator_params(nbins=5)
+    axes[0].set_ylabel("tokens per second (median and spread)")
+    handles, labels = axes[0].get_legend_handles_labels()
+    entries = dict(zip(labels, handles, strict=True))
+    entries |= {_LINE: entries.pop(_LINE)} if _LINE in entries else {}  # last
+    figure.legend(entries.values(), entries, loc="outside right upper", fontsize=8)
+    return figure
