@@ -112,18 +112,14 @@ def _distribution(axis, values: np.ndarray, edges: np.ndarray, **how) -> None:
 
 
 def _shares(axis, domains: list[str], shares: list[float]) -> None:
-    """Each domain's share at or below ε, in its colour, where the long tail leaves room."""
+    """Each domain's share at or below ε, where the long tail leaves room."""
+    words = [f"{100 * share:.1f} %" for share in shares]
     if len(domains) == 1:
-        words = [(f"{100 * shares[0]:.1f} % at or below ε", "black")]
+        text = f"{words[0]} at or below ε"
     else:
-        lines = zip(domains, shares, strict=True)
-        words = [
-            (f"{domain} {100 * share:.1f} %", colour(domain, domains)) for domain, share in lines
-        ]
-        words.insert(0, ("at or below ε:", "black"))
-    for line, (word, tint) in enumerate(words):
-        axis.annotate(word, (1, 1), xytext=(0, -9 * line), xycoords="axes fraction", color=tint,
-                      textcoords="offset points", ha="right", va="top", fontsize=7)  # fmt: skip
+        lines = map(" ".join, zip(domains, words, strict=True))
+        text = "\n".join(["at or below ε:", *lines])
+    axis.text(1, 1, text, transform=axis.transAxes, ha="right", va="top", fontsize=7)
 
 
 @styled

@@ -187,7 +187,7 @@ def perplexity_and_accuracy(table: pd.DataFrame, caption: str = "") -> Figure:
             axis.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": tint, "lw": 1.6})
         for place, variant in zip(places, rows["variant"], strict=True):
             axis.plot(*place, color=tint, ms=6, marker=look(variant, variants, VARIANT_STYLE)[1])
-    _name_ends(axis, table.groupby("domain", sort=False).last(), domains)
+    _name_ends(axis, table.groupby("domain", sort=False).last())
     axis.axhline(0, color="black", lw=0.8)
     axis.axvline(1, color="black", lw=0.8)
     axis.set(
@@ -203,17 +203,16 @@ def perplexity_and_accuracy(table: pd.DataFrame, caption: str = "") -> Figure:
     return figure
 
 
-def _name_ends(axis, ends: pd.DataFrame, domains: list[str]) -> None:
-    """Write each domain beside its last point, on the side away from the nearest other one."""
+def _name_ends(axis, ends: pd.DataFrame) -> None:
+    """Write each domain left of its last point (lines come from the right), off the nearest one."""
     places = ends[["perplexity_ratio", "difference"]].to_numpy()
-    apart = (places - places.mean(0)) / np.maximum(np.ptp(places, axis=0), 1e-9)
+    apart = places / np.maximum(np.ptp(places, axis=0), 1e-9)
     for domain, place, own in zip(ends.index, places, apart, strict=True):
-        others = np.linalg.norm(apart - own, axis=1)
-        others[others == 0] = np.inf
-        right, up = own > apart[others.argmin()] if len(ends) > 1 else (False, True)
-        axis.annotate(domain, place, xytext=(6 if right else -6, 5 if up else -5), fontsize=8,
-                      textcoords="offset points", color=colour(domain, domains),
-                      ha="left" if right else "right", va="bottom" if up else "top")  # fmt: skip
+        distances = np.linalg.norm(apart - own, axis=1)
+        distances[distances == 0] = np.inf
+        up = own[1] >= apart[distances.argmin(), 1]
+        axis.annotate(domain, place, xytext=(-6, 3 if up else -3), textcoords="offset points",
+                      ha="right", va="bottom" if up else "top", fontsize=8)  # fmt: skip
 
 
 def _short(value: float) -> str:

@@ -156,7 +156,8 @@ def cut_heatmap(kept: pd.DataFrame, caption: str = "") -> Figure:
         cells = figure.add_subplot(grid[2 * place + 1, 0])
         above = figure.add_subplot(grid[2 * place, 0])
         beside = figure.add_subplot(grid[2 * place + 1, 1])
-        _cut_panel(cells, table, figure.add_subplot(grid[2 * place + 1, 2]), scales[name])
+        bar = figure.add_subplot(grid[2 * place + 1, 2])
+        _cut_panel(cells, table, bar, signed=name not in plans, **scales[name])
         above.bar(np.arange(n_layers) + 0.5, table.mean(), color="#777777")
         above.set(xlim=(0, n_layers), xticks=[])
         above.set_title(name, fontsize=9, fontweight="normal")
@@ -174,11 +175,17 @@ def cut_heatmap(kept: pd.DataFrame, caption: str = "") -> Figure:
     return figure
 
 
-def _cut_panel(axis, table: pd.DataFrame, bar, scale) -> None:
-    """Cells of one plan, in per cent; what is untouched stays empty."""
-    words = (100 * table).map(lambda share: f"{share:.0f}" if abs(share) >= 0.5 else "<1")
-    words = words.where(table != 0, "").astype(str)
-    heat(axis, table, words, 7, cbar_ax=bar, linewidths=0.5, **scale)
+def _cut_panel(axis, table: pd.DataFrame, bar, signed: bool, **scale) -> None:
+    """Cells of one plan or of a difference, in per cent; zero stays empty."""
+
+    def word(share: float) -> str:
+        if share == 0:
+            return ""
+        if signed:  # grey print does not tell the two ends of the colours apart
+            return f"{100 * share:+.0f}".replace("-", "−")
+        return f"{100 * share:.0f}" if share >= 0.005 else "<1"
+
+    heat(axis, table, table.map(word), 7, cbar_ax=bar, linewidths=0.5, **scale)
     every = 1 if len(table.columns) <= 40 else 5
     axis.set_xticks(np.arange(0, len(table.columns), every) + 0.5, table.columns[::every])
     axis.tick_params(axis="both", rotation=0, length=2)
