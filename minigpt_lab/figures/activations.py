@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from .style import (
     colour,
@@ -50,56 +50,77 @@ def activation_histograms(
     # half a per cent lies far out, on two thirds of the scale: the last bin holds it
     highest = max(np.quantile(positive, 0.995), epsilon or 0)
     edges = np.linspace(np.log10(positive.min()) - 0.1, np.log10(highest) + 0.1, 41)
-    zero_at = edges[0] - 0.09 * np.ptp(edges)  # never on: apart, left of the scale
     some_off = len(positive) < len(frame)
-    columns = -(-len(layers) // 2) if len(layers) > 3 else len(layers)
-    rows = -(-len(layers) // columns)
-    title = "How strongly does each domain use the FFN's neurons?"
+    zero_at = edges[0] - 0.09 * np.ptp(edges) if some_off else None  # apart, left of the scale
     shown = frame[frame["layer"].isin(layers)].groupby(["layer", "domain"])["mean_abs"]
-    neurons = "–".join(f"{count:,}" for count in sorted({*shown.size().iloc[[0, -1]]}))
-    caption = with_note(
-        caption, f"n = {neurons} neurons per layer and domain; the last bin holds all above"
-    )
-    figure = new_figure(3 * columns + 1.4, 2.3 * rows + 0.6, caption, title)
-    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
-    for axis, layer in zip(axes, layers, strict=False):
-        off, cut = [], []
-        for place, domain in enumerate(domains):
-            values = shown.get_group((layer, domain)).to_numpy()
+    counts = shown.size()
+    neurons = "–".join(f"{count:,}" for count in sorted({counts.min(), counts.max()}))
+    note = f"n = {neurons} neurons per layer and domain; the last bin holds all above"
+    figure, axes = _panels(len(layers), with_note(caption, note), domains)
+    for axis, layer in zip(axes, layers, strict=True):
+        values = {domain: shown.get_group((layer, domain)).to_numpy() for domain in domains}
+        shares = [(found <= (epsilon or 0)).mean() for found in values.values()]
+        for domain, found in values.items():
             tint, marker = look(domain, domains)
-            _distribution(axis, values, edges, color=tint, marker=marker, label=domain)
-            cut.append((values <= (epsilon or 0)).mean())
-            off.append((values == 0).mean())
-            if some_off:
-                bar = 0.07 * np.ptp(edges) / len(domains)
-                axis.bar(zero_at + bar * (place - len(domains) / 2), off[-1], bar, align="edge",
-                         color=tint)  # fmt: skip
-        if max(off) > 0:
-            shares = dict.fromkeys(f"{100 * share:.1f} %" for share in (min(off), max(off)))
-            axis.annotate("never on:\n" + "–".join(shares), (zero_at, max(off)), xytext=(-4, 3),
-                          textcoords="offset points", fontsize=7.5)  # fmt: skip
+            _distribution(axis, found, edges, color=tint, marker=marker, label=domain)
+        if some_off:
+            _never_on(axis, values, zero_at, np.ptp(edges))
         if epsilon:
             axis.axvline(
                 np.log10(epsilon), color="black", ls="--", lw=1, label=f"ε = {epsilon:.3g}"
             )
-            _shares(axis, domains, cut)
-        axis.set_title(f"layer {layer}", fontsize=9, fontweight="normal")
-        axis.yaxis.set_major_formatter(percent)
+        _head(axis, layer, domains, shares if epsilon else ())
+    axes[0].yaxis.set_major_formatter(percent)
+    axes[0].yaxis.set_major_locator(MaxNLocator(3))
     axes[0].set_ylim(0, axes[0].get_ylim()[1])
-    for axis in axes[len(layers) :]:
-        axis.set_visible(False)
     marks, words = log_ticks(10 ** edges[0], 10 ** edges[-1])
     places = list(np.log10(marks))
     if some_off:
         places, words = [zero_at, *places], ["0", *words]
     axes[0].set_xticks(places, words)
-    figure.supylabel("share of the layer's neurons", fontsize=9)
-    for axis in axes[len(layers) - columns : len(layers)]:
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="upper right", fontsize=8)
+    return figure
+
+
+def _panels(count: int, caption: str, domains: list[str]):
+    """A figure and its panels, in at most two rows, with room for a legend at the right.
+
+    A slider waits for this picture: its margins are counted in inches, because a constrained layout
+    would take a quarter of the time.
+    """
+    columns = -(-count // 2) if count > 3 else count
+    rows = -(-count // columns)
+    title = "How strongly does each domain use the FFN's neurons?"
+    legend = 0.7 + 0.07 * max(map(len, domains))
+    figure = new_figure(2.9 * columns + 0.8 + legend, 2.3 * rows + 0.9, caption, title, layout=None)
+    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    for axis in axes[count:]:
+        axis.set_visible(False)
+    for axis in axes[count - columns : count]:
         axis.set_xlabel(MAGNITUDE)
         axis.tick_params(labelbottom=True)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", fontsize=8)
-    return figure
+    figure.supylabel("share of the layer's neurons", fontsize=9, x=0.1 / figure.get_figwidth())
+    width, height = figure.get_size_inches()
+    head, foot = (text.count("\n") + 1 for text in (figure.get_suptitle(), figure.get_supxlabel()))
+    figure.subplots_adjust(
+        left=0.75 / width, right=1 - (legend + 0.1) / width, wspace=0.06,
+        top=1 - (0.34 + 0.19 * head) / height, bottom=(0.55 + 0.13 * foot) / height,
+        hspace=0.22 if count % columns == 0 else 0.5,
+    )  # fmt: skip
+    return figure, axes[:count]
+
+
+def _never_on(axis, values: dict[str, np.ndarray], zero_at: float, scale: float) -> None:
+    """The share of neurons that are exactly zero, as bars of their own."""
+    off = [(found == 0).mean() for found in values.values()]
+    bar = 0.07 * scale / len(off)
+    axis.bar(zero_at + bar * (np.arange(len(off)) - len(off) / 2), off, bar, align="edge",
+             color=[colour(domain, list(values)) for domain in values])  # fmt: skip
+    if max(off) > 0:
+        shares = dict.fromkeys(f"{100 * share:.1f} %" for share in (min(off), max(off)))
+        axis.annotate("never on:\n" + "–".join(shares), (zero_at, max(off)), xytext=(-4, 3),
+                      textcoords="offset points", fontsize=7.5)  # fmt: skip
 
 
 def _distribution(axis, values: np.ndarray, edges: np.ndarray, **how) -> None:
@@ -111,15 +132,16 @@ def _distribution(axis, values: np.ndarray, edges: np.ndarray, **how) -> None:
               markevery=np.flatnonzero(shares > 0.01).tolist(), **how)  # fmt: skip
 
 
-def _shares(axis, domains: list[str], shares: list[float]) -> None:
-    """Each domain's share at or below ε, where the long tail leaves room."""
+def _head(axis, layer: int, domains: list[str], shares) -> None:
+    """Title of a panel; each domain's share at or below ε stands where the tail leaves room."""
     words = [f"{100 * share:.1f} %" for share in shares]
-    if len(domains) == 1:
-        text = f"{words[0]} at or below ε"
-    else:
-        lines = map(" ".join, zip(domains, words, strict=True))
+    alone = f": {words[0]} at or below ε" if len(words) == 1 else ""
+    axis.set_title(f"layer {layer}{alone}", fontsize=9, fontweight="normal")
+    if len(words) > 1:
+        names = [name if len(name) <= 12 else f"{name[:11]}…" for name in domains]
+        lines = map(" ".join, zip(names, words, strict=True))
         text = "\n".join(["at or below ε:", *lines])
-    axis.text(1, 1, text, transform=axis.transAxes, ha="right", va="top", fontsize=7)
+        axis.text(1, 1, text, transform=axis.transAxes, ha="right", va="top", fontsize=7)
 
 
 @styled

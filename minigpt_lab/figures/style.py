@@ -19,6 +19,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
@@ -116,12 +117,18 @@ def luminance(tint) -> float:
     return float(linear @ (0.2126, 0.7152, 0.0722))
 
 
-def new_figure(width: float, height: float, caption: str = "", title: str = "") -> Figure:
+def new_figure(
+    width: float,
+    height: float,
+    caption: str = "",
+    title: str = "",
+    layout: str | None = "constrained",
+) -> Figure:
     """An empty figure of a size in inches, with its title and caption wrapped to its width."""
     head = textwrap.wrap(title, int(width * 10))  # characters of this size that fit
     foot = [part for line in caption.splitlines() for part in textwrap.wrap(line, int(width * 17))]
     more = 0.19 * max(len(head) - 1, 0) + 0.12 * max(len(foot) - 2, 0)  # the drawing keeps its room
-    figure = Figure(figsize=(width, height + more), layout="constrained")
+    figure = Figure(figsize=(width, height + more), layout=layout)
     if head:
         figure.suptitle("\n".join(head), x=0.01, ha="left", fontsize=11, fontweight="bold")
     if foot:
@@ -196,7 +203,8 @@ def styled(function):
 def png_bytes(figure: Figure) -> bytes:
     """The figure as PNG bytes; the same figure gives the same bytes."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
+    # draws once, for a slider; savefig would draw twice
+    FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
     return buffer.getvalue()
 
 
