@@ -52,6 +52,14 @@ def test_histograms_say_what_lies_below_epsilon_and_leave_nothing_out(activation
     assert axis.get_title(loc="left") == f"layer 0: {share:.1f} % at or below ε"
 
 
+@pytest.mark.parametrize(("sign", "side"), [(1, "right"), (-1, "left")])
+def test_shares_stand_where_the_distributions_leave_room(activations, sign, side):
+    live = activations[activations["mean_abs"] > 0]
+    skewed = live.assign(mean_abs=np.exp(sign * np.log(live["mean_abs"]) ** 2))
+    axis = figures.activation_histograms(skewed, 1.0).axes[0]
+    assert axis.texts[-1].get_ha() == side
+
+
 def test_histograms_of_one_domain_show_the_highest_step(activations):
     alone = activations[activations["domain"] == "law"]
     axes = figures.activation_histograms(alone, 0.3).axes
@@ -235,6 +243,12 @@ def test_cut_heatmap_numbers_every_layer_and_every_cut(kept):
     assert [text.get_text() for text in beside.texts] == ["43.5 %", "1.11 %"]
     assert bar.get_ylabel() == "units cut"
     assert "ffn 1,000; attention 3" in figure._supxlabel.get_text()
+
+
+def test_a_plan_that_cuts_no_unit_says_so(kept):
+    whole = figures.cut_heatmap(kept.assign(kept=kept["units"]))
+    assert "no unit is cut" in whole._supxlabel.get_text()
+    assert "no unit is cut" not in figures.cut_heatmap(kept)._supxlabel.get_text()
 
 
 def test_cut_heatmaps_share_a_scale_and_two_have_a_difference(kept):

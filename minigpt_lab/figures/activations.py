@@ -52,6 +52,7 @@ def activation_histograms(
     edges = np.linspace(np.log10(positive.min()) - 0.1, np.log10(highest) + 0.1, 41)
     some_off = len(positive) < len(frame)
     zero_at = edges[0] - 0.09 * np.ptp(edges) if some_off else None  # apart, left of the scale
+    free = "right" if np.median(np.log10(positive)) < edges.mean() else "left"
     shown = frame[frame["layer"].isin(layers)].groupby(["layer", "domain"])["mean_abs"]
     counts = shown.size()
     neurons = "–".join(f"{count:,}" for count in sorted({counts.min(), counts.max()}))
@@ -59,7 +60,6 @@ def activation_histograms(
     figure, axes = _panels(len(layers), with_note(caption, note), domains)
     for axis, layer in zip(axes, layers, strict=True):
         values = {domain: shown.get_group((layer, domain)).to_numpy() for domain in domains}
-        shares = [(found <= (epsilon or 0)).mean() for found in values.values()]
         for domain, found in values.items():
             tint, marker = look(domain, domains)
             _distribution(axis, found, edges, color=tint, marker=marker, label=domain)
@@ -69,7 +69,10 @@ def activation_histograms(
             axis.axvline(
                 np.log10(epsilon), color="black", ls="--", lw=1, label=f"ε = {epsilon:.3g}"
             )
-        _head(axis, layer, domains, shares if epsilon else ())
+        title = f"layer {layer}"
+        if epsilon:
+            title += _shares_below(axis, values, epsilon, free)
+        axis.set_title(title, fontsize=9, fontweight="normal")
     axes[0].yaxis.set_major_formatter(percent)
     axes[0].yaxis.set_major_locator(MaxNLocator(3))
     axes[0].set_ylim(0, axes[0].get_ylim()[1])
@@ -132,16 +135,17 @@ def _distribution(axis, values: np.ndarray, edges: np.ndarray, **how) -> None:
               markevery=np.flatnonzero(shares > 0.01).tolist(), **how)  # fmt: skip
 
 
-def _head(axis, layer: int, domains: list[str], shares) -> None:
-    """Title of a panel; each domain's share at or below ε stands where the tail leaves room."""
-    words = [f"{100 * share:.1f} %" for share in shares]
-    alone = f": {words[0]} at or below ε" if len(words) == 1 else ""
-    axis.set_title(f"layer {layer}{alone}", fontsize=9, fontweight="normal")
-    if len(words) > 1:
-        names = [name if len(name) <= 12 else f"{name[:11]}…" for name in domains]
-        lines = map(" ".join, zip(names, words, strict=True))
-        text = "\n".join(["at or below ε:", *lines])
-        axis.text(1, 1, text, transform=axis.transAxes, ha="right", va="top", fontsize=7)
+def _shares_below(axis, values: dict[str, np.ndarray], epsilon: float, side: str) -> str:
+    """Write each domain's share at or below ε where there is room; return one domain's instead."""
+    words = [f"{100 * (found <= epsilon).mean():.1f} %" for found in values.values()]
+    if len(words) == 1:
+        return f": {words[0]} at or below ε"
+    names = [name if len(name) <= 12 else f"{name[:11]}…" for name in values]
+    lines = map(" ".join, zip(names, words, strict=True))
+    text = "\n".join(["at or below ε:", *lines])
+    axis.text(1 if side == "right" else 0.02, 1, text, transform=axis.transAxes, ha=side, va="top",
+              fontsize=7)  # fmt: skip
+    return ""
 
 
 @styled

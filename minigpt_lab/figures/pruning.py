@@ -147,6 +147,8 @@ def cut_heatmap(kept: pd.DataFrame, caption: str = "") -> Figure:
         for site, found in kept.groupby("site", sort=False)["units"]
     )
     note = f"in the cells: % of the layer's units that are cut; units per layer: {units}"
+    if kept["kept"].sum() == kept["units"].sum():
+        note += "\nno unit is cut: what a plan only zeroes is not counted here"
     size = (width + 2.6, len(panels) * (sum(heights) + 0.45) + 0.9)
     figure = new_figure(*size, with_note(caption, note), "Which layers lose what?")
     grid = figure.add_gridspec(
