@@ -26,6 +26,8 @@ from .statistics import Statistics
 from .surgery import masked
 from .tokens import excerpt
 
+#: The thresholds that Mini-GPTs' grid tries (arXiv 2312.12682).
+PAPER_EPSILONS = (1e-5, 1e-3, 1e-1)
 #: What a sweep can cut; "all" is the three together.
 SWEEPS = ("linear", "activation", "embedding", "all")
 

@@ -19,7 +19,7 @@ from PIL import Image
 
 from ..lookups import COMPONENTS, Magnitudes, Reading
 from ..sizes import Size
-from .style import COMPONENT_STYLE, PART_COLOURS, STYLE, colour, log_ticks
+from .style import COMPONENT_STYLE, PART_STYLE, STYLE, colour, log_ticks
 
 _UNITS = {
     "linear": "mean |input|, |output|",
@@ -120,9 +120,9 @@ class ThresholdPicture:
         edges, empty = np.arange(layers + 1) - 0.5, np.zeros(layers)
         self._bars = {
             "ffn": axis.stairs(empty, edges, orientation="horizontal", fill=True, alpha=0.75,
-                               color=PART_COLOURS["ffn"], label="FFN channels"),
+                               color=PART_STYLE["ffn"][0], label="FFN channels"),
             "attention": axis.stairs(empty, edges, orientation="horizontal", lw=1.6,
-                                     color=PART_COLOURS["attention"], label="heads (groups)"),
+                                     color=PART_STYLE["attention"][0], label="heads (groups)"),
         }  # fmt: skip
         axis.set(xlim=(0, 1), ylim=(layers - 0.5, -0.5), xlabel="share that leaves", ylabel="layer")
         axis.set_title("Which layers lose what?")
@@ -131,7 +131,7 @@ class ThresholdPicture:
         self._legend = axis.legend(loc="lower right", fontsize=7)
 
     def _sizing(self, axis: Axes) -> None:
-        bars = axis.barh(_SIZES, [1, 1, 1], color=[PART_COLOURS["ffn"]] * 3, height=0.5)
+        bars = axis.barh(_SIZES, [1, 1, 1], color=[PART_STYLE["ffn"][0]] * 3, height=0.5)
         self._sizes = dict(zip(_SIZES, bars, strict=True))
         axis.set(xlim=(0, 1), ylim=(2.6, -0.6), xlabel="share of the dense model's parameters")
         axis.set_title("How large is what stays?")

@@ -55,23 +55,11 @@ PART_STYLE: dict[str, Look] = {  # colour, hatch
     "ffn": ("#0072B2", ""),
     "other": ("#999999", "xxx"),
 }
-STYLE = {
-    "dense": ("#000000", "o"),
-    "random": ("#7F7F7F", "x"),
-    "pruned": ("#D55E00", "s"),
-    "recovered": ("#0072B2", "D"),
-}
 COMPONENT_STYLE = {  # colour, marker, line
     "linear": ("#E69F00", "s", "--"),
     "activation": ("#0072B2", "o", "-"),
     "embedding": ("#009E73", "^", ":"),
     "all": ("#000000", "D", "-."),
-}
-PART_COLOURS = {
-    "embeddings": "#56B4E9",
-    "attention": "#E69F00",
-    "ffn": "#0072B2",
-    "other": "#999999",
 }
 STYLE = {
     "figure.dpi": 100, "savefig.dpi": 150, "font.size": 9, "axes.titlesize": 11,

@@ -11,7 +11,7 @@ import pandas as pd
 from transformers import PreTrainedModel
 
 from ..criteria import Scores
-from ..figures import ThresholdPicture, layer_profile, png_bytes
+from ..figures import ThresholdPicture, cut_heatmap, png_bytes
 from ..lookups import COMPONENTS, Magnitudes, read_sweep, threshold_range
 from ..plan import PruningPlan
 from ..planning import ALLOCATIONS, contextual_plan, plan_from_scores
@@ -216,4 +216,4 @@ class RatioExplorer(Explorer):
         """Sizes, and what leaves every layer."""
         plan = self.plan
         words = size_words(plan.predicted_size(self.model))
-        return f"<b>{self.method.value}</b>: {words}", png_bytes(layer_profile(plan.frame()))
+        return f"<b>{self.method.value}</b>: {words}", png_bytes(cut_heatmap(plan.frame()))
