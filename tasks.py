@@ -4,6 +4,7 @@
 run   install, then execute notebook 03 on SmolLM2-135M and the medical domain
 test  install, then run the whole test suite
 lab   install, then open JupyterLab on notebooks/
+sweep, results, report: a grid of runs, all records as a table, an HTML page (--help says more)
 tiny  install, then train the tiny models of data/models again
 lock  resolve pyproject.toml anew into requirements.lock and environment.yml
 Anything after the task's name goes to it: ``tasks.py run 01_activation_histograms -p epsilon 0.1``.
@@ -18,6 +19,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
@@ -80,6 +82,11 @@ def python(*arguments: str | Path) -> int:
     return subprocess.run([PYTHON, *arguments], cwd=ROOT).returncode
 
 
+def kit(task: str, arguments: list[str]) -> int:
+    """Do a task of the package's command line."""
+    return python("-m", "minigpt_lab", task, *arguments)
+
+
 def lock(arguments: list[str]) -> int:
     """Pin what pip would install now, and list it for conda."""
     done = subprocess.run(
@@ -110,7 +117,7 @@ def environment() -> str:
 
 
 TASKS = {
-    "run": lambda rest: python("-m", "minigpt_lab.experiments", *rest),
+    **{task: partial(kit, task) for task in ("run", "sweep", "results", "report")},
     "test": lambda rest: python("-m", "pytest", *rest),
     "lab": lambda rest: python("-m", "jupyter", "lab", "notebooks", *rest),
     "tiny": lambda rest: python("data/models/train.py", *rest),

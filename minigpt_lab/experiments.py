@@ -1,137 +1,58 @@
-"""Notebooks as experiments: run one with parameters, keep what it measured.
-
-A run folder holds the executed notebook, one ``record.json`` (parameters, versions, hashes, device,
-protocol, metrics, status) and its tables and figures. Results are files; notebook outputs are only
-for eyes.
-"""
+"""Notebooks as experiments: run one with parameters, keep what it measured."""
 
 from __future__ import annotations
 
-import argparse
-import ast
-import contextlib
-import json
-import math
+import itertools
 import os
-import platform
-import re
-import subprocess
+import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
+import torch
+from filelock import FileLock
 from transformers import PreTrainedModel
 
-from .assets import first_line, nearest, staged
+from .assets import first_line
+from .domains import Domain
+from .ledger import content_hash
+from .parameters import (
+    CIRCUMSTANCES,
+    absolute,
+    check_parameters,
+    default_parameters,
+    find_notebook,
+    smoke_parameters,
+)
+from .records import RECORD, read_record, surroundings, write_record
 from .runtime import fingerprint, label
 
-ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOKS = ROOT / "notebooks"
-DEFAULT = "03_contextual_pruning"  # what the command line runs unasked
-RECORD = "record.json"
-_PACKAGES = ("minigpt-lab", "torch", "transformers", "datasets", "peft", "numpy", "pandas")
 _started = time.time()  # of the kernel, to all practical purposes
 
 
-def notebook_names() -> list[str]:
-    """Names of the series' notebooks, without their suffix."""
-    return sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
-
-
-def find_notebook(name: str) -> str:
-    """The full name of a notebook, from it or from a beginning that no other has (``"03"``).
-
-    Raises
-    ------
-    ValueError
-        If no notebook, or more than one, begins so.
-    """
-    names = notebook_names()
-    found = [name] if name in names else [known for known in names if known.startswith(name)]
-    if len(found) != 1:
-        hint = f"it could be {' or '.join(found)}" if found else nearest(name, names)
-        raise ValueError(f"no notebook {name!r}; {hint}")
-    return found[0]
-
-
-def parameters_cell(name: str) -> str:
-    """Source of a notebook's parameters cell: names, defaults and what they mean."""
-    cells = json.loads((NOTEBOOKS / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
-    tagged = (cell for cell in cells if "parameters" in cell["metadata"].get("tags", []))
-    return "".join(next(tagged)["source"])
-
-
-def default_parameters(name: str) -> dict[str, object]:
-    """What a notebook's parameters cell assigns."""
-    return {
-        target.id: ast.literal_eval(statement.value)
-        for statement in ast.parse(parameters_cell(name)).body
-        for target in statement.targets
-    }
-
-
-_EXPECTED = {
-    bool: "True or False", int: "a whole number", float: "a number or None", str: "a text",
-    list: "a list of the same kind", dict: "a mapping",
-    type(None): "a number, a text, a list or None",
-}  # fmt: skip
-
-
-def _fits(value: object, default: object) -> bool:
-    """Whether a parameter's value is of the kind of its default; a bool is no number."""
-    if isinstance(value, bool) or isinstance(default, bool):
-        return isinstance(value, bool) and isinstance(default, bool)
-    if isinstance(default, list):
-        return isinstance(value, list) and all(_fits(v, d) for v in value for d in default[:1])
-    if default is None:
-        return isinstance(value, int | float | str | list | None)
-    if isinstance(default, float):
-        return isinstance(value, int | float | None)
-    return isinstance(value, type(default))
-
-
-def _check_parameters(name: str, parameters: Mapping[str, object]) -> None:
-    defaults = default_parameters(name)
-    for parameter, value in parameters.items():
-        if parameter in ("out_dir", "interactive"):
-            raise ValueError(f"{parameter} is set by the runner; --out (out_dir=) names the folder")
-        if parameter not in defaults:
-            hint = nearest(parameter, list(defaults))
-            raise ValueError(f"{name} has no parameter {parameter!r}; {hint}")
-        default = defaults[parameter]
-        if not _fits(value, default):
-            raise ValueError(
-                f"{name}: {parameter} is {value!r}; expected {_EXPECTED[type(default)]}, as its "
-                f"default {default!r}"
-            )
-
-
-def _absolute(value: object) -> object:
-    """Paths that exist here, made absolute: the kernel works in the run folder."""
-    if isinstance(value, list):
-        return [_absolute(entry) for entry in value]
-    is_path = isinstance(value, str) and "/" in value and Path(value).exists()
-    return str(Path(value).resolve()) if is_path else value
-
-
 def run_notebook(
-    name: str, parameters: Mapping[str, object] | None = None, out_dir: str | os.PathLike = ""
+    name: str | os.PathLike,
+    parameters: Mapping[str, object] | None = None,
+    out_dir: str | os.PathLike = "",
+    smoke: bool = False,
 ) -> Path:
-    """Execute a notebook of the series with parameters, headlessly.
+    """Execute a notebook with parameters, headlessly.
 
     Parameters
     ----------
-    name : str
-        One of `notebook_names`, or its beginning.
+    name : str or path
+        As `find_notebook` takes it.
     parameters : mapping, optional
         Values for names in its parameters cell, of the kind of their defaults.
     out_dir : str or path, optional
-        Run folder; by default a new one under ``runs/NAME/``.
+        Run folder, used as it is. By default a new one: ``runs/NAME/TIME``, of a smoke run
+        ``runs/smoke/NAME/TIME``, of a failed one ``runs/failed/NAME/TIME``.
+    smoke : bool
+        With the small parameters of ``notebooks/smoke.yaml`` where `parameters` gives no others;
+        the record says so.
 
     Returns
     -------
@@ -143,44 +64,155 @@ def run_notebook(
     ValueError
         If there is no such notebook, it has no such parameter, or a value is of another kind.
     RuntimeError
-        If a cell fails; the record in the run folder says ``"failed"``, the executed notebook shows
-        where.
+        If a cell fails or no kernel starts; the record in the run folder says ``"failed"``, the
+        executed notebook shows where.
     """
+    notebook, given = _prepared(name, parameters, smoke)
+    runs = Path.cwd() / "runs"
+    home = runs / "smoke" if smoke else runs
+    folder = Path(out_dir).resolve() if out_dir else _new_folder(home / notebook.stem)
+    reason = _execute(notebook, given, folder, smoke)
+    if reason and not out_dir:
+        folder = folder.replace(_new_folder(runs / "failed" / notebook.stem))
+    _raise(reason, notebook, folder)
+    return folder
+
+
+def run_once(
+    name: str | os.PathLike,
+    parameters: Mapping[str, object],
+    folder: str | os.PathLike,
+    smoke: bool = False,
+) -> Path:
+    """As `run_notebook`, unless the folder already holds the finished run: what a sweep does.
+
+    The run works in a scratch folder that takes its name when it is finished, so a folder of that
+    name is whole. Whoever else wants the same run meanwhile waits, and then finds it finished. A
+    killed run goes on in its scratch folder: what its notebook keeps there is not done again.
+
+    Parameters
+    ----------
+    name, parameters, smoke
+        Of `run_notebook`.
+    folder : str or path
+        Run folder. A failed run goes to ``failed/`` beside it.
+
+    Returns
+    -------
+    pathlib.Path
+        The run folder.
+
+    Raises
+    ------
+    ValueError, RuntimeError
+        As `run_notebook`.
+    """
+    notebook, given = _prepared(name, parameters, smoke)
+    folder = Path(folder).resolve()
+    scratch = folder.parent / ".unfinished" / folder.name
+    lock = folder.parent / ".locks" / folder.name
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(lock):
+        if is_finished(folder):
+            return folder
+        reason = _execute(notebook, given, scratch, smoke)
+        final = folder.parent / "failed" / folder.name if reason else folder
+        final.parent.mkdir(exist_ok=True)
+        shutil.rmtree(final, ignore_errors=True)
+        scratch.replace(final)
+    _raise(reason, notebook, final)
+    return final
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a run folder holds a completed run."""
+    try:
+        return read_record(folder)["status"] == "completed"
+    except ValueError:
+        return False
+
+
+def _prepared(name, parameters, smoke) -> tuple[Path, dict]:
+    notebook = find_notebook(name)
+    check_parameters(notebook, parameters or {})
+    small = smoke_parameters(notebook) if smoke else {}
+    return notebook, {key: absolute(v) for key, v in {**small, **(parameters or {})}.items()}
+
+
+def _raise(reason: str | None, notebook: Path, folder: Path) -> None:
+    if reason:
+        raise RuntimeError(f"{notebook.stem} failed: {reason}; see {folder / notebook.name}")
+
+
+def _new_folder(home: Path) -> Path:
+    """A folder named by the time, that no other run has."""
+    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    names = itertools.chain([stamp], (f"{stamp}-{more}" for more in itertools.count(2)))
+    folder = next(home / name for name in names if not (home / name).exists())
+    folder.mkdir(parents=True)
+    return folder
+
+
+def _execute(notebook: Path, parameters: dict, folder: Path, smoke: bool) -> str | None:
+    """Run a notebook and complete its record; return why it failed, if it did."""
     import papermill  # slow to import, and notebooks import this module too
+    from jupyter_client.kernelspec import NoSuchKernel
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
-    name = find_notebook(name)
-    source = NOTEBOOKS / f"{name}.ipynb"
-    _check_parameters(name, parameters or {})
-    parameters = {key: _absolute(value) for key, value in (parameters or {}).items()}
-    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-    folder = (Path(out_dir) if out_dir else Path.cwd() / "runs" / name / stamp).resolve()
+    started, reason = time.time(), None
     folder.mkdir(parents=True, exist_ok=True)
-    parameters |= {"out_dir": str(folder), "interactive": False}
-    started = time.time()
+    (folder / RECORD).unlink(missing_ok=True)  # of an earlier run, should this one be killed
+    known = default_parameters(notebook)
+    circumstances = {"out_dir": str(folder), "interactive": False}
+    handed = {key: _beside(notebook, value) for key, value in known.items()}
+    handed = {key: handed[key] for key in known if handed[key] != known[key]} | parameters
+    handed |= {key: value for key, value in circumstances.items() if key in known}
     try:
         papermill.execute_notebook(
-            str(source),
-            str(folder / source.name),
-            parameters=parameters,
+            str(notebook),
+            str(folder / notebook.name),
+            parameters=handed,
             kernel_name="python3",
             cwd=str(folder),
             progress_bar=sys.stderr.isatty(),
             extra_arguments=["--log-level=ERROR"],  # else it warns of TCP, every time
         )
-    except (PapermillExecutionError, DeadKernelError) as error:
-        reason = f"{error.ename}: {error.evalue}" if hasattr(error, "ename") else first_line(error)
-        failed = {"notebook": name, "parameters": parameters, "error": reason}
-        _write_record(folder, {**failed, "status": "failed", **_surroundings(started)})
-        raise RuntimeError(f"{name} failed: {reason}; see {folder / source.name}") from error
-    return folder
+    except PapermillExecutionError as error:
+        reason = f"{error.ename}: {error.evalue}"
+    except DeadKernelError as error:
+        reason = first_line(error)
+    except NoSuchKernel:
+        reason = (
+            "no Jupyter kernel 'python3' here; install it with "
+            f"`{sys.executable} -m ipykernel install --sys-prefix`"
+        )
+    try:
+        content = read_record(folder)
+    except ValueError:  # it failed before it recorded anything, or is none of the series
+        content = {
+            "notebook": notebook.stem, "metrics": {}, "tables": [], **surroundings(started),
+            "parameters": {key: known[key] for key in known if key not in CIRCUMSTANCES},
+        }  # fmt: skip
+    content["parameters"] |= parameters
+    content |= {"status": "failed" if reason else "completed", "error": reason, "smoke": smoke}
+    content |= {"wall_seconds": round(time.time() - started, 1)}
+    write_record(folder, content | {"seed": content["parameters"].get("seed")})
+    return reason
+
+
+def _beside(notebook: Path, default: object) -> object:
+    """A default that is a path from the notebook's folder, made absolute."""
+    if not isinstance(default, str) or "/" not in default:
+        return default
+    path = notebook.parent / default
+    return str(path.resolve()) if path.exists() else default
 
 
 def record(
     notebook: str,
     namespace: Mapping[str, object],
-    model: PreTrainedModel,
+    model: PreTrainedModel | None,
     protocol: str,
     metrics: Mapping[str, object],
     tables: Mapping[str, pd.DataFrame] | None = None,
@@ -192,9 +224,10 @@ def record(
     notebook : str
         Its name.
     namespace : mapping
-        The notebook's ``globals()``: the values of its parameters, ``out_dir`` among them.
-    model : transformers.PreTrainedModel
-        The dense model.
+        The notebook's ``globals()``: the values of its parameters, ``out_dir`` among them, and the
+        domains whose hashes are recorded.
+    model : transformers.PreTrainedModel or None
+        The dense model; None for a notebook that has none.
     protocol : str
         How perplexities were measured.
     metrics : mapping
@@ -207,126 +240,46 @@ def record(
     pathlib.Path
         Of the record.
     """
-    parameters = {name: namespace[name] for name in default_parameters(notebook)}
-    folder = Path(str(parameters["out_dir"]))
+    beside = Path(f"{notebook}.ipynb")  # a user's own notebook, or the copy under execution
+    known = default_parameters(find_notebook(beside if beside.is_file() else notebook))
+    parameters = {name: namespace[name] for name in known if name not in CIRCUMSTANCES}
+    folder = Path(str(namespace["out_dir"]))
     for name, table in (tables or {}).items():
         folder.mkdir(parents=True, exist_ok=True)
         table.to_csv(folder / f"{name}.csv", index=False)
     content = {
         "notebook": notebook,
         "status": "completed",
+        "error": None,
+        "smoke": False,
         "parameters": parameters,
+        "seed": parameters.get("seed"),
         "metrics": dict(metrics),
         "protocol": protocol,
-        "model": {"label": label(model), "sha256": fingerprint(model), "dtype": str(model.dtype)},
-        "device": str(model.device),
+        "model": None,
+        "device": None,
+        "data": {domain.name: _hashes(domain) for domain in _domains(namespace.values())},
         "tables": list(tables or {}),
-        **_surroundings(_started),
+        **surroundings(_started),
     }
-    return _write_record(folder, content)
+    if model is not None:
+        facts = {"label": label(model), "sha256": fingerprint(model), "dtype": str(model.dtype)}
+        on_gpu = model.device.type == "cuda"
+        more = f" ({torch.cuda.get_device_name(model.device)})" if on_gpu else ""
+        content |= {"model": facts, "device": f"{model.device}{more}"}
+    return write_record(folder, content)
 
 
-def _write_record(folder: Path, content: dict) -> Path:
-    with staged(folder / RECORD) as staging:
-        text = json.dumps(_json(content), indent=1, sort_keys=True, ensure_ascii=False)
-        staging.write_text(text, encoding="utf-8")
-    return folder / RECORD
+def _domains(values) -> Iterator[Domain]:
+    """Domains among some values, in lists and mappings too."""
+    for value in values:
+        if isinstance(value, Domain):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from (entry for entry in value if isinstance(entry, Domain))
+        elif isinstance(value, dict):
+            yield from (entry for entry in value.values() if isinstance(entry, Domain))
 
 
-def _json(value: object) -> object:
-    """Plain data: NumPy's numbers as Python's, what is not finite as null, the rest as text."""
-    if isinstance(value, Mapping):
-        return {str(key): _json(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_json(entry) for entry in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value if isinstance(value, bool | int | float | str | None) else str(value)
-
-
-def _surroundings(started: float) -> dict:
-    """When, how long, with which code, versions and machine."""
-    commit = _git("rev-parse", "HEAD")
-    return {
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "wall_seconds": round(time.time() - started, 1),
-        "git": {"commit": commit, "dirty": bool(_git("status", "--porcelain")) if commit else None},
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in _PACKAGES}},
-        "machine": {"system": platform.system(), "cores": os.cpu_count()},
-    }
-
-
-def _git(*arguments: str) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
-
-
-def _value(text: str) -> object:
-    """A parameter from the command line: JSON or a Python literal where it is one, else text."""
-    for read in (json.loads, ast.literal_eval):
-        with contextlib.suppress(ValueError, SyntaxError):
-            return read(text)
-    return text
-
-
-def _digits(value: float) -> str:
-    return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
-
-
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="run",
-        description="Run a notebook of the series with parameters; print what it measured.",
-        epilog="notebooks (a beginning will do: run 03):\n  " + "\n  ".join(notebook_names())
-        + "\nrun NOTEBOOK --help shows its parameters.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        add_help=False,
-    )  # fmt: skip
-    parser.add_argument("notebook", nargs="?", help=f"default: {DEFAULT}")
-    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
-                        help="set a parameter; -p NAME=VALUE is the same")  # fmt: skip
-    parser.add_argument("--out", default="", help="run folder; default: runs/NOTEBOOK/TIME")
-    parser.add_argument("-h", "--help", action="store_true", help="show this and exit")
-    words = []  # a value may itself hold an equals sign
-    for before, word in zip(["", *sys.argv[1:]], sys.argv[1:], strict=False):
-        joined = before == "-p" and re.match(r"\w+=", word)
-        words += word.split("=", 1) if joined else [word]
-    arguments = parser.parse_args(words)
-    if arguments.help and not arguments.notebook:
-        parser.print_help()
-        parser.exit()
-    return arguments
-
-
-def main() -> None:
-    """Run one notebook from the command line and print what it measured and where that is."""
-    arguments = _arguments()
-    try:
-        name = find_notebook(arguments.notebook or DEFAULT)
-        if arguments.help:
-            print(f"{name}: its parameters and their defaults\n\n{parameters_cell(name)}")
-            return
-        parameters = {key: _value(text) for key, text in arguments.p}
-        folder = run_notebook(name, parameters, arguments.out)
-    except (ValueError, RuntimeError, OSError) as error:
-        sys.exit(f"error: {error}")
-    content = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    print(f"\n{content['model']['label']}\n{content['protocol']}\n")
-    for name in content["tables"]:
-        if name.startswith("summary"):
-            table = pd.read_csv(folder / f"{name}.csv")
-            print(table.to_string(index=False, float_format=_digits), "\n")
-    for path in sorted(folder.iterdir()):
-        if path.suffix in (".ipynb", ".png", ".json") or path.is_dir():
-            print(path)
-
-
-if __name__ == "__main__":
-    main()
+def _hashes(domain: Domain) -> dict[str, str]:
+    return {name: content_hash(list(part)) for name, part in domain.parts.items()}

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import copy
 import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
 
 # Tiny models gain nothing from a second thread, and on a busy machine threads wait for each other.
 # Kernels and other processes that tests start inherit it.
@@ -20,6 +26,7 @@ from transformers.models.qwen2 import Qwen2Config
 from transformers.models.qwen3 import Qwen3Config
 
 import minigpt_lab as lab
+from minigpt_lab.records import RECORD
 
 _COMMON = {
     "vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -78,3 +85,40 @@ def tiny_statistics(tiny, tiny_domain):
     model, tokenizer = tiny
     batches = lab.tokenize(tiny_domain.calibration, tokenizer, 64, 512)
     return lab.collect_statistics(model, batches, progress=False)
+
+
+@dataclass(frozen=True)
+class KilledSweep:
+    """A five-run sweep that was killed half way and called again."""
+
+    grid: Path
+    folder: Path
+    before: dict[str, bytes]  # records when it was killed
+    printed: str  # by the second call
+    status: int
+
+
+@pytest.fixture(scope="session")
+def tiny_sweep(tmp_path_factory) -> KilledSweep:
+    """Five runs of notebook 03 on a tiny model, through the command line; read-only."""
+    home = tmp_path_factory.mktemp("sweep")
+    grid, folder = home / "tiny_sizes.yaml", home / "runs"
+    grid.write_text(
+        "notebook: 03_contextual_pruning\n"
+        "parameters: {model_name: tiny-llama, other_domain: tiny-law, seq_len: 64,\n"
+        "             calibration_tokens: 1024, test_tokens: 512, epsilon_embedding: null}\n"
+        "grid: {domain: [tiny-law, tiny-games], quantile_activation: [0.1, 0.3, 0.5]}\n"
+        "exclude: [{domain: tiny-games, quantile_activation: 0.5}]\n"
+        "jobs: 2\n"
+    )
+    command = [sys.executable, "-m", "minigpt_lab", "sweep", str(grid), "--out", str(folder)]
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while not list(folder.glob(f"*/{RECORD}")):
+        assert first.poll() is None and time.monotonic() < deadline, "no run was finished in time"
+        time.sleep(0.2)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    before = {path.parent.name: path.read_bytes() for path in folder.glob(f"*/{RECORD}")}
+    second = subprocess.run(command, capture_output=True, text=True)
+    return KilledSweep(grid, folder, before, second.stdout + second.stderr, second.returncode)

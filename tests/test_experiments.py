@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import sys
 
 import pandas as pd
 import pytest
 
+from minigpt_lab import __main__ as command_line
 from minigpt_lab import experiments
+from minigpt_lab.parameters import notebook_names
+from minigpt_lab.records import write_record
 
 WRONG = [
     ("02", "epsilon_linear", 0.1, "a list"),
@@ -59,22 +61,23 @@ def command(monkeypatch, tmp_path, capsys):
     calls = []
 
     def run_notebook(*arguments):
-        calls.append(arguments)
+        calls.append((arguments[0].stem, *arguments[1:]))
         table = pd.DataFrame(
             {"text": ["z", "a"], "stored": [134_515_008, 7], "loss": [1.23456, 2e7]}
         )
         table.to_csv(tmp_path / "summary.csv", index=False)
         model = {"label": "tiny"}
         content = {"model": model, "protocol": "quickly", "tables": ["summary"]}
-        (tmp_path / experiments.RECORD).write_text(json.dumps(content))
+        run = {"notebook": "02", "status": "completed", "parameters": {}, "metrics": {}}
+        write_record(tmp_path, {**run, **content})
         return tmp_path
 
     def call(*words):
-        monkeypatch.setattr(sys, "argv", ["experiments", *words])
-        experiments.main()
+        monkeypatch.setattr(sys, "argv", ["minigpt_lab", "run", *words])
+        command_line.main()
         return calls, capsys.readouterr().out
 
-    monkeypatch.setattr(experiments, "run_notebook", run_notebook)
+    monkeypatch.setattr(command_line, "run_notebook", run_notebook)
     return call
 
 
@@ -94,14 +97,14 @@ def test_parameters_of_the_command_line(command):
     ]
     calls, printed = command(*words, "-p", "epsilon_all=[1e-3]")
     given = {"domain": "law", "controls": [], "model_name": "a=b", "epsilon_all": [1e-3]}
-    assert calls == [("02_threshold_sweep", given, "x")]
+    assert calls == [("02_threshold_sweep", given, "x", False)]
     rows = [line.split() for line in printed.splitlines()[4:7]]
     assert rows == [
         ["text", "stored", "loss"],
         ["z", "134515008", "1.235"],
         ["a", "7", "20,000,000"],
     ]
-    assert command()[0][1][0] == experiments.DEFAULT
+    assert command("--smoke")[0][1] == (command_line.DEFAULT, {}, "", True)
 
 
 def test_help_lists_notebooks_and_parameters(command, capsys):
@@ -109,7 +112,7 @@ def test_help_lists_notebooks_and_parameters(command, capsys):
         command("--help")
     assert not stopped.value.code
     printed = capsys.readouterr().out
-    assert all(name in printed for name in experiments.notebook_names())
+    assert all(name in printed for name in notebook_names())
     calls, printed = command("03", "--help")
     assert 'domain = "medical"' in printed and not calls
     with pytest.raises(SystemExit, match="no notebook '9'"):

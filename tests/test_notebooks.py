@@ -12,79 +12,29 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from minigpt_lab.experiments import RECORD, notebook_names, run_notebook
+from minigpt_lab.experiments import run_notebook
+from minigpt_lab.parameters import notebook_names, smoke_cases
+from minigpt_lab.records import read_record
 
 EXPECTED = Path(__file__).parent / "expected"
-SMALL = {"model_name": "tiny-llama", "seq_len": 64, "calibration_tokens": 2048}
-RECOVERY = {
-    "stored_ratios": {"mild": 0.9, "aggressive": 0.7}, "recovery_tokens": 2048, "eval_every": 512,
-    "learning_rates": {"full": 1e-3, "lora": 5e-3}, "eval_characters": 3000, "test_tokens": 1024,
-    "calibration_tokens": 1024,
-}  # fmt: skip
-ANSWERS = {
-    "n_questions": 20, "recovery_tokens": 1024, "learning_rate": 1e-3, "test_tokens": 512,
-    "n_rotated": 5,
-}  # fmt: skip
-MATRIX = {"calibration_tokens": 1024, "test_tokens": 512, "recovery_tokens": 1024}
-CASES = {
-    "01_activation_histograms": {
-        "law-games": {"domains": ["tiny-law", "tiny-games"], "pair": ["tiny-law", "tiny-games"]},
-        "opt": {"domains": ["tiny-medical", "tiny-economics"], "model_name": "tiny-opt"},
-    },
-    "02_threshold_sweep": {
-        domain: {
-            "domain": domain, "explored": ["tiny-medical"], "epsilon_linear": [0.01, 0.05],
-            "epsilon_activation": [0.03, 0.1],
-            "epsilon_embedding": [0.0], "epsilon_all": [0.05], "validation_tokens": 512,
-            "test_tokens": 512,
-        }
-        for domain in ("tiny-law", "tiny-games")
-    },
-    "03_contextual_pruning": {
-        "tiny-law": {"domain": "tiny-law", "other_domain": "tiny-games", "test_tokens": 1024},
-        "tiny-games": {
-            "domain": "tiny-games", "other_domain": "tiny-law", "test_tokens": 1024,
-            "model_name": "tiny-phi", "epsilon_linear": 0.05, "quantile_activation": None,
-            "epsilon_activation": 0.05,
-        },
-        "same": {
-            "domain": "tiny-law", "other_domain": "tiny-law", "test_tokens": 512,
-            "model_name": "tiny-opt",
-        },
-    },
-    "04_recovery_curves": {
-        "tiny-law": {"domain": "tiny-law", "other_domain": "tiny-games", **RECOVERY},
-        "tiny-games": {
-            "domain": "tiny-games", "other_domain": "tiny-law", "model_name": "tiny-phi",
-            "allocation": "global", **RECOVERY, "learning_rates": {"lora": 5e-3},
-        },
-    },
-    "05_mcq_evaluation": {
-        "two": {"domains": ["tiny-law", "tiny-games"], **ANSWERS},
-        "opt": {
-            "domains": ["tiny-medical"], "model_name": "tiny-opt", "score": "logprob", **ANSWERS,
-        },
-    },
-    "06_domain_matrix": {
-        "three": {"domains": ["tiny-law", "tiny-games", "tiny-medical"], **MATRIX},
-        "own": {
-            "domains": ["tiny-law", "tiny-economics"], "model_name": "tiny-opt",
-            "recover_on": "own", **MATRIX, "draws": 2,
-        },
-    },
-}  # fmt: skip
+CASES = smoke_cases()
 
 
 @pytest.mark.parametrize(
     ("notebook", "case"), [(name, case) for name, cases in CASES.items() for case in cases]
 )
-def test_notebook_gives_the_expected_numbers(notebook, case, tmp_path):
-    folder = run_notebook(notebook, {**SMALL, **CASES[notebook][case]}, tmp_path / "run")
-    record = json.loads((folder / RECORD).read_text())
+def test_notebook_gives_the_expected_numbers(notebook, case, tmp_path, request):
+    parameters = CASES[notebook][case]
+    if notebook == "07_compare_runs":
+        parameters = {**parameters, "runs": str(request.getfixturevalue("tiny_sweep").folder)}
+    folder = run_notebook(notebook, parameters, tmp_path / "run")
+    record = read_record(folder)
     assert record["status"] == "completed" and record["protocol"]
     executed = nbformat.read(folder / f"{notebook}.ipynb", as_version=4)
     outputs = [output for cell in executed.cells for output in cell.get("outputs", [])]
-    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 2
+    pictures = sum(cell.source.count("figures.save_figure(") for cell in executed.cells)
+    shown = sum("image/png" in output.get("data", {}) for output in outputs)
+    assert shown >= pictures >= 1
     assert list(folder.glob("*.png")) and list(folder.glob("*.svg"))
     path = EXPECTED / f"{notebook}-{case}.json"
     if os.environ.get("UPDATE_EXPECTED"):
@@ -118,9 +68,9 @@ def test_unknown_names_are_refused_before_anything_runs(tmp_path):
 
 
 def test_a_failed_run_leaves_a_record_and_the_notebook(tmp_path):
-    wrong = {**SMALL, "domain": "tiny-lore"}
+    wrong = {"model_name": "tiny-llama", "seq_len": 64, "domain": "tiny-lore"}
     with pytest.raises(RuntimeError, match="unknown domain 'tiny-lore'.*tiny-law"):
         run_notebook("03_contextual_pruning", wrong, tmp_path / "run")
-    record = json.loads((tmp_path / "run" / RECORD).read_text())
+    record = read_record(tmp_path / "run")
     assert record["status"] == "failed" and "tiny-lore" in record["error"]
     assert (tmp_path / "run" / "03_contextual_pruning.ipynb").is_file()

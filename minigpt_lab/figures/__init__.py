@@ -7,6 +7,7 @@ from .activations import (
     magnitude_scatter,
     overlap_matrix,
 )
+from .comparison import pareto_front
 from .evaluation import (
     answer_differences,
     answer_dots,
@@ -48,6 +49,7 @@ __all__ = [
     "look",
     "magnitude_scatter",
     "overlap_matrix",
+    "pareto_front",
     "perplexity_and_accuracy",
     "perplexity_dots",
     "png_bytes",

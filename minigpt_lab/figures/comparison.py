@@ -1,0 +1,127 @@
+"""Runs beside each other, from their records: a frame in, a figure out."""
+
+from __future__ import annotations
+
+import itertools
+import textwrap
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator
+
+from .style import colour, log_ticks, new_figure, styled
+
+_BASELINES = {"random": "x", "magnitude": "+"}
+_MARKERS = ("o", "D", "s", "^", "v", "P", "h")
+_GREY, _FADED = "#8C8C8C", 0.3
+_AXES = {"stored": "parameters stored", "nonzero": "parameters not zero"}
+_LABELS_APART = 12  # points, between two labels
+
+
+@styled
+def pareto_front(table: pd.DataFrame, size: str = "stored", caption: str = "") -> Figure:
+    """Size against held-out perplexity of every run, with the front of each domain.
+
+    A panel per model and protocol, as only their perplexities compare. Colour: domain; marker:
+    method. The front is a step line, dominated models are faded, baselines grey, the dense model is
+    a star.
+
+    Parameters
+    ----------
+    table : pandas.DataFrame
+        Columns ``model, protocol, text, domain, method, perplexity, perplexity_ratio, front``
+        (bool), and the one named by `size`, as `minigpt_lab.comparisons` makes them.
+    size : {"stored", "nonzero"}
+        The column of sizes, in parameters.
+    caption : str
+        What the reader must know of the runs.
+
+    """
+    table = table.dropna(subset=[size, "perplexity"])
+    panels = list(table.groupby(["model", "protocol"], sort=False))
+    columns = 2 if len(panels) > 1 else 1
+    height = max(1, -(-len(panels) // columns))
+    question = "How small can the model get for a domain, and what does it lose?"
+    figure = new_figure(4.2 * columns + 2.2, 3.4 * height + 0.6, caption, question)
+    if not panels:
+        figure.text(0.5, 0.5, "no run has a size and a perplexity yet", ha="center")
+        return figure
+    axes = figure.subplots(height, columns, squeeze=False).ravel()
+    domains, methods = list(dict.fromkeys(table["domain"])), list(dict.fromkeys(table["method"]))
+    free = itertools.cycle(_MARKERS)
+    markers = {
+        method: _BASELINES.get(method) or ("*" if method == "dense" else next(free))
+        for method in methods
+    }
+    for axis, ((model, protocol), rows) in zip(axes, panels, strict=False):
+        _panel(axis, rows, size, domains, markers)
+        title = f"{textwrap.fill(model, 64)}\n{protocol}"
+        axis.set_title(title, fontsize=8, fontweight="normal")
+        axis.set_xlabel(_AXES[size])
+        axis.set_ylabel("test perplexity")
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
+    handles = [Line2D([], [], color=colour(d, domains), lw=1.5, label=d) for d in domains]
+    handles += [
+        Line2D([], [], color=_GREY if method in _BASELINES else "#333333", marker=marker, ls="",
+               ms=11 if method == "dense" else 6, label=method)
+        for method, marker in markers.items()
+    ]  # fmt: skip
+    handles.append(Line2D([], [], color="#333333", marker="o", ls="", alpha=_FADED,
+                          label="not on the front"))  # fmt: skip
+    figure.legend(handles=handles, loc="outside right upper", fontsize=8)
+    figure.draw_without_rendering()  # lays it out: distances below are those of the picture
+    for axis, (_, rows) in zip(axes, panels, strict=False):
+        _label_front(axis, rows[rows["front"] & (rows["method"] != "dense")], size)
+    return figure
+
+
+def _panel(axis: Axes, rows: pd.DataFrame, size: str, domains: list[str], markers: dict) -> None:
+    axis.set(xscale="log", yscale="log")
+    for domain, own in rows.groupby("domain", sort=False):
+        tint = colour(domain, domains)
+        for _, text in own.groupby("text", sort=False):
+            front = text[text["front"]].sort_values(size)
+            axis.step(front[size], front["perplexity"], where="post", color=tint, lw=1.2)
+        for (method, on_front), points in own.groupby(["method", "front"], sort=False):
+            shade = _GREY if method in _BASELINES else tint
+            faded = 1.0 if on_front or method == "dense" else _FADED
+            axis.plot(points[size], points["perplexity"], markers[method], color=shade,
+                      ms=13 if method == "dense" else 6, alpha=faded)  # fmt: skip
+    for reach, values in ((axis.xaxis, rows[size]), (axis.yaxis, rows["perplexity"])):
+        _few_ticks(reach, values.to_numpy())
+    axis.margins(0.12)
+
+
+def _few_ticks(axis, values: np.ndarray) -> None:
+    """Readable numbers on a log axis, whether it spans a tenth of a decade or five."""
+    low, high = values.min(), values.max()
+    if high > 10 * low:
+        axis.set_ticks(*log_ticks(low / 1.2, high * 1.2))
+    else:
+        axis.set_major_locator(MaxNLocator(4))
+        axis.set_major_formatter(lambda value, _: _short(value))
+        axis.set_minor_locator(NullLocator())
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _short(value: float) -> str:
+    """A number in three digits: 0.135 M parameters, 23.4."""
+    return f"{value / 1e6:.3g} M" if value >= 1e5 else f"{value:.3g}"
+
+
+def _label_front(axis: Axes, points: pd.DataFrame, size: str) -> None:
+    """Write beside each point of a front what it costs, unless another label is in the way."""
+    taken = []
+    for _, point in points.sort_values([size, "perplexity"]).iterrows():
+        place = axis.transData.transform((point[size], point["perplexity"]))
+        place = place * 72 / axis.figure.dpi
+        gaps = [np.abs(place - other) for other in taken]
+        if any(gap[0] < 3 * _LABELS_APART and gap[1] < _LABELS_APART for gap in gaps):
+            continue
+        taken.append(place)
+        axis.annotate(f"×{point['perplexity_ratio']:.3g}", (point[size], point["perplexity"]),
+                      xytext=(5, 5), textcoords="offset points", fontsize=7)  # fmt: skip
