@@ -174,6 +174,7 @@ def _execute(notebook: Path, parameters: dict, folder: Path, smoke: bool) -> str
             str(folder / notebook.name),
             parameters=handed,
             kernel_name="python3",
+            language="python",  # which a notebook of one's own need not say
             cwd=str(folder),
             progress_bar=sys.stderr.isatty(),
             extra_arguments=["--log-level=ERROR"],  # else it warns of TCP, every time

@@ -94,7 +94,11 @@ def _grid(path: Path, content: object) -> Grid:
         if not isinstance(parts[key], kind):
             expected = "a list of mappings" if kind is list else "a mapping"
             raise ValueError(f"{key} is {parts[key]!r}; expected {expected}")
-    smoke = content.get("smoke", False)
+    smoke, jobs = content.get("smoke", False), content.get("jobs", 1)
+    if not isinstance(smoke, bool):
+        raise ValueError(f"smoke is {smoke!r}; expected true or false")
+    if type(jobs) is not int or jobs < 1:
+        raise ValueError(f"jobs is {jobs!r}; expected a positive whole number")
     fixed = {**(smoke_parameters(notebook) if smoke else {}), **parts["parameters"]}
     runs = {}
     for chosen in _combinations(parts["grid"], default_parameters(notebook)):
@@ -115,7 +119,7 @@ def _grid(path: Path, content: object) -> Grid:
     resources = {"cpus": 1, "gpus": 0, **parts["resources"]}
     if resources.keys() != {"cpus", "gpus"}:
         raise ValueError(f"resources is {parts['resources']}; expected cpus and gpus of one run")
-    return Grid(path.stem, notebook, runs, int(content.get("jobs", 1)), **resources, smoke=smoke)
+    return Grid(path.stem, notebook, runs, jobs, **resources, smoke=smoke)
 
 
 def _combinations(axes: Mapping[str, object], known: Mapping[str, object]) -> Iterator[dict]:
