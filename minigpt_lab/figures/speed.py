@@ -26,12 +26,10 @@ def throughput(speeds: pd.DataFrame, caption: str = "") -> Figure:
         Model, lengths of prompt and continuation, what the spread is.
     """
     kinds, variants = (list(dict.fromkeys(speeds[name])) for name in ("kind", "variant"))
-    facts = [
-        ("batch", "batch {}"), ("device", "on {}"), ("runs", "n = {} runs each")
-    ]  # fmt: skip
-    note = ", ".join(
-        form.format("/".join(map(str, dict.fromkeys(speeds[name])))) for name, form in facts
+    batch, device, runs = (
+        "/".join(map(str, dict.fromkeys(speeds[name]))) for name in ("batch", "device", "runs")
     )
+    note = f"batch {batch}, on {device}, n = {runs} runs each"
     title = "Does a smaller model run faster?"
     figure = new_figure(3.1 * len(kinds) + 1.6, 3.6, with_note(caption, note), title)
     axes = figure.subplots(1, len(kinds), sharex=True, squeeze=False).ravel()
@@ -50,7 +48,7 @@ def throughput(speeds: pd.DataFrame, caption: str = "") -> Figure:
                       label=_LINE)  # fmt: skip
         axis.set_title(kind, fontsize=9, fontweight="normal")
         axis.set_xlabel("stored parameters (millions)")
-        axis.set_ylim(0, 1.08 * max(part["high"].max(), axis.get_ylim()[1] / 1.05))
+        axis.set_ylim(bottom=0)
         axis.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         axis.locator_params(nbins=5)
     axes[0].set_ylabel("tokens per second (median and spread)")
