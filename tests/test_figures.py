@@ -232,7 +232,7 @@ def kept():
 
 def test_cut_heatmap_numbers_every_layer_and_every_cut(kept):
     figure = figures.cut_heatmap(kept, "made up")
-    cells, above, beside, bar = figure.axes
+    above, cells, beside, bar = figure.axes
     assert [tick.get_text() for tick in cells.get_xticklabels()] == [str(i) for i in range(30)]
     assert [tick.get_text() for tick in cells.get_yticklabels()] == ["ffn", "attention"]
     words = [text.get_text() for text in cells.texts]
@@ -257,10 +257,10 @@ def test_cut_heatmaps_share_a_scale_and_two_have_a_difference(kept):
     axes = figures.cut_heatmap(two).axes
     titles = [axis.get_title(loc="left") for axis in axes if axis.get_title(loc="left")]
     assert titles == ["law", "games", "games − law"]
-    limits = [axis.collections[0].get_clim() for axis in axes[::4]]
+    limits = [axis.collections[0].get_clim() for axis in axes[1::4]]
     assert limits[0] == limits[1] and limits[2][0] == -limits[2][1]
-    assert axes[8].texts[0].get_text() == "+50"  # a sign, for grey
-    assert axes[1].get_ylim() == axes[5].get_ylim()
+    assert axes[9].texts[0].get_text() == "+50"  # a sign, for grey
+    assert axes[0].get_ylim() == axes[4].get_ylim()
     three = pd.concat([two, kept.assign(domain="medical")])
     assert len(figures.cut_heatmap(three).axes) == 3 * 4
 

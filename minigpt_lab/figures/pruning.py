@@ -124,23 +124,15 @@ def cut_heatmap(kept: pd.DataFrame, caption: str = "") -> Figure:
     caption : str
         Model, rule.
     """
-    plans = {"": kept} if "domain" not in kept else dict(list(kept.groupby("domain", sort=False)))
     sites = list(dict.fromkeys(kept["site"]))
-    panels = {}
-    for name, rows in plans.items():
-        cut = rows.assign(cut=1 - rows["kept"] / rows["units"])
-        panels[name] = cut.pivot(index="site", columns="layer", values="cut").loc[sites]
-    highest = max(0.01, *(table.max(axis=None) for table in panels.values()))
-    longest = max(0.01, *(table.mean(axis=1).max() for table in panels.values()))
+    panels, highest = _cut_tables(kept, sites)
     scales = dict.fromkeys(panels, {"cmap": "cividis", "vmin": 0, "vmax": highest})
     if len(panels) == 2:
         (one, first), (other, second) = panels.items()
-        difference = f"{other} − {one}"
-        panels[difference] = second - first
-        reach = max(0.01, panels[difference].abs().max(axis=None))
-        scales[difference] = {"cmap": "PuOr_r", "vmin": -reach, "vmax": reach}
-    n_layers = len(next(iter(panels.values())).columns)
-    width = min(max(0.3 * n_layers, 3.6), 12.0)
+        gap = panels[f"{other} − {one}"] = second - first
+        reach = max(0.01, gap.abs().max(axis=None))
+        scales[f"{other} − {one}"] = {"cmap": "PuOr_r", "vmin": -reach, "vmax": reach}
+    width = min(max(0.3 * kept["layer"].nunique(), 3.6), 12.0)
     heights = [0.5, 0.32 * len(sites)]
     units = "; ".join(
         f"{site} {'–'.join(f'{count:,}' for count in sorted({found.min(), found.max()}))}"
@@ -155,35 +147,53 @@ def cut_heatmap(kept: pd.DataFrame, caption: str = "") -> Figure:
         2 * len(panels), 3, width_ratios=[width, 0.9, 0.12], height_ratios=heights * len(panels)
     )
     for place, (name, table) in enumerate(panels.items()):
-        cells = figure.add_subplot(grid[2 * place + 1, 0])
         above = figure.add_subplot(grid[2 * place, 0])
-        beside = figure.add_subplot(grid[2 * place + 1, 1])
-        bar = figure.add_subplot(grid[2 * place + 1, 2])
-        _cut_panel(cells, table, bar, signed=name not in plans, **scales[name])
-        above.bar(np.arange(n_layers) + 0.5, table.mean(), color="#777777")
-        above.set(xlim=(0, n_layers), xticks=[])
+        cells, beside, bar = (
+            figure.add_subplot(grid[2 * place + 1, column]) for column in range(3)
+        )
+        _cut_panel(cells, table, bar, **scales[name])
+        _cut_means(above, beside, table, highest if scales[name]["vmin"] == 0 else None)
         above.set_title(name, fontsize=9, fontweight="normal")
-        above.yaxis.set_major_formatter(percent)
-        above.yaxis.set_major_locator(MaxNLocator(2))
-        above.tick_params(labelsize=7)
-        bars = beside.barh(np.arange(len(sites)) + 0.5, table.mean(axis=1), color="#777777")
-        beside.bar_label(bars, map(percent, table.mean(axis=1)), padding=2, fontsize=7)
-        beside.set(ylim=(len(sites), 0), yticks=[], xticks=[])
-        if name in plans:
-            above.set_ylim(0, highest)
-            beside.set_xlim(0, 1.6 * longest)
-        beside.spines["bottom"].set_visible(False)
     cells.set_xlabel("layer")
     return figure
 
 
-def _cut_panel(axis, table: pd.DataFrame, bar, signed: bool, **scale) -> None:
+def _cut_tables(kept: pd.DataFrame, sites: list[str]) -> tuple[dict[str, pd.DataFrame], float]:
+    """Per domain the share cut ``[site, layer]``, and the highest of all."""
+    cut = kept.assign(cut=1 - kept["kept"] / kept["units"])
+    plans = cut.groupby("domain", sort=False) if "domain" in cut else [("", cut)]
+    tables = {
+        name: rows.pivot(index="site", columns="layer", values="cut").loc[sites]
+        for name, rows in plans
+    }
+    return tables, max(0.01, cut["cut"].max())
+
+
+def _cut_means(above, beside, table: pd.DataFrame, highest: float | None) -> None:
+    """Bars of the means over components and over layers, on the scale that plans share."""
+    above.bar(np.arange(len(table.columns)) + 0.5, table.mean(), color="#777777")
+    above.set(xlim=(0, len(table.columns)), xticks=[])
+    above.yaxis.set_major_formatter(percent)
+    above.yaxis.set_major_locator(MaxNLocator(2))
+    above.tick_params(labelsize=7)
+    bars = beside.barh(np.arange(len(table)) + 0.5, table.mean(axis=1), color="#777777")
+    beside.bar_label(bars, map(percent, table.mean(axis=1)), padding=2, fontsize=7)
+    beside.set(ylim=(len(table), 0), yticks=[], xticks=[])
+    beside.spines["bottom"].set_visible(False)
+    if highest is not None:
+        above.set_ylim(0, highest)
+        beside.set_xlim(0, highest)
+
+
+def _cut_panel(axis, table: pd.DataFrame, bar, **scale) -> None:
     """Cells of one plan or of a difference, in per cent; zero stays empty."""
 
     def word(share: float) -> str:
         if share == 0:
             return ""
-        if signed:  # grey print does not tell the two ends of the colours apart
+        if (
+            scale["vmin"] < 0
+        ):  # a difference; grey print does not tell the two ends of the colours apart
             return f"{100 * share:+.0f}".replace("-", "−")
         return f"{100 * share:.0f}" if share >= 0.005 else "<1"
 
