@@ -111,7 +111,7 @@ def read_record(folder: str | os.PathLike) -> dict:
     path = Path(folder) / RECORD
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{folder} holds no {RECORD}: no run ended there") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(

@@ -109,7 +109,7 @@ def _metrics(frame: pd.DataFrame) -> list[str]:
     for notebook, rows in frame.groupby("notebook"):
         known = rows.columns.difference(_FACTS)
         given = rows[["run", *varying(rows, list(known))]].drop_duplicates("run")
-        names = rows["metric"] + rows["better"].map(arrows).fillna("")
+        names = rows["metric"] + [arrows.get(way, "") for way in rows["better"]]
         wide = rows.assign(metric=names).pivot(index="run", columns="metric", values="value")
         table = given.merge(wide.reset_index(), on="run")
         parts += [f"<h3>{html.escape(notebook)}</h3>", _table(table)]

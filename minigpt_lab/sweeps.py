@@ -10,12 +10,14 @@ import contextlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pandas as pd
 from filelock import FileLock, Timeout
@@ -189,8 +191,11 @@ def _on_ray(
     except ImportError:
         raise ValueError("--executor ray needs Ray; install it: pip install .[ray]") from None
     try:
+        if address:  # Ray itself asks for minutes before it gives up
+            place = urlsplit(address if "://" in address else f"ray://{address}")
+            socket.create_connection((place.hostname, place.port), timeout=10).close()
         ray.init(address or "auto", log_to_driver=False, ignore_reinit_error=True)
-    except ConnectionError as error:
+    except (OSError, ValueError) as error:
         raise RuntimeError(
             f"no Ray cluster at {address or 'this machine'} ({first_line(error)}); start one with "
             "`ray start --head`, or give --address"

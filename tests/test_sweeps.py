@@ -64,8 +64,13 @@ def test_a_killed_sweep_of_a_real_notebook_goes_on(tiny_sweep):
     assert 1 <= len(tiny_sweep.before) <= 4
     runs = {path.parent.name: path.read_bytes() for path in tiny_sweep.folder.glob(f"*/{RECORD}")}
     assert len(runs) == 5 and tiny_sweep.before.items() <= runs.items()  # not done again
-    skipped = f"{len(tiny_sweep.before)} skipped"
-    assert skipped in tiny_sweep.printed and "failed" not in tiny_sweep.printed
+    counts = {
+        word: int(n)
+        for n, word in re.findall(r"(\d+) (skipped|completed|failed)", tiny_sweep.printed)
+    }
+    # a run that was under way when the sweep was killed may have ended before the second call
+    assert counts["skipped"] >= len(tiny_sweep.before) and sum(counts.values()) == 5
+    assert set(counts) <= {"skipped", "completed"}
     frame = results(tiny_sweep.folder)
     shrunk = frame[frame["metric"] == "shrunk stored"]
     pairs = set(zip(shrunk["domain"], shrunk["quantile_activation"], strict=True))
@@ -322,9 +327,8 @@ def test_ray_completes_every_run_once_though_a_node_dies(small, tmp_path):
             [sys.executable, "-m", "minigpt_lab", "sweep", str(grid), *words],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
-        wait_for(
-            lambda: len(ends(tmp_path)) >= 2 and len(diary(tmp_path)) > 2 * len(ends(tmp_path)) - 1
-        )
+        # two have ended and both nodes are at the next
+        wait_for(lambda: len(ends(tmp_path)) >= 2 and len(diary(tmp_path)) >= 6)
         cluster.remove_node(doomed, allow_graceful=False)
         printed, _ = sweep.communicate(timeout=300)
     finally:
