@@ -13,6 +13,7 @@ from .domains import (
     make_domain,
 )
 from .evaluation import Perplexity, generate, perplexity
+from .exercises import check
 from .families import FAMILIES
 from .matrix import domain_matrix, domain_plans
 from .models import load_model, save_model
@@ -44,6 +45,7 @@ __all__ = [
     "Statistics",
     "answer_questions",
     "benchmark",
+    "check",
     "check_disjoint",
     "collect_statistics",
     "compare_answers",

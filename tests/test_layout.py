@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "minigpt_lab"
-PACKAGES = {"criteria", "figures", "widgets"}
+PACKAGES = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
 
 
 def imported(path: Path) -> set[str]:

@@ -1,0 +1,230 @@
+"""Exercises of notebooks 00 to 03: statistics, plans, sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..analysis import activation_frame
+from ..criteria import score
+from ..domains import Part
+from ..families import Anatomy
+from ..plan import PruningPlan
+from ..sizes import model_size, token_parameters
+from ..statistics import Statistics
+from .checking import exercise
+from .verdicts import Count, Members, Name, Number, Plan, Share
+
+# 00_start_here
+
+
+def _channel(model: PreTrainedModel) -> tuple[int, dict[str, int]]:
+    """Parameters of one FFN channel, and what a hasty count of them gives."""
+    anatomy = Anatomy(model)
+    second = anatomy.module(0, anatomy.family.consumes["ffn"])
+    row = second.weight.numel() // anatomy.units("ffn")[0]
+    cost = anatomy.unit_parameters("ffn", 0)
+    mistakes = {"what one of the FFN's matrices loses; each loses a row or a column": row}
+    if cost // row == 3:
+        mistakes["what two matrices lose; a gated FFN has three"] = 2 * row
+    if cost % row:
+        mistakes["the weights alone; a channel's bias leaves too"] = cost - cost % row
+    return cost, mistakes
+
+
+@exercise
+def channel_cost(model: PreTrainedModel) -> Count:
+    """Parameters that leave with one FFN channel."""
+    cost, mistakes = _channel(model)
+    whole = "all channels of a layer; one leaves"
+    return Count(cost, {**mistakes, whole: Anatomy(model).units("ffn")[0] * cost})
+
+
+@exercise
+def stored_share(model: PreTrainedModel, mini: PreTrainedModel) -> Share:
+    """Share of the dense model's parameters that the small one stores."""
+    size = model_size(mini, model)
+    mistakes = {
+        "the share that left; the one that stays is asked for": 1 - size.stored / size.dense,
+        "the share of the decoder layers; the embeddings are stored too": size.layer_ratio,
+        "the dense size over the small one; turn it round": size.dense / size.stored,
+    }
+    return Share(size.stored / size.dense, mistakes, tolerance=0.002)
+
+
+@exercise
+def costlier_text(table: pd.DataFrame) -> Name:
+    """The text whose perplexity the cut raises by the larger factor."""
+    found = table.pivot(index="text", columns="variant", values="perplexity")
+    rise = found["shrunk"] / found["dense"]
+    hardest = "the text with the highest perplexity; compare each with its own dense level"
+    return Name(rise.idxmax(), list(rise.index), {hardest: found["shrunk"].idxmax()})
+
+
+# 01_activation_histograms
+
+
+@exercise
+def unused_share(statistics: Mapping[str, Statistics], domain: str, epsilon: float) -> Share:
+    """Share of all FFN neurons that a domain leaves at or below ε."""
+    frame = activation_frame(statistics)
+    unused, own = frame["mean_abs"] <= epsilon, frame["domain"] == domain
+    first = own & (frame["layer"] == 0)
+    mistakes = {
+        "the share above ε, of the neurons in use": 1 - unused[own].mean(),
+        "the share over all domains; keep the rows of one": unused.mean(),
+        "the share of the first layer alone; take all of them": unused[first].mean(),
+        "how many they are; divide by the number of neurons": unused[own].sum(),
+    }
+    return Share(unused[own].mean(), mistakes)
+
+
+@exercise
+def unused_by_one(unused: pd.DataFrame, domain: str, other: str) -> Members:
+    """Neurons that one domain leaves unused and another does not."""
+    one, two = (set(unused.index[unused[name]]) for name in (domain, other))
+    mistakes = {
+        "what the other domain alone leaves unused; turn it round": two - one,
+        "what both leave unused; take those of one domain away": one & two,
+        "what either leaves unused; take those of the other domain away": one | two,
+        "all that the domain leaves unused; take the other's away": one,
+        "what exactly one of them leaves unused, whichever; keep this domain's": one ^ two,
+    }
+    return Members(one - two, mistakes)
+
+
+@exercise
+def chance_overlap(share: float) -> Share:
+    """Jaccard overlap that two random sets of this share of the neurons can expect."""
+    both = share**2
+    mistakes = {
+        "the expected intersection; divide it by the expected union": both,
+        "the share of each set; how much of it does the other one hold?": share,
+        "the expected union; the intersection is to be divided by it": 2 * share - both,
+        "the intersection over both sizes; the union counts what is in both once": share / 2,
+    }
+    return Share(both / (2 * share - both), mistakes)
+
+
+# 02_threshold_sweep
+
+
+@exercise
+def epsilon_for_a_tenth(statistics: Statistics) -> Number:
+    """The absolute ε that cuts a tenth of all FFN activations."""
+    frame = statistics.frame()
+    found = frame.loc[frame["side"] == "activation", ["layer", "mean_abs"]]
+    mistakes = {
+        "the ε that leaves a tenth": found["mean_abs"].quantile(0.9),
+        "a tenth of the largest mean; a tenth of the neurons is asked for": (
+            found["mean_abs"].max() / 10
+        ),
+        "taken over the inputs and outputs too; keep the rows of side 'activation'": (
+            frame["mean_abs"].quantile(0.1)
+        ),
+        "the ε of the first layer; take all layers together": (
+            found.loc[found["layer"] == 0, "mean_abs"].quantile(0.1)
+        ),
+    }
+    return Number(found["mean_abs"].quantile(0.1), mistakes)
+
+
+@exercise
+def even_cut(model: PreTrainedModel, statistics: Statistics, cut: PruningPlan) -> Plan:
+    """A plan of the size of a cut by one ε that takes the same share of every layer instead."""
+    magnitudes = score("contextual", model, statistics=statistics, sites=("ffn",)).values["ffn"]
+    target = cut.predicted_size(model).stored
+
+    def judge(plan: PruningPlan) -> str | None:
+        try:
+            stored = plan.predicted_size(model).stored
+        except ValueError as error:
+            return str(error)
+        others = [*plan.removed.get("attention", []), plan.zero, plan.vocabulary]
+        if any(others):
+            return "it cuts heads, tokens or single weights too; FFN channels alone are to leave"
+        shares = np.divide(plan.removed["ffn"], plan.units["ffn"])
+        if np.ptp(shares) > 1.5 / max(plan.units["ffn"]):
+            span = f"{min(shares):.0%} to {max(shares):.0%}"
+            return f"layers lose {span} of their channels; take the same share of each"
+        if abs(stored / target - 1) > 0.005:
+            more = "more" if stored > target else "fewer"
+            return f"it stores {abs(stored / target - 1):.1%} {more} parameters than the cut by ε"
+        for layer, (magnitude, units) in enumerate(zip(magnitudes, plan.keep["ffn"], strict=True)):
+            if np.delete(magnitude, units).max(initial=0) > magnitude[units].min():
+                return f"in layer {layer} a channel leaves that is more active than one that stays"
+        return None
+
+    return Plan(judge)
+
+
+@exercise
+def advantage_over_random(final: pd.DataFrame, component: str) -> Number:
+    """How many times the random control's loss is that of the contextual cut."""
+    loss = final[final["component"] == component].set_index("method")["perplexity_ratio"]
+    mistakes = {
+        "the inverse; the random control's loss goes on top": loss["contextual"] / loss["random"],
+        "the difference of the two losses; divide them": loss["random"] - loss["contextual"],
+        "the random control's own loss; divide it by the contextual one": loss["random"],
+    }
+    if "magnitude" in loss:
+        mistakes["the control with the smallest weights"] = loss["magnitude"] / loss["contextual"]
+    return Number(loss["random"] / loss["contextual"], mistakes)
+
+
+# 03_contextual_pruning
+
+
+@exercise
+def channels_alone(model: PreTrainedModel, plan: PruningPlan) -> Count:
+    """Parameters that leave the model with the plan's FFN channels."""
+    gone, size = sum(plan.removed["ffn"]), plan.predicted_size(model)
+    cost, hasty = _channel(model)
+    tokens = plan.vocabulary_size - len(plan.vocabulary or range(plan.vocabulary_size))
+    mistakes = {
+        "the number of channels; count what each takes along": gone,
+        **{what: gone * per_channel for what, per_channel in hasty.items()},
+        "what leaves with the tokens": tokens * token_parameters(model),
+        "all that leaves; leave out the tokens and heads": size.dense - size.stored,
+        "what the channels that stay hold": (sum(plan.units["ffn"]) - gone) * cost,
+    }
+    return Count(gone * cost, mistakes)
+
+
+@exercise
+def token_inflation(
+    tokenizer: PreTrainedTokenizerBase, trimmed: PreTrainedTokenizerBase, passage: str
+) -> Number:
+    """How many times as many tokens a passage has after trimming."""
+    before, after = (
+        len(words(passage, add_special_tokens=False)["input_ids"]) for words in (tokenizer, trimmed)
+    )
+    mistakes = {
+        "the inverse; tokens after trimming go on top": before / after,
+        "how many tokens are added; divide the counts": after - before,
+        "characters per token": len(passage) / after,
+    }
+    return Number(after / before, mistakes, tolerance=0.005)
+
+
+@exercise
+def price_outside(table: pd.DataFrame, inside: Part, outside: Part) -> Number:
+    """Bits per character that the cut costs outside its domain, beyond what it costs inside."""
+    rises = {
+        column: found["shrunk"] - found["dense"]
+        for column in ("bits_per_character", "perplexity")
+        for found in [table.pivot(index="text", columns="variant", values=column)]
+    }
+    own, other = (rises["bits_per_character"][str(part)] for part in (inside, outside))
+    mistakes = {
+        "inside less outside; turn it round": own - other,
+        "what it costs outside; take away what it costs inside": other,
+        "what it costs inside": own,
+        "taken from perplexities; use bits per character": (
+            rises["perplexity"][str(outside)] - rises["perplexity"][str(inside)]
+        ),
+    }
+    return Number(other - own, mistakes, tolerance=0.02)

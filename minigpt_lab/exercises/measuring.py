@@ -1,0 +1,168 @@
+"""Exercises of notebooks 04 to 06: recovery, answers, domains against each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+from torch import nn
+
+from ..answers import Answers
+from ..domains import Part
+from ..plan import PruningPlan
+from ..questions import Question
+from .checking import exercise
+from .verdicts import Count, Members, Name, Number, Share
+
+# 04_recovery_curves
+
+
+@exercise
+def lora_numbers(linear: nn.Linear, rank: int) -> Count:
+    """Numbers that a LoRA adapter trains on one linear layer."""
+    rows, columns = linear.weight.shape
+    mistakes = {
+        "what full fine-tuning trains": rows * columns,
+        "B alone; A is trained too": rows * rank,
+        "A alone; B is trained too": rank * columns,
+        "the size of the product B A; its factors are what is trained": rank * rows * columns,
+        "one row and one column; there are as many as the rank": rows + columns,
+    }
+    return Count(rank * (rows + columns), mistakes)
+
+
+def _levels(table: pd.DataFrame, text: Part, *variants: str) -> list[float]:
+    found = table[table["text"] == str(text)].set_index("variant")["perplexity"]
+    return [float(found[variant]) for variant in variants]
+
+
+@exercise
+def recovered_share(table: pd.DataFrame, text: Part, pruned: str, recovered: str) -> Number:
+    """Share of the loss in nats per token that recovery takes back."""
+    levels = _levels(table, text, "dense", pruned, recovered)
+    dense, cut, after = np.log(levels)
+    plain = (levels[1] - levels[2]) / (levels[1] - levels[0])
+    value = (cut - after) / (cut - dense)
+    mistakes = {
+        "what is still missing; the share taken back is asked for": 1 - value,
+        "a percentage: divide by 100": 100 * value,
+        "taken from perplexities; a loss is the logarithm of one": plain,
+        "the loss taken back in nats; divide it by the loss that the cut cost": cut - after,
+        "the inverse; what came back goes on top": 1 / value if value else np.inf,
+    }
+    return Number(value, mistakes)
+
+
+@exercise
+def forgetting(table: pd.DataFrame, text: Part, pruned: str, recovered: str) -> Number:
+    """Factor by which recovery on one domain changes the perplexity of another."""
+    dense, cut, after = _levels(table, text, "dense", pruned, recovered)
+    mistakes = {
+        "the inverse; the perplexity after recovery goes on top": cut / after,
+        "measured from the dense model; recovery starts at the pruned one": after / dense,
+        "the cut's doing: pruned over dense; recovery comes after it": cut / dense,
+        "the difference; divide": after - cut,
+    }
+    return Number(after / cut, mistakes)
+
+
+# 05_mcq_evaluation
+
+
+@exercise
+def questions_needed(accuracy: float, margin: float) -> Number:
+    """Questions it takes to know an accuracy to a margin, with 95 % confidence."""
+    variance = accuracy * (1 - accuracy)
+    value = 1.96**2 * variance / margin**2
+    mistakes = {
+        "enough for one standard error; 95 % takes 1.96 of them": variance / margin**2,
+        "enough for an interval this wide in all; the margin goes both ways": value / 4,
+        "enough for half the margin": 4 * value,
+        "its square root; the interval shrinks with the root of n": value**0.5,
+    }
+    return Number(value, mistakes, tolerance=0.05)
+
+
+@exercise
+def chance_level(questions: Mapping[str, Sequence[Question]]) -> Share:
+    """Accuracy of a guess, over the questions of all domains together."""
+    counts = [np.array([len(question.choices) for question in part]) for part in questions.values()]
+    flat = np.concatenate(counts)
+    mistakes = {
+        "1 over the mean number of choices; take the mean of 1 over the number": 1 / flat.mean(),
+        "the mean over domains; every question counts once": np.mean(
+            [np.mean(1 / n) for n in counts]
+        ),
+        "how often a guess is wrong": 1 - np.mean(1 / flat),
+    }
+    return Share(np.mean(1 / flat), mistakes, tolerance=0.001)
+
+
+@exercise
+def summed_score(found: Answers) -> Share:
+    """Accuracy if the summed log-probability of a choice decided."""
+
+    def accuracy(column: str, pick: str) -> float:
+        frame = found.frame.assign(mean=found.frame["nll"] / found.frame["tokens"])
+        chosen = getattr(frame.groupby("question")[column], pick)()
+        return float(frame.loc[chosen, "is_answer"].mean())
+
+    mistakes = {
+        "that of the mean per token; take the sum": accuracy("mean", "idxmin"),
+        "that of the least likely choice: nll is a loss, the lowest wins": accuracy(
+            "nll", "idxmax"
+        ),
+        "that of question and choice together; take the choice alone": accuracy(
+            "whole_nll", "idxmin"
+        ),
+    }
+    return Share(accuracy("nll", "idxmin"), mistakes, tolerance=0.001)
+
+
+# 06_domain_matrix
+
+
+@exercise
+def stand_in(table: pd.DataFrame, text: str, domains: Sequence[str]) -> Name:
+    """The other domain whose cut serves a text best, without recovery."""
+    rows = table[(table["text"] == text) & ~table["recovered"] & table["cut"].isin(domains)]
+    gaps = rows.set_index("cut")["difference"].drop(text)
+    mistakes = {
+        "the text's own domain; another one is asked for": text,
+        "the one that serves it worst; a difference is a price": gaps.idxmax(),
+    }
+    return Name(gaps.idxmin(), list(domains), mistakes)
+
+
+@exercise
+def price_as_a_factor(table: pd.DataFrame, cut: str, text: str) -> Number:
+    """Perplexity of a foreign cut over that of the own one, from the difference in nats."""
+    rows = table[(table["text"] == text) & ~table["recovered"]].set_index("cut")
+    nats = float(rows.loc[cut, "difference"])
+    mistakes = {
+        "the difference in nats; undo the logarithm": nats,
+        "2 to the difference; nats go with e": 2**nats,
+        "10 to the difference; nats go with e": 10**nats,
+        "the inverse; the foreign cut goes on top": np.exp(-nats),
+        "the difference of the perplexities; divide them": (
+            rows.loc[cut, "perplexity"] - rows.loc[text, "perplexity"]
+        ),
+    }
+    return Number(np.exp(nats), mistakes)
+
+
+@exercise
+def common_core(plans: Mapping[tuple[str, int], PruningPlan], domains: Sequence[str]) -> Members:
+    """Channels of the first layer that the first draws of all domains keep."""
+    kept = {cut: set(plan.keep["ffn"][0]) for (cut, draw), plan in plans.items() if draw == 0}
+    own = [kept[name] for name in domains]
+    mistakes = {
+        "what at least one domain keeps; all must keep it": set.union(*own),
+        "what the controls keep too; take the domains' plans alone": set.intersection(
+            *kept.values()
+        ),
+        "what the first domain keeps; the others have a say": own[0],
+        "what no domain keeps": set(range(plans[domains[0], 0].units["ffn"][0])) - set.union(*own),
+    }
+    return Members(set.intersection(*own), mistakes)
