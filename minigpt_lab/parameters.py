@@ -45,8 +45,8 @@ def read_yaml(path: Path) -> object:
 
 
 def notebook_names() -> list[str]:
-    """Names of the series' notebooks, without their suffix."""
-    return sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
+    """Names of the series' notebooks, without their suffix; their solutions are not among them."""
+    return sorted(path.stem for path in NOTEBOOKS.glob("[0-9]*.ipynb"))
 
 
 def find_notebook(name: str | os.PathLike) -> Path:

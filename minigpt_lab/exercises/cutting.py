@@ -164,7 +164,8 @@ def even_cut(model: PreTrainedModel, statistics: Statistics, cut: PruningPlan) -
 @exercise
 def advantage_over_random(final: pd.DataFrame, component: str) -> Number:
     """How many times the random control's loss is that of the contextual cut."""
-    loss = final[final["component"] == component].set_index("method")["perplexity_ratio"]
+    rows = final[final["component"] == component]
+    loss = rows.groupby("method")["perplexity_ratio"].mean()  # of a control's seeds
     mistakes = {
         "the inverse; the random control's loss goes on top": loss["contextual"] / loss["random"],
         "the difference of the two losses; divide them": loss["random"] - loss["contextual"],

@@ -46,7 +46,7 @@ def recovered_share(table: pd.DataFrame, text: Part, pruned: str, recovered: str
     value = (cut - after) / (cut - dense)
     mistakes = {
         "what is still missing; the share taken back is asked for": 1 - value,
-        "a percentage: divide by 100": 100 * value,
+        "a percentage; divide by 100": 100 * value,
         "taken from perplexities; a loss is the logarithm of one": plain,
         "the loss taken back in nats; divide it by the loss that the cut cost": cut - after,
         "the inverse; what came back goes on top": 1 / value if value else np.inf,

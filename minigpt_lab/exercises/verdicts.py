@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set, Sized
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import ClassVar
@@ -107,8 +107,8 @@ class Share(Number):
 
     def _known(self) -> dict[str, float]:
         general = {
-            "a percentage: divide by 100": 100 * self.value,
-            "the rest: 1 minus what is asked for": 1 - self.value,
+            "a percentage; divide by 100": 100 * self.value,
+            "the rest, 1 minus what is asked for": 1 - self.value,
         }
         return {**self.mistakes, **general}
 
@@ -234,11 +234,12 @@ def _described(answer: object) -> str:
     """An answer of the wrong kind, in a few words."""
     if isinstance(answer, str):
         return f"the text {answer!r:.40}"
-    if isinstance(answer, bool | Real | np.bool_):
+    if isinstance(answer, Real | np.bool_) and abs(answer) < 1e15:
         return f"{answer}"
     if inspect.isroutine(answer):
         return f"the function {answer.__name__}; call it, with ()"
     name = type(answer).__name__
+    article = "an" if name[0] in "aeioAEIO" else "a"
     if isinstance(getattr(answer, "shape", None), tuple):
-        return f"a {name} of shape {tuple(answer.shape)}"
-    return f"a {name} of {len(answer)}" if hasattr(answer, "__len__") else f"a {name}"
+        return f"{article} {name} of shape {tuple(answer.shape)}"
+    return f"{article} {name}" + (f" of {len(answer)}" if isinstance(answer, Sized) else "")
