@@ -76,7 +76,7 @@ def test_every_solution_is_right(domains, tmp_path):
 def test_no_answer_yet_is_no_error(name, empty):
     verdict = lab.check(name, empty, **dict.fromkeys(inspect.signature(EXERCISES[name]).parameters))
     assert verdict.right is None and not verdict
-    assert str(verdict).startswith(f"· {name}: not answered yet, a ")
+    assert str(verdict).startswith(f"· {name}: not answered yet; expected is a ")
 
 
 def test_what_is_no_answer_but_a_slip_of_the_call_is_an_error():

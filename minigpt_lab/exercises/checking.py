@@ -54,6 +54,6 @@ def check(name: str, answer: object, /, **given: object) -> Verdict:
         )
     if answer is None or answer is ...:
         kind = get_type_hints(asked)["return"].kind
-        return Verdict(None, f"{name}: not answered yet, {kind} is asked for")
+        return Verdict(None, f"{name}: not answered yet; expected is {kind}")
     problem = asked(**given).problem(answer)
     return Verdict(problem is None, f"{name}: {'right' if problem is None else problem}")
