@@ -10,6 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator
 
 from .style import colour, log_ticks, new_figure, styled
@@ -44,7 +45,7 @@ def pareto_front(table: pd.DataFrame, size: str = "stored", caption: str = "") -
     panels = list(table.groupby(["model", "protocol"], sort=False))
     columns = 2 if len(panels) > 1 else 1
     height = max(1, -(-len(panels) // columns))
-    question = "How small can the model get for a domain, and what does it lose?"
+    question = "How small can a model get, at what loss?"
     figure = new_figure(4.2 * columns + 2.2, 3.4 * height + 0.6, caption, question)
     if not panels:
         figure.text(0.5, 0.5, "no run has a size and a perplexity yet", ha="center")
@@ -75,7 +76,7 @@ def pareto_front(table: pd.DataFrame, size: str = "stored", caption: str = "") -
     figure.legend(handles=handles, loc="outside right upper", fontsize=8)
     figure.draw_without_rendering()  # lays it out: distances below are those of the picture
     for axis, (_, rows) in zip(axes, panels, strict=False):
-        _label_front(axis, rows[rows["front"] & (rows["method"] != "dense")], size)
+        _label_front(axis, rows[rows["front"] & (rows["method"] != "dense")], size, domains)
     return figure
 
 
@@ -113,7 +114,7 @@ def _short(value: float) -> str:
     return f"{value / 1e6:.3g} M" if value >= 1e5 else f"{value:.3g}"
 
 
-def _label_front(axis: Axes, points: pd.DataFrame, size: str) -> None:
+def _label_front(axis: Axes, points: pd.DataFrame, size: str, domains: list[str]) -> None:
     """Write beside each point of a front what it costs, unless another label is in the way."""
     taken = []
     for _, point in points.sort_values([size, "perplexity"]).iterrows():
@@ -123,5 +124,8 @@ def _label_front(axis: Axes, points: pd.DataFrame, size: str) -> None:
         if any(gap[0] < 3 * _LABELS_APART and gap[1] < _LABELS_APART for gap in gaps):
             continue
         taken.append(place)
-        axis.annotate(f"×{point['perplexity_ratio']:.3g}", (point[size], point["perplexity"]),
-                      xytext=(5, 5), textcoords="offset points", fontsize=7)  # fmt: skip
+        label = axis.annotate(
+            f"×{point['perplexity_ratio']:.3g}", (point[size], point["perplexity"]), xytext=(5, 5),
+            textcoords="offset points", fontsize=7, color=colour(point["domain"], domains),
+        )  # fmt: skip
+        label.set_path_effects([withStroke(linewidth=2, foreground="white")])  # on top of lines
