@@ -99,7 +99,8 @@ def _run(arguments: argparse.Namespace) -> None:
     for name in content["tables"]:
         if name.startswith("summary"):
             table = pd.read_csv(folder / f"{name}.csv")
-            print(table.to_string(index=False, float_format=_digits), "\n")
+            if not table.empty:
+                print(table.to_string(index=False, float_format=_digits), "\n")
     for path in sorted(folder.iterdir()):
         if path.suffix in (".ipynb", ".png", ".json") or path.is_dir():
             print(path)

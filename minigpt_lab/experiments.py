@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import shutil
@@ -183,6 +184,13 @@ def _execute(notebook: Path, parameters: dict, folder: Path, smoke: bool) -> str
         reason = f"{error.ename}: {error.evalue}"
     except DeadKernelError as error:
         reason = first_line(error)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise RuntimeError(  # nor is there room for a record
+            f"{notebook.stem}: the disk of {folder} is full; free some space and run it again, or "
+            "name another folder (--out)"
+        ) from error
     except NoSuchKernel:
         reason = (
             "no Jupyter kernel 'python3' here; install it with "

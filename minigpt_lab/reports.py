@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .comparisons import measurements, pareto
+from .comparisons import measurements, pareto, select
 from .figures import pareto_front, png_bytes
 from .records import read_records, results, varying
 
@@ -88,8 +88,8 @@ def _table(frame: pd.DataFrame) -> str:
 
 
 def _pareto(table: pd.DataFrame) -> list[str]:
-    table = table[table["inside"].astype(bool)]
-    if table.dropna(subset=["stored", "perplexity"]).empty:
+    table = select(table)
+    if table.empty:
         return ["<p>No run here records sizes and perplexities side by side: no Pareto front.</p>"]
     table = table.assign(front=pareto(table))
     image = base64.b64encode(png_bytes(pareto_front(table))).decode()
@@ -106,7 +106,7 @@ def _pareto(table: pd.DataFrame) -> list[str]:
 def _metrics(frame: pd.DataFrame) -> list[str]:
     """Per notebook, a row per run and a column per metric; an arrow says which way is better."""
     arrows, parts = {"lower": " ↓", "higher": " ↑"}, ["<h2>Metrics</h2>"]
-    for notebook, rows in frame.groupby("notebook"):
+    for notebook, rows in frame.dropna(subset="metric").groupby("notebook"):
         known = rows.columns.difference(_FACTS)
         given = rows[["run", *varying(rows, list(known))]].drop_duplicates("run")
         names = rows["metric"] + [arrows.get(way, "") for way in rows["better"]]

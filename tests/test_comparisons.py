@@ -146,6 +146,9 @@ def test_report_is_one_page_with_everything(runs, tmp_path):
     assert page.count("data:image/png;base64,") == 1 and "http" not in page
     for words in ("quickly", "abc", "nonzero ↓", "tiny", "law"):
         assert words in page
-    (tmp_path / "nothing").mkdir()
+    silent = {"notebook": "mine", "status": "completed", "parameters": {}, "metrics": {}}
+    write_record(tmp_path / "nothing" / "one", silent)
+    assert "no Pareto front" in write_report(tmp_path / "nothing").read_text()
+    write_record(tmp_path / "nothing" / "one", {**silent, "smoke": True})
     with pytest.raises(ValueError, match="no run ended in"):
         write_report(tmp_path / "nothing")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -204,6 +205,17 @@ def test_no_kernel_is_one_clear_line(small, tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="no Jupyter kernel 'python3'.*ipykernel install"):
         experiments.run_notebook(tmp_path / "small.ipynb", {}, tmp_path / "run")
     assert read_record(tmp_path / "run")["status"] == "failed"
+
+
+def test_a_full_disk_is_one_clear_line(small, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    small("")
+    monkeypatch.setattr("papermill.execute_notebook", full)
+    with pytest.raises(RuntimeError, match="small: the disk of .* is full; free some space"):
+        experiments.run_once(tmp_path / "small.ipynb", {}, tmp_path / "run")
+    assert not (tmp_path / "run").exists()  # a folder of that name is whole
 
 
 def test_smoke_runs_are_kept_apart(tmp_path, monkeypatch):
