@@ -1,5 +1,6 @@
 """A research kit: how small can a language model get for one domain, and what does it lose."""
 
+from .allocation import plan_from_scores
 from .answers import Answers, answer_questions, compare_answers, position_bias
 from .assets import SourceUnavailable
 from .benchmarks import benchmark
@@ -18,7 +19,7 @@ from .families import FAMILIES
 from .matrix import domain_matrix, domain_plans
 from .models import load_model, save_model
 from .plan import PruningPlan
-from .planning import contextual_plan, plan_from_scores
+from .planning import contextual_plan
 from .questions import Question
 from .recovery import recover
 from .runtime import label

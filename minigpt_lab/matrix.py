@@ -17,13 +17,13 @@ import pandas as pd
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .allocation import plan_from_scores
 from .analysis import set_overlap
 from .criteria import score
 from .domains import Domain, Part
 from .evaluation import perplexity
 from .ledger import Ledger, content_hash
 from .plan import PruningPlan
-from .planning import plan_from_scores
 from .recovery import recover
 from .runtime import fingerprint
 from .sizes import model_size

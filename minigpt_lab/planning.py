@@ -1,17 +1,15 @@
-"""From statistics or scores to a plan: thresholds, ratios, a budget in parameters."""
+"""From statistics to a plan: contextual pruning by thresholds and quantiles."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .criteria import Scores
 from .families import Anatomy, Projection
 from .plan import PruningPlan, whole
-from .runtime import fingerprint
 from .statistics import Statistics
 from .vocabulary import close_over_merges, merge_table, protected_tokens
 
@@ -272,126 +270,3 @@ def _config_tokens(model: PreTrainedModel) -> list[int]:
     ids = {i for value in values for i in (value if isinstance(value, list) else [value])}
     rows = model.get_input_embeddings().weight.shape[0]
     return [i for i in ids if isinstance(i, int) and 0 <= i < rows]
-
-
-def plan_from_scores(
-    model: PreTrainedModel,
-    scores: Scores,
-    ratio: float | None = None,
-    parameters: int | None = None,
-    threshold: float | None = None,
-    allocation: str = "uniform",
-    keep_layers: tuple[int, int] = (0, 0),
-) -> PruningPlan:
-    """Cut the units with the lowest scores.
-
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel
-        The model that was scored.
-    scores : Scores
-        From `score`.
-    ratio : float, optional
-        Share of units to remove in every prunable layer, rounded to whole units.
-    parameters : int, optional
-        Largest number of stored parameters the model may have: the smallest cut that meets it.
-    threshold : float, optional
-        Remove units with a score at or below this. Give exactly one of these three.
-    allocation : {"uniform", "global"}
-        How a ratio is spread over layers: the same share of each, or the lowest scores of a site
-        wherever they are. With contextual scores the latter is one absolute ε for all layers, as
-        in Mini-GPTs (see `Scores.highest_cut`).
-    keep_layers : (int, int)
-        Numbers of first and last layers to leave whole.
-
-    Returns
-    -------
-    PruningPlan
-        Every layer keeps at least one unit per site.
-
-    Raises
-    ------
-    ValueError
-        If not exactly one target is given, or it cannot be met.
-    """
-    targets = {"ratio": ratio, "parameters": parameters, "threshold": threshold}
-    chosen = {name: value for name, value in targets.items() if value is not None}
-    if len(chosen) != 1:
-        raise ValueError(
-            f"give exactly one of ratio, parameters, threshold; got {chosen or 'none'}"
-        )
-    if allocation not in ALLOCATIONS:
-        raise ValueError(
-            f"unknown allocation {allocation!r}; expected one of {sorted(ALLOCATIONS)}"
-        )
-    if scores.model_hash != fingerprint(model):
-        raise ValueError("these scores are of another model; score this one")
-    anatomy = Anatomy(model)
-    first, last = keep_layers
-    if min(keep_layers) < 0 or first + last >= len(anatomy.layers):
-        raise ValueError(
-            f"keep_layers={keep_layers} leaves nothing of {len(anatomy.layers)} layers"
-        )
-    prunable = range(first, len(anatomy.layers) - last)
-    origin = {"method": scores.criterion, **scores.options, **chosen, "keep_layers": [first, last]}
-    origin["allocation"] = allocation
-
-    def cut(count: Callable[[str, int, np.ndarray], int]) -> PruningPlan:
-        """The plan that removes ``count(site, layer, scores)`` units of every prunable layer."""
-        keep = whole(anatomy)
-        for site, layers in scores.values.items():
-            for layer in prunable:
-                gone = min(count(site, layer, layers[layer]), len(layers[layer]) - 1)
-                ranked = np.argsort(layers[layer], kind="stable")
-                keep[site][layer] = np.sort(ranked[gone:]).tolist()
-        rows = model.get_input_embeddings().weight.shape[0]
-        units = {site: anatomy.units(site) for site in keep}
-        return PruningPlan(scores.model_hash, units, keep, vocabulary_size=rows, origin=origin)
-
-    if threshold is not None:
-        if math.isnan(threshold):
-            raise ValueError("threshold is NaN; expected a number")
-        return cut(lambda _site, _layer, values: int((values <= threshold).sum()))
-
-    def at(ratio: float) -> PruningPlan:
-        shares = {
-            site: ALLOCATIONS[allocation](ratio, [layers[i] for i in prunable])
-            for site, layers in scores.values.items()
-        }
-        return cut(lambda site, layer, values: round(shares[site][layer - first] * len(values)))
-
-    if ratio is not None and not 0 <= ratio < 1:
-        raise ValueError(f"ratio is {ratio}; expected a share of units in [0, 1)")
-    return at(ratio) if ratio is not None else _within(at, model, parameters)
-
-
-def _global(ratio: float, layers: list[np.ndarray]) -> list[float]:
-    limit = np.quantile(np.concatenate(layers), ratio, method="lower")
-    return [float((values <= limit).mean()) if ratio else 0.0 for values in layers]
-
-
-#: How a ratio is spread: ``(ratio, scores of each layer)`` to one share per layer.
-ALLOCATIONS: dict[str, Callable[[float, list[np.ndarray]], list[float]]] = {
-    "uniform": lambda ratio, layers: [ratio] * len(layers),
-    "global": _global,
-}
-
-
-def _within(at: Callable[[float], PruningPlan], model, parameters: int) -> PruningPlan:
-    """The smallest cut with at most `parameters` stored, by bisection on the ratio."""
-    smallest = at(1.0).predicted_size(model).stored
-    if parameters < smallest:
-        raise ValueError(
-            f"parameters={parameters:,} cannot be met: with one unit left per layer the model "
-            f"still stores {smallest:,}"
-        )
-    low, high = 0.0, 1.0  # the cut at `high` always meets the target
-    if at(low).predicted_size(model).stored <= parameters:
-        return at(low)
-    while high - low > 1e-5:
-        middle = (low + high) / 2
-        if at(middle).predicted_size(model).stored <= parameters:
-            high = middle
-        else:
-            low = middle
-    return at(high)

@@ -1,0 +1,122 @@
+"""How a ratio is spread over layers, sites and units, on every family."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from conftest import random_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import minigpt_lab as lab
+from minigpt_lab.allocation import ALLOCATIONS, RATIOS, Group
+from minigpt_lab.families import Anatomy
+from minigpt_lab.sizes import layer_parameters
+
+
+def groups(widths, depth=None, cost=1, seed=0):
+    rng = np.random.default_rng(seed)
+    depth = depth or len(widths)
+    return [Group("ffn", i, depth, rng.random(n), cost) for i, n in enumerate(widths)]
+
+
+@given(
+    name=st.sampled_from(sorted(ALLOCATIONS)),
+    ratio=st.floats(0, 0.99),
+    widths=st.lists(st.integers(20, 200), min_size=1, max_size=12),
+)
+@settings(max_examples=80, deadline=None)
+def test_every_allocation_spends_the_ratio(name, ratio, widths):
+    layers = groups(widths)
+    shares = ALLOCATIONS[name](ratio, layers)
+    assert all(0 <= share <= 1 for share in shares)
+    spent = sum(share * n for share, n in zip(shares, widths, strict=True)) / sum(widths)
+    assert spent == pytest.approx(ratio, abs=1 / sum(widths))
+
+
+def test_increasing_schedules_are_the_papers():
+    layers = groups([100] * 32)
+    shares = ALLOCATIONS["log-increase"](0.2004, layers)
+    assert (shares[0], shares[-1]) == pytest.approx((0.0625, 0.25), rel=5e-3)  # SlimGPT's pair
+    expected = 0.0625 + 0.1875 * np.log(11) / np.log(32)
+    assert shares[10] == pytest.approx(expected, rel=5e-3)
+    linear = ALLOCATIONS["linear-increase"](0.3, layers)
+    assert np.diff(linear) == pytest.approx((linear[-1] - linear[0]) / 31)
+    deep = ALLOCATIONS["log-increase"](0.9, layers)  # where the last layers are full, others pay
+    assert max(deep) == 1 and np.mean(deep) == pytest.approx(0.9)
+
+
+def test_a_ranking_across_sites_counts_what_units_cost():
+    cheap = Group("ffn", 0, 1, np.array([3.0, 8.0, 9.0]), cost=1)
+    dear = Group("attention", 0, 1, np.array([10.0, 90.0]), cost=10)
+    # per parameter the first head (1.0) is worth less than any channel
+    shares = ALLOCATIONS["global"](10 / 23, [cheap, dear])
+    assert shares == [0, 0.5]
+    # by z-score the lowest channel goes before it
+    shares = ALLOCATIONS["global-standardised"](1 / 23, [cheap, dear])
+    assert shares == [1 / 3, 0]
+
+
+@pytest.mark.parametrize("allocation", sorted(ALLOCATIONS))
+def test_no_layer_is_left_without_units(model, allocation):
+    scores = lab.score("magnitude", model)
+    plan = lab.plan_from_scores(model, scores, ratio=0.97, allocation=allocation)
+    assert all(len(units) >= 1 for layers in plan.keep.values() for units in layers)
+    lab.shrink(model, plan)
+
+
+@pytest.mark.parametrize("ratio_of", RATIOS)
+@pytest.mark.parametrize("allocation", sorted(ALLOCATIONS))
+def test_a_ratio_means_what_it_says(model, ratio_of, allocation):
+    sites = ("ffn",) if model.config.model_type != "llama" else ("ffn", "attention")
+    scores = lab.score("random", model, sites=sites)
+    arguments = {"allocation": allocation, "ratio_of": ratio_of}
+    plan = lab.plan_from_scores(model, scores, ratio=0.1, **arguments)
+    mini, anatomy = lab.shrink(model, plan), Anatomy(model)
+    gone = lab.model_size(model).stored - lab.model_size(mini).stored
+    units = sum(
+        count * anatomy.unit_parameters(site, layer)
+        for site in sites
+        for layer, count in enumerate(anatomy.units(site))
+    )
+    bases = {"units": units, "decoder": layer_parameters(model)}
+    bases["model"] = lab.model_size(model).stored
+    slack = sum(anatomy.unit_parameters(site, layer) for site in sites for layer in range(3))
+    assert gone == pytest.approx(0.1 * bases[ratio_of], abs=slack)
+    for meaning, base in bases.items():
+        assert plan.origin["removed"][meaning] == pytest.approx(gone / base, abs=1e-6)
+
+
+def test_a_callable_decides(model):
+    scores = lab.score("random", model, sites=("ffn",))
+
+    def last_only(ratio, groups):
+        return [ratio * (group.layer == group.depth - 1) for group in groups]
+
+    plan = lab.plan_from_scores(model, scores, ratio=0.5, allocation=last_only)
+    assert plan.removed["ffn"] == [0, 0, 10]
+    assert plan.origin["allocation"] == "last_only"
+    with pytest.raises(ValueError, match=r"takes 1.5 of layer 0's ffn"):
+        lab.plan_from_scores(model, scores, ratio=0.5, allocation=lambda r, g: [1.5] * len(g))
+
+
+def test_widths_in_multiples(model):
+    scores = lab.score("random", model)
+    plan = lab.plan_from_scores(model, scores, ratio=0.33, multiple_of=4)
+    assert {len(units) for units in plan.keep["ffn"]} == {12}  # 13.4 of 20
+    assert {len(units) for units in plan.keep["attention"]} <= {1, 3}
+    target = lab.model_size(model).stored - 5 * Anatomy(model).unit_parameters("ffn", 0)
+    plan = lab.plan_from_scores(model, scores, parameters=target, multiple_of={"ffn": 5})
+    assert all(len(units) % 5 == 0 for units in plan.keep["ffn"])
+    assert plan.predicted_size(model).stored <= target
+    with pytest.raises(ValueError, match="multiple_of is 7.*20 ffn units of layer 0"):
+        lab.plan_from_scores(model, scores, ratio=0.3, multiple_of=7)
+
+
+def test_targets_out_of_reach_say_what_can_be_reached():
+    model = random_model("llama")
+    scores = lab.score("random", model, sites=("ffn",))
+    with pytest.raises(ValueError, match=r"still stores [\d,]+ of [\d,]+, \d+\.\d% less"):
+        lab.plan_from_scores(model, scores, ratio=0.9, ratio_of="model")
+    with pytest.raises(ValueError, match="unknown ratio_of 'layers'"):
+        lab.plan_from_scores(model, scores, ratio=0.9, ratio_of="layers")
