@@ -276,7 +276,8 @@ def _solve(counts_at, groups, leave: float, dense: int, exceed: bool) -> list[in
     if leave > total(most):
         raise ValueError(
             f"the target cannot be met: {leave:,.0f} parameters would leave, but with one unit "
-            f"left per layer the model still stores {dense - total(most):,} of {dense:,}, {total(most) / dense:.1%} less"
+            f"left per layer the model still stores {dense - total(most):,} of {dense:,}, "
+            f"{total(most) / dense:.1%} less"
         )
     if leave <= total(none):
         return none
