@@ -13,6 +13,7 @@ from .domains import (
     load_domain,
     make_domain,
 )
+from .efficiency import efficiency
 from .evaluation import Perplexity, generate, perplexity
 from .exercises import check
 from .families import FAMILIES
@@ -54,6 +55,7 @@ __all__ = [
     "count_tokens",
     "criterion",
     "describe",
+    "efficiency",
     "domain_matrix",
     "domain_names",
     "domain_plans",
