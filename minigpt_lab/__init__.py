@@ -21,6 +21,7 @@ from .matrix import domain_matrix, domain_plans
 from .models import load_model, save_model
 from .plan import PruningPlan
 from .planning import contextual_plan
+from .presets import PERPLEXITY_PRESETS, RECOVERY_PRESETS
 from .questions import Question
 from .recovery import recover
 from .runtime import label
@@ -35,6 +36,8 @@ __version__ = "0.1.0"
 __all__ = [
     "CRITERIA",
     "FAMILIES",
+    "PERPLEXITY_PRESETS",
+    "RECOVERY_PRESETS",
     "Answers",
     "Domain",
     "Part",

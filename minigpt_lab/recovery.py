@@ -52,6 +52,7 @@ def recover(
     seq_len: int = 256,
     batch_size: int = 4,
     accumulation: int = 1,
+    warmup: float = 0.05,
     checkpointing: bool = False,
     rank: int = 8,
     alpha: int = 16,
@@ -65,8 +66,8 @@ def recover(
 
     Weights that are zero stay zero (with LoRA: rows and columns of zeros). The best state by
     validation perplexity is kept, after Ctrl-C, a diverged loss or lost patience too; a run that
-    only harms changes nothing. Packed windows, AdamW, gradient clipping at 1, warm-up over 5 % of
-    the steps, cosine decay, bfloat16 where CUDA has it.
+    only harms changes nothing. Packed windows, AdamW, gradient clipping at 1, linear warm-up,
+    cosine decay, bfloat16 where CUDA has it.
 
     Under ``torchrun`` the processes train one model together, with an `out_dir` that all of them
     see; every process ends with the same weights and the same history.
@@ -102,6 +103,8 @@ def recover(
     seq_len, batch_size, accumulation : int
         Tokens per window, windows per step on each device, steps per update. An update sees the
         product of the three, times the number of devices.
+    warmup : float
+        Updates over which the learning rate grows; below 1, their share of all.
     checkpointing : bool
         Trade time for memory (gradient checkpointing).
     rank, alpha, dropout
@@ -145,6 +148,8 @@ def recover(
     for name, value in settings.items():
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{name} is {value}; expected a number above 0")
+    if not 0 <= warmup < math.inf:
+        raise ValueError(f"warmup is {warmup}; expected updates, or a share of them below 1")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout is {dropout}; expected at least 0 and below 1")
     if targets is not None and method != "lora":
@@ -160,8 +165,9 @@ def recover(
     }
     lora = {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout} if names else {}
     facts = {
-        "method": method, **settings, "dropout": dropout, "targets": targets and list(targets),
-        "seed": seed, "model": fingerprint(model)[:16], "training text": _digest(rows.tolist()),
+        "method": method, **settings, "warmup": warmup, "dropout": dropout,
+        "targets": targets and list(targets), "seed": seed,
+        "model": fingerprint(model)[:16], "training text": _digest(rows.tolist()),
         "validation text": _digest([list(text) for text in texts.values()]),
     }  # fmt: skip
     set_seed(seed)  # the adapters begin at random
@@ -174,6 +180,7 @@ def recover(
             gradient_accumulation_steps=accumulation,
             activation_checkpointing=checkpointing,
             learning_rate=rate,
+            warmup_steps=warmup,
             seed=seed,
         )
         # what one update really sees: several devices of this process, several processes
@@ -202,7 +209,6 @@ def _arguments(folder: Path, device: str, **options) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(folder),
         lr_scheduler_type="cosine",
-        warmup_steps=0.05,
         max_grad_norm=1.0,
         bf16=device == "cuda" and torch.cuda.is_bf16_supported(),
         use_cpu=device == "cpu",
