@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from .assets import nearest
 from .criteria import Scores
-from .families import Anatomy
+from .families import SITES, Anatomy
 from .plan import PruningPlan, whole
 from .runtime import fingerprint
 from .sizes import layer_parameters
@@ -304,7 +304,7 @@ def _removed(
 
 
 def _plan(model, anatomy, scores, groups, counts, origin) -> PruningPlan:
-    keep = whole(anatomy)
+    keep = whole(anatomy, dict.fromkeys((*SITES, *scores.values)))
     for group, gone in zip(groups, counts, strict=True):
         ranked = np.argsort(group.scores, kind="stable")
         keep[group.site][group.layer] = np.sort(ranked[gone:]).tolist()

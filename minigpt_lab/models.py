@@ -19,6 +19,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -36,7 +37,7 @@ from .assets import (
     staged,
     verify,
 )
-from .families import SITES, Anatomy, weight_axis
+from .families import Anatomy, weight_axis
 from .plan import PruningPlan
 from .runtime import default_device, inference
 from .vocabulary import TrimmedVocabulary, tokenizer_for
@@ -113,6 +114,7 @@ def _load_folder(folder: Path, dtype: str | torch.dtype) -> tuple:
             f"{sorted(path.name for path in folder.iterdir())[:8] or 'nothing'}"
         )
     try:
+        _refuse_quantised(AutoConfig.from_pretrained(folder, trust_remote_code=False), folder)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         if not (folder / SIDECAR).is_file():
             return _pretrained(folder, dtype), tokenizer
@@ -130,15 +132,29 @@ def _pretrained(source: str | Path, dtype: str | torch.dtype, **options) -> PreT
 
 
 def _load_hub(name: str, dtype: str | torch.dtype) -> tuple:
+    where = {"local_files_only": not hub_in_reach()}
     try:
-        where = {"local_files_only": not hub_in_reach()}
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **where)
-        return _pretrained(name, dtype, **where), tokenizer
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **where)
+        if getattr(config, "quantization_config", None) is None:
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **where)
+            return _pretrained(name, dtype, **where), tokenizer
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"no model {name!r}: not a name of this kit ({nearest(name, list(registry()))}), not a "
             f"local folder, and the hub said: {first_line(error)}"
         ) from error
+    return _refuse_quantised(config, name)
+
+
+def _refuse_quantised(config: PretrainedConfig, source: str | Path) -> None:
+    found = getattr(config, "quantization_config", None)
+    if found is not None:
+        method = found.get("quant_method") if isinstance(found, dict) else found.quant_method
+        raise ValueError(
+            f"{source} is quantised ({method}): its layers hold no plain weights to cut; expected "
+            "float32, bfloat16 or float16. Load the checkpoint it was made from, or dequantise it "
+            "(model.dequantize()) and save that"
+        )
 
 
 def _load_adapter(folder: Path, dtype: str | torch.dtype) -> tuple:
@@ -192,8 +208,8 @@ def _load_shrunk(folder: Path, dtype: str | torch.dtype) -> PreTrainedModel:
     stored = config.dtype if dtype == "auto" else dtype
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=stored, trust_remote_code=False)
-    anatomy = Anatomy(model)
-    anatomy.set_units({site: [list(range(n)) for n in sidecar["widths"][site]] for site in SITES})
+    widths = sidecar["widths"].items()
+    Anatomy(model).set_units({site: [list(range(n)) for n in counts] for site, counts in widths})
     state = load_file(folder / "model.safetensors")
     missing, unexpected = model.load_state_dict(state, strict=False)
     absent = set(missing) - set(model.all_tied_weights_keys)
@@ -258,8 +274,8 @@ def save_model(
     """Save a model so that it reloads, here or with plain transformers.
 
     The folder is written beside its final place, reloaded, compared (logits of a fixed probe, bit
-    for bit) and only then renamed. Uniform widths load with plain
-    ``AutoModelForCausalLM.from_pretrained``; layers of different widths load with `load_model`.
+    for bit) and only then renamed. Widths that are uniform and have a field in the architecture's
+    config load with plain ``AutoModelForCausalLM.from_pretrained``; others load with `load_model`.
 
     Parameters
     ----------
@@ -271,8 +287,8 @@ def save_model(
     path : str or path
         Folder to create. One that an earlier call wrote is replaced, any other refused.
     portable : bool
-        Pad uneven layers with units of zeros to the widest, so that plain transformers loads the
-        folder at the price of a larger file.
+        Pad layers with units of zeros to the widest (to the dense width where the config has no
+        field for it), so that plain transformers loads the folder at the price of a larger file.
 
     Returns
     -------
@@ -301,7 +317,8 @@ def save_model(
         )
     stored = _padded(model) if portable else model
     with staged(final) as staging:
-        stored.save_pretrained(staging, max_shard_size="1TB")
+        # names as in memory: a layer's own widths leave no loader but ours, which knows no others
+        stored.save_pretrained(staging, max_shard_size="1TB", save_original_format=False)
         tokenizer_for(model, tokenizer).save_pretrained(staging)
         sidecar = {
             "format": _FORMAT,
@@ -318,17 +335,17 @@ def _padded(model: PreTrainedModel) -> PreTrainedModel:
     """A copy with layers of one width: the widest, or the dense one where no config says less."""
     model = copy.deepcopy(model)
     anatomy = Anatomy(model)
-    for width in (
-        lambda site: max(anatomy.units(site)),
-        lambda site: anatomy.config_units(site)[0],
-    ):
-        for site in SITES:
-            wanted = width(site)
-            padded = [[*range(n), *[-1] * (wanted - n)] for n in anatomy.units(site)]
-            anatomy.set_units({site: padded})
-        if anatomy.set_config():
-            break
+    for site, counts in anatomy.layer_widths().items():
+        _pad(anatomy, site, [max(counts)] * len(counts))
+    anatomy.set_config()
+    for site, counts in anatomy.config_widths().items():
+        _pad(anatomy, site, counts)
     return model
+
+
+def _pad(anatomy: Anatomy, site: str, widths: list[int]) -> None:
+    units = [anatomy.padding(site, layer, width) for layer, width in enumerate(widths)]
+    anatomy.set_units({site: units})
 
 
 def _compare_reloaded(model: PreTrainedModel, folder: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +18,7 @@ import pandas as pd
 from transformers import PreTrainedModel
 
 from .assets import staged
-from .families import SITES, Anatomy, weight_axis
+from .families import ALL_SITES, SITES, Anatomy, weight_axis
 from .sizes import Size, layer_parameters, token_parameters
 
 
@@ -30,7 +31,9 @@ class PruningPlan:
     model_hash : str
         `fingerprint` of the model the plan was made for.
     units : dict
-        Site to the number of units in every layer of that model.
+        Site to the number of units in every layer of that model. A cut of query heads in equal
+        number per key/value group is the site ``"balanced_heads"``; one plan may hold both that
+        and ``"attention"``.
     keep : dict
         Site to the units that stay, ascending, one list per layer.
     zero : dict
@@ -54,8 +57,9 @@ class PruningPlan:
     origin: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        if set(self.keep) - set(self.units) or set(self.units) - set(SITES):
-            raise ValueError(f"a plan is for sites {SITES}; got {[*self.units]}, {[*self.keep]}")
+        if set(self.keep) - set(self.units) or set(self.units) - set(ALL_SITES):
+            got = f"{[*self.units]}, {[*self.keep]}"
+            raise ValueError(f"a plan is for sites {ALL_SITES}; got {got}")
         for site, layers in self.keep.items():
             if len(layers) != len(self.units[site]):
                 raise ValueError(f"the plan lists {len(layers)} of {len(self.units[site])} layers")
@@ -158,9 +162,11 @@ class PruningPlan:
                     continue
                 for projection, side in anatomy.coupled(site):
                     module = anatomy.module(layer, projection)
-                    mask = np.zeros(module.weight.shape[weight_axis(module, side)], bool)
-                    mask[anatomy.positions(projection, units, total)] = True
-                    found[anatomy.name(layer, projection), side] = mask
+                    mask = np.ones(module.weight.shape[weight_axis(module, side)], bool)
+                    gone = np.setdiff1d(np.arange(total), units)
+                    mask[anatomy.positions(projection, gone, total, layer=layer)] = False
+                    key = anatomy.name(layer, projection), side
+                    found[key] = mask & found.get(key, True)
         return found
 
     def frame(self) -> pd.DataFrame:
@@ -250,6 +256,6 @@ def _check_subset(chosen: list[int], total: int, what: str) -> None:
         )
 
 
-def whole(anatomy: Anatomy) -> dict[str, list[list[int]]]:
-    """`PruningPlan.keep` that keeps every unit."""
-    return {site: [list(range(n)) for n in anatomy.units(site)] for site in SITES}
+def whole(anatomy: Anatomy, sites: Iterable[str] = SITES) -> dict[str, list[list[int]]]:
+    """`PruningPlan.keep` that keeps every unit of some sites."""
+    return {site: [list(range(n)) for n in anatomy.units(site)] for site in sites}

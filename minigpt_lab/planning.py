@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .families import Anatomy, Projection
+from .families import Anatomy
 from .plan import PruningPlan, whole
 from .statistics import Statistics
 from .vocabulary import close_over_merges, merge_table, protected_tokens
@@ -187,13 +187,14 @@ def _staying_units(
     """Units of a layer that still have an effect; at least the strongest one."""
     consumer = anatomy.family.consumes[site]
     name = anatomy.name(layer, consumer)
-    dead = _all_cut(anatomy, consumer, total, zero.get(name, {}).get("input"))
+    dead = _all_cut(anatomy, layer, consumer, total, zero.get(name, {}).get("input"))
     if site == "ffn":
         if name in cut.get("activation", {}):
             dead[cut["activation"][name]] = True
         if anatomy.activation_keeps_zero():
             for projection in anatomy.family.produces[site]:
-                dead |= _silent(anatomy, layer, projection, total, zero, None)
+                for block in projection.blocks:
+                    dead |= _silent(anatomy, layer, projection, total, zero, block)
     else:
         for projection in anatomy.family.produces[site]:
             if "value" in projection.blocks:
@@ -207,23 +208,17 @@ def _staying_units(
 def _silent(anatomy, layer, projection, total, zero, block) -> np.ndarray:
     """Units whose rows (and biases, if there are any) a plan zeroes in one projection."""
     cuts = zero.get(anatomy.name(layer, projection), {})
-    dead = _all_cut(anatomy, projection, total, cuts.get("output"), block)
+    dead = _all_cut(anatomy, layer, projection, total, cuts.get("output"), block)
     if anatomy.module(layer, projection).bias is not None:
-        dead &= _all_cut(anatomy, projection, total, cuts.get("bias"), block)
+        dead &= _all_cut(anatomy, layer, projection, total, cuts.get("bias"), block)
     return dead
 
 
-def _all_cut(
-    anatomy: Anatomy,
-    projection: Projection,
-    total: int,
-    features: np.ndarray | None,
-    block: str | None = None,
-) -> np.ndarray:
+def _all_cut(anatomy, layer, projection, total, features, block=None) -> np.ndarray:
     """Units ``[total]`` all of whose features (of one block) are among the given ones."""
     if features is None or len(features) == 0:
         return np.zeros(total, bool)
-    return np.isin(anatomy.unit_positions(projection, total, block), features).all(1)
+    return np.isin(anatomy.unit_positions(projection, total, block, layer), features).all(1)
 
 
 def _without_removed(anatomy, units, keep, zero) -> dict[str, dict[str, list[int]]]:
@@ -232,7 +227,7 @@ def _without_removed(anatomy, units, keep, zero) -> dict[str, dict[str, list[int
     for site, layers in keep.items():
         for layer, staying in enumerate(layers):
             for projection, side in anatomy.coupled(site):
-                features = anatomy.positions(projection, staying, units[site][layer])
+                features = anatomy.positions(projection, staying, units[site][layer], layer=layer)
                 cuts = zero.get(anatomy.name(layer, projection), {})
                 for name in ("output", "bias") if side == "output" else ("input",):
                     if name in cuts:

@@ -92,9 +92,10 @@ def dense_parameters(model: PreTrainedModel) -> int:
     for plan in reversed(getattr(model, "pruning_plans", [])):  # the first plan saw the dense model
         units |= plan.units
         tokens = max(tokens, plan.vocabulary_size)
-    for site, widths in units.items():
-        for layer, (before, now) in enumerate(zip(widths, anatomy.units(site), strict=True)):
-            total += (before - now) * anatomy.unit_parameters(site, layer)
+    for layer in range(len(anatomy.layers)):
+        before = {site: widths[layer] for site, widths in units.items()}
+        for site in SITES:
+            total += anatomy.parameters(layer, site, before) - anatomy.parameters(layer, site)
     return total + (tokens - rows) * token_parameters(model)
 
 
@@ -111,14 +112,18 @@ def describe(model: PreTrainedModel) -> pd.DataFrame:
     pandas.DataFrame
         One row per site: the unit, units per layer (``min``–``max`` where layers differ), the legal
         ratios of units removed per layer, parameters that one unit costs, and the share of the
-        model's parameters that all units of the site hold.
+        model's parameters that all units of the site hold. Under grouped-query attention the query
+        heads of the site ``"attention"`` appear again as ``"balanced_heads"``, whose units are one
+        query head of every key/value group: the other way to cut the same weights.
     """
     anatomy = Anatomy(model)
-    grouped = anatomy.queries_per_group > 1
+    grouped = max(anatomy.units("balanced_heads")) > 1
     names = {"ffn": "channel", "attention": "key/value group" if grouped else "head"}
+    if grouped:
+        names["balanced_heads"] = "query head of every group"
     everything = sum(parameter.numel() for parameter in model.parameters())
     rows = []
-    for site in SITES:
+    for site in names:
         units = anatomy.units(site)
         costs = [anatomy.unit_parameters(site, layer) for layer in range(len(units))]
         rows.append(

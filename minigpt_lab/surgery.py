@@ -40,6 +40,7 @@ def masked(model: PreTrainedModel, plan: PruningPlan) -> Iterator[PreTrainedMode
         The same model.
     """
     anatomy = plan.require(model)
+    cap = anatomy.soft_cap()
     saved: list[tuple[torch.Tensor, int, torch.Tensor, torch.Tensor]] = []
     vocabulary = getattr(model, "trimmed_vocabulary", None)
     hook = None
@@ -51,13 +52,15 @@ def masked(model: PreTrainedModel, plan: PruningPlan) -> Iterator[PreTrainedMode
                 tensor.index_fill_(axis, index, 0)
         if plan.vocabulary is not None:
             head = model.get_output_embeddings()
-            hook = head.register_forward_hook(_forbid(plan, head.weight.device))
+            hook = head.register_forward_hook(_forbid(plan, head.weight.device, cap))
+            anatomy.set_soft_cap(None)  # it would make minus infinity finite; the hook applies it
             model.trimmed_vocabulary = TrimmedVocabulary.of(model).cut(plan.vocabulary, mask=True)
         yield model
     finally:
         model.trimmed_vocabulary = vocabulary
         if hook is not None:
             hook.remove()
+            anatomy.set_soft_cap(cap)
         with torch.no_grad():
             for tensor, axis, index, values in reversed(saved):
                 tensor.index_copy_(axis, index, values)
@@ -71,7 +74,7 @@ def _cuts(anatomy: Anatomy, plan: PruningPlan) -> Iterator[tuple[torch.Tensor, i
             gone = np.setdiff1d(np.arange(total), units)
             for projection, side in anatomy.coupled(site) if len(gone) else ():
                 module = anatomy.module(layer, projection)
-                features = anatomy.positions(projection, gone, total)
+                features = anatomy.positions(projection, gone, total, layer=layer)
                 yield module.weight, weight_axis(module, side), features
                 if side == "output" and module.bias is not None:
                     yield module.bias, 0, features
@@ -99,12 +102,14 @@ def _zero_cuts(
             yield module.bias, 0, np.array(sides["bias"], np.int64)
 
 
-def _forbid(plan: PruningPlan, device: torch.device):
+def _forbid(plan: PruningPlan, device: torch.device, cap: float | None):
     gone = torch.ones(plan.vocabulary_size, dtype=torch.bool)
     gone[plan.vocabulary] = False
     gone = gone.to(device)
 
     def hook(_module: nn.Module, _args: tuple, logits: torch.Tensor) -> torch.Tensor:
+        if cap is not None:
+            logits = torch.tanh(logits / cap) * cap
         return logits.masked_fill(gone, float("-inf"))
 
     return hook

@@ -61,7 +61,7 @@ def test_frame_has_every_neuron_and_a_true_variance(model, padded):
     frame = lab.collect_statistics(model, [padded], progress=False).frame()
     linears = [module for _, _, module in Anatomy(model).linears()]
     ffn = sum(Anatomy(model).units("ffn"))
-    assert len(frame) == sum(m.in_features + m.out_features for m in linears) + ffn
+    assert len(frame) == sum(sum(m.weight.shape) for m in linears) + ffn
     rows = frame.query("layer == 1 and side == 'activation'")
     name = Anatomy(model).name(1, Anatomy(model).family.consumes["ffn"])
     np.testing.assert_allclose(rows["variance"], naive(model, padded)[name][0].var(0), atol=1e-5)

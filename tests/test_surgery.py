@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import minigpt_lab as lab
-from minigpt_lab.families import SITES, Anatomy
+from minigpt_lab.families import ALL_SITES, Anatomy, weight_axis
 from minigpt_lab.sizes import dense_parameters
 
 ids = st.integers(0, 2**32 - 1)
@@ -27,12 +27,14 @@ def random_plan(model, seed: int, vocabulary: bool = True) -> lab.PruningPlan:
         size = rng.integers(least, total + 1)
         return np.sort(rng.choice(total, size, replace=False)).tolist()
 
-    units = {site: anatomy.units(site) for site in SITES}
+    units = {site: anatomy.units(site) for site in ALL_SITES}
     keep = {site: [subset(n, 1) for n in counts] for site, counts in units.items()}
     zero = {}
     for _, name, module in anatomy.linears():
-        zero[name] = {"input": subset(module.in_features, 0)[:3]}
-        zero[name]["output"] = subset(module.out_features, 0)[:3]
+        zero[name] = {
+            side: subset(module.weight.shape[weight_axis(module, side)], 0)[:3]
+            for side in ("input", "output")
+        }
         if module.bias is not None:
             zero[name]["bias"] = zero[name]["output"][:1]
     rows = model.get_input_embeddings().weight.shape[0]

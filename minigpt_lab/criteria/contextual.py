@@ -29,5 +29,6 @@ def contextual_scores(model, batches=None, statistics=None, *, sites):
         found[site] = []
         for layer, total in enumerate(anatomy.units(site)):
             mean_abs = statistics.mean(anatomy.name(layer, consumer), "input", "absolute")
-            found[site].append(mean_abs[anatomy.unit_positions(consumer, total)].mean(1))
+            positions = anatomy.unit_positions(consumer, total, layer=layer)
+            found[site].append(mean_abs[positions].mean(1))
     return found

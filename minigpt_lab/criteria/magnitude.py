@@ -40,7 +40,7 @@ def magnitude_scores(
                 weight = module.weight.detach().float()
                 powers = weight.abs() if norm == "l1" else weight.square()
                 per_feature = powers.sum(1 - weight_axis(module, side)).cpu().numpy()
-                features = anatomy.unit_positions(projection, total)
+                features = anatomy.unit_positions(projection, total, layer=layer)
                 tensors.append(per_feature[features].sum(1))
             found[site].append(np.sum(tensors, 0) / (len(tensors) if reduce == "mean" else 1))
     return found

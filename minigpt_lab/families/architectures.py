@@ -1,0 +1,204 @@
+"""The entries: how each architecture calls its layers, projections, fields and attributes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+#: Sites inside the decoder layers that are pruned unless said otherwise.
+SITES = ("ffn", "attention")
+
+#: What leaves attention, to the site that holds such units. Under grouped-query attention a query
+#: head reads the keys of its place: removed unevenly, those that stay would silently read the keys
+#: of others. So a unit is a whole key/value group, or the query head of one place in *every* group.
+ATTENTION_UNITS = {"kv_group": "attention", "balanced_heads": "balanced_heads"}
+
+ALL_SITES = ("ffn", *ATTENTION_UNITS.values())
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A linear layer whose rows or columns belong to units.
+
+    Parameters
+    ----------
+    path : str
+        Module path below one decoder layer.
+    blocks : tuple of str
+        What its unit axis holds, in order: ``"query"``, ``"key"``, ``"value"``, or FFN channels
+        under any other names (``"channel"``; ``"gate"``, ``"up"``). More than one block means a
+        fused projection.
+    interleaved : bool
+        For fused projections: True if every head has its blocks side by side (BLOOM, GPT-NeoX),
+        False if one block follows the other (GPT-2, Phi-3).
+    axis : int
+        Along which the units lie in ``[group, query head of the group, feature]``: 0 if a unit is a
+        channel, head or group, 1 if it is one query head of every group.
+    """
+
+    path: str
+    blocks: tuple[str, ...]
+    interleaved: bool = False
+    axis: int = 0
+
+
+@dataclass(frozen=True)
+class Family:
+    """Names by which one architecture calls its parts.
+
+    Parameters
+    ----------
+    layers : str
+        Path of the list of decoder layers.
+    produces : dict
+        Site to the projections whose *output* features are the site's units. The site
+        ``"balanced_heads"`` follows from ``"attention"``.
+    consumes : dict
+        Site to the one projection whose *input* features are the site's units.
+    activation : str
+        Path of the FFN's activation below one layer.
+    config : dict
+        ``"channel"``, ``"query"`` or ``"key"`` to the config field that holds the FFN's width or
+        the number of such heads. What has no field cannot be narrowed in the config of plain
+        transformers.
+    attributes : dict
+        Path below one layer, of what its forward pass reads, to what it holds: the number of
+        ``"query"`` heads, of ``"key"`` heads, of queries ``"per_key"``, or their ``"features"``. A
+        path through ``config`` gives that module a view of the config with a value of its own.
+    per_head : str
+        Keyword argument of a decoder layer that brings one entry for every head of the dense model,
+        ``[batch * heads, …]``, such as ALiBi's slopes: each layer is to use those of its own heads.
+    soft_cap : str
+        Config field with the soft cap of the logits.
+    """
+
+    layers: str = "model.layers"
+    produces: dict[str, tuple[Projection, ...]] = field(default_factory=dict)
+    consumes: dict[str, Projection] = field(default_factory=dict)
+    activation: str = "mlp.act_fn"
+    config: dict[str, str] = field(default_factory=dict)
+    attributes: dict[str, str] = field(default_factory=dict)
+    per_head: str = ""
+    soft_cap: str = ""
+
+    def __post_init__(self):
+        heads = [p for p in self.produces["attention"] if "query" in p.blocks]
+        balanced = tuple(replace(projection, axis=1) for projection in heads)
+        object.__setattr__(self, "produces", {**self.produces, "balanced_heads": balanced})
+        balanced = replace(self.consumes["attention"], axis=1)
+        object.__setattr__(self, "consumes", {**self.consumes, "balanced_heads": balanced})
+
+
+def _separate(prefix: str) -> tuple[Projection, ...]:
+    """Unfused q/k/v projections below `prefix`."""
+    return tuple(
+        Projection(f"{prefix}.{block[0]}_proj", (block,)) for block in ("query", "key", "value")
+    )
+
+
+def _fused(path: str, interleaved: bool) -> tuple[Projection]:
+    return (Projection(path, ("query", "key", "value"), interleaved),)
+
+
+def _channels(*paths: str) -> tuple[Projection, ...]:
+    return tuple(Projection(path, ("channel",)) for path in paths)
+
+
+def _second(ffn: str, attention: str) -> dict[str, Projection]:
+    return {"ffn": Projection(ffn, ("channel",)), "attention": Projection(attention, ("query",))}
+
+
+_HEADS = {
+    "channel": "intermediate_size",
+    "query": "num_attention_heads",
+    "key": "num_key_value_heads",
+}
+_GROUPED = {"self_attn.num_key_value_groups": "per_key"}
+
+_LLAMA = Family(
+    produces={
+        "ffn": _channels("mlp.gate_proj", "mlp.up_proj"),
+        "attention": _separate("self_attn"),
+    },
+    consumes=_second("mlp.down_proj", "self_attn.o_proj"),
+    config=_HEADS,
+    attributes=_GROUPED,
+)
+_GEMMA = replace(_LLAMA, soft_cap="final_logit_softcapping")
+_OPT = Family(
+    layers="model.decoder.layers",
+    produces={"ffn": _channels("fc1"), "attention": _separate("self_attn")},
+    consumes=_second("fc2", "self_attn.out_proj"),
+    activation="activation_fn",
+    config={"channel": "ffn_dim"},
+    attributes={"self_attn.num_heads": "query"},
+)
+_PHI = Family(
+    produces={"ffn": _channels("mlp.fc1"), "attention": _separate("self_attn")},
+    consumes=_second("mlp.fc2", "self_attn.dense"),
+    activation="mlp.activation_fn",
+    config=_HEADS,
+    attributes=_GROUPED,
+)
+_PHI3 = Family(
+    produces={
+        "ffn": (Projection("mlp.gate_up_proj", ("gate", "up")),),
+        "attention": _fused("self_attn.qkv_proj", interleaved=False),
+    },
+    consumes=_second("mlp.down_proj", "self_attn.o_proj"),
+    activation="mlp.activation_fn",
+    config=_HEADS,
+    attributes={
+        **_GROUPED,
+        "self_attn.num_key_value_heads": "key",
+        "self_attn.config.num_attention_heads": "query",
+    },
+)
+_GPT2 = Family(
+    layers="transformer.h",
+    produces={
+        "ffn": _channels("mlp.c_fc"),
+        "attention": _fused("attn.c_attn", interleaved=False),
+    },
+    consumes=_second("mlp.c_proj", "attn.c_proj"),
+    activation="mlp.act",
+    config={"channel": "n_inner"},
+    attributes={"attn.num_heads": "query", "attn.split_size": "features"},
+)
+_NEOX = Family(
+    layers="gpt_neox.layers",
+    produces={
+        "ffn": _channels("mlp.dense_h_to_4h"),
+        "attention": _fused("attention.query_key_value", interleaved=True),
+    },
+    consumes=_second("mlp.dense_4h_to_h", "attention.dense"),
+    activation="mlp.act",
+    config={"channel": "intermediate_size"},
+)
+_BLOOM = Family(
+    layers="transformer.h",
+    produces={
+        "ffn": _channels("mlp.dense_h_to_4h"),
+        "attention": _fused("self_attention.query_key_value", interleaved=True),
+    },
+    consumes=_second("mlp.dense_4h_to_h", "self_attention.dense"),
+    activation="mlp.gelu_impl",
+    attributes={"self_attention.num_heads": "query", "self_attention.hidden_size": "features"},
+    per_head="alibi",
+)
+
+#: Supported architectures by transformers' ``model_type``.
+FAMILIES: dict[str, Family] = {
+    "llama": _LLAMA,  # also SmolLM, SmolLM2, TinyLlama, Sheared-LLaMA
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "gemma": _LLAMA,
+    "gemma2": _GEMMA,
+    "gemma3_text": _GEMMA,
+    "opt": _OPT,
+    "phi": _PHI,
+    "phi3": _PHI3,  # also Phi-4
+    "gpt2": _GPT2,
+    "gpt_neox": _NEOX,  # also Pythia
+    "bloom": _BLOOM,
+}
