@@ -1,12 +1,13 @@
-"""Train the tiny models of this folder on the project's own texts: ``tasks.py tiny``.
+"""Train the tiny models of this folder on the project's own texts: ``tasks.py tiny [NAME …]``.
 
-One tokenizer and one model each of Llama, OPT and Phi architecture, about a million parameters,
-fitted to the calibration and train parts of the four ``tiny-*`` domains, stopped on validation.
-The test parts stay unseen. Same versions and machine give the same weights.
+One tokenizer and one model each of Llama, OPT, Phi, GPT-2 and BLOOM architecture, about a million
+parameters, fitted to the calibration and train parts of the four ``tiny-*`` domains, stopped on
+validation. The test parts stay unseen. Same versions and machine give the same weights.
 """
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from pathlib import Path
 
@@ -14,7 +15,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
+    BloomConfig,
     EarlyStoppingCallback,
+    GPT2Config,
     LlamaConfig,
     OPTConfig,
     PhiConfig,
@@ -39,6 +42,8 @@ CONFIGS = {
     "tiny-llama": LlamaConfig(**COMMON, intermediate_size=384, num_key_value_heads=2),
     "tiny-opt": OPTConfig(**COMMON, ffn_dim=512, word_embed_proj_dim=128, dropout=0.1),
     "tiny-phi": PhiConfig(**COMMON, intermediate_size=512, resid_pdrop=0.1, embd_pdrop=0.1),
+    "tiny-gpt2": GPT2Config(**COMMON, n_inner=512),
+    "tiny-bloom": BloomConfig(**COMMON, hidden_dropout=0.1),
 }
 
 
@@ -92,12 +97,12 @@ def train(name: str, tokenizer: PreTrainedTokenizerFast, train_texts, validation
 
 
 def main() -> None:
-    """Train everything in `CONFIGS`."""
+    """Train the models named on the command line, by default all of `CONFIGS`."""
     domains = [lab.load_domain(name) for name in lab.domain_names(tiny=True)]
     train_texts = [text for d in domains for text in (*d.calibration, *d.train)]
     validation_texts = [text for d in domains for text in d.validation]
     tokenizer = train_tokenizer(train_texts)
-    for name in CONFIGS:
+    for name in sys.argv[1:] or CONFIGS:
         train(name, tokenizer, train_texts, validation_texts)
 
 
