@@ -10,7 +10,7 @@ import pandas as pd
 from transformers import PreTrainedModel
 
 from ..assets import nearest
-from ..families import SITES
+from ..families import ALL_SITES, ATTENTION_UNITS, SITES, Anatomy
 from ..runtime import fingerprint
 from ..statistics import Statistics
 
@@ -72,6 +72,7 @@ def score(
     batches: Iterable[dict] | None = None,
     statistics: Statistics | None = None,
     sites: tuple[str, ...] = SITES,
+    units: str = "kv_group",
     **options,
 ) -> Scores:
     """Score every unit of a model under one criterion.
@@ -88,6 +89,10 @@ def score(
         Saved statistics of this model to use instead of a pass over `batches`.
     sites : tuple of str
         Which of ``"ffn"`` and ``"attention"`` to score.
+    units : {"kv_group", "balanced_heads"}
+        What leaves attention: whole key/value groups (heads, where every head has its own), or one
+        query head of every group, keys and values staying. Scores and plans then name the site
+        ``"balanced_heads"`` instead of ``"attention"``.
     **options
         The criterion's own options.
 
@@ -98,13 +103,22 @@ def score(
     Raises
     ------
     ValueError
-        If the criterion or a site is unknown, a criterion lacks its data, or a score is not finite.
+        If the criterion, a site or a kind of units is unknown, the model has but one query head
+        per group to remove in balance, a criterion lacks its data, or a score is not finite.
     """
     if name not in CRITERIA:
         raise ValueError(f"unknown criterion {name!r}; {nearest(name, sorted(CRITERIA))}")
     for site in sites:
-        if site not in SITES:
-            raise ValueError(f"unknown site {site!r}; {nearest(site, list(SITES))}")
+        if site not in ALL_SITES:
+            raise ValueError(f"unknown site {site!r}; {nearest(site, list(ALL_SITES))}")
+    if units not in ATTENTION_UNITS:
+        raise ValueError(f"unknown units {units!r}; {nearest(units, list(ATTENTION_UNITS))}")
+    sites = tuple(ATTENTION_UNITS[units] if site == "attention" else site for site in sites)
+    if "balanced_heads" in sites and max(Anatomy(model).units("balanced_heads")) == 1:
+        raise ValueError(
+            "units='balanced_heads', but this model has one query head per key/value group and "
+            "cannot spare it; expected grouped-query attention: use units='kv_group'"
+        )
     if statistics is not None:
         statistics.require(model)
     values = CRITERIA[name](model, batches, statistics, sites=sites, **options)
