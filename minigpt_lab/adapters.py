@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .assets import nearest
-from .families import Anatomy
+from .families import Anatomy, weight_axis
 
 
 def adapter_targets(model: PreTrainedModel, wanted: Sequence[str] | None) -> list[str]:
@@ -78,7 +78,9 @@ def adapted(
             return
         with warnings.catch_warnings():  # peft asks transformers by a name that it now warns of
             warnings.simplefilter("ignore", FutureWarning)
-            peft = get_peft_model(model, LoraConfig(target_modules=list(names), **lora))
+            transposed = weight_axis(model.get_submodule(names[0]), "output") == 1
+            config = LoraConfig(target_modules=list(names), fan_in_fan_out=transposed, **lora)
+            peft = get_peft_model(model, config)
         # checkpoints without embeddings: peft asks the hub whether a pruned one has changed
         peft.save_pretrained = functools.partial(peft.save_pretrained, save_embedding_layers=False)
         try:
@@ -99,9 +101,10 @@ def adapted(
 def _spare_zeros(layer: nn.Module) -> None:
     """Keep an adapter from filling rows and columns that are zero in the weight it adapts."""
     zero = layer.base_layer.weight == 0
+    inputs, outputs = (weight_axis(layer.base_layer, side) for side in ("input", "output"))
     for factor, places, axis in (
-        (layer.lora_A["default"].weight, zero.all(0), 1),
-        (layer.lora_B["default"].weight, zero.all(1), 0),
+        (layer.lora_A["default"].weight, zero.all(outputs), 1),
+        (layer.lora_B["default"].weight, zero.all(inputs), 0),
     ):
         if places.any():
             mask = places.unsqueeze(1 - axis)

@@ -317,6 +317,22 @@ def test_adapters_on_a_trimmed_model_leave_its_tokens_alone(tiny, tiny_domain, r
     assert not [w for w in recwarn if "peft" in w.filename]
 
 
+@pytest.mark.parametrize("name", ["tiny-gpt2", "tiny-bloom"])
+def test_fused_and_transposed_layers_recover_with_adapters(name, tiny_domain, recwarn):
+    model, tokenizer = lab.load_model(name, device="cpu")
+    keep = {"ffn": [list(range(64, 512))] * 4, "attention": [[0, 1, 3], [1, 3], [2], [0, 1, 2, 3]]}
+    units = {"ffn": [512] * 4, "attention": [4] * 4}
+    first = adapters.adapter_targets(model, None)[0]
+    plan = lab.PruningPlan("", units, keep, {first: {"input": [3, 5], "output": [7]}})
+    mini = lab.shrink(model, plan)
+    zero = mini.get_submodule(first).weight == 0
+    recwarn.clear()
+    history = lab.recover(mini, tokenizer, tiny_domain, "lora", learning_rate=5e-3, **SMALL)
+    assert history["perplexity"].min() < 0.97 * history["perplexity"][0]
+    assert zero.sum() > 500 and (mini.get_submodule(first).weight[zero] == 0).all()
+    assert not [w for w in recwarn if "peft" in w.filename]
+
+
 def test_adapters_go_where_they_are_asked_to(mini, tiny, tiny_domain):
     before = copy.deepcopy(mini)
     wanted = ["q_proj", "model.layers.1.mlp.up_proj"]
