@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import random_model
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from test_surgery import logits, random_plan
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -60,6 +61,43 @@ def test_portable_folders_load_with_plain_transformers(tmp_path, model, tokenize
     assert mini.num_parameters() < plain.num_parameters() <= model.num_parameters()
     padded, _ = lab.load_model(folder, device="cpu")
     assert dense_parameters(padded) == model.num_parameters()
+
+
+def test_heads_keep_their_slopes_on_disk(tmp_path, tokenizer, probe):
+    model = random_model("bloom")
+    keep = {"attention": [[1, 3], [0, 1, 2, 3], [2]]}
+    mini = lab.shrink(model, lab.PruningPlan("", {"attention": [4] * 3}, keep))
+    again, _ = lab.load_model(lab.save_model(mini, tokenizer, tmp_path / "mini"), device="cpu")
+    assert again.transformer.h[0].surviving_heads.tolist() == [1, 3]
+    assert again.transformer.h[1].state_dict().get("surviving_heads") is None
+    # what plain transformers loads has every head at its place, those that left silent
+    folder = lab.save_model(mini, tokenizer, tmp_path / "portable", portable=True)
+    assert not [key for key in load_file(folder / "model.safetensors") if "surviving" in key]
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    torch.testing.assert_close(logits(plain, probe), logits(mini, probe), atol=1e-5, rtol=1e-5)
+
+
+def test_quantised_models_are_refused_with_a_way_out(tmp_path, tokenizer):
+    model = random_model("llama")
+    folder = lab.save_model(model, tokenizer, tmp_path / "model")
+    (folder / "minigpt_lab.json").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        ValueError, match=r"quantised \(bitsandbytes\).*expected float32.*dequantise"
+    ):
+        lab.load_model(folder, device="cpu")
+    weight = model.model.layers[0].mlp.gate_proj.weight
+    weight.requires_grad_(False)
+    weight.data = weight.data.to(torch.int8)
+    with pytest.raises(
+        ValueError, match=r"gate_proj is Linear with weights of type torch.int8; exp"
+    ):
+        lab.describe(model)
+    adapted = get_peft_model(random_model("llama"), LoraConfig(target_modules=["o_proj"]))
+    with pytest.raises(ValueError, match=r"o_proj is Linear.*merge an adapter into its base"):
+        lab.describe(adapted.base_model.model)
 
 
 def test_a_shrunk_model_can_be_saved_in_bfloat16(tmp_path, tokenizer, probe):
