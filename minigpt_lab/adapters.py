@@ -73,8 +73,15 @@ def adapted(
     training, use_cache = model.training, model.config.use_cache
     try:
         if names is None:
-            with _zeros_kept(model):
-                yield model
+            # checkpoints with the names in memory: the Trainer knows no others when it reads one,
+            # and passes over what it does not know
+            names_kept = functools.partial(model.save_pretrained, save_original_format=False)
+            model.save_pretrained = names_kept
+            try:
+                with _zeros_kept(model):
+                    yield model
+            finally:
+                del model.save_pretrained
             return
         with warnings.catch_warnings():  # peft asks transformers by a name that it now warns of
             warnings.simplefilter("ignore", FutureWarning)

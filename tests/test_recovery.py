@@ -12,6 +12,8 @@ import time
 import pandas as pd
 import pytest
 import torch
+from conftest import random_model
+from safetensors.torch import load_file
 from torch import nn
 from transformers import TrainingArguments
 
@@ -331,6 +333,15 @@ def test_fused_and_transposed_layers_recover_with_adapters(name, tiny_domain, re
     assert history["perplexity"].min() < 0.97 * history["perplexity"][0]
     assert zero.sum() > 500 and (mini.get_submodule(first).weight[zero] == 0).all()
     assert not [w for w in recwarn if "peft" in w.filename]
+
+
+def test_checkpoints_have_the_names_in_memory(tmp_path):
+    """GPT-NeoX is published with another name for its head than transformers gives it."""
+    model = random_model("gpt_neox")
+    with adapters.adapted(model) as training:
+        training.save_pretrained(tmp_path)
+    assert set(load_file(tmp_path / "model.safetensors")) == set(model.state_dict())
+    assert "save_pretrained" not in vars(model)
 
 
 def test_adapters_go_where_they_are_asked_to(mini, tiny, tiny_domain):
