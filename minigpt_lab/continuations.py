@@ -1,16 +1,19 @@
 """How likely each of several continuations of one prompt is, in one pass.
 
 They stand side by side behind the prompt; each sees the prompt and itself, at the positions that it
-would have alone. So the prompt is computed once, for every architecture alike and without a cache.
+would have alone. So the prompt is computed once and without a cache, for every architecture that
+can be told positions. Others (ALiBi counts from the mask) get one row for every continuation.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -96,6 +99,8 @@ def _common(first: list[int], second: list[int]) -> int:
 
 def branch_losses(model: PreTrainedModel, group: list[Packed]) -> list[np.ndarray]:
     """Negative log-likelihood of every token of each row but the first, ``[tokens - 1]``."""
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return [_row_by_row(model, entry) for entry in group]
     length = max(len(entry.ids) for entry in group)
     ids = torch.zeros(len(group), length, dtype=torch.long)
     positions = torch.zeros_like(ids)
@@ -127,3 +132,18 @@ def branch_losses(model: PreTrainedModel, group: list[Packed]) -> list[np.ndarra
         values = logits[row, previous.to(device)].float()
         found.append(functional.cross_entropy(values, targets, reduction="none").cpu().numpy())
     return [values.astype(np.float64) for values in found]
+
+
+def _row_by_row(model: PreTrainedModel, entry: Packed) -> np.ndarray:
+    rows = [torch.tensor(entry.ids[: entry.shared] + entry.ids[part]) for part in entry.branches]
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # what follows a row changes none of it
+    check_token_ids(model, ids)
+    logits = model(input_ids=ids.to(model.device), use_cache=False).logits[:, :-1].float()
+    losses = functional.cross_entropy(
+        logits.transpose(1, 2), ids[:, 1:].to(model.device), reduction="none"
+    )
+    losses = losses.cpu().numpy().astype(np.float64)
+    found = [losses[0, : entry.shared - 1]]
+    for row, part in zip(losses, entry.branches, strict=True):
+        found.append(row[entry.shared - 1 :][: part.stop - part.start])
+    return np.concatenate(found)
