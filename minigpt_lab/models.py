@@ -6,9 +6,11 @@ units of every layer and the plan they came from. Sizes per architecture are dat
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -135,17 +137,23 @@ def _pretrained(source: str | Path, dtype: str | torch.dtype, **options) -> PreT
 
 def _load_hub(name: str, dtype: str | torch.dtype) -> tuple:
     where = {"local_files_only": not hub_in_reach()}
-    try:
+    with _hub_errors(name):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, **where)
-        if getattr(config, "quantization_config", None) is None:
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **where)
-            return _pretrained(name, dtype, **where), tokenizer
+    _refuse_quantised(config, name)
+    with _hub_errors(name):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **where)
+        return _pretrained(name, dtype, **where), tokenizer
+
+
+@contextlib.contextmanager
+def _hub_errors(name: str) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"no model {name!r}: not a name of this kit ({nearest(name, list(registry()))}), not a "
             f"local folder, and the hub said: {first_line(error)}"
         ) from error
-    return _refuse_quantised(config, name)
 
 
 def _refuse_quantised(config: PretrainedConfig, source: str | Path) -> None:

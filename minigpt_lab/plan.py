@@ -160,10 +160,10 @@ class PruningPlan:
                 total = self.units[site][layer]
                 if len(units) == total:
                     continue
+                gone = np.delete(np.arange(total), units)
                 for projection, side in anatomy.coupled(site):
                     module = anatomy.module(layer, projection)
                     mask = np.ones(module.weight.shape[weight_axis(module, side)], bool)
-                    gone = np.setdiff1d(np.arange(total), units)
                     mask[anatomy.positions(projection, gone, total, layer=layer)] = False
                     key = anatomy.name(layer, projection), side
                     found[key] = mask & found.get(key, True)

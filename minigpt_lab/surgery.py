@@ -119,8 +119,8 @@ def _forbid(plan: PruningPlan, device: torch.device, cap: float | None):
 def shrink(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
     """A new model without the units and tokens that a plan removes.
 
-    FFN channels, heads (or key/value groups) and tokens leave for good; features that can only be
-    zeroed are zeroed. Widths go into the config where all layers agree.
+    FFN channels, heads (key/value groups, query heads of every group) and tokens leave for good;
+    features that can only be zeroed are zeroed. Widths go into the config where all layers agree.
 
     Parameters
     ----------

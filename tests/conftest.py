@@ -53,9 +53,9 @@ CONFIGS = {
     "phi": PhiConfig(**_COMMON, intermediate_size=20, resid_pdrop=0.0),
     "phi3": Phi3Config(**_GATED),
     "gemma": GemmaConfig(**_MULTI_QUERY),
-    "gemma2": Gemma2Config(**_GATED, head_dim=6, sliding_window=4, query_pre_attn_scalar=6),
+    "gemma2": Gemma2Config(**_GATED, head_dim=6, sliding_window=32, query_pre_attn_scalar=6),
     "gemma3": Gemma3TextConfig(
-        **_MULTI_QUERY, sliding_window=4, query_pre_attn_scalar=6, sliding_window_pattern=2
+        **_MULTI_QUERY, sliding_window=32, query_pre_attn_scalar=6, sliding_window_pattern=2
     ),
     "gpt2": GPT2Config(**_COMMON, n_inner=20, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
     "gpt_neox": GPTNeoXConfig(**_COMMON, intermediate_size=20),

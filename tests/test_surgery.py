@@ -184,6 +184,25 @@ def test_a_mask_over_tokens_reaches_behind_a_soft_cap(family, probe):
     torch.testing.assert_close(mini(input_ids=probe % 60, labels=probe % 60).loss, loss)
 
 
+@pytest.mark.parametrize("family", ["mistral", "phi3", "gemma2", "gemma3"])
+def test_windows_that_slide_do_so_after_shrinking(family, probe, monkeypatch):
+    windowed = copy.deepcopy(CONFIGS[family])
+    windowed.sliding_window = 4
+    wide = random_model(family)
+    monkeypatch.setitem(CONFIGS, family, windowed)
+    model = random_model(family)
+    assert (logits(model, probe) - logits(wide, probe)).abs().max() > 1e-3
+    plan = random_plan(model, 21, vocabulary=False)
+    mini = lab.shrink(model, plan)
+    with lab.masked(model, plan):
+        torch.testing.assert_close(logits(mini, probe), logits(model, probe), atol=1e-4, rtol=1e-4)
+    cached, plain = (
+        mini.generate(probe, max_new_tokens=5, do_sample=False, use_cache=cache)
+        for cache in (True, False)
+    )
+    assert torch.equal(cached, plain)
+
+
 def test_a_number_of_heads_that_the_config_refuses_stays_out_of_it(probe):
     model = random_model("gemma3")  # 3 heads do not divide a hidden size of 32
     keep = {"balanced_heads": [[0, 1, 3]] * 3}

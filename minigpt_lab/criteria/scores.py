@@ -114,7 +114,7 @@ def score(
     if units not in ATTENTION_UNITS:
         raise ValueError(f"unknown units {units!r}; {nearest(units, list(ATTENTION_UNITS))}")
     sites = tuple(ATTENTION_UNITS[units] if site == "attention" else site for site in sites)
-    if "balanced_heads" in sites and max(Anatomy(model).units("balanced_heads")) == 1:
+    if units == "balanced_heads" and max(Anatomy(model).units("balanced_heads")) == 1:
         raise ValueError(
             "units='balanced_heads', but this model has one query head per key/value group and "
             "cannot spare it; expected grouped-query attention: use units='kv_group'"
