@@ -4,7 +4,16 @@ from .allocation import plan_from_scores
 from .answers import Answers, answer_questions, compare_answers, position_bias
 from .assets import SourceUnavailable
 from .benchmarks import benchmark
-from .criteria import CRITERIA, Scores, criterion, score
+from .criteria import (
+    CRITERIA,
+    MINI_LLM,
+    Scores,
+    adaptive_threshold,
+    bias_compensated,
+    block_influence,
+    criterion,
+    score,
+)
 from .domains import (
     Domain,
     Part,
@@ -17,6 +26,7 @@ from .efficiency import efficiency
 from .evaluation import Perplexity, generate, perplexity
 from .exercises import check
 from .families import FAMILIES
+from .hessians import Hessians, collect_hessians, weight_compensated
 from .matrix import domain_matrix, domain_plans
 from .models import load_model, save_model
 from .plan import PruningPlan
@@ -26,6 +36,7 @@ from .questions import Question
 from .recovery import recover
 from .runtime import label
 from .sizes import Size, describe, model_size
+from .spsa import gradient_cosine
 from .statistics import Statistics, collect_statistics
 from .surgery import masked, shrink
 from .tokens import count_tokens, excerpt, tokenize
@@ -38,8 +49,10 @@ __all__ = [
     "FAMILIES",
     "PERPLEXITY_PRESETS",
     "RECOVERY_PRESETS",
+    "MINI_LLM",
     "Answers",
     "Domain",
+    "Hessians",
     "Part",
     "Perplexity",
     "PruningPlan",
@@ -48,10 +61,14 @@ __all__ = [
     "Size",
     "SourceUnavailable",
     "Statistics",
+    "adaptive_threshold",
     "answer_questions",
     "benchmark",
     "check",
+    "bias_compensated",
+    "block_influence",
     "check_disjoint",
+    "collect_hessians",
     "collect_statistics",
     "compare_answers",
     "contextual_plan",
@@ -64,6 +81,7 @@ __all__ = [
     "domain_plans",
     "excerpt",
     "generate",
+    "gradient_cosine",
     "label",
     "load_domain",
     "load_model",
@@ -80,4 +98,5 @@ __all__ = [
     "tokenize",
     "tokenizer_for",
     "trim_tokenizer",
+    "weight_compensated",
 ]

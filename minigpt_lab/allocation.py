@@ -13,7 +13,6 @@ from .assets import nearest
 from .criteria import Scores
 from .families import SITES, Anatomy
 from .plan import PruningPlan, whole
-from .runtime import fingerprint
 from .sizes import layer_parameters
 
 RATIOS = ("units", "decoder", "model")
@@ -97,7 +96,11 @@ def global_ranking(ratio: float, groups: Sequence[Group]) -> list[float]:
 
 
 def global_standardised(ratio: float, groups: Sequence[Group]) -> list[float]:
-    """The lowest z-scores within site and layer, wherever they are (FLAP, 2312.11983)."""
+    """The lowest z-scores within site and layer, wherever they are, for any criterion.
+
+    The idea of FLAP's adaptive structure (2312.11983), which standardises features instead of
+    units: see `adaptive_threshold`.
+    """
     keys = [(g.scores - g.scores.mean()) / (g.scores.std() or 1.0) for g in groups]
     return _ranked(ratio, groups, keys)
 
@@ -179,8 +182,7 @@ def plan_from_scores(
         raise ValueError(
             f"give exactly one of ratio, parameters, threshold; got {chosen or 'none'}"
         )
-    if scores.model_hash != fingerprint(model):
-        raise ValueError("these scores are of another model; score this one")
+    scores.require(model)
     anatomy = Anatomy(model)
     groups = _groups(anatomy, scores, keep_layers)
     steps = _steps(groups, multiple_of)

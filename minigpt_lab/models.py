@@ -39,6 +39,7 @@ from .assets import (
     staged,
     verify,
 )
+from .biases import give_bias, given_parameters
 from .families import Anatomy, weight_axis
 from .plan import PruningPlan
 from .runtime import default_device, inference
@@ -221,6 +222,9 @@ def _load_shrunk(folder: Path, dtype: str | torch.dtype) -> PreTrainedModel:
     widths = sidecar["widths"].items()
     Anatomy(model).set_units({site: [list(range(n)) for n in counts] for site, counts in widths})
     state = load_file(folder / "model.safetensors")
+    for _, name, module in Anatomy(model).linears():
+        if module.bias is None and f"{name}.bias" in state:
+            give_bias(module)
     missing, unexpected = model.load_state_dict(state, strict=False)
     absent = set(missing) - set(model.all_tied_weights_keys)
     if absent or unexpected:
@@ -302,6 +306,8 @@ def save_model(
     portable : bool
         Pad layers with units of zeros to the widest (to the dense width where the config has no
         field for it), so that plain transformers loads the folder at the price of a larger file.
+        It has no place for biases that bias compensation gave to layers without one: it would warn
+        of them and leave them out.
 
     Returns
     -------
@@ -313,7 +319,7 @@ def save_model(
     FileExistsError
         If `path` holds something that this function did not write.
     ValueError
-        If the model is masked and the mask forbids tokens.
+        If the model is masked and the mask forbids tokens, or `portable` cannot be.
     RuntimeError
         If the reloaded model gives other logits.
     """
@@ -327,6 +333,11 @@ def save_model(
         raise ValueError(
             "a mask over the vocabulary cannot be saved: its tokens are forbidden, not gone; "
             "shrink the model and save that"
+        )
+    if portable and given_parameters(model):
+        raise ValueError(
+            "bias compensation gave this model biases that its architecture lacks, so plain "
+            "transformers cannot load it whole; save it without portable=True"
         )
     stored = _padded(model) if portable else model
     with staged(final) as staging:

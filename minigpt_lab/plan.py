@@ -46,6 +46,9 @@ class PruningPlan:
         Tokens that stay, ascending; None leaves the vocabulary alone.
     origin : dict
         Where the decision came from: method, thresholds, domain, hashes.
+    shift : dict
+        Linear layer's name to what is added to its bias, one number per output; a layer without a
+        bias gets one.
     """
 
     model_hash: str
@@ -55,6 +58,7 @@ class PruningPlan:
     vocabulary_size: int = 0
     vocabulary: list[int] | None = None
     origin: dict = field(default_factory=dict)
+    shift: dict[str, list[float]] = field(default_factory=dict)
 
     def __post_init__(self):
         if set(self.keep) - set(self.units) or set(self.units) - set(ALL_SITES):
@@ -110,6 +114,13 @@ class PruningPlan:
                     and not 0 <= min(features) <= max(features) < modules[name].weight.shape[axis]
                 ):
                     raise ValueError(f"the plan zeroes a feature that {name} does not have: {side}")
+        for name, values in self.shift.items():
+            outputs = modules[name].weight.shape[weight_axis(modules[name], "output")]
+            if len(values) != outputs:
+                raise ValueError(
+                    f"the plan shifts {len(values)} outputs of {name}, which has {outputs}: apply "
+                    "it to the model it was made for"
+                )
         return anatomy
 
     def predicted_size(self, model: PreTrainedModel) -> Size:
@@ -142,9 +153,13 @@ class PruningPlan:
             kept = int(rows.sum()) * int(columns.sum())
             gone += module.weight.numel() - kept
             zeroed += kept - int(alive_rows.sum()) * int(alive_columns.sum())
+            shift = np.array(self.shift.get(name, np.zeros(len(rows))))
             if module.bias is not None:
                 gone += len(rows) - int(rows.sum())
-                zeroed += int(rows.sum()) - int(alive_bias.sum())
+                zeroed += int(rows.sum()) - int((alive_bias | (rows & (shift != 0))).sum())
+            elif name in self.shift:
+                gone -= int(rows.sum())
+                zeroed += int((rows & (shift == 0)).sum())
         layers_stored = layers_dense - gone
         if self.vocabulary is not None:
             tokens = self.vocabulary_size - len(self.vocabulary)
@@ -204,6 +219,8 @@ class PruningPlan:
                 f"  zeroed in place: {counts['input']} columns, {counts['output']} rows, "
                 f"{counts['bias']} biases"
             )
+        if self.shift:
+            lines.append(f"  bias shifted in {len(self.shift)} linear layers")
         return "\n".join(lines)
 
     __repr__ = __str__  # the fields hold thousands of indices

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 import pandas as pd
 from transformers import PreTrainedModel
 
+from .biases import given_parameters
 from .families import SITES, Anatomy
 
 
@@ -86,7 +87,7 @@ def layer_parameters(model: PreTrainedModel) -> int:
 def dense_parameters(model: PreTrainedModel) -> int:
     """Parameters of the model that a shrunk one was cut from; those of any other model."""
     anatomy = Anatomy(model)
-    total = sum(parameter.numel() for parameter in model.parameters())
+    total = sum(parameter.numel() for parameter in model.parameters()) - given_parameters(model)
     tokens = rows = model.get_input_embeddings().weight.shape[0]
     units = {}
     for plan in reversed(getattr(model, "pruning_plans", [])):  # the first plan saw the dense model

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .assets import staged
-from .families import Anatomy
+from .families import Anatomy, weight_axis
 from .runtime import check_token_ids, fingerprint, inference, label
 
 _BLOCK = 256  # rows of activations summed at once
@@ -224,11 +224,21 @@ class _Collector:
         anatomy = Anatomy(model)
         self.modules = {name: module for _, name, module in anatomy.linears()}
         self.layer_of = {name: layer for layer, name, _ in anatomy.linears()}
-        self.sums: dict[Key, torch.Tensor] = {}
         self.shared: dict[str, str] = {}
         self.weights: torch.Tensor | None = None  # [tokens]: 1, or 0 for padding
         # MPS has no float64; elsewhere it keeps millions of tokens exact
-        self.dtype = torch.float32 if model.device.type == "mps" else torch.float64
+        dtype = torch.float32 if model.device.type == "mps" else torch.float64
+        # made before the pass: scattered between activations they would keep that memory in use
+        self.sums: dict[Key, torch.Tensor] = {
+            (name, side): torch.zeros(
+                3 if side == "input" or module.bias is None else 4,
+                module.weight.shape[weight_axis(module, side)],
+                dtype=dtype,
+                device=module.weight.device,
+            )
+            for name, module in self.modules.items()
+            for side in ("input", "output")
+        }
         self._last: tuple[torch.Tensor, str] | None = None
 
     @contextlib.contextmanager
@@ -256,9 +266,6 @@ class _Collector:
 
     def _add(self, key: Key, x: torch.Tensor, bias: torch.Tensor | None) -> None:
         x = x.detach().reshape(-1, x.shape[-1])  # [tokens, neurons]
-        if key not in self.sums:
-            shape = (3 if bias is None else 4, x.shape[1])
-            self.sums[key] = torch.zeros(shape, dtype=self.dtype, device=x.device)
         # a product with the weights sums over tokens and skips padding without asking where it is;
         # a block of rows at a time stays in the processor's cache
         absolute, total, square, *unbiased = sums = torch.zeros(
@@ -276,8 +283,7 @@ class _Collector:
 
     def tables(self) -> dict[Key, np.ndarray]:
         """All sums on the host, inputs that were shared filled in; the collector is empty then."""
-        # copies: the sums lie scattered between activations, and on the CPU would keep that memory
-        # from being used again
+        # copies: arrays that own their memory, whatever becomes of the tensors
         found = {key: table.cpu().double().numpy().copy() for key, table in self.sums.items()}
         self.sums.clear()
         for name, source in self.shared.items():
@@ -322,7 +328,7 @@ def collect_statistics(
     if path is not None and Path(path).is_file():
         known = Statistics.load(path)
         merges = getattr(batches, "merges", known.merges)
-        same_text = known.content_hash == _content_hash(batches)
+        same_text = known.content_hash == tokens_hash(batches)
         if (
             same_text
             and known.model_hash == fingerprint(model)
@@ -382,7 +388,8 @@ def _mask(batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return torch.ones_like(batch["input_ids"]) if mask is None else mask
 
 
-def _content_hash(batches: Iterable[dict[str, torch.Tensor]]) -> str:
+def tokens_hash(batches: Iterable[dict[str, torch.Tensor]]) -> str:
+    """SHA-256 of every window's length and tokens, without the padding ones."""
     content = hashlib.sha256()
     for batch in batches:
         _update(content, batch)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .biases import give_bias, take_bias
 from .families import Anatomy, weight_axis
 from .plan import PruningPlan
 from .vocabulary import TrimmedVocabulary
@@ -42,6 +43,7 @@ def masked(model: PreTrainedModel, plan: PruningPlan) -> Iterator[PreTrainedMode
     anatomy = plan.require(model)
     cap = anatomy.soft_cap()
     saved: list[tuple[torch.Tensor, int, torch.Tensor, torch.Tensor]] = []
+    given: list[nn.Module] = []
     vocabulary = getattr(model, "trimmed_vocabulary", None)
     hook = None
     try:
@@ -50,6 +52,15 @@ def masked(model: PreTrainedModel, plan: PruningPlan) -> Iterator[PreTrainedMode
             saved.append((tensor, axis, index, tensor.detach().index_select(axis, index)))
             with torch.no_grad():
                 tensor.index_fill_(axis, index, 0)
+        for module, shift in _shifts(model, plan):
+            if module.bias is None:
+                give_bias(module)
+                given.append(module)
+            else:
+                index = torch.arange(len(shift), device=module.bias.device)
+                saved.append((module.bias, 0, index, module.bias.detach().clone()))
+            with torch.no_grad():
+                module.bias.add_(shift)
         if plan.vocabulary is not None:
             head = model.get_output_embeddings()
             hook = head.register_forward_hook(_forbid(plan, head.weight.device, cap))
@@ -64,6 +75,8 @@ def masked(model: PreTrainedModel, plan: PruningPlan) -> Iterator[PreTrainedMode
         with torch.no_grad():
             for tensor, axis, index, values in reversed(saved):
                 tensor.index_copy_(axis, index, values)
+        for module in given:
+            take_bias(module)
 
 
 def _cuts(anatomy: Anatomy, plan: PruningPlan) -> Iterator[tuple[torch.Tensor, int, np.ndarray]]:
@@ -102,6 +115,13 @@ def _zero_cuts(
             yield module.bias, 0, np.array(sides["bias"], np.int64)
 
 
+def _shifts(model: PreTrainedModel, plan: PruningPlan) -> Iterator[tuple[nn.Module, torch.Tensor]]:
+    """Linear layers whose bias a plan shifts, and by how much."""
+    for name, values in plan.shift.items():
+        module = model.get_submodule(name)
+        yield module, module.weight.new_tensor(values)
+
+
 def _forbid(plan: PruningPlan, device: torch.device, cap: float | None):
     gone = torch.ones(plan.vocabulary_size, dtype=torch.bool)
     gone[plan.vocabulary] = False
@@ -120,7 +140,8 @@ def shrink(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
     """A new model without the units and tokens that a plan removes.
 
     FFN channels, heads (key/value groups, query heads of every group) and tokens leave for good;
-    features that can only be zeroed are zeroed. Widths go into the config where all layers agree.
+    features that can only be zeroed are zeroed, and biases shifted. Widths go into the config where
+    all layers agree.
 
     Parameters
     ----------
@@ -141,6 +162,10 @@ def shrink(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
     anatomy = Anatomy(mini)
     for tensor, axis, features in _zero_cuts(anatomy, plan):
         tensor.index_fill_(axis, torch.as_tensor(features, device=tensor.device), 0)
+    for module, shift in _shifts(mini, plan):
+        if module.bias is None:
+            give_bias(module)
+        module.bias.add_(shift)
     anatomy.set_units(plan.keep)
     anatomy.set_config()
     if plan.vocabulary is not None:

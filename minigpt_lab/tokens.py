@@ -179,3 +179,30 @@ def _batches(windows: torch.Tensor, size: int, source, merges, protected) -> Bat
     )
     batches.source, batches.merges, batches.protected = source, merges, protected
     return batches
+
+
+def unpadded(batches: Iterable[dict[str, torch.Tensor]]) -> Iterator[torch.Tensor]:
+    """Token ids ``[window, token]`` without padding: a padded batch comes window by window.
+
+    What each window then sees does not depend on the others it was batched with. Windows of less
+    than two tokens, which have nothing to predict, are left out.
+
+    Raises
+    ------
+    ValueError
+        If nothing is left.
+    """
+    found = False
+    for batch in batches:
+        ids, mask = batch["input_ids"], batch.get("attention_mask")
+        whole = mask is None or bool(mask.all())
+        for part in (
+            (ids,)
+            if whole
+            else (row[real.bool()][None] for row, real in zip(ids, mask, strict=True))
+        ):
+            if part.shape[1] > 1:
+                found = True
+                yield part
+    if not found:
+        raise ValueError("no tokens: batches is empty, all padding, or of single tokens")

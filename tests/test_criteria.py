@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
-from conftest import random_model
+import torch
+from conftest import CONFIGS, random_model
+from transformers import AutoModelForCausalLM
 
 import minigpt_lab as lab
 from minigpt_lab.families import ALL_SITES, Anatomy
@@ -53,6 +57,63 @@ def test_criteria_score_what_uneven_cuts_left(probe):
         values = lab.score(name, mini, [{"input_ids": probe}], sites=ALL_SITES).values
         assert [len(v) for v in values["attention"]] == [1, 2, 1]
         assert [len(v) for v in values["balanced_heads"]] == [2, 1, 1]
+
+
+def test_magnitude_of_the_consumer_is_a_norm_per_column():
+    model = random_model("llama")
+    values = lab.score("magnitude", model, scope="consumer").values
+    columns = model.model.layers[1].self_attn.o_proj.weight[:, 16:32]
+    assert values["attention"][1][1] == pytest.approx(columns.norm(dim=0).sum().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("reduce", ["sum", "mean", "max", "prod", "last"])
+def test_structures_are_reduced_as_asked(reduce):
+    mlp = (model := random_model("llama")).model.layers[0].mlp
+    weights = [mlp.gate_proj.weight.T, mlp.up_proj.weight.T, mlp.down_proj.weight]
+    structures = np.stack([w.detach().abs().sum(0).numpy() for w in weights])
+    last = {"last": lambda found, _axis: found[-1]}
+    expected = (last.get(reduce) or getattr(np, reduce))(structures, 0)
+    values = lab.score("magnitude", model, norm="l1", reduce=reduce).values
+    np.testing.assert_allclose(values["ffn"][0], expected, rtol=1e-5)
+
+
+#: Criteria whose scores follow from the model and the text alone, with options that make it so.
+DETERMINED = {
+    "magnitude": {}, "contextual": {}, "wanda": {}, "fluctuation": {}, "sparsegpt": {},
+    "taylor": {"variant": "mix"}, "sensitivity": {"gradient": "backprop"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DETERMINED)
+def test_scores_move_with_their_units(model, probe, name):
+    """Reordering channels changes no output, and no channel's score."""
+    batches, order = [{"input_ids": probe}], np.random.default_rng(0).permutation(20).tolist()
+    before = lab.score(name, model, batches, **DETERMINED[name]).values
+    anatomy = Anatomy(model)
+    whole = {site: [list(range(n)) for n in anatomy.units(site)] for site in before}
+    anatomy.set_units({**whole, "ffn": [order] * 3})
+    after = lab.score(name, model, batches, **DETERMINED[name]).values
+    for layer in range(3):
+        np.testing.assert_allclose(after["ffn"][layer], before["ffn"][layer][order], rtol=1e-3)
+        np.testing.assert_allclose(
+            after["attention"][layer], before["attention"][layer], rtol=1e-3, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("name", DETERMINED)
+def test_padding_changes_no_score(model, probe, name):
+    short = [probe[:1, :8], probe[1:, :10]]
+    ids, mask = torch.zeros(2, 12, dtype=torch.long), torch.zeros(2, 12, dtype=torch.long)
+    ids[0, :8], mask[0, :8] = short[0][0], 1  # padded on the right
+    ids[1, 2:], mask[1, 2:] = short[1][0], 1  # and on the left
+    alone = lab.score(name, model, [{"input_ids": row} for row in short], **DETERMINED[name])
+    padded = lab.score(
+        name, model, [{"input_ids": ids, "attention_mask": mask}], **DETERMINED[name]
+    )  # fmt: skip
+    assert alone.n_tokens == padded.n_tokens == 18
+    for site, layers in alone.values.items():
+        for found, expected in zip(padded.values[site], layers, strict=True):
+            np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
 
 
 def test_random_is_seeded(model):
@@ -109,3 +170,83 @@ def test_scores_that_are_no_numbers_are_refused(model):
             lab.score("lost", model)
     finally:
         del lab.CRITERIA["lost"]
+
+
+def test_a_criterion_that_changes_the_model_is_refused(model):
+    @lab.criterion("vandal")
+    def vandal(model, batches=None, statistics=None, *, sites):
+        with torch.no_grad():
+            next(model.parameters())[0] += 1
+        return {}
+
+    try:
+        with pytest.raises(RuntimeError, match="vandal criterion changed"):
+            lab.score("vandal", model)
+    finally:
+        del lab.CRITERIA["vandal"]
+
+
+def test_saved_scores_are_the_same_and_know_their_model(
+    tmp_path, tiny, tiny_statistics, monkeypatch
+):
+    model, _ = tiny
+    scores = lab.score("magnitude", model, statistics=tiny_statistics, norm="l1")
+    again = lab.Scores.load(scores.save(tmp_path / "scores.safetensors"))
+    assert again.frame().equals(scores.frame()) and again.options == {"norm": "l1"}
+    assert (again.domain, again.n_tokens) == ("tiny-law/calibration", 512)
+    assert again.content_hash == tiny_statistics.content_hash
+    expected = lab.plan_from_scores(model, scores, ratio=0.2).keep
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model), "forward", None)  # a pass would fail
+        assert lab.plan_from_scores(model, again, ratio=0.2).keep == expected
+    with pytest.raises(ValueError, match="not of"):
+        lab.plan_from_scores(random_model("llama"), again, ratio=0.2)
+    (tmp_path / "scores.safetensors").write_bytes(b"not a tensor file")
+    with pytest.raises(ValueError, match="no readable scores"):
+        lab.Scores.load(tmp_path / "scores.safetensors")
+
+
+def test_the_cache_finds_the_same_question_only(tmp_path, model, probe):
+    passes = []
+
+    @lab.criterion("counted")
+    def counted(model, batches=None, statistics=None, *, sites, power=1):
+        passes.append(power)
+        return {site: [np.arange(n) ** power for n in Anatomy(model).units(site)] for site in sites}
+
+    def ask(tokens=probe, sites=("ffn",), **options):
+        batches = ({"input_ids": rows} for rows in [tokens])  # read once, yet hashed and used
+        return lab.score("counted", model, batches, sites=sites, cache=tmp_path, **options)
+
+    try:
+        first, second = ask(), ask()
+        assert len(passes) == 1 and first.frame().equals(second.frame())
+        assert first.n_tokens == probe.numel()
+        ask(power=2), ask(probe + 1), ask(sites=("attention",))
+        assert len(passes) == 4
+        with torch.no_grad():
+            next(model.parameters()).mul_(2)
+        ask()
+        assert len(passes) == 5
+        lab.score("counted", model, sites=("ffn",))
+        assert len(passes) == 6 and len(list(tmp_path.iterdir())) == 5
+    finally:
+        del lab.CRITERIA["counted"]
+
+
+def test_quantised_models_are_refused(model):
+    linear = next(iter(Anatomy(model).linears()))[2]
+    packed = torch.zeros(linear.weight.shape, dtype=torch.uint8)
+    linear.weight = torch.nn.Parameter(packed, requires_grad=False)
+    with pytest.raises(ValueError, match="is quantised"):
+        lab.score("magnitude", model)
+
+
+def test_models_of_one_layer_have_scores_too(probe):
+    config = copy.deepcopy(CONFIGS["llama"])
+    config.num_hidden_layers = 1
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for name in lab.CRITERIA:
+        scores = lab.score(name, model, [{"input_ids": probe}])
+        plan = lab.plan_from_scores(model, scores, ratio=0.5)
+        assert list(plan.removed.values()) == [[10], [1]]

@@ -1,6 +1,26 @@
 """One file per way to score units; importing this package fills the registry."""
 
-from . import contextual, magnitude, random
+from . import contextual, fluctuation, magnitude, random, sensitivity, sparsegpt, taylor, wanda
+from .fluctuation import adaptive_threshold, bias_compensated
+from .influence import block_influence
 from .scores import CRITERIA, Scores, criterion, score
+from .sensitivity import MINI_LLM
 
-__all__ = ["CRITERIA", "Scores", "contextual", "criterion", "magnitude", "random", "score"]
+__all__ = [
+    "CRITERIA",
+    "MINI_LLM",
+    "Scores",
+    "adaptive_threshold",
+    "bias_compensated",
+    "block_influence",
+    "contextual",
+    "criterion",
+    "fluctuation",
+    "magnitude",
+    "random",
+    "score",
+    "sensitivity",
+    "sparsegpt",
+    "taylor",
+    "wanda",
+]

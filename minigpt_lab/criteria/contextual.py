@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ..families import Anatomy
-from ..statistics import collect_statistics
 from .scores import criterion
+from .units import known_statistics
 
 
 @criterion("contextual")
@@ -19,10 +19,7 @@ def contextual_scores(model, batches=None, statistics=None, *, sites):
     ValueError
         If neither batches nor statistics are given.
     """
-    if statistics is None:
-        if batches is None:
-            raise ValueError("the contextual criterion needs batches or statistics")
-        statistics = collect_statistics(model, batches)
+    statistics = known_statistics(model, batches, statistics, "contextual")
     anatomy, found = Anatomy(model), {}
     for site in sites:
         consumer = anatomy.family.consumes[site]

@@ -2,45 +2,46 @@
 
 from __future__ import annotations
 
-import numpy as np
-
-from ..families import Anatomy, weight_axis
 from .scores import criterion
+from .units import check_option, per_feature, unit_scores
 
 
 @criterion("magnitude")
 def magnitude_scores(
-    model, batches=None, statistics=None, *, sites, norm: str = "l2", reduce: str = "sum"
+    model,
+    batches=None,
+    statistics=None,
+    *,
+    sites,
+    norm: str = "l2",
+    reduce: str = "sum",
+    scope: str = "coupled",
 ):
-    """Sum of ``|w|^p`` over each tensor that belongs to a unit, reduced over the tensors.
+    """Sum of ``|w|^p`` over each structure of a unit, reduced over the structures.
 
-    As in LLM-Pruner's released code (no p-th root); biases are left out.
+    ``coupled`` is the magnitude of LLM-Pruner's released code (arXiv 2305.11627; no p-th root,
+    heads are the sum of their channels); ``consumer`` the Mag-sp of FLAP's (arXiv 2312.11983):
+    ``Σ_j ‖W_:,j‖_p`` over the unit's columns of the projection that reads it. Biases are left out.
 
     Parameters
     ----------
     norm : {"l1", "l2"}
         p = 1 or 2.
-    reduce : {"sum", "mean"}
-        How the coupled tensors' scores become one.
+    reduce : {"sum", "mean", "max", "prod", "last"}
+        How the structures' scores become one; LLM-Pruner's magnitude takes the mean.
+    scope : {"coupled", "consumer"}
+        All weights of a unit, or the o/down columns only.
 
     Raises
     ------
     ValueError
         If an option is unknown.
     """
-    if norm not in ("l1", "l2") or reduce not in ("sum", "mean"):
-        raise ValueError(f"norm is 'l1' or 'l2', reduce 'sum' or 'mean'; got {norm!r}, {reduce!r}")
-    anatomy, found = Anatomy(model), {}
-    for site in sites:
-        found[site] = []
-        for layer, total in enumerate(anatomy.units(site)):
-            tensors = []
-            for projection, side in anatomy.coupled(site):
-                module = anatomy.module(layer, projection)
-                weight = module.weight.detach().float()
-                powers = weight.abs() if norm == "l1" else weight.square()
-                per_feature = powers.sum(1 - weight_axis(module, side)).cpu().numpy()
-                features = anatomy.unit_positions(projection, total, layer=layer)
-                tensors.append(per_feature[features].sum(1))
-            found[site].append(np.sum(tensors, 0) / (len(tensors) if reduce == "mean" else 1))
-    return found
+    check_option("norm", norm, ("l1", "l2"))
+
+    def powers(_name, module, side):
+        weight = module.weight.float()
+        total = per_feature(weight.abs() if norm == "l1" else weight.square(), module, side)
+        return total.sqrt() if norm == "l2" and scope == "consumer" else total
+
+    return unit_scores(model, sites, powers, scope, reduce)

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
+import json
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 from transformers import PreTrainedModel
 
-from ..assets import nearest
+from ..assets import cache_folder, nearest, staged
 from ..families import ALL_SITES, ATTENTION_UNITS, SITES, Anatomy
-from ..runtime import fingerprint
-from ..statistics import Statistics
+from ..ledger import content_hash
+from ..runtime import fingerprint, label
+from ..statistics import Statistics, tokens_hash
 
 
 @dataclass(frozen=True)
@@ -29,12 +36,19 @@ class Scores:
         `fingerprint` of the model that was scored.
     options : dict
         Arguments that the criterion was given.
+    domain, content_hash : str
+        Name and SHA-256 of the text it looked at; empty without data.
+    n_tokens : int
+        Tokens of that text, padding excluded.
     """
 
     criterion: str
     values: dict[str, list[np.ndarray]]
     model_hash: str
     options: dict = field(default_factory=dict)
+    domain: str = ""
+    content_hash: str = ""
+    n_tokens: int = 0
 
     def frame(self) -> pd.DataFrame:
         """Tidy table with columns ``site, layer, unit, score``."""
@@ -49,6 +63,54 @@ class Scores:
         """The highest score among the units that leave: for a global cut, its threshold ε."""
         layers = zip(self.values[site], keep[site], strict=True)
         return float(max(np.delete(values, units).max(initial=0) for values, units in layers))
+
+    def require(self, model: PreTrainedModel) -> None:
+        """Refuse another model than the one scored.
+
+        Raises
+        ------
+        ValueError
+            If the model's weights are not those that were scored.
+        """
+        found = fingerprint(model)
+        if found != self.model_hash:
+            raise ValueError(
+                f"these {self.criterion} scores are of another model (weights "
+                f"{self.model_hash[:12]}), not of {label(model)} ({found[:12]}); score this one"
+            )
+
+    def save(self, path: str | os.PathLike) -> Path:
+        """Write everything into one safetensors file; returns its path."""
+        tensors = {
+            f"{site}|{layer}": np.ascontiguousarray(values)
+            for site, layers in self.values.items()
+            for layer, values in enumerate(layers)
+        }
+        header = {key: value for key, value in vars(self).items() if key != "values"}
+        layers = {site: len(found) for site, found in self.values.items()}
+        with staged(Path(path)) as staging:
+            save_file(tensors, staging, {"scores": json.dumps({**header, "layers": layers})})
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Scores:
+        """Read a file that `save` wrote; options come back as JSON has them (lists for tuples).
+
+        Raises
+        ------
+        ValueError
+            If the file is not one, or is damaged.
+        """
+        try:
+            with safe_open(path, framework="numpy") as file:
+                header = json.loads((file.metadata() or {})["scores"])
+                values = {
+                    site: [file.get_tensor(f"{site}|{layer}") for layer in range(count)]
+                    for site, count in header.pop("layers").items()
+                }
+        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is no readable scores file ({error})") from error
+        return cls(values=values, **header)
 
 
 #: Criteria by name. Each is ``(model, batches, statistics=None, *, sites, **options)`` and returns
@@ -73,6 +135,7 @@ def score(
     statistics: Statistics | None = None,
     sites: tuple[str, ...] = SITES,
     units: str = "kv_group",
+    cache: bool | str | os.PathLike = False,
     **options,
 ) -> Scores:
     """Score every unit of a model under one criterion.
@@ -84,7 +147,7 @@ def score(
     model : transformers.PreTrainedModel
         A supported causal language model; left as it was.
     batches : iterable of dict, optional
-        Calibration tokens, for criteria that look at activations.
+        Calibration tokens, for criteria that look at activations or gradients.
     statistics : Statistics, optional
         Saved statistics of this model to use instead of a pass over `batches`.
     sites : tuple of str
@@ -93,6 +156,9 @@ def score(
         What leaves attention: whole key/value groups (heads, where every head has its own), or one
         query head of every group, keys and values staying. Scores and plans then name the site
         ``"balanced_heads"`` instead of ``"attention"``.
+    cache : bool or path
+        A folder to keep the scores in, found again by a hash of the model's weights, the tokens,
+        the criterion (its code too), the sites and the options; True for the kit's cache folder.
     **options
         The criterion's own options.
 
@@ -104,7 +170,10 @@ def score(
     ------
     ValueError
         If the criterion, a site or a kind of units is unknown, the model has but one query head
-        per group to remove in balance, a criterion lacks its data, or a score is not finite.
+        per group to remove in balance, a criterion lacks its data, the model is quantised, or a
+        score is not finite.
+    RuntimeError
+        If the criterion changed the model.
     """
     if name not in CRITERIA:
         raise ValueError(f"unknown criterion {name!r}; {nearest(name, sorted(CRITERIA))}")
@@ -119,11 +188,66 @@ def score(
             "units='balanced_heads', but this model has one query head per key/value group and "
             "cannot spare it; expected grouped-query attention: use units='kv_group'"
         )
+    _refuse_quantised(model)
     if statistics is not None:
         statistics.require(model)
+    batches = batches if batches is None or isinstance(batches, list) else list(batches)
+    facts = {"model_hash": fingerprint(model), "options": options, **_text(batches, statistics)}
+    path = _cached(cache, name, sites, facts)
+    if path is not None and path.is_file():
+        return Scores.load(path)
     values = CRITERIA[name](model, batches, statistics, sites=sites, **options)
+    if fingerprint(model) != facts["model_hash"]:
+        raise RuntimeError(f"the {name} criterion changed the model's weights")
     for site, layers in values.items():
         for layer, found in enumerate(layers):
             if not np.isfinite(found).all():
                 raise ValueError(f"{name} gives NaN or infinite {site} scores in layer {layer}")
-    return Scores(name, values, fingerprint(model), options)
+    scores = Scores(name, values, **facts)
+    if path is not None:
+        scores.save(path)
+    return scores
+
+
+def _refuse_quantised(model: PreTrainedModel) -> None:
+    integers = [name for name, p in model.named_parameters() if not p.is_floating_point()]
+    if integers or getattr(model, "is_quantized", False):
+        raise ValueError(
+            f"{label(model)} is quantised ({integers[0] if integers else 'all layers'}): rows and "
+            "columns of packed weights cannot be scored; load it in bfloat16 or float32"
+        )
+
+
+def _cached(cache, name: str, sites: tuple[str, ...], facts: dict) -> Path | None:
+    """The file of these scores in a folder of scores."""
+    if cache is False:
+        return None
+    try:
+        code = inspect.getsource(CRITERIA[name])
+    except OSError:  # typed at a prompt: no telling whether it is still the same
+        return None
+    folder = cache_folder() / "scores" if cache is True else Path(cache)
+    key = content_hash([json.dumps([name, code, list(sites), facts], sort_keys=True)])
+    return folder / f"{name}-{key[:16]}.safetensors"
+
+
+def _text(batches: list[dict] | None, statistics: Statistics | None) -> dict:
+    """Which text a criterion looks at: of its batches, its statistics, or both."""
+    found = []
+    if statistics is not None:
+        found.append((statistics.domain, statistics.content_hash, statistics.n_tokens))
+    if batches is not None:
+        masks = [batch.get("attention_mask") for batch in batches]
+        count = sum(
+            batch["input_ids"].numel() if mask is None else int(mask.sum())
+            for batch, mask in zip(batches, masks, strict=True)
+        )
+        found.append((getattr(batches, "source", ""), tokens_hash(batches), count))
+    if not found:
+        return {}
+    domains, hashes, counts = zip(*dict.fromkeys(found), strict=True)
+    return {
+        "domain": " + ".join(dict.fromkeys(filter(None, domains))),
+        "content_hash": hashes[0] if len(hashes) == 1 else content_hash(hashes),
+        "n_tokens": sum(counts),
+    }

@@ -1,0 +1,170 @@
+"""How much a unit's features vary over tokens (FLAP), and the bias that replaces their mean."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from ..families import Anatomy, weight_axis
+from ..plan import PruningPlan
+from ..statistics import Statistics
+from .scores import Scores, criterion
+from .units import by_input, check_option, input_norms, known_statistics, per_feature, unit_scores
+
+METRICS = ("IFV", "WIFV", "WIFN")
+
+
+@criterion("fluctuation")
+def fluctuation_scores(
+    model,
+    batches=None,
+    statistics=None,
+    *,
+    sites,
+    metric: str = "WIFV",
+    standardise: bool = True,
+    square_attention: bool = True,
+):
+    """FLAP's metric (arXiv 2312.11983) of the features that o and down read, summed over a unit.
+
+    ``IFV``: ``Var(X_j)``. ``WIFV``: ``Var(X_j) · Σ_i W_ij²``. ``WIFN``: ``mean_i |W_ij| · ‖X_j‖₂``.
+    What hardly varies can be replaced by its mean (see `bias_compensated`).
+
+    The variance is the exact one over all tokens (divided by their number); the released code
+    streams it over samples with the first one as a mere start.
+
+    Parameters
+    ----------
+    metric : {"IFV", "WIFV", "WIFN"}
+    standardise : bool
+        Standardise the features' metric in every layer, ``(S - mean) / std``, so that layers and
+        sites can be compared, as the paper's adaptive structure does (see `adaptive_threshold`);
+        a unit's score is then the mean of its features', as in the released code.
+    square_attention : bool
+        Square the metric of attention before it is standardised, as the released code does. Has no
+        effect otherwise.
+
+    Raises
+    ------
+    ValueError
+        If there is no data or the metric is unknown.
+    """
+    check_option("metric", metric, METRICS)
+    found = known_statistics(model, batches, statistics, "fluctuation")
+    anatomy = Anatomy(model)
+    attention = {
+        anatomy.name(layer, anatomy.family.consumes["attention"])
+        for layer in range(len(anatomy.layers))
+    }
+
+    def features(name, module, side):
+        weight = module.weight.float()
+        if metric == "WIFN":
+            rows = weight.shape[weight_axis(module, "output")]
+            norms = by_input(input_norms(found, name), module)
+            values = per_feature(weight.abs() * norms, module, side) / rows
+        else:
+            values = torch.as_tensor(_variance(found, name), device=weight.device)
+            if metric == "WIFV":
+                values = values * per_feature(weight.square(), module, side)
+        if standardise:
+            if square_attention and name in attention:
+                values = values.square()
+            spread = values.std(correction=0)
+            values = (values - values.mean()) / torch.where(spread > 0, spread, 1)
+        return values
+
+    scores = unit_scores(model, sites, features, scope="consumer")
+    if standardise:
+        for site, layers in scores.items():
+            consumer = anatomy.family.consumes[site]
+            for layer, values in enumerate(layers):
+                features = anatomy.unit_positions(consumer, len(values), layer=layer)
+                layers[layer] = values / features.shape[1]
+    return scores
+
+
+def _variance(statistics: Statistics, name: str) -> np.ndarray:
+    mean, square = (statistics.mean(name, "input", moment) for moment in ("sum", "square"))
+    return np.maximum(square - mean**2, 0)
+
+
+def adaptive_threshold(model, scores: Scores, ratio: float) -> float:
+    """The one threshold, over layers and sites, that takes `ratio` of the units' parameters out.
+
+    FLAP's adaptive global structure (AL-AM): standardised scores of all heads and channels are
+    ranked together, and the lowest leave until their parameters make up the ratio. The paper counts
+    a head as 512/3 channels, which is what their weights amount to there; here every unit counts
+    the parameters that leave with it. For ``plan_from_scores(model, scores, threshold=…)``, which
+    keeps at least one unit per layer.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        The model that was scored.
+    scores : Scores
+        Comparable between layers and sites, as standardised ones are.
+    ratio : float
+        Share of the parameters that all scored units hold together.
+
+    Raises
+    ------
+    ValueError
+        If the ratio is outside [0, 1), or the scores are of another model.
+    """
+    if not 0 <= ratio < 1:
+        raise ValueError(f"ratio is {ratio}; expected a share of parameters in [0, 1)")
+    scores.require(model)
+    anatomy = Anatomy(model)
+    values = np.concatenate([layer for layers in scores.values.values() for layer in layers])
+    costs = np.concatenate(
+        [
+            np.full(len(found), anatomy.unit_parameters(site, layer))
+            for site, layers in scores.values.items()
+            for layer, found in enumerate(layers)
+        ]
+    )
+    order = np.argsort(values, kind="stable")
+    gone = np.searchsorted(np.cumsum(costs[order]), ratio * costs.sum(), side="right")
+    return float(values[order[gone - 1]]) if gone else -np.inf
+
+
+@torch.no_grad()
+def bias_compensated(model, plan: PruningPlan, statistics: Statistics) -> PruningPlan:
+    """The plan with FLAP's bias compensation: ``b += W[:, removed] · mean(X[removed])``.
+
+    What a removed unit writes on average goes into the bias of the projection that read it, which
+    gets one where the layer had none (arXiv 2312.11983). `masked` and `shrink` carry it out.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        The model that the statistics and the plan are of.
+    plan : PruningPlan
+        Which units leave.
+    statistics : Statistics
+        For the mean of every feature.
+
+    Raises
+    ------
+    ValueError
+        If the plan or the statistics do not fit the model.
+    """
+    statistics.require(model)
+    anatomy, shift = plan.require(model), {}
+    for site, layers in plan.keep.items():
+        for layer, units in enumerate(layers):
+            total, consumer = plan.units[site][layer], anatomy.family.consumes[site]
+            gone = np.setdiff1d(np.arange(total), units)
+            if len(gone):
+                name, module = anatomy.name(layer, consumer), anatomy.module(layer, consumer)
+                features = anatomy.positions(consumer, gone, total, layer=layer)
+                mean = np.zeros(module.weight.shape[weight_axis(module, "input")])
+                mean[features] = statistics.mean(name, "input", "sum")[features]
+                written = per_feature(
+                    module.weight.float() * by_input(mean, module), module, "output"
+                )
+                shift[name] = written.cpu().tolist()
+    return replace(plan, shift=shift, origin={**plan.origin, "bias_compensation": True})

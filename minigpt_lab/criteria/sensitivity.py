@@ -1,0 +1,88 @@
+"""Magnitude times activation times gradient: MINI-LLM's feature map sensitivity."""
+
+from __future__ import annotations
+
+from ..gradients import collect_gradients
+from ..spsa import estimate_gradients
+from .scores import criterion
+from .units import (
+    by_input,
+    check_option,
+    input_norms,
+    known_statistics,
+    per_feature,
+    scored_layers,
+    unit_scores,
+)
+
+GRADIENTS = ("backprop", "zeroth-order", "none")
+#: MINI-LLM's setting, for `score` and for `plan_from_scores`: the first four and the last three
+#: layers stay whole.
+MINI_LLM = {
+    "score": {"gradient": "zeroth-order", "reduce": "max"},
+    "plan": {"keep_layers": (4, 3)},
+}
+
+
+@criterion("sensitivity")
+def sensitivity_scores(
+    model,
+    batches=None,
+    statistics=None,
+    *,
+    sites,
+    gradient: str = "zeroth-order",
+    reduce: str = "max",
+    scope: str = "coupled",
+    eps: float = 1e-3,
+    n_draws: int = 1,
+    per_sample: bool = True,
+    seed: int = 0,
+    checkpointing: bool = False,
+):
+    """``Σ |W_ij| · ‖X_j‖₂ · |g_ij|`` over each structure of a unit, and of these the maximum.
+
+    The feature map sensitivity of MINI-LLM (arXiv 2407.11681, §3). The paper estimates *g* without
+    backpropagation, from random perturbations of the weights (SPSA). Its equations are not in the
+    source at hand, which has the text alone: the norm on *X*, the sum over a structure's weights
+    before the maximum, ε (10⁻³ is MeZO's) and whether its ten samples share one direction are
+    choices made here. With a single direction |g| is |c|·|z|, so that the score is Wanda's with
+    noise: hence directions of each window's own, and `n_draws`. See `gradient_cosine`.
+
+    Parameters
+    ----------
+    gradient : {"zeroth-order", "backprop", "none"}
+        Where g comes from; ``"none"`` leaves the factor out: Wanda's score in coupled structures.
+    reduce : {"max", "sum", "mean", "prod", "last"}
+        How the structures' scores become one.
+    scope : {"coupled", "consumer"}
+        All weights of a unit, or the o/down columns only.
+    eps, n_draws, per_sample, seed
+        Of the zeroth-order estimate, see `spsa.estimate_gradients`.
+    checkpointing : bool
+        Of backpropagation: trade time for memory.
+
+    Raises
+    ------
+    ValueError
+        If a criterion's data is missing, an option is unknown, or a gradient is not finite.
+    """
+    check_option("gradient", gradient, GRADIENTS)
+    if gradient != "none" and batches is None:
+        raise ValueError(f"gradient={gradient!r} needs batches: statistics hold no gradients")
+    norms = known_statistics(model, batches, statistics, "sensitivity")
+    names = scored_layers(model, sites, scope)
+    found = None
+    if gradient == "backprop":
+        found = collect_gradients(model, batches, names, checkpointing=checkpointing)
+    elif gradient == "zeroth-order":
+        found = estimate_gradients(model, batches, names, eps, n_draws, per_sample, seed)
+
+    def sensitivity(name, module, side):
+        weights = module.weight.float().abs()
+        weights *= by_input(input_norms(norms, name), module)
+        if found is not None:
+            weights *= found[name].abs()
+        return per_feature(weights, module, side)
+
+    return unit_scores(model, sites, sensitivity, scope, reduce)

@@ -1,0 +1,117 @@
+"""What criteria share: their data, their options, and how a unit's weights become one score."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..assets import nearest
+from ..families import Anatomy, Projection, weight_axis
+from ..statistics import Statistics, collect_statistics
+
+#: How the scores ``[structure, unit]`` of a unit's coupled structures become one. ``"last"`` is the
+#: projection that reads the units (LLM-Pruner's "last only").
+REDUCTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "sum": lambda scores: scores.sum(0),
+    "mean": lambda scores: scores.mean(0),
+    "max": lambda scores: scores.max(0),
+    "prod": lambda scores: scores.prod(0),
+    "last": lambda scores: scores[-1],
+}
+SCOPES = ("coupled", "consumer")
+
+
+def check_option(name: str, value: object, known: Collection[str]) -> None:
+    """Refuse a value that an option does not have."""
+    if value not in known:
+        raise ValueError(f"unknown {name} {value!r}; {nearest(str(value), list(known))}")
+
+
+def known_statistics(model, batches, statistics: Statistics | None, name: str) -> Statistics:
+    """The statistics given, or those of a pass over the batches."""
+    if statistics is not None:
+        return statistics
+    if batches is None:
+        raise ValueError(f"the {name} criterion needs batches or statistics")
+    return collect_statistics(model, batches)
+
+
+def input_norms(statistics: Statistics, name: str) -> np.ndarray:
+    """``‖X_j‖₂`` over all tokens, of every input feature of a linear layer."""
+    return np.sqrt(statistics.mean(name, "input", "square") * statistics.n_tokens)
+
+
+def by_input(vector: np.ndarray | torch.Tensor, module: nn.Module) -> torch.Tensor:
+    """One number per input feature, shaped to multiply the layer's weight, in float32."""
+    vector = torch.as_tensor(vector, dtype=torch.float32, device=module.weight.device)
+    return vector.unsqueeze(1 - weight_axis(module, "input"))
+
+
+def per_feature(weights: torch.Tensor, module: nn.Module, side: str) -> torch.Tensor:
+    """Sum of numbers shaped like the layer's weight over each feature's row or column."""
+    return weights.sum(1 - weight_axis(module, side))
+
+
+@torch.no_grad()
+def unit_scores(
+    model,
+    sites: tuple[str, ...],
+    feature_scores: Callable[[str, nn.Module, str], torch.Tensor],
+    scope: str = "coupled",
+    reduce: str = "sum",
+) -> dict[str, list[np.ndarray]]:
+    """Scores of units from scores of features, layer by layer.
+
+    A structure is the part of one projection that belongs to a unit; a fused projection is as many
+    structures as it has blocks, so that it counts like separate ones.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        What is scored.
+    sites : tuple of str
+        ``"ffn"``, ``"attention"``.
+    feature_scores : callable
+        ``(name, module, side)`` of a linear layer to one score ``[feature]`` per ``"input"`` or
+        ``"output"`` feature; a structure's score is the sum over its features.
+    scope : {"coupled", "consumer"}
+        All structures of a unit, or just the columns of the projection that reads it (o/down).
+    reduce : str
+        Key of `REDUCTIONS`: how the structures' scores become one.
+    """
+    check_option("scope", scope, SCOPES)
+    check_option("reduce", reduce, REDUCTIONS)
+    anatomy = Anatomy(model)
+    found: dict[str, list[np.ndarray]] = {site: [] for site in sites}
+    totals = {site: anatomy.units(site) for site in sites}
+    for layer in range(len(anatomy.layers)):
+        for site in sites:
+            structures = []
+            for projection, side in _projections(anatomy, site, scope):
+                name, module = anatomy.name(layer, projection), anatomy.module(layer, projection)
+                scores = feature_scores(name, module, side).detach().cpu().double().numpy()
+                for block in dict.fromkeys(projection.blocks):
+                    features = anatomy.unit_positions(projection, totals[site][layer], block, layer)
+                    structures.append(scores[features].sum(1))
+            found[site].append(REDUCTIONS[reduce](np.stack(structures)))
+    return found
+
+
+def _projections(anatomy: Anatomy, site: str, scope: str) -> Iterator[tuple[Projection, str]]:
+    if scope == "coupled":
+        return anatomy.coupled(site)
+    return iter([(anatomy.family.consumes[site], "input")])
+
+
+def scored_layers(model, sites: tuple[str, ...], scope: str = "coupled") -> dict[str, int]:
+    """Name to layer index of every linear layer that `unit_scores` asks for, in its order."""
+    anatomy = Anatomy(model)
+    return {
+        anatomy.name(layer, projection): layer
+        for layer in range(len(anatomy.layers))
+        for site in sites
+        for projection, _ in _projections(anatomy, site, scope)
+    }

@@ -1,0 +1,112 @@
+"""Weights times the norm of what they read: Wanda, summed up to units (Wanda-sp)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from ..families import Anatomy, weight_axis
+from ..layerwise import walk
+from .scores import criterion
+from .units import by_input, input_norms, known_statistics, per_feature, unit_scores
+
+
+@criterion("wanda")
+def wanda_scores(model, batches=None, statistics=None, *, sites, sequential: float | None = None):
+    """``Σ_j mean_i |W_ij| · ‖X_j‖₂`` over a unit's columns *j* of the projection that reads it.
+
+    Wanda (arXiv 2306.11695) scores single weights by ``|W_ij| · ‖X_j‖₂``; the sum over a unit of
+    o/down is the Wanda-sp of FLAP's released code (arXiv 2312.11983). There ``‖X_j‖₂²`` is divided
+    by the number of samples, a constant that changes no order.
+
+    Parameters
+    ----------
+    sequential : float, optional
+        As in both released codes, let every layer read what the pruned layers before it write:
+        before layer *l* is scored, this share of the units (of the sites scored, rounded, at least
+        one stays) with the lowest scores is taken out of layers 0 … *l* - 1. Within a layer both
+        sites are scored before either is cut. Such scores belong to that ratio. By default the
+        dense model's activations are used for all layers, and any ratio can be planned.
+
+    Raises
+    ------
+    ValueError
+        If there is no data, or `sequential` is no share or comes without batches.
+    """
+    if sequential is not None:
+        if batches is None or statistics is not None:
+            raise ValueError("sequential scores need batches: statistics are of the dense model")
+        if not 0 <= sequential < 1:
+            raise ValueError(f"sequential is {sequential}; expected a share of units in [0, 1)")
+        norms = _sequential_norms(model, batches, sites, sequential)
+    else:
+        found = known_statistics(model, batches, statistics, "wanda")
+        norms = {name: input_norms(found, name) for name in found.layer_of}
+
+    def sensitivity(name, module, side):
+        return _columns(module, side, norms[name])
+
+    return unit_scores(model, sites, sensitivity, scope="consumer")
+
+
+def _columns(module, side: str, norms: np.ndarray) -> torch.Tensor:
+    rows = module.weight.shape[weight_axis(module, "output")]
+    return per_feature(module.weight.float().abs() * by_input(norms, module), module, side) / rows
+
+
+def _sequential_norms(model, batches, sites, ratio: float) -> dict[str, np.ndarray]:
+    """Input norms of every consumer, each layer reading what the pruned layers before it write."""
+    anatomy, norms = Anatomy(model), {}
+    widths = {site: anatomy.units(site) for site in sites}
+    zeroed: list[tuple[torch.Tensor, int, torch.Tensor, torch.Tensor]] = []
+
+    def visit(layer: int, forward) -> None:
+        consumers = {site: anatomy.family.consumes[site] for site in sites}
+        modules = {site: anatomy.module(layer, p) for site, p in consumers.items()}
+        with _squares(modules) as squares:
+            forward()
+        for site, module in modules.items():
+            name = anatomy.name(layer, consumers[site])
+            if not np.isfinite(squares[site]).all():
+                raise ValueError(f"{name} has NaN or infinite values at its input")
+            found = norms[name] = np.sqrt(squares[site])
+            columns = _columns(module, "input", found).cpu().numpy()
+            total = widths[site][layer]
+            scores = columns[anatomy.unit_positions(consumers[site], total, layer=layer)].sum(1)
+            lowest = np.argsort(scores, kind="stable")[: min(round(ratio * total), total - 1)]
+            features = anatomy.positions(consumers[site], lowest, total, layer=layer)
+            index = torch.as_tensor(features, device=module.weight.device)
+            axis = weight_axis(module, "input")
+            zeroed.append((module.weight, axis, index, module.weight.index_select(axis, index)))
+            module.weight.index_fill_(axis, index, 0)
+
+    try:
+        walk(model, batches, visit)
+    finally:
+        with torch.no_grad():
+            for weight, axis, index, values in zeroed:
+                weight.index_copy_(axis, index, values)
+    return norms
+
+
+@contextlib.contextmanager
+def _squares(modules: dict[str, torch.nn.Module]) -> Iterator[dict[str, np.ndarray]]:
+    """Sums of squares of every input feature that the modules read while inside."""
+    sums: dict[str, np.ndarray] = {}
+
+    def hook(site: str):
+        def add(_module, args: tuple) -> None:
+            squares = args[0].detach().flatten(0, -2).float().square().sum(0)
+            sums[site] = sums.get(site, 0) + squares.cpu().double().numpy()
+
+        return add
+
+    handles = [module.register_forward_pre_hook(hook(site)) for site, module in modules.items()]
+    try:
+        yield sums
+    finally:
+        for handle in handles:
+            handle.remove()
