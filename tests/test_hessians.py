@@ -97,6 +97,17 @@ def test_a_singular_matrix_is_damped_until_it_can_be_inverted():
         inverse(torch.zeros(3, 3))
 
 
+def test_features_that_are_always_zero_cost_nothing(probe):
+    model = random_model("opt")
+    with torch.no_grad():
+        model.model.decoder.layers[0].fc1.weight[3] = 0
+        model.model.decoder.layers[0].fc1.bias[3] = -1  # ReLU: never active
+    scores = lab.score("sparsegpt", model, [{"input_ids": probe}], sites=("ffn",))
+    assert scores.values["ffn"][0][3] == 0 < scores.values["ffn"][0].max()
+    found = lab.Hessians({"layer": torch.diag(torch.tensor([2.0, 0.0]))}, "", 1)
+    assert torch.equal(found.damped("layer", 0.0), torch.diag(torch.tensor([2.0, 1.0])))
+
+
 def test_bad_input(model, probe):
     with pytest.raises(ValueError, match="needs batches"):
         lab.score("sparsegpt", model)
