@@ -47,7 +47,7 @@ def window_losses(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     """Mean negative log-likelihood of each window's tokens ``[window]``, in float32.
 
     The logits of a few tokens exist at a time: all of them would take more memory than the model's
-    own forward pass.
+    own forward pass. A model's soft cap of logits is applied.
 
     Parameters
     ----------
@@ -58,11 +58,16 @@ def window_losses(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     ids = ids.to(model.device)
     hidden = model.base_model(input_ids=ids, use_cache=False)[0][:, :-1].flatten(0, 1)
     head, targets = model.get_output_embeddings(), ids[:, 1:].flatten()
+    cap = Anatomy(model).soft_cap()
     losses = [
-        functional.cross_entropy(head(x).float(), y, reduction="none")
+        functional.cross_entropy(_capped(head(x).float(), cap), y, reduction="none")
         for x, y in zip(hidden.split(_BLOCK), targets.split(_BLOCK), strict=True)
     ]
     return torch.cat(losses).view(len(ids), -1).mean(1)
+
+
+def _capped(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
+    return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
 def collect_gradients(

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from .assets import staged
 from .families import Anatomy, weight_axis
-from .runtime import check_token_ids, fingerprint, inference, label
+from .runtime import check_token_ids, fingerprint, inference, label, padded
 
 _BLOCK = 256  # rows of activations summed at once
 Key = tuple[str, str]  # (module name, "input" or "output")
@@ -347,12 +347,7 @@ def collect_statistics(
             token_counts += torch.bincount(ids[mask.bool()].cpu(), minlength=vocabulary)
             _update(content, batch)
             collector.weights = mask.reshape(-1).to(model.device, torch.float32)
-            model(
-                input_ids=ids.to(model.device),
-                attention_mask=mask.to(model.device),
-                use_cache=False,
-                logits_to_keep=1,
-            )
+            model(**padded(model, ids, mask), use_cache=False, logits_to_keep=1)
     n_tokens = int(token_counts.sum())
     if n_tokens == 0:
         raise ValueError("no tokens to collect statistics from: batches is empty or all padding")

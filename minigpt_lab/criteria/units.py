@@ -93,7 +93,7 @@ def unit_scores(
             for projection, side in _projections(anatomy, site, scope):
                 name, module = anatomy.name(layer, projection), anatomy.module(layer, projection)
                 scores = feature_scores(name, module, side).detach().cpu().double().numpy()
-                for block in dict.fromkeys(projection.blocks):
+                for block in projection.unit_blocks:
                     features = anatomy.unit_positions(projection, totals[site][layer], block, layer)
                     structures.append(scores[features].sum(1))
             found[site].append(REDUCTIONS[reduce](np.stack(structures)))

@@ -185,7 +185,7 @@ class Anatomy:
         parts = [
             np.moveaxis(places, projection.axis, 0).reshape(total, -1)
             for name, places in layout.items()
-            if block in (None, name) and (projection.axis == 0 or name == "query")
+            if block in (None, name) and name in projection.unit_blocks
         ]
         return np.concatenate(parts, axis=1)
 

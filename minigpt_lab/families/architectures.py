@@ -40,6 +40,11 @@ class Projection:
     interleaved: bool = False
     axis: int = 0
 
+    @property
+    def unit_blocks(self) -> tuple[str, ...]:
+        """Blocks of which every unit owns a part, each once."""
+        return tuple(dict.fromkeys(self.blocks)) if self.axis == 0 else ("query",)
+
 
 @dataclass(frozen=True)
 class Family:
