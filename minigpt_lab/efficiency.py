@@ -74,7 +74,7 @@ def efficiency(
     peaks = dict.fromkeys(models, 0.0)
     for turn in range(repeats + 1):
         for name, subject in models.items():
-            with inference(subject), _peak(subject.device) as peak:
+            with inference(subject), peak_memory(subject.device) as peak:
                 ids = _prompt(subject, tokenizer, batch_size, seq_len)
                 prefill, cache = _timed(subject.device, lambda s=subject, i=ids: _prefill(s, i))
                 decode, _ = _timed(
@@ -90,6 +90,7 @@ def efficiency(
             **_facts(subject, dense, ids, peaks[name]),
             **_speeds(rounds[name], batch_size, seq_len),
             **counts,
+            "repeats": repeats,
             "device": str(subject.device),
             "dtype": str(subject.dtype).removeprefix("torch."),
         }
@@ -136,8 +137,11 @@ def _synchronise(device: torch.device) -> None:
 
 
 @contextlib.contextmanager
-def _peak(device: torch.device) -> Iterator[Callable[[], float]]:
-    """Within: memory is watched; the function given says how many bytes were added at most."""
+def peak_memory(device: torch.device) -> Iterator[Callable[[], float]]:
+    """Within: memory is watched; the function given says how many bytes were added at most.
+
+    On CUDA by the allocator, on Linux by the process's resident size; elsewhere NaN.
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -207,3 +211,29 @@ def _compare(table: pd.DataFrame, rounds: dict) -> None:
         table[f"{kind}_speedup"] = [1.0, speedup]
     table["mac_reduction"] = table["macs_per_token"].iloc[0] / table["macs_per_token"]
     table["realised"] = table["prefill_speedup"] / table["mac_reduction"]
+
+
+def speeds(table: pd.DataFrame) -> pd.DataFrame:
+    """Rows of `efficiency`, one per model and kind of work, as `figures.throughput` draws them.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Columns ``variant, stored, kind`` (prefill, decode), ``tokens_per_second`` (median) and
+        ``low, high`` (slowest and fastest round), ``batch, device, runs``.
+    """
+    parts = []
+    for kind in ("prefill", "decode"):
+        middle = table[f"{kind}_tokens_per_second"]
+        work = middle * table[f"{kind}_seconds"]  # tokens that the time is for
+        parts.append(
+            pd.DataFrame(
+                {
+                    "variant": table["variant"], "stored": table["stored"], "kind": kind,
+                    "tokens_per_second": middle, "low": work / table[f"{kind}_high"],
+                    "high": work / table[f"{kind}_low"], "batch": table["batch_size"],
+                    "device": table["device"], "runs": table["repeats"],
+                }
+            )
+        )  # fmt: skip
+    return pd.concat(parts, ignore_index=True)

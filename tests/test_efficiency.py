@@ -9,7 +9,8 @@ import torch
 from conftest import random_model
 
 import minigpt_lab as lab
-from minigpt_lab.efficiency import macs_per_token
+from minigpt_lab import figures
+from minigpt_lab.efficiency import macs_per_token, speeds
 
 
 def test_multiplications_are_those_of_the_matrices():
@@ -43,6 +44,16 @@ def test_a_cut_model_beside_the_dense_one(tiny):
     assert cut["mac_reduction"] == dense["macs_per_token"] / cut["macs_per_token"]
     assert cut["realised"] == pytest.approx(cut["prefill_speedup"] / cut["mac_reduction"])
     assert cut["prefill_low"] <= cut["prefill_seconds"] <= cut["prefill_high"]
+
+
+def test_speeds_are_drawn(tiny):
+    model, tokenizer = tiny
+    table = lab.efficiency(model, tokenizer, model, seq_len=32, new_tokens=2, repeats=2)
+    long = speeds(table)
+    assert list(long["kind"]) == ["prefill"] * 2 + ["decode"] * 2
+    assert (long["low"] <= long["tokens_per_second"] * 1.0001).all()
+    assert (long["high"] >= long["tokens_per_second"] * 0.9999).all()
+    assert len(figures.throughput(long).axes) == 2
 
 
 def test_the_model_is_left_as_it_was(tiny):

@@ -7,7 +7,7 @@ from .activations import (
     magnitude_scatter,
     overlap_matrix,
 )
-from .comparison import pareto_front
+from .comparison import method_curves, pareto_front
 from .evaluation import (
     answer_differences,
     answer_dots,
@@ -48,6 +48,7 @@ __all__ = [
     "domain_heatmap",
     "look",
     "magnitude_scatter",
+    "method_curves",
     "overlap_matrix",
     "pareto_front",
     "perplexity_and_accuracy",

@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator
 
-from .style import colour, log_ticks, new_figure, styled
+from .style import METHOD_STYLE, colour, log_ticks, look, new_figure, styled
 
 _BASELINES = {"random": "x", "magnitude": "+"}
 _MARKERS = ("o", "D", "s", "^", "v", "P", "h")
@@ -129,3 +129,44 @@ def _label_front(axis: Axes, points: pd.DataFrame, size: str, domains: list[str]
             textcoords="offset points", fontsize=7, color=colour(point["domain"], domains),
         )  # fmt: skip
         label.set_path_effects([withStroke(linewidth=2, foreground="white")])  # on top of lines
+
+
+@styled
+def method_curves(table: pd.DataFrame, caption: str = "") -> Figure:
+    """Held-out perplexity against size: a line per method, a column per site, a row per text.
+
+    Parameters
+    ----------
+    table : pandas.DataFrame
+        From `minigpt_lab.methods.method_comparison`: columns ``method, sites, stored, text,
+        perplexity, low, high``; rows of the method ``dense`` give the level to compare with.
+    caption : str
+        Model, calibration, protocol.
+    """
+    dense, cuts = table[table["method"] == "dense"], table[table["method"] != "dense"]
+    texts, kinds = (list(dict.fromkeys(cuts[name])) for name in ("text", "sites"))
+    methods = list(dict.fromkeys(cuts["method"]))
+    question = "Which way of choosing costs least, at the same size?"
+    figure = new_figure(3.0 * len(kinds) + 2.2, 2.7 * len(texts) + 0.7, caption, question)
+    axes = figure.subplots(len(texts), len(kinds), sharex="col", sharey="row", squeeze=False)
+    for row, text in zip(axes, texts, strict=True):
+        level = dense.loc[dense["text"] == text, "perplexity"].iloc[0]
+        for axis, kind in zip(row, kinds, strict=True):
+            part = cuts[(cuts["text"] == text) & (cuts["sites"] == kind)]
+            for name, points in part.groupby("method", sort=False):
+                tint, marker = look(name, methods, METHOD_STYLE)
+                points = points.sort_values("stored")
+                axis.plot(points["stored"] / 1e6, points["perplexity"], color=tint, marker=marker,
+                          ms=4, lw=1.2, label=name)  # fmt: skip
+            axis.axhline(level, color="black", ls="--", lw=1, label="dense")
+            axis.set(yscale="log")
+            axis.set_title(f"{kind}: {text}", fontsize=9, fontweight="normal")
+        shown = cuts.loc[cuts["text"] == text, "perplexity"]
+        row[0].set_yticks(*log_ticks(level / 1.1, 1.1 * shown.max()))
+        row[0].minorticks_off()
+        row[0].set_ylabel("test perplexity")
+    for axis in axes[-1]:
+        axis.set_xlabel("stored parameters (millions)")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", fontsize=8)
+    return figure

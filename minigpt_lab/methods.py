@@ -1,0 +1,213 @@
+"""Every way to score on one model, at the same sizes, on the same text: a comparison that is fair.
+
+A method is a criterion with its options, and what it does for the weights that stay. A criterion
+that a user registers takes part unasked.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .allocation import plan_from_scores
+from .analysis import set_overlap
+from .criteria import CRITERIA, Scores, bias_compensated, score
+from .domains import Domain, Part
+from .evaluation import perplexity
+from .ledger import Ledger, content_hash
+from .plan import PruningPlan
+from .recovery import recover
+from .runtime import fingerprint
+from .sizes import model_size
+from .statistics import Statistics
+from .surgery import shrink
+from .tokens import excerpt
+
+#: What a cut may take from: name to the sites that are scored.
+KINDS = {"ffn": ("ffn",), "attention": ("attention",), "both": ("ffn", "attention")}
+Cell = tuple[str, str, float]  # method, name in KINDS, ratio
+Plans = dict[Cell, PruningPlan]
+
+
+@dataclass(frozen=True)
+class Method:
+    """How one row of a comparison chooses what leaves.
+
+    Parameters
+    ----------
+    criterion : str
+        A key of `CRITERIA`.
+    options : mapping
+        Of the criterion.
+    bias_compensation : bool
+        Whether what leaves goes into biases on average (FLAP, arXiv 2312.11983).
+    """
+
+    criterion: str
+    options: Mapping[str, object] = field(default_factory=dict)
+    bias_compensation: bool = False
+
+
+def registered_methods() -> dict[str, Method]:
+    """Every criterion of `CRITERIA` with its defaults, and FLAP with its bias compensation."""
+    flap = Method("fluctuation", bias_compensation=True)
+    return {name: Method(name) for name in CRITERIA} | {"fluctuation + bias": flap}
+
+
+def method_scores(
+    model: PreTrainedModel,
+    batches: Sequence[dict],
+    statistics: Statistics,
+    methods: Mapping[str, Method],
+    cache: bool | str | os.PathLike = True,
+) -> dict[str, Scores]:
+    """Scores of all sites under every method, each found again if it is known.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        A supported causal language model; left as it was.
+    batches : list of dict
+        Calibration tokens, for methods that need more than statistics.
+    statistics : Statistics
+        Of the same tokens: one pass for all methods that can do with it.
+    methods : mapping
+        Name to `Method`.
+    cache : bool or path
+        See `score`.
+    """
+    return {
+        name: score(
+            method.criterion, model, batches, statistics, cache=cache, **dict(method.options)
+        )
+        for name, method in tqdm(methods.items(), desc="scores", unit="method")
+    }
+
+
+def method_plans(
+    model: PreTrainedModel,
+    scores: Mapping[str, Scores],
+    methods: Mapping[str, Method],
+    statistics: Statistics,
+    ratios: Sequence[float],
+    sites: Iterable[str] = tuple(KINDS),
+    **allocation,
+) -> Plans:
+    """A plan for every method, kind of units and ratio; no pass over any text.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        The one that was scored.
+    scores, methods : mapping
+        By the same names.
+    statistics : Statistics
+        For bias compensation.
+    ratios : sequence of float
+        Shares of the units of every layer.
+    sites : iterable of str
+        Keys of `KINDS`.
+    **allocation
+        Of `plan_from_scores`; by default uniform, so that all methods store the same.
+    """
+    plans = {}
+    for name, found in scores.items():
+        for kind in sites:
+            part = replace(found, values={site: found.values[site] for site in KINDS[kind]})
+            for ratio in ratios:
+                plan = plan_from_scores(model, part, ratio=ratio, **allocation)
+                if methods[name].bias_compensation:
+                    plan = bias_compensated(model, plan, statistics)
+                plans[name, kind, ratio] = plan
+    return plans
+
+
+def method_comparison(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    plans: Plans,
+    texts: Sequence[Part],
+    max_tokens: int = 2_048,
+    seq_len: int = 256,
+    recover_on: Domain | None = None,
+    recovery: Mapping[str, object] | None = None,
+    out_dir: str | os.PathLike | None = None,
+) -> pd.DataFrame:
+    """Held-out perplexity of every plan on every text, beside the dense model.
+
+    Parameters
+    ----------
+    model, tokenizer
+        The dense pair.
+    plans : mapping
+        From `method_plans`.
+    texts : sequence of Part
+        Held out, e.g. the test parts of the calibration domain and of a general one.
+    max_tokens, seq_len : int
+        Tokens per text, and per window (no overlap).
+    recover_on : Domain, optional
+        Fine-tune each cut on this domain, all on the same text in the same order, and measure that
+        instead. The dense row stays as it is.
+    recovery : mapping, optional
+        Arguments of `recover`: ``method, tokens, learning_rate, …``.
+    out_dir : str or path, optional
+        Folder in which finished cells are kept: an interrupted comparison goes on where it stopped.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per plan and text: ``method, sites, ratio, recovered, stored, removed`` (share of
+        the model), and those of `Perplexity.row`.
+    """
+    ledger = Ledger(out_dir and Path(out_dir) / "comparison.jsonl")
+    read = [excerpt(text, tokenizer, max_tokens) for text in texts]
+    settings = {} if recover_on is None else {"progress": False, **(recovery or {})}
+    trained = recover_on and [content_hash(recover_on.train), settings]
+    protocol = {"seq_len": seq_len, "max_characters": None}
+
+    def measured(plan: PruningPlan | None) -> dict:
+        mini = model if plan is None else shrink(model, plan)
+        if plan is not None and recover_on is not None:
+            recover(mini, tokenizer, recover_on, **settings)
+        rows = [perplexity(mini, tokenizer, text, **protocol).row() for text in read]
+        return {"stored": model_size(mini).stored, "rows": rows}
+
+    rows = []
+    cells = {("dense", "none", 0.0): None, **plans}
+    for (name, kind, ratio), plan in tqdm(cells.items(), desc="comparison", unit="cell"):
+        cut = None if plan is None else [plan.keep, plan.shift]
+        recipe = [fingerprint(model), cut, [content_hash(text) for text in read], protocol]
+        recovered = plan is not None and recover_on is not None
+        found = ledger.get([*recipe, trained if recovered else None], lambda p=plan: measured(p))
+        dense = model_size(model).stored
+        facts = {"method": name, "sites": kind, "ratio": ratio, "recovered": recovered}
+        facts |= {"stored": found["stored"], "removed": 1 - found["stored"] / dense}
+        rows += [{**facts, **row} for row in found["rows"]]
+    return pd.DataFrame(rows)
+
+
+def method_overlap(plans: Plans, sites: str, ratio: float) -> pd.DataFrame:
+    """Jaccard overlap of the units that two methods remove, at one ratio.
+
+    Returns
+    -------
+    pandas.DataFrame
+        As `minigpt_lab.analysis.set_overlap` gives it; a method agrees with itself wholly.
+    """
+    removed = {
+        name: [
+            ~np.isin(np.arange(total), units)
+            for site in KINDS[sites]
+            for total, units in zip(plan.units[site], plan.keep[site], strict=True)
+        ]
+        for (name, kind, share), plan in plans.items()
+        if (kind, share) == (sites, ratio)
+    }
+    return set_overlap({name: [layers, layers] for name, layers in removed.items()})
