@@ -7,6 +7,7 @@ that a user registers takes part unasked.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,13 +21,14 @@ from .allocation import plan_from_scores
 from .analysis import set_overlap
 from .criteria import CRITERIA, Scores, bias_compensated, score
 from .domains import Domain, Part
+from .efficiency import peak_memory
 from .evaluation import perplexity
 from .ledger import Ledger, content_hash
 from .plan import PruningPlan
 from .recovery import recover
 from .runtime import fingerprint
 from .sizes import model_size
-from .statistics import Statistics
+from .statistics import Statistics, tokens_hash
 from .surgery import shrink
 from .tokens import excerpt
 
@@ -211,3 +213,70 @@ def method_overlap(plans: Plans, sites: str, ratio: float) -> pd.DataFrame:
         if (kind, share) == (sites, ratio)
     }
     return set_overlap({name: [layers, layers] for name, layers in removed.items()})
+
+
+def gradient_methods(directions: Sequence[int], seeds: int = 3) -> dict[str, Method]:
+    """MINI-LLM's score with every kind of gradient, and a random control.
+
+    Parameters
+    ----------
+    directions : sequence of int
+        Of the zeroth-order estimates, per window.
+    seeds : int
+        Of the estimates and of the random cut, named ``"… (seed k)"``.
+    """
+    found = {"backprop": Method("sensitivity", {"gradient": "backprop"})}
+    for n in directions:
+        for seed in range(seeds):
+            options = {"gradient": "zeroth-order", "n_draws": n, "seed": seed}
+            found[f"zeroth-order, {n} (seed {seed})"] = Method("sensitivity", options)
+    found["none"] = Method("sensitivity", {"gradient": "none"})
+    for seed in range(seeds):
+        found[f"random (seed {seed})"] = Method("random", {"seed": seed})
+    return found
+
+
+def scoring_costs(
+    model: PreTrainedModel,
+    batches: Sequence[dict],
+    statistics: Statistics,
+    methods: Mapping[str, Method],
+    sites: tuple[str, ...] = ("ffn", "attention"),
+    out_dir: str | os.PathLike | None = None,
+) -> tuple[dict[str, Scores], pd.DataFrame]:
+    """Scores, and what each took: memory beside the weights, and seconds.
+
+    Parameters
+    ----------
+    model, batches, statistics, methods
+        As for `method_scores`.
+    sites : tuple of str
+        What to score.
+    out_dir : str or path, optional
+        Folder in which scores and costs are kept; with both there, nothing is computed.
+
+    Returns
+    -------
+    dict, pandas.DataFrame
+        Name to `Scores`; columns ``gradient`` (the method's name), ``peak_mib, seconds``.
+    """
+    ledger = Ledger(out_dir and Path(out_dir) / "costs.jsonl")
+    cache = False if out_dir is None else Path(out_dir) / "scores"
+    scores, rows = {}, []
+    for name, method in tqdm(methods.items(), desc="scores", unit="method"):
+
+        def scored(method=method) -> Scores:
+            found = statistics, sites
+            return score(method.criterion, model, batches, *found, cache=cache, **method.options)
+
+        def measured(name=name, scored=scored) -> dict:
+            start = time.perf_counter()
+            with peak_memory(model.device) as peak:
+                scores[name] = scored()
+            return {"peak_mib": peak() / 2**20, "seconds": time.perf_counter() - start}
+
+        recipe = [fingerprint(model), tokens_hash(batches), method.criterion, sites]
+        found = ledger.get([*recipe, dict(method.options)], measured)
+        scores[name] = scores.get(name) or scored()
+        rows.append({"gradient": name, **found})
+    return scores, pd.DataFrame(rows)

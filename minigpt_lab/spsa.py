@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -183,12 +184,57 @@ def gradient_cosine(
     **options
         Of the estimate: ``eps``, ``n_draws``, ``per_sample``, ``seed``.
     """
-    anatomy, batches = Anatomy(model), list(batches)
-    names = [
+    batches, names = list(batches), _scored(model, sites)
+    estimate = estimate_gradients(model, batches, names, **options)
+    return estimate.cosine(collect_gradients(model, batches, names, checkpointing=checkpointing))
+
+
+def cosine_curve(
+    model: PreTrainedModel,
+    batches: Iterable[dict[str, torch.Tensor]],
+    directions: Iterable[int],
+    seeds: int = 3,
+    sites: tuple[str, ...] = SITES,
+    **options,
+) -> pd.DataFrame:
+    """Cosine of estimates to the true gradient, which is computed once.
+
+    Parameters
+    ----------
+    model, batches, sites
+        As for `gradient_cosine`.
+    directions : iterable of int
+        Numbers of directions to try, per window.
+    seeds : int
+        Estimates of each.
+    **options
+        Of the estimate: ``eps``, ``per_sample``.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Columns ``directions`` (in all windows together), ``seed, cosine``, and ``expected``: the
+        root of directions over weights.
+    """
+    batches, names = list(batches), _scored(model, sites)
+    truth = collect_gradients(model, batches, names)
+    weights = sum(model.get_submodule(name).weight.numel() for name in names)
+    rows = []
+    for n in directions:
+        for seed in range(seeds):
+            found = estimate_gradients(model, batches, names, n_draws=n, seed=seed, **options)
+            tried = len(found.coefficients)
+            expected = (tried / weights) ** 0.5
+            rows.append([tried, seed, found.cosine(truth), expected])
+    return pd.DataFrame(rows, columns=["directions", "seed", "cosine", "expected"])
+
+
+def _scored(model: PreTrainedModel, sites: tuple[str, ...]) -> list[str]:
+    """Names of the linear layers whose weights belong to units of some sites."""
+    anatomy = Anatomy(model)
+    return [
         anatomy.name(layer, projection)
         for layer in range(len(anatomy.layers))
         for site in sites
         for projection, _ in anatomy.coupled(site)
     ]
-    estimate = estimate_gradients(model, batches, names, **options)
-    return estimate.cosine(collect_gradients(model, batches, names, checkpointing=checkpointing))

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 import minigpt_lab as lab
 from minigpt_lab.exercises import EXERCISES
 from minigpt_lab.exercises.verdicts import Count, Members, Name, Number, Plan, Share
+from minigpt_lab.families import Anatomy
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 
@@ -220,7 +221,8 @@ def _statistics(model):
 
 def test_a_channel_costs_what_leaves_with_it(model):
     """On every family, gated or not, with biases or without."""
-    plan = lab.contextual_plan(model, _statistics(model), quantile=0.06)  # of 20 channels: one
+    one = 1.2 / Anatomy(model).units("ffn")[0]
+    plan = lab.contextual_plan(model, _statistics(model), quantile=one)
     assert plan.removed["ffn"] == [1, 1, 1]
     size = plan.predicted_size(model)
     cost = (size.dense - size.stored) // 3

@@ -166,24 +166,3 @@ def common_core(plans: Mapping[tuple[str, int], PruningPlan], domains: Sequence[
         "what no domain keeps": set(range(plans[domains[0], 0].units["ffn"][0])) - set.union(*own),
     }
     return Members(set.intersection(*own), mistakes)
-
-
-# 07_compare_runs
-
-
-@exercise
-def dominated_share(table: pd.DataFrame) -> Share:
-    """Share of the models that another of their front beats."""
-    on_front = float(table["front"].mean())
-    mistakes = {"the share on a front; the rest can be thrown away": on_front}
-    return Share(1 - on_front, mistakes)
-
-
-@exercise
-def separate_fronts(table: pd.DataFrame) -> Count:
-    """Groups of models whose perplexities compare."""
-    mistakes = {
-        "the number of dense models; each has a front per text": table["model"].nunique(),
-        "the number of models on a front; several stand on each": int(table["front"].sum()),
-    }
-    return Count(table.groupby(["model", "protocol", "text"], dropna=False).ngroups, mistakes)

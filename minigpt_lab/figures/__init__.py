@@ -7,7 +7,7 @@ from .activations import (
     magnitude_scatter,
     overlap_matrix,
 )
-from .comparison import method_curves, pareto_front
+from .comparison import cosine_curve, influence_bars, method_curves, pareto_front
 from .evaluation import (
     answer_differences,
     answer_dots,
@@ -44,8 +44,10 @@ __all__ = [
     "budget_bars",
     "calibration_curve",
     "colour",
+    "cosine_curve",
     "cut_heatmap",
     "domain_heatmap",
+    "influence_bars",
     "look",
     "magnitude_scatter",
     "method_curves",

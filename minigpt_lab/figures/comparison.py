@@ -170,3 +170,45 @@ def method_curves(table: pd.DataFrame, caption: str = "") -> Figure:
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", fontsize=8)
     return figure
+
+
+@styled
+def cosine_curve(cosines: pd.DataFrame, caption: str = "") -> Figure:
+    """Cosine of zeroth-order estimates to the true gradient, against the number of directions.
+
+    Parameters
+    ----------
+    cosines : pandas.DataFrame
+        From `minigpt_lab.spsa.cosine_curve`: columns ``directions, cosine, expected``, a row per
+        seed.
+    """
+    question = "How much of the gradient does an estimate see?"
+    figure = new_figure(5.4, 3.4, caption, question)
+    axis = figure.subplots()
+    level = cosines.groupby("directions")["expected"].first()
+    axis.plot(level.index, level, color="black", ls="--", lw=1, label="√(directions ÷ weights)")
+    axis.plot(cosines["directions"], cosines["cosine"], "o", color="#0072B2", mfc="none", ms=6,
+              label="estimate, a dot per seed")  # fmt: skip
+    axis.axhline(0, color="black", lw=0.8)
+    axis.set(xscale="log", xlabel="random directions", ylabel="cosine to the true gradient")
+    axis.set_xticks(level.index, [f"{n:,}" for n in level.index])
+    axis.minorticks_off()
+    axis.legend(loc="upper left", fontsize=8)
+    return figure
+
+
+@styled
+def influence_bars(influence: pd.DataFrame, caption: str = "") -> Figure:
+    """How much every decoder layer changes what passes through it.
+
+    Parameters
+    ----------
+    influence : pandas.DataFrame
+        From `block_influence`: columns ``layer, influence``.
+    """
+    figure = new_figure(6.4, 2.8, caption, "Which layers had better stay whole?")
+    axis = figure.subplots()
+    axis.bar(influence["layer"], influence["influence"], color="#0072B2")
+    axis.set(xlabel="layer", ylabel="1 − cosine of\ninput and output")
+    axis.xaxis.set_major_locator(MaxNLocator(12, integer=True))
+    return figure

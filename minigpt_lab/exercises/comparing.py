@@ -1,0 +1,82 @@
+"""Exercises of notebooks 07 to 09: which runs are worth having, and which way of choosing."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from .checking import exercise
+from .verdicts import Count, Name, Number, Share
+
+# 07_compare_runs
+
+
+@exercise
+def dominated_share(table: pd.DataFrame) -> Share:
+    """Share of the models that another of their front beats."""
+    on_front = float(table["front"].mean())
+    mistakes = {"the share on a front; the rest can be thrown away": on_front}
+    return Share(1 - on_front, mistakes)
+
+
+@exercise
+def separate_fronts(table: pd.DataFrame) -> Count:
+    """Groups of models whose perplexities compare."""
+    mistakes = {
+        "the number of dense models; each has a front per text": table["model"].nunique(),
+        "the number of models on a front; several stand on each": int(table["front"].sum()),
+    }
+    return Count(table.groupby(["model", "protocol", "text"], dropna=False).ngroups, mistakes)
+
+
+# 08_mini_llm
+
+
+@exercise
+def directions_needed(weights: int, cosine: float) -> Number:
+    """Random directions until an estimate's expected cosine to the gradient reaches a value."""
+    mistakes = {
+        "the root is still to be undone: √(n ÷ d) is the cosine, so n is its square times d": cosine
+        * weights,
+        "the number of weights; that would be a cosine of 1": weights,
+        "the square root of what is asked for": (cosine**2 * weights) ** 0.5,
+    }
+    return Number(cosine**2 * weights, mistakes)
+
+
+@exercise
+def forward_passes(windows: int, directions: int) -> Count:
+    """Passes of a window through the model that a zeroth-order score takes."""
+    mistakes = {
+        "one per direction; the loss is needed on both sides of the weights": windows * directions,
+        "those of one window": 2 * directions,
+        "those of one direction": 2 * windows,
+    }
+    return Count(2 * windows * directions, mistakes)
+
+
+# 09_method_comparison
+
+
+def _cell(table: pd.DataFrame, text: str, sites: str, ratio: float) -> pd.Series:
+    rows = table[(table["text"] == text) & (table["sites"] == sites) & (table["ratio"] == ratio)]
+    return rows.set_index("method")["perplexity"]
+
+
+@exercise
+def best_method(table: pd.DataFrame, text: str, sites: str, ratio: float) -> Name:
+    """The method with the lowest perplexity on a text, among cuts of one size."""
+    found = _cell(table, text, sites, ratio)
+    mistakes = {"the worst": str(found.idxmax())}
+    return Name(str(found.idxmin()), list(found.index), mistakes)
+
+
+@exercise
+def price_of_not_looking(table: pd.DataFrame, text: str, sites: str, ratio: float) -> Number:
+    """How many times the best method's perplexity the random cut has."""
+    found = _cell(table, text, sites, ratio)
+    mistakes = {
+        "the inverse; the random cut goes on top": found.min() / found["random"],
+        "the worst method over the best": found.max() / found.min(),
+        "the difference; divide": found["random"] - found.min(),
+    }
+    return Number(found["random"] / found.min(), mistakes)
