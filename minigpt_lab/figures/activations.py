@@ -254,7 +254,10 @@ def overlap_matrix(
         f"(by chance {chance.to_numpy().mean():.2f})" if one_level else "(in brackets: by chance)"
     )
     cells = max(len(order), 3)  # room for the words around them
-    caption = with_note(caption, "diagonal: two draws of one domain, the most that noise allows")
+    if (np.diag(table) < 1).any():  # else a set is compared with itself
+        caption = with_note(
+            caption, "diagonal: two draws of one domain, the most that noise allows"
+        )
     figure = new_figure(2.2 + 0.8 * cells, 1.5 + 0.62 * cells, caption, title)
     axis = figure.subplots()
     heat(axis, table, words, cmap="cividis", vmax=1, square=True,

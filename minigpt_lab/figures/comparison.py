@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator
 
-from .style import METHOD_STYLE, colour, log_ticks, look, new_figure, styled
+from .style import METHOD_STYLE, colour, log_labels, log_ticks, look, new_figure, styled
 
 _BASELINES = {"random": "x", "magnitude": "+"}
 _MARKERS = ("o", "D", "s", "^", "v", "P", "h")
@@ -135,6 +135,8 @@ def _label_front(axis: Axes, points: pd.DataFrame, size: str, domains: list[str]
 def method_curves(table: pd.DataFrame, caption: str = "") -> Figure:
     """Held-out perplexity against size: a line per method, a column per site, a row per text.
 
+    Where a method has several rows of one size (seeds), the line is their median in their range.
+
     Parameters
     ----------
     table : pandas.DataFrame
@@ -147,7 +149,7 @@ def method_curves(table: pd.DataFrame, caption: str = "") -> Figure:
     texts, kinds = (list(dict.fromkeys(cuts[name])) for name in ("text", "sites"))
     methods = list(dict.fromkeys(cuts["method"]))
     question = "Which way of choosing costs least, at the same size?"
-    figure = new_figure(3.0 * len(kinds) + 2.2, 2.7 * len(texts) + 0.7, caption, question)
+    figure = new_figure(max(3.0 * len(kinds) + 2.2, 8.0), 2.7 * len(texts) + 0.7, caption, question)
     axes = figure.subplots(len(texts), len(kinds), sharex="col", sharey="row", squeeze=False)
     for row, text in zip(axes, texts, strict=True):
         level = dense.loc[dense["text"] == text, "perplexity"].iloc[0]
@@ -155,15 +157,16 @@ def method_curves(table: pd.DataFrame, caption: str = "") -> Figure:
             part = cuts[(cuts["text"] == text) & (cuts["sites"] == kind)]
             for name, points in part.groupby("method", sort=False):
                 tint, marker = look(name, methods, METHOD_STYLE)
-                points = points.sort_values("stored")
-                axis.plot(points["stored"] / 1e6, points["perplexity"], color=tint, marker=marker,
-                          ms=4, lw=1.2, label=name)  # fmt: skip
+                found = points.groupby("stored")["perplexity"].agg(["median", "min", "max"])
+                sizes = found.index / 1e6
+                axis.fill_between(sizes, found["min"], found["max"], color=tint, alpha=0.2, lw=0)
+                axis.plot(sizes, found["median"], color=tint, marker=marker, ms=4, lw=1.2,
+                          label=name)  # fmt: skip
             axis.axhline(level, color="black", ls="--", lw=1, label="dense")
             axis.set(yscale="log")
             axis.set_title(f"{kind}: {text}", fontsize=9, fontweight="normal")
         shown = cuts.loc[cuts["text"] == text, "perplexity"]
-        row[0].set_yticks(*log_ticks(level / 1.1, 1.1 * shown.max()))
-        row[0].minorticks_off()
+        log_labels(row[0].yaxis, [level, *shown])
         row[0].set_ylabel("test perplexity")
     for axis in axes[-1]:
         axis.set_xlabel("stored parameters (millions)")
