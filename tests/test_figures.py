@@ -161,6 +161,25 @@ def test_sweep_draws_every_method_and_mark(sweep):
                       "paper's ε"]  # fmt: skip
     assert "knee at ε = 0.01" in size.get_title(loc="left")
     assert not loss.collections  # one seed has no range
+    signs = {(line.get_color(), line.get_marker()) for line in size.lines[:2]}
+    assert not signs & {(line.get_color(), line.get_marker()) for line in loss.lines}
+    assert {colour for colour, _ in signs} == {"black"} and len(signs) == 2
+    assert not {sign for pair in signs for sign in pair} & {
+        sign for pair in style.METHOD_STYLE.values() for sign in pair
+    }
+
+
+def test_sweep_names_what_each_threshold_is_compared_with(sweep):
+    parts = [sweep.assign(component=name) for name in analysis.SWEEPS]
+    figure = figures.threshold_sweep(pd.concat(parts))
+    words = [axis.get_xlabel().split("(")[1] for axis in figure.axes[len(analysis.SWEEPS) :]]
+    linear, activation, embedding, both = words
+    assert "|input|, |output|" in linear and "activation" not in linear
+    assert activation == "mean |activation|)" and embedding == "share of tokens)"
+    assert "|input|, |output|" in both and "|activation|" in both
+    figures.png_bytes(figure)  # lays it out
+    boxes = [axis.xaxis.label.get_window_extent() for axis in figure.axes[len(words) :]]
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
 
 
 def test_sweep_shades_the_range_of_seeds(sweep):

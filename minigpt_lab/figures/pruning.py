@@ -25,6 +25,14 @@ from .style import (
     with_note,
 )
 
+_SIZES = {"stored": "D-", "non-zero": "P:"}  # black: no method has that colour or these signs
+_UNITS = {  # what ε is compared with
+    "linear": "mean |input|, |output|",
+    "activation": "mean |activation|",
+    "embedding": "share of tokens",
+    "all": "mean |input|, |output|,\n|activation|",
+}
+
 
 @styled
 def threshold_sweep(
@@ -56,9 +64,9 @@ def threshold_sweep(
     for column, component in zip(axes.T, components, strict=True):
         part = sweep[sweep["component"] == component]
         base = part[part["method"] == "contextual"].sort_values("epsilon")
-        for size, line in (("stored", "o-"), ("non-zero", ".:")):
+        for size, line in _SIZES.items():
             ratios = base[size.replace("-", "") + "_ratio"]
-            (handles[size],) = column[0].plot(base["epsilon"], ratios, line, color="#0072B2", ms=4,
+            (handles[size],) = column[0].plot(base["epsilon"], ratios, line, color="black", ms=4,
                                               label=size)  # fmt: skip
         for method in sorted(methods, key=[*METHOD_STYLE, *methods].index):
             rows = part[part["method"] == method]
@@ -82,9 +90,8 @@ def threshold_sweep(
         if not smallest * 10 <= high:  # less than a decade: no power of ten to label
             ends = [low] if low == high else [low, high]
             column[1].set_xticks(ends, [f"{end:g}" for end in ends])
-        unit = "share of tokens" if component == "embedding" else "mean |activation|"
         column[1].axhline(1, color="black", lw=0.8)
-        column[1].set(yscale="log", xlabel=f"threshold ε ({unit})")
+        column[1].set(yscale="log", xlabel=f"threshold ε\n({_UNITS.get(component, component)})")
     log_labels(axes[1, 0].yaxis, [1, *sweep["perplexity_ratio"]])
     axes[0, 0].yaxis.set_major_formatter(percent)
     axes[0, 0].set_ylabel("parameters left")
