@@ -90,3 +90,17 @@ def test_without_a_sweep_sizes_stand_there(tiny, tiny_statistics):
     widths = [bar.get_width() for bar in axis_of(figure, "How large").patches]
     expected = [size.stored / size.dense, size.nonzero / size.dense]
     assert widths == pytest.approx([*expected, size.layers_stored / size.layers_dense])
+
+
+def test_words_stay_off_the_bars_and_in_their_panels(tiny, tiny_statistics):
+    picture = ThresholdPicture({"tiny-law": Magnitudes(tiny_statistics)})
+    plan = lab.contextual_plan(tiny[0], tiny_statistics, epsilon_activation=0.1)
+    figure = picture.draw("tiny-law", {}, plan.frame(), plan.predicted_size(tiny[0]), {})
+    axis = axis_of(figure, "embedding")
+    (note,) = (text for text in axis.texts if "exactly 0" in text.get_text())
+    picture.png()
+    bar = next(patch for patch in axis.patches if hasattr(patch, "get_height"))
+    assert bar.get_height() > 0 and note.get_window_extent().x0 > bar.get_window_extent().x1
+    sizes, beside = axis_of(figure, "How large"), axis_of(figure, "Which layers")
+    edge = max(label.get_window_extent().x1 for label in beside.get_xticklabels())
+    assert min(label.get_window_extent().x0 for label in sizes.get_yticklabels()) > edge

@@ -28,7 +28,7 @@ _UNITS = {
 }
 _BINS = 60
 _LOOK = {**STYLE, "font.size": 8, "axes.titlesize": 8.5}
-_SIZES = ("stored", "non-zero", "in the layers")
+_SIZES = ("stored", "non-zero", "layers")  # short: the next panel is near
 
 
 class ThresholdPicture:
@@ -97,7 +97,8 @@ class ThresholdPicture:
             "steps": axis.stairs(np.zeros(_BINS), edges, fill=True, alpha=0.55),
             "never": never,
             "line": axis.axvline(edges[0], color="black", ls="--", lw=1.2),
-            "note": axis.annotate("", (0.02, 0.97), xycoords="axes fraction", va="top", fontsize=7),
+            # right of the bar of zeros, which may be as high as the panel
+            "note": axis.text(0.085, 0.97, "", transform=axis.transAxes, va="top", fontsize=7),
         }
 
     def _depth(self, axis: Axes) -> None:
