@@ -126,6 +126,8 @@ def test_labels_do_not_overlap_and_panels_keep_protocols_apart():
     table["protocol"] = ["p", "q"] * 20
     figure = figures.pareto_front(table)
     assert len([axis for axis in figure.axes if axis.get_visible()]) == 2
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert "not on the front" not in labels  # nothing is faded
     figures.png_bytes(figure)
     boxes = [text.get_window_extent() for text in figure.axes[0].texts]
     assert 1 < len(boxes) < 20

@@ -71,8 +71,9 @@ def pareto_front(table: pd.DataFrame, size: str = "stored", caption: str = "") -
                ms=11 if method == "dense" else 6, label=method)
         for method, marker in markers.items()
     ]  # fmt: skip
-    handles.append(Line2D([], [], color="#333333", marker="o", ls="", alpha=_FADED,
-                          label="not on the front"))  # fmt: skip
+    if (~table["front"].astype(bool) & (table["method"] != "dense")).any():
+        handles.append(Line2D([], [], color="#333333", marker="o", ls="", alpha=_FADED,
+                              label="not on the front"))  # fmt: skip
     figure.legend(handles=handles, loc="outside right upper", fontsize=8)
     figure.draw_without_rendering()  # lays it out: distances below are those of the picture
     for axis, (_, rows) in zip(axes, panels, strict=False):
