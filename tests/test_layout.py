@@ -31,6 +31,13 @@ def test_imports_go_one_way():
             assert imported(path) <= set(order[: order.index(name)]), path
 
 
+def test_every_module_has_its_line():
+    words = (ROOT / "CONTRIBUTING.md").read_text()
+    named = re.findall(r"^\* `(\w+)`: \w", words, re.M)
+    modules = {p.stem for p in PACKAGE.glob("*.py")} | PACKAGES
+    assert sorted(named) == sorted(modules - {"__init__"})
+
+
 def test_no_module_is_longer_than_a_sitting():
     lengths = {p: len(p.read_text().splitlines()) for p in PACKAGE.rglob("*.py")}
     assert max(lengths.values()) <= 400, max(lengths, key=lengths.get)
