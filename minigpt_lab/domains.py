@@ -1,4 +1,4 @@
-"""Domains: text in disjoint parts, and its way into token batches.
+"""Domains: text in four disjoint parts, with multiple-choice questions.
 
 Documents are cut into passages, near-duplicates are dropped, and the rest is dealt into
 ``calibration``, ``train``, ``validation`` and ``test`` by the hash of its content: the same text
