@@ -20,6 +20,7 @@ from .domains import (
     check_disjoint,
     domain_names,
     load_domain,
+    load_domains,
     make_domain,
 )
 from .efficiency import efficiency
@@ -84,6 +85,7 @@ __all__ = [
     "gradient_cosine",
     "label",
     "load_domain",
+    "load_domains",
     "load_model",
     "make_domain",
     "masked",

@@ -186,6 +186,33 @@ def load_domain(
     )
 
 
+def load_domains(names_or_paths: Iterable[str | os.PathLike]) -> list[Domain]:
+    """Several domains, as `load_domain` gives them, that their names tell apart.
+
+    Results are kept by a domain's name, and that of a file or folder is its last part.
+
+    Raises
+    ------
+    ValueError
+        If two texts that differ have the same name.
+    TypeError
+        If one name is given instead of a list of them.
+    """
+    if isinstance(names_or_paths, str | os.PathLike):
+        raise TypeError(f"{str(names_or_paths)!r} is one name; give a list: [{names_or_paths!r}]")
+    sources, found = {}, []
+    for source in names_or_paths:
+        domain = load_domain(source)
+        first, twin = sources.setdefault(domain.name, (source, domain))
+        if twin != domain:
+            raise ValueError(
+                f"{str(first)!r} and {str(source)!r} are different texts, and both would be called "
+                f"{domain.name!r}; rename one of them"
+            )
+        found.append(domain)
+    return found
+
+
 def check_part(texts: object) -> None:
     """Refuse a whole domain where one of its parts is wanted.
 

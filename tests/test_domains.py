@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 
@@ -87,6 +88,27 @@ def test_a_folder_of_texts(tmp_path):
         (tmp_path / f"{i}.txt").write_text(passage(i, 200))
     domain = lab.load_domain(tmp_path)
     assert all(len(part) >= 4 for part in domain.parts.values())
+
+
+def test_different_texts_of_one_name_are_refused(tmp_path):
+    for home, start in {"a": 0, "b": 90, "copy": 0}.items():
+        (tmp_path / home).mkdir()
+        texts = [passage(start + i) for i in range(40)]
+        (tmp_path / home / "notes.txt").write_text("\n\n".join(texts))
+    first, second, copy = (tmp_path / home / "notes.txt" for home in ("a", "b", "copy"))
+    line = f"'{first}' and '{second}' are different texts.*both.*'notes'; rename one"
+    with pytest.raises(ValueError, match=line):
+        lab.load_domains(["tiny-law", str(first), str(second)])
+    names = [domain.name for domain in lab.load_domains([first, "tiny-law", first, copy])]
+    assert names == ["notes", "tiny-law", "notes", "notes"]  # the same text again is no other
+    with pytest.raises(TypeError, match=r"'law' is one name; give a list: \['law'\]"):
+        lab.load_domains("law")
+
+
+def test_notebooks_load_several_domains_at_once():
+    for path in Path(__file__).parent.parent.glob("notebooks/*.ipynb"):
+        source = path.read_text()
+        assert source.count("lab.load_domain(") + source.count("lab.load_domains(") <= 1, path
 
 
 def test_bad_input_is_named(tmp_path):
