@@ -100,6 +100,18 @@ class Questions(tuple):
     def __repr__(self) -> str:
         return f"Questions({len(self)} items: {', '.join(dict.fromkeys(q.source for q in self))})"
 
+    def first(self, count: int) -> Questions:
+        """The first questions; all of them where there are fewer.
+
+        Raises
+        ------
+        ValueError
+            If that is none, or less.
+        """
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(f"{count!r} questions are asked for; expected a whole number from 1")
+        return Questions(self[:count], self.dropped)
+
     def summary(self) -> pd.DataFrame:
         """Items of every source, with its licence and what was dropped from it."""
         rows = []

@@ -9,7 +9,7 @@ import pytest
 from test_domains import passage
 
 import minigpt_lab as lab
-from minigpt_lab import questions
+from minigpt_lab import parameters, questions
 from minigpt_lab.passages import near_duplicates, sentences
 from minigpt_lab.questions import Question, Questions, read_questions
 
@@ -82,6 +82,19 @@ def test_questions_are_the_same_every_time(tiny_domain):
     assert again.questions == tiny_domain.questions and again.questions is again.questions
     assert lab.load_domain("law").questions == lab.load_domain("law").questions  # made, then cached
     assert "US tort law" in repr(lab.load_domain("law").questions)
+
+
+@pytest.mark.parametrize("count", [-5, 0, 2.0, True, "3"])
+def test_a_number_of_questions_is_at_least_one(tiny_domain, count):
+    with pytest.raises(ValueError, match=f"{count!r} questions are asked for; .* from 1"):
+        tiny_domain.questions.first(count)
+
+
+def test_the_first_questions(tiny_domain):
+    asked = tiny_domain.questions
+    assert asked.first(3) == asked[:3] and asked.first(10**6) == asked
+    source = (parameters.NOTEBOOKS / "05_mcq_evaluation.ipynb").read_text()
+    assert ".first(n_questions)" in source and ".first(n_rotated)" in source
 
 
 def test_shipped_sets_are_read_whole():
