@@ -12,8 +12,10 @@ import pandas as pd
 from .assets import nearest
 from .records import read_records
 
-#: What one perplexity can be compared with: same model, same windows of the same text.
+#: What one perplexity can be compared with: same model, same windows of the same text. The labels
+#: of `measurements` differ where the content does.
 COMPARABLE = ("model", "protocol", "text")
+SIZES = ("stored", "nonzero")
 _COLUMNS = (
     "run", "notebook", "model", "protocol", "text", "domain", "method", "inside", "stored",
     "nonzero", "perplexity", "low", "high", "stored_ratio", "nonzero_ratio", "perplexity_ratio",
@@ -25,7 +27,8 @@ def measurements(root: str | os.PathLike = "runs", everything: bool = False) -> 
 
     They come from the ``summary`` tables of notebooks that record both (03, 04, 05). The mask and
     the reloaded copy of a model are left out: they are the shrunk model again. The dense model
-    stands once for every text and protocol.
+    stands once for every text and protocol. Where models or texts of one label have different
+    hashes in their records, each label gets the beginning of its hash: they are not the same.
 
     Parameters
     ----------
@@ -56,13 +59,30 @@ def measurements(root: str | os.PathLike = "runs", everything: bool = False) -> 
             parts.append(_measured(table, content).assign(**facts))
     if not parts:
         return pd.DataFrame(columns=list(_COLUMNS))
-    frame = pd.concat(parts, ignore_index=True)[list(_COLUMNS)]
+    frame = pd.concat(parts, ignore_index=True)
+    frame["model"] += _marks(frame["model"], frame["weights"])
+    mark = _marks(frame["text"], frame["content"])
+    rest = [text[len(own) :] for own, text in zip(frame["domain"], frame["text"], strict=True)]
+    frame["domain"] += mark
+    frame["text"] = frame["domain"] + rest
+    frame = frame[list(_COLUMNS)]
     again = frame["method"].eq("dense") & frame.duplicated([*COMPARABLE, "method"])
     return frame[~again].reset_index(drop=True)
 
 
+def _marks(labels: pd.Series, hashes: pd.Series) -> pd.Series:
+    """What tells labels apart that stand for different content, nothing where one does not."""
+    several = hashes.groupby(labels).transform("nunique") > 1
+    return (" (" + hashes.str[:6] + ")").where(several, "")
+
+
 def _measured(table: pd.DataFrame, content: dict) -> pd.DataFrame:
-    parameters, label = content["parameters"], (content.get("model") or {}).get("label")
+    parameters, model = content["parameters"], content.get("model") or {}
+    hashes = {
+        f"{domain}/{part}": digest
+        for domain, parts in (content.get("data") or {}).items()
+        for part, digest in parts.items()
+    }
     table = table[~table["variant"].isin(["masked", "reloaded"])].copy()
     table["text"] = table["text"] if "text" in table else table["domain"] + "/test"
     table["domain"] = table["text"].str.rsplit("/", n=1).str[0]
@@ -71,7 +91,7 @@ def _measured(table: pd.DataFrame, content: dict) -> pd.DataFrame:
     own = parameters.get("domain")  # a name, a path or a hub id; none if each is its own
     names = table["domain"] if own is None else [own, Path(own).stem, own.replace("/", "-")]
     table["inside"] = table["domain"].isin(names) | (table["method"] == "dense")
-    table["model"] = label
+    table["model"] = model.get("label", "")
     tokens, window = parameters.get("test_tokens", 0), parameters.get("seq_len")
     table["protocol"] = f"at most {tokens:,} test tokens, windows of {window}"
     dense = table[table["method"] == "dense"].drop_duplicates("text").set_index("text")
@@ -88,7 +108,11 @@ def _measured(table: pd.DataFrame, content: dict) -> pd.DataFrame:
     table = table.reindex(columns=list(_COLUMNS))
     for kind in ("stored", "nonzero"):
         table[f"{kind}_ratio"] = table[kind] / table["text"].map(dense.get(kind, {}))
-    return table.assign(perplexity_ratio=table["perplexity"] / level)
+    return table.assign(
+        perplexity_ratio=table["perplexity"] / level,
+        weights=model.get("sha256", "?"),
+        content=table["text"].map(hashes).fillna("?"),
+    )
 
 
 def _method(variant: str, regimes: dict) -> str:
@@ -122,8 +146,13 @@ def select(
     Raises
     ------
     ValueError
-        If there are runs, but none measured one of the domains or methods.
+        If there are runs, but none measured one of the domains or methods, or there is no such
+        size.
     """
+    if size not in SIZES:
+        raise ValueError(
+            f"size is {size!r}; expected stored or nonzero, {nearest(str(size), list(SIZES))}"
+        )
     kept = frame[frame[size].notna() & (frame["inside"].astype(bool) | outside)]
     for column, wanted in (("domain", domains), ("method", methods)):
         known = list(dict.fromkeys(kept[column]))

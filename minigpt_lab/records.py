@@ -134,7 +134,7 @@ def read_records(
 ) -> Iterator[tuple[Path, dict]]:
     """Run folders under a folder, with their records, in the order of their paths.
 
-    A record that cannot be read is left out with one warning, and so is a folder that is not there.
+    A record that cannot be read is left out with one warning.
 
     Parameters
     ----------
@@ -142,10 +142,15 @@ def read_records(
         A run folder, or any folder above some.
     everything : bool
         Smoke and failed runs too.
+
+    Raises
+    ------
+    ValueError
+        If there is no such folder.
     """
     root = Path(root)
     if not root.is_dir():
-        warnings.warn(f"no folder {root}: no runs to read", stacklevel=2)
+        raise ValueError(f"no folder {root}: name one that holds runs, or run a notebook first")
     for path in sorted(root.rglob(RECORD)):
         folder = path.parent
         if any(part.startswith(".") for part in folder.relative_to(root).parts):

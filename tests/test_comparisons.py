@@ -11,15 +11,16 @@ from minigpt_lab.records import write_record
 from minigpt_lab.reports import write_report
 
 
-def run(folder, table, **parameters):
-    """A run folder with a summary table."""
+def run(folder, table, text="abc", weights="012", **parameters):
+    """A run folder with a summary table; `text` and `weights` are hashes."""
     folder.mkdir(parents=True)
     pd.DataFrame(table).to_csv(folder / "summary.csv", index=False)
     given = {"domain": "law", "seq_len": 64, "test_tokens": 1024, **parameters}
     write_record(folder, {
         "notebook": "03_contextual_pruning", "status": "completed", "parameters": given,
-        "metrics": {"nonzero": 70}, "tables": ["summary"], "model": {"label": "tiny"},
-        "protocol": "quickly", "data": {"law": {"test": "abc"}}, "versions": {"torch": "2"},
+        "metrics": {"nonzero": 70}, "tables": ["summary"], "protocol": "quickly",
+        "model": {"label": "tiny", "sha256": weights}, "data": {"law": {"test": text}},
+        "versions": {"torch": "2"},
     })  # fmt: skip
 
 
@@ -83,6 +84,22 @@ def test_front_is_what_nothing_beats():
     )
 
 
+@pytest.mark.parametrize("other", [{"text": "d" * 64}, {"weights": "d" * 64}])
+def test_one_label_of_other_content_has_a_front_of_its_own(tmp_path, other):
+    run(tmp_path / "a", rows(80, 20.0, 2.5))
+    run(tmp_path / "b", rows(60, 18.0, 2.2), **other)  # would beat it
+    run(tmp_path / "c", rows(90, 30.0, 3.0), **other)
+    table = comparisons.select(comparisons.measurements(tmp_path))
+    assert len(table) == 5 and table["method"].eq("dense").sum() == 2
+    front = table.assign(front=comparisons.pareto(table)).query("method != 'dense'")
+    assert front.set_index("run")["front"].to_dict() == {"a": True, "b": True, "c": False}
+    assert set(comparisons.smallest(table, 9)["run"]) == {"a", "b"}
+    kinds = ("text", "domain") if "text" in other else ("model",)
+    for kind in kinds:  # and the pictures say which is which
+        assert table[kind].str.contains("dddddd").sum() == 3, kind
+        assert not table[kind].str.contains("d" * 7).any()
+
+
 def test_select_and_smallest(runs):
     table = comparisons.measurements(runs)
     inside = comparisons.select(table)
@@ -90,6 +107,10 @@ def test_select_and_smallest(runs):
     assert "d" in set(comparisons.select(table, outside=True)["run"])
     with pytest.raises(ValueError, match="no run has the domain 'lwa'; did you mean 'law'"):
         comparisons.select(table, domains=["lwa"])
+    with pytest.raises(ValueError, match="'sotred'; expected stored or nonzero, did.*'stored'"):
+        comparisons.select(table, size="sotred")
+    with pytest.raises(ValueError, match="no folder .*nowhere"):
+        comparisons.measurements(runs / "nowhere")
     assert comparisons.smallest(inside, 2.5)["run"].tolist() == ["a"]
     assert comparisons.smallest(inside, 1.5)["method"].tolist() == ["dense"]
     (runs / "nothing").mkdir()

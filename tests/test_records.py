@@ -70,9 +70,9 @@ def test_results_are_tidy_and_know_which_way_is_better(tmp_path):
 
 def test_a_folder_without_runs_gives_an_empty_table(tmp_path):
     assert results(tmp_path).empty
-    with pytest.warns(UserWarning, match="no folder .*nowhere"):
-        frame = results(tmp_path / "nowhere")
-    assert {"run", "notebook", "metric", "value", "better"} <= set(frame.columns)
+    assert {"run", "notebook", "metric", "value", "better"} <= set(results(tmp_path).columns)
+    with pytest.raises(ValueError, match="no folder .*nowhere: name one that holds runs"):
+        results(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize(
