@@ -284,6 +284,9 @@ def threshold_sweep(
         perplexity_ratio`` (per character against dense, as a perplexity of the dense tokens). All
         points are measured on the same text, cut with the dense model's tokens.
     """
+    if not any(len(values) for values in epsilons.values()):
+        lists = f"all {len(epsilons)} lists are empty ({', '.join(epsilons)})"
+        raise ValueError(f"{lists}; give at least one threshold")
     texts = excerpt(texts, tokenizer, protocol.pop("max_tokens", None))
     protocol["max_characters"] = None
     ledger = Ledger(path)

@@ -98,6 +98,8 @@ def test_a_sweep_resumes_where_it_stopped(tmp_path, tiny, draws, monkeypatch):
     assert seeded["stored"].nunique() == 1 and seeded["perplexity"].nunique() == 4
     with pytest.raises(ValueError, match="unknown component 'activations'"):
         sweep(activations=[0.1])
+    with pytest.raises(ValueError, match=r"all 2 lists are empty \(linear, all\); give at least"):
+        sweep(linear=[], all=[])
 
 
 def test_activation_frame_has_a_row_per_neuron(draws, tiny):
