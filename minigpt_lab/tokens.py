@@ -144,7 +144,7 @@ def tokenize(
     Raises
     ------
     ValueError
-        If the text is shorter than one window, or a number is not positive.
+        If the text or `max_tokens` is less than one window, or a number is not positive.
     """
     prefix = window_prefix(tokenizer)
     for name, value in (("seq_len", seq_len - len(prefix)), ("batch_size", batch_size)):
@@ -152,6 +152,11 @@ def tokenize(
             raise ValueError(f"{name} is {value}; expected a positive number")
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"max_tokens is {max_tokens}; expected a positive number or None")
+    if max_tokens is not None and max_tokens < seq_len:
+        raise ValueError(
+            f"max_tokens is {max_tokens}, less than one window of seq_len={seq_len}; give "
+            f"{seq_len} or more, or a shorter seq_len"
+        )
     step = seq_len - len(prefix)
     limit = float("inf") if max_tokens is None else max_tokens // seq_len * step
     ids: list[int] = []
@@ -162,9 +167,8 @@ def tokenize(
     count = min(len(ids), limit) // step
     if count == 0:
         raise ValueError(
-            f"{texts if isinstance(texts, Part) else 'the text'} has {len(ids)} tokens (limit "
-            f"{max_tokens}), less than one window of seq_len={seq_len}; give more text or a "
-            "shorter seq_len"
+            f"{texts if isinstance(texts, Part) else 'the text'} has {len(ids)} tokens, less than "
+            f"one window of seq_len={seq_len}; give more text or a shorter seq_len"
         )
     windows = torch.tensor(ids[: int(count) * step]).reshape(-1, step)
     windows = torch.cat([torch.tensor([prefix] * len(windows), dtype=torch.long), windows], 1)

@@ -403,7 +403,7 @@ POSITIVE = (
         ({"learning_rate": -1e-4}, "learning_rate is -0.0001"),
         ({"learning_rate": float("nan")}, "learning_rate is nan"),
         ({"seq_len": 100_000}, "less than one window"),
-        ({"tokens": 100}, r"limit 100\), less than one window of seq_len=256"),
+        ({"tokens": 100}, "max_tokens is 100, less than one window of seq_len=256; give 256 or"),
         ({"targets": ["q_proj"]}, "targets are for method='lora'"),
         ({"dropout": 1.0}, "dropout is 1.0"),
         *(({name: 0}, f"{name} is 0; expected a number above 0") for name in POSITIVE),
