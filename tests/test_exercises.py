@@ -87,6 +87,32 @@ def test_what_is_no_answer_but_a_slip_of_the_call_is_an_error():
         lab.check("chance overlap", 0.2, q=0.3)
 
 
+SWEPT = {"component": ["linear"] * 2, "method": ["contextual", "random"], "perplexity_ratio": 2.0}
+LEVELS = {"text": "law/test", "variant": ["dense", "mild", "mild, full"], "perplexity": 7.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "held", "reason"),
+    [
+        ("advantage over random", {"final": pd.DataFrame(SWEPT), "component": "activation"},
+         "activation was not swept, only linear; give it thresholds"),
+        ("advantage over random", {"final": pd.DataFrame(SWEPT)[:1], "component": "linear"},
+         "there is no 'random'"),
+        ("recovered share", {"table": pd.DataFrame(LEVELS), "text": "law/test", "pruned": "mild",
+                             "recovered": "mild, lora"}, "there is no 'mild, lora'"),
+        ("recovered share", {"table": pd.DataFrame(LEVELS), "text": "law/test", "pruned": "mild",
+                             "recovered": "mild, full"}, "zero"),  # nothing was lost
+        ("chance level", {"questions": {}}, "concatenate"),
+        ("dominated share", {"table": pd.DataFrame({"front": []})}, "would be nan"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_computed_is_a_verdict(name, held, reason):
+    verdict = lab.check(name, 0.5, **held)
+    assert verdict.right is None and "\n" not in verdict.message
+    assert f"{name}: cannot be computed from what was measured here: " in verdict.message
+    assert reason in verdict.message
+
+
 RIGHT = 0.3 / 1.7
 
 

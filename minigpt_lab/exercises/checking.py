@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import get_type_hints
 
-from ..assets import nearest
+from ..assets import first_line, nearest
 from .verdicts import Members, Name, Number, Plan, Verdict
 
 #: Exercises by name: from what a notebook holds to an answer's kind, the right one and those that
@@ -35,7 +36,8 @@ def check(name: str, answer: object, /, **given: object) -> Verdict:
     Returns
     -------
     Verdict
-        Right, not answered yet, or what is off: a wrong answer is never an exception.
+        Right, not answered yet, what is off, or that what is given does not hold the right answer
+        (a component that was not swept, say): neither is ever an exception.
 
     Raises
     ------
@@ -55,5 +57,16 @@ def check(name: str, answer: object, /, **given: object) -> Verdict:
     if answer is None or answer is ...:
         kind = get_type_hints(asked)["return"].kind
         return Verdict(None, f"{name}: not answered yet; expected is {kind}")
-    problem = asked(**given).problem(answer)
+    try:
+        right = asked(**given)
+        problem = right.problem(answer)
+    except (LookupError, ValueError, ArithmeticError) as error:
+        absent = isinstance(error, KeyError)
+        return _not_computed(name, f"there is no {error}" if absent else first_line(error))
+    if isinstance(right, Number) and not math.isfinite(right.value):
+        return _not_computed(name, f"the right answer would be {right.value}")
     return Verdict(problem is None, f"{name}: {'right' if problem is None else problem}")
+
+
+def _not_computed(name: str, reason: str) -> Verdict:
+    return Verdict(None, f"{name}: cannot be computed from what was measured here: {reason}")

@@ -164,6 +164,9 @@ def even_cut(model: PreTrainedModel, statistics: Statistics, cut: PruningPlan) -
 @exercise
 def advantage_over_random(final: pd.DataFrame, component: str) -> Number:
     """How many times the random control's loss is that of the contextual cut."""
+    swept = list(dict.fromkeys(final["component"]))
+    if component not in swept:
+        raise ValueError(f"{component} was not swept, only {', '.join(swept)}; give it thresholds")
     rows = final[final["component"] == component]
     loss = rows.groupby("method")["perplexity_ratio"].mean()  # of a control's seeds
     mistakes = {
