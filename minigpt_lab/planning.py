@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from numbers import Real
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -63,8 +64,8 @@ def contextual_plan(
     Raises
     ------
     ValueError
-        If a threshold is negative or NaN, a quantile is outside [0, 1), or the statistics belong
-        to another model.
+        If a threshold is negative, NaN or no number, a quantile outside [0, 1), or the statistics
+        belong to another model.
     """
     rules = _rules(epsilon_linear, epsilon_activation, quantile)
     _check_epsilon("epsilon_embedding", epsilon_embedding)
@@ -108,13 +109,19 @@ def contextual_plan(
 
 
 def _check_epsilon(name: str, value: float | None) -> None:
-    if value is not None and not value >= 0:  # NaN fails too
-        raise ValueError(f"{name} is {value}; expected a number ≥ 0, or None to leave it alone")
+    if value is not None and not (_is_number(value) and value >= 0):  # NaN fails too
+        raise ValueError(f"{name} is {value!r}; expected a number ≥ 0, or None to leave it alone")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _rules(epsilon_linear, epsilon_activation, quantile) -> dict[str, tuple[str, float]]:
     """Component to ``("epsilon" | "quantile", value)`` for those that are to be cut."""
     pair = epsilon_linear if isinstance(epsilon_linear, tuple | list) else (epsilon_linear,) * 2
+    if len(pair) != 2:
+        raise ValueError(f"epsilon_linear is {pair}; expected one number, or two: input, output")
     given = dict(zip(COMPONENTS, (*pair, epsilon_activation), strict=False))
     for name, value in given.items():
         _check_epsilon(f"epsilon_{name}", value)
@@ -123,8 +130,8 @@ def _rules(epsilon_linear, epsilon_activation, quantile) -> dict[str, tuple[str,
         return rules
     shares = quantile if isinstance(quantile, Mapping) else {"activation": quantile}
     for name, share in shares.items():
-        if not 0 <= share < 1:
-            raise ValueError(f"quantile for {name!r} is {share}; expected a share in [0, 1)")
+        if not (_is_number(share) and 0 <= share < 1):
+            raise ValueError(f"quantile for {name!r} is {share!r}; expected a share in [0, 1)")
         targets = COMPONENTS[:2] if name == "linear" else (name,)
         for target in targets:
             if target not in COMPONENTS[:3]:
