@@ -81,8 +81,12 @@ def read_grid(path: str | os.PathLike) -> Grid:
 
 
 def _grid(path: Path, content: object) -> Grid:
-    if not isinstance(content, dict) or not isinstance(content.get("notebook"), str):
+    if not isinstance(content, dict) or "notebook" not in content:
         raise ValueError("expected 'notebook: NAME' and 'grid: {parameter: [values]}'")
+    if not isinstance(content["notebook"], str):
+        raise ValueError(
+            f"notebook is {content['notebook']!r}; expected a name in quotes, e.g. notebook: '03'"
+        )
     for key in content:
         if key not in _KEYS:
             raise ValueError(f"unknown key {key!r}; {nearest(str(key), list(_KEYS))}")

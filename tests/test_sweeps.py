@@ -247,6 +247,7 @@ WRONG = {
     "notebook: 3_contextual\ngrid: {domain: [law]}": "no notebook '3_contextual'; did you mean",
     "grid: {domain: [law]}": "expected 'notebook: NAME'",
     "notebook: [03": "is no YAML",
+    "notebook: 03\ngrid: {domain: [law]}": "notebook is 3; expected a name in quotes, e.g. .*'03'",
     "notebook: '03'\ngird: {domain: [law]}": "unknown key 'gird'; did you mean 'grid'",
     "notebook: '03'\ngrid: {domain: []}": r"domain is \[\]; expected a list of one or more",
     "notebook: '03'\ngrid: {domain: law}": "domain is 'law'; expected a list",
