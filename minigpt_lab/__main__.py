@@ -6,6 +6,7 @@ import argparse
 import ast
 import contextlib
 import json
+import os
 import re
 import sys
 import warnings
@@ -25,6 +26,8 @@ _FACTS = ("notebook", "status", "smoke", "model", "device")  # shown where they 
 
 def value(text: str) -> object:
     """A parameter from the command line: JSON or a Python literal where it is one, else text."""
+    if text.lower().lstrip("+-") in ("nan", "inf"):  # no text: what is wrong with it can be said
+        return float(text)
     for read in (json.loads, ast.literal_eval):
         with contextlib.suppress(ValueError, SyntaxError):
             return read(text)
@@ -118,7 +121,12 @@ def _sweep(arguments: argparse.Namespace) -> int:
 
 def _results(arguments: argparse.Namespace) -> None:
     frame = results(arguments.folder, arguments.all)
-    frame = frame[frame["metric"].fillna("").str.contains(arguments.metric, regex=False)]
+    names = frame["metric"].fillna("")
+    chosen = frame[names.str.contains(arguments.metric, regex=False)]
+    if chosen.empty and not frame.empty:
+        some = ", ".join(names[names != ""].unique()[:5])
+        raise ValueError(f"no metric's name holds {arguments.metric!r}; some are: {some}")
+    frame = chosen
     if arguments.csv:
         frame.to_csv(arguments.csv, index=False)
         print(arguments.csv)
@@ -143,6 +151,10 @@ def main() -> None:
     tasks = {"run": _run, "sweep": _sweep, "results": _results, "report": _report}
     try:
         status = tasks[arguments.task](arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads, head for one, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -104,7 +105,9 @@ def test_parameters_of_the_command_line(command):
         ["z", "134515008", "1.235"],
         ["a", "7", "20,000,000"],
     ]
-    assert command("--smoke")[0][1] == (command_line.DEFAULT, {}, "", True)
+    found = command("-p", "epsilon_activation", "nan", "-p", "epsilon_linear=inf")[0][-1][1]
+    assert np.isnan(found["epsilon_activation"]) and found["epsilon_linear"] == np.inf
+    assert command("--smoke")[0][-1] == (command_line.DEFAULT, {}, "", True)
 
 
 def test_help_lists_notebooks_and_parameters(command, capsys):

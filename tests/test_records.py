@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from minigpt_lab import __main__ as command_line
 from minigpt_lab import experiments, parameters
 from minigpt_lab.records import RECORD, SCHEMA, better, read_record, results, write_record
 
@@ -102,6 +105,29 @@ def test_record_finds_data_and_seed_and_needs_no_model(tmp_path, monkeypatch, ti
     assert len(set(parts.values())) == 4 and all(len(digest) == 64 for digest in parts.values())
     assert pd.read_csv(tmp_path / "run" / "summary.csv").equals(table)
     assert found["git"]["commit"] and found["versions"]["torch"] and found["device"] is None
+
+
+def _results_of(folder, *words) -> list[str]:
+    return [sys.executable, "-m", "minigpt_lab", "results", str(folder), *words]
+
+
+def test_a_metric_that_no_run_has(tmp_path, monkeypatch):
+    write_record(tmp_path / "one", RUN)
+    monkeypatch.setattr(sys, "argv", _results_of(tmp_path, "--metric", "accuracy")[2:])
+    line = "error: no metric's name holds 'accuracy'; some are: nothing, shrunk stored"
+    with pytest.raises(SystemExit, match=line):
+        command_line.main()
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
+    metrics = {f"metric {n}": n for n in range(3000)}  # more than a pipe holds
+    write_record(tmp_path / "one", {**RUN, "metrics": metrics})
+    process = subprocess.Popen(
+        _results_of(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert "metric" in process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 1
 
 
 def test_every_notebook_has_small_parameters():
