@@ -187,7 +187,9 @@ def _columns(rows, entry: dict, what: str) -> list[str]:
     strings = [
         name for name, kind in rows.features.items() if getattr(kind, "dtype", "") in _STRINGS
     ]
-    wanted = entry.get("columns") or [entry.get("column") or _only(strings, what)]
+    wanted = entry.get("columns") or [
+        entry.get("column") or _only(strings, rows.column_names, what)
+    ]
     for name in wanted:
         if name not in rows.column_names:
             raise ValueError(f"{what} has no column {name!r}; {nearest(name, rows.column_names)}")
@@ -198,9 +200,14 @@ def _columns(rows, entry: dict, what: str) -> list[str]:
 _STRINGS = ("string", "large_string")
 
 
-def _only(strings: list[str], what: str) -> str:
+def _only(strings: list[str], columns: list[str], what: str) -> str:
     if "text" in strings:
         return "text"
+    if not strings:
+        raise ValueError(
+            f"{what} has no column of texts; its columns are {', '.join(columns)}: is the first "
+            "line a header?"
+        )
     if len(strings) != 1:
         raise ValueError(
             f"{what}: say which column holds the text (column=…): {', '.join(strings)}"

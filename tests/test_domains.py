@@ -115,6 +115,7 @@ def test_bad_input_is_named(tmp_path):
     (tmp_path / "short.txt").write_text("Too short.")
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "two.csv").write_text("question,answer\na,b\n")
+    (tmp_path / "numbers.csv").write_text("id,score\n1,0.5\n2,0.7\n")
     (tmp_path / "data.parquet").write_text("")
     (tmp_path / "void").mkdir()
     (tmp_path / "broken.jsonl").write_text('{"text": ')
@@ -123,6 +124,7 @@ def test_bad_input_is_named(tmp_path):
         "short.txt": "1 passage.* at least 4",
         "empty.txt": "is empty",
         "two.csv": "which column .*question, answer",
+        "numbers.csv": "numbers.csv has no column of texts; its columns are id, score",
         "data.parquet": "expected a .txt, .jsonl or .csv",
         "broken.jsonl": "broken.jsonl cannot be read as .jsonl",
         "latin.txt": "latin.txt cannot be read as .txt in UTF-8",
