@@ -135,7 +135,15 @@ def recover(
     ValueError
         If an argument is out of range, the training text shorter than one window, or `out_dir`
         holds another run.
+    TypeError
+        If a part of a domain is given, or its name, instead of the domain.
     """
+    for name, given in (("domain", domain), ("other", other)):
+        if not isinstance(given, Domain) and (given is not None or name == "domain"):
+            raise TypeError(
+                f"{name} is {given!r:.60}; expected a whole Domain, e.g. load_domain('law'): it is "
+                "trained on one part and judged on another"
+            )
     if method not in LEARNING_RATES:
         raise ValueError(f"unknown method {method!r}; expected one of {sorted(LEARNING_RATES)}")
     rate = LEARNING_RATES[method] if learning_rate is None else learning_rate

@@ -39,8 +39,13 @@ def masked(model: PreTrainedModel, plan: PruningPlan) -> Iterator[PreTrainedMode
     ------
     transformers.PreTrainedModel
         The same model.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If the plan does not fit the model, or is none.
     """
-    anatomy = plan.require(model)
+    anatomy = _fitting(model, plan)
     cap = anatomy.soft_cap()
     saved: list[tuple[torch.Tensor, int, torch.Tensor, torch.Tensor]] = []
     given: list[nn.Module] = []
@@ -77,6 +82,16 @@ def masked(model: PreTrainedModel, plan: PruningPlan) -> Iterator[PreTrainedMode
                 tensor.index_copy_(axis, index, values)
         for module in given:
             take_bias(module)
+
+
+def _fitting(model: PreTrainedModel, plan: PruningPlan) -> Anatomy:
+    """The anatomy of a model that a plan fits."""
+    if not isinstance(plan, PruningPlan):
+        raise TypeError(
+            f"plan is a {type(plan).__name__}; expected a PruningPlan, after the model: "
+            "shrink(model, plan), masked(model, plan)"
+        )
+    return plan.require(model)
 
 
 def _cuts(anatomy: Anatomy, plan: PruningPlan) -> Iterator[tuple[torch.Tensor, int, np.ndarray]]:
@@ -156,8 +171,13 @@ def shrink(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
         Its attribute ``pruning_plans`` lists the plans that made it. If tokens left, `perplexity`,
         `save_model` and the other functions of this kit trim the tokenizer by themselves;
         `tokenizer_for` gives it.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If the plan does not fit the model, or is none.
     """
-    plan.require(model)
+    _fitting(model, plan)
     mini = copy.deepcopy(model)
     anatomy = Anatomy(mini)
     for tensor, axis, features in _zero_cuts(anatomy, plan):

@@ -414,6 +414,16 @@ def test_bad_arguments_are_named(mini, tiny, tiny_domain, arguments, words):
         lab.recover(mini, tiny[1], tiny_domain, **arguments)
 
 
+def test_a_whole_domain_is_needed(mini, tiny, tiny_domain):
+    line = r"domain is Part\(tiny-law/train, .*; expected a whole Domain, e.g. load_domain"
+    with pytest.raises(TypeError, match=line):
+        lab.recover(mini, tiny[1], tiny_domain.train)
+    with pytest.raises(TypeError, match="domain is None; expected"):
+        lab.recover(mini, tiny[1], None)
+    with pytest.raises(TypeError, match="other is 'tiny-games'; expected a whole Domain"):
+        lab.recover(mini, tiny[1], tiny_domain, other="tiny-games")
+
+
 def test_parts_that_are_too_short_are_named(mini, tiny, tiny_domain):
     for part, words in (
         ({"train": ("A word.",)}, "tiny-law/train has .* less than one window"),

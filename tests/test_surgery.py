@@ -244,6 +244,15 @@ def test_a_training_step_works_after_shrinking(model, probe):
         torch.testing.assert_close(parameter.grad, expected)
 
 
+def test_arguments_in_the_wrong_order_are_named():
+    model = random_model("llama")
+    plan = random_plan(model, 9)
+    with pytest.raises(TypeError, match=r"a LlamaForCausalLM; expected a PruningPlan, after the"):
+        lab.shrink(plan, model)
+    with pytest.raises(TypeError, match="plan is a dict; expected a"), lab.masked(model, {}):
+        pass
+
+
 def test_a_plan_for_another_shape_is_refused(model):
     plan = random_plan(model, 9)
     mini = lab.shrink(model, plan)
