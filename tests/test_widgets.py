@@ -125,6 +125,14 @@ def test_bad_values(explorer, monkeypatch):
     assert explorer.image.value == picture
 
 
+def test_a_start_that_does_not_exist_is_named(tiny, statistics):
+    with pytest.raises(ValueError, match="domain 'law'; expected one of tiny-law, tiny-games"):
+        ThresholdExplorer(tiny[0], statistics, "law", 0.05)
+    for epsilon in (-1, float("nan"), float("inf"), "0.1"):
+        with pytest.raises(ValueError, match=f"epsilon is {epsilon!r}; expected a finite number"):
+            ThresholdExplorer(tiny[0], statistics, "tiny-law", epsilon)
+
+
 def test_epsilon_zero_is_a_place_to_start(tiny, statistics):
     explorer = ThresholdExplorer(tiny[0], statistics, "tiny-law", 0.0)
     assert 0 < explorer.epsilon["activation"].value < 0.1

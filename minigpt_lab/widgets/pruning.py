@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Mapping
+from numbers import Real
 
 import ipywidgets
 import numpy as np
@@ -40,6 +42,11 @@ class ThresholdExplorer(Explorer):
         Domain to token counts over more text than the statistics saw, see `contextual_plan`.
     sweeps : mapping, optional
         Domain to its `threshold_sweep`: perplexities to read at ε.
+
+    Raises
+    ------
+    ValueError
+        If there are no statistics of the domain, or ε is no finite number from 0.
     """
 
     def __init__(
@@ -51,6 +58,12 @@ class ThresholdExplorer(Explorer):
         token_counts: Mapping[str, np.ndarray] | None = None,
         sweeps: Mapping[str, pd.DataFrame] | None = None,
     ):
+        if domain not in statistics:
+            raise ValueError(
+                f"no statistics of domain {domain!r}; expected one of {', '.join(statistics)}"
+            )
+        if not (isinstance(epsilon, Real) and 0 <= epsilon < math.inf):
+            raise ValueError(f"epsilon is {epsilon!r}; expected a finite number ≥ 0")
         self.model, self.statistics, self.sweeps = model, dict(statistics), dict(sweeps or {})
         self.token_counts = dict(token_counts or {})
         self.magnitudes = {
