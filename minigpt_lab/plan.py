@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -20,6 +21,8 @@ from transformers import PreTrainedModel
 from .assets import staged
 from .families import ALL_SITES, SITES, Anatomy, weight_axis
 from .sizes import Size, layer_parameters, token_parameters
+
+_HASH = re.compile(r"\b[0-9a-f]{64}\b")  # shown by its first digits
 
 
 @dataclass(frozen=True)
@@ -201,7 +204,8 @@ class PruningPlan:
         )
 
     def __str__(self) -> str:
-        lines = [f"PruningPlan ({', '.join(f'{k}={v}' for k, v in self.origin.items())})"]
+        origin = ", ".join(f"{key}={value}" for key, value in self.origin.items())
+        lines = [f"PruningPlan ({_HASH.sub(lambda found: found[0][:12], origin)})"]
         for site, removed in self.removed.items():
             lines.append(
                 f"  {site}: {sum(removed)} of {sum(self.units[site])} units leave "

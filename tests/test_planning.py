@@ -82,6 +82,15 @@ def test_zero_threshold_cuts_only_what_is_never_on(model, statistics):
     assert plan.removed["ffn"] == [int(layer.sum()) for layer in dead]
 
 
+def test_hashes_are_short_where_a_plan_is_shown():
+    model = random_model("llama")
+    found = lab.collect_statistics(model, [{"input_ids": torch.ones(1, 4).long()}], progress=False)
+    plan = lab.contextual_plan(model, found, quantile=0.3)
+    whole = plan.origin["content_hash"]
+    assert len(whole) == 64 and whole not in str(plan)
+    assert f"content_hash={whole[:12]})" in str(plan)
+
+
 def test_a_plan_equals_its_json(tmp_path, model, statistics):
     plan = lab.contextual_plan(model, statistics, epsilon_linear=0.3, epsilon_activation=0.2)
     assert lab.PruningPlan.load(plan.save(tmp_path / "plan.json")) == plan
