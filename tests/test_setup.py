@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+import minigpt_lab as lab
 import tasks
+from minigpt_lab.allocation import ALLOCATIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -112,4 +114,8 @@ def test_lists_of_names_match_the_data():
     for file in ("domains.toml", "models.toml"):
         for entry in tomllib.loads((ROOT / "data" / file).read_text()):
             assert f"`{entry}`" in readme, entry
+    ways = [*lab.CRITERIA, *lab.RECOVERY_PRESETS, *lab.PERPLEXITY_PRESETS]
+    notebooks = [path.stem for path in ROOT.glob("notebooks/[0-9]*.ipynb")]
+    assert not [name for name in [*ways, *notebooks] if f"`{name}`" not in readme]
+    assert not [name for name in ALLOCATIONS if f'`"{name}"`' not in readme]
     assert shutil.which("git")
