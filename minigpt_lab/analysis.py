@@ -283,6 +283,11 @@ def threshold_sweep(
         nonzero_ratio, layer_ratio, perplexity, low, high, tokens, bits_per_character,
         perplexity_ratio`` (per character against dense, as a perplexity of the dense tokens). All
         points are measured on the same text, cut with the dense model's tokens.
+
+    Raises
+    ------
+    ValueError
+        If a component is unknown, or there is no threshold at all.
     """
     if not any(len(values) for values in epsilons.values()):
         lists = f"all {len(epsilons)} lists are empty ({', '.join(epsilons)})"

@@ -47,6 +47,11 @@ def measurements(root: str | os.PathLike = "runs", everything: bool = False) -> 
         tokens: :math:`P_\text{dense}^{b/b_\text{dense}}` with bits per character :math:`b`
         where the vocabulary was cut, its 95 % interval ``low, high`` (likewise; NaN where a
         notebook gives none), and ``stored_ratio, nonzero_ratio, perplexity_ratio`` to dense.
+
+    Raises
+    ------
+    ValueError
+        If there is no such folder.
     """
     parts = []
     for folder, content in read_records(root, everything):

@@ -181,6 +181,11 @@ def results(root: str | os.PathLike = "runs", everything: bool = False) -> pd.Da
         model, device, protocol, commit, error``; a column per notebook parameter (lists and
         mappings as JSON; empty where a notebook has no such parameter); ``metric, value, better``
         (``"lower"``, ``"higher"`` or None).
+
+    Raises
+    ------
+    ValueError
+        If there is no such folder.
     """
     rows = []
     for folder, content in read_records(root, everything):
