@@ -25,8 +25,8 @@ _COLUMNS = (
 def measurements(root: str | os.PathLike = "runs", everything: bool = False) -> pd.DataFrame:
     r"""Every model that the runs under a folder measured: its size and its perplexity on a text.
 
-    They come from the ``summary`` tables of notebooks that record both (03, 04, 05). The mask and
-    the reloaded copy of a model are left out: they are the shrunk model again. The dense model
+    They come from the ``summary`` tables of notebooks that record both (00, 03, 04, 05). The mask
+    and the reloaded copy of a model are left out: they are the shrunk model again. The dense model
     stands once for every text and protocol. Where models or texts of one label have different
     hashes in their records, each label gets the beginning of its hash: they are not the same.
 
