@@ -140,6 +140,7 @@ def test_epsilon_zero_is_a_place_to_start(tiny, statistics):
 
 def test_drawing_only_what_moved_gives_the_whole_picture(explorer, tiny, statistics):
     """The quick path (a kept background) against a picture drawn from nothing."""
+    explorer.show(interactive=True)  # draws ahead
     for value in (0.06, 0.07):
         explorer.epsilon["activation"].value = value
     explorer.domain.value = "tiny-games"

@@ -50,7 +50,7 @@ class ThresholdPicture:
         self.magnitudes, self.sweeps = dict(magnitudes), dict(sweeps or {})
         self._edges = {name: self._bins(name) for name in COMPONENTS}
         self._domain = ""
-        self._background = None
+        self._backgrounds: dict[str, object] = {}  # domain to the drawing without what moves
         with mpl.rc_context(_LOOK):
             self.figure = Figure(figsize=(9.6, 5.4), dpi=100)
             self._canvas = FigureCanvasAgg(self.figure)
@@ -209,17 +209,18 @@ class ThresholdPicture:
             self._sizes[name].set_width(share)
         return self.figure
 
-    def png(self) -> bytes:
-        """The picture as PNG; ticks, labels and distributions are drawn anew with a new domain."""
-        if self._background is None:
-            for artist in self._moving:
-                artist.set_animated(True)
+    def prepare(self) -> None:
+        """Draw every domain's ticks, labels and distributions now; `draw` must follow."""
+        for domain in self.magnitudes:
             with mpl.rc_context(_LOOK):
-                self._canvas.draw()
-            self._background = self._canvas.copy_from_bbox(self.figure.bbox)
-            for artist in self._moving:
-                artist.set_animated(False)
-        self._canvas.restore_region(self._background)
+                self._show_domain(domain)
+            self._keep_background()
+
+    def png(self) -> bytes:
+        """The picture as PNG; ticks, labels and distributions are drawn once for each domain."""
+        if self._domain not in self._backgrounds:
+            self._keep_background()
+        self._canvas.restore_region(self._backgrounds[self._domain])
         for artist in self._moving:
             artist.axes.draw_artist(artist)
         buffer = io.BytesIO()
@@ -228,14 +229,22 @@ class ThresholdPicture:
         )
         return buffer.getvalue()
 
+    def _keep_background(self) -> None:
+        for artist in self._moving:
+            artist.set_animated(True)
+        with mpl.rc_context(_LOOK):
+            self._canvas.draw()
+        self._backgrounds[self._domain] = self._canvas.copy_from_bbox(self.figure.bbox)
+        for artist in self._moving:
+            artist.set_animated(False)
+
     def _place(self, component: str, epsilon: float) -> float:
         """Where ε stands on the axis of a histogram; zero, over the bar of zeros."""
         edges = self._edges[component]
         return np.log10(epsilon) if epsilon > 0 else edges[0] - 0.02 * np.ptp(edges)
 
     def _show_domain(self, domain: str) -> None:
-        self._domain, self._background = domain, None
-        found = self.magnitudes[domain]
+        self._domain, found = domain, self.magnitudes[domain]
         tint = colour(domain, list(self.magnitudes))
         for name, parts in self._histograms.items():
             values, edges = found.pooled[name], self._edges[name]

@@ -20,7 +20,7 @@ from ..plan import PruningPlan
 from ..planning import contextual_plan
 from ..sizes import Size
 from ..statistics import Statistics
-from .base import Explorer, size_words
+from .base import Explorer, Page, size_words
 
 ABSOLUTE, RELATIVE = "absolute ε", "share of each layer"
 
@@ -134,6 +134,13 @@ class ThresholdExplorer(Explorer):
     def size(self) -> Size:
         """Predicted size for the controls' values."""
         return self.plan.predicted_size(self.model)
+
+    def show(self, interactive: bool) -> Page:
+        """As every explorer; live, all domains are drawn ahead, so that choosing one is quick."""
+        if interactive:
+            self._picture.prepare()
+            self.render()
+        return super().show(interactive)
 
     def choose(self) -> tuple[str, bytes]:
         """Sizes, shares and readings, and where ε falls."""

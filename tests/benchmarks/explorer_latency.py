@@ -34,6 +34,7 @@ def main() -> None:
         batches = lab.tokenize(lab.load_domain(name).calibration, tokenizer, 256, 512)
         statistics[name] = lab.collect_statistics(model, batches)
     explorer = ThresholdExplorer(model, statistics, "medical", 0.05)
+    explorer.show(interactive=True)  # draws all domains ahead, as a notebook does
     for box in explorer.active.values():  # the costliest plan: all components
         box.value = True
     slider, times = explorer.epsilon["activation"], {"move": [], "domain": [], "plan": []}
