@@ -116,3 +116,13 @@ def test_curves_of_every_method(compared):
     points = table.query("method == 'wanda' and sites == 'ffn'")
     points = points[points["text"] == points["text"].iloc[0]].sort_values("stored")
     assert list(axis.lines[1].get_ydata()) == list(points["perplexity"])
+
+
+def test_curves_name_what_is_off_the_scale(compared):
+    _, table, _, _ = compared
+    worse = table.copy()
+    worse.loc[worse["method"] == "random", "perplexity"] *= 1e4
+    axis = figures.method_curves(worse, "tiny").axes[0]
+    assert [note.get_text() for note in axis.texts] == ["above the scale: random"]
+    kept = worse[(worse["text"] == worse["text"].iloc[0]) & (worse["method"] != "random")]
+    assert kept["perplexity"].max() < axis.get_ylim()[1] < worse["perplexity"].max()

@@ -15,6 +15,8 @@ from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator
 
 from .style import METHOD_STYLE, colour, log_labels, log_ticks, look, new_figure, styled
 
+_REACH = 30  # times the dense perplexity; what is worse is named, not drawn
+
 _BASELINES = {"random": "x", "magnitude": "+"}
 _MARKERS = ("o", "D", "s", "^", "v", "P", "h")
 _GREY, _FADED = "#8C8C8C", 0.3
@@ -166,8 +168,15 @@ def method_curves(table: pd.DataFrame, caption: str = "") -> Figure:
             axis.axhline(level, color="black", ls="--", lw=1, label="dense")
             axis.set(yscale="log")
             axis.set_title(f"{kind}: {text}", fontsize=9, fontweight="normal")
+            lowest = part.groupby("method", sort=False)["perplexity"].min()
+            beyond = ", ".join(lowest.index[lowest > _REACH * level])
+            if beyond:  # they would press all others onto one line
+                axis.annotate(f"above the scale: {beyond}", (0.02, 0.96), fontsize=7.5, va="top",
+                              xycoords="axes fraction")  # fmt: skip
         shown = cuts.loc[cuts["text"] == text, "perplexity"]
+        shown = shown[shown <= _REACH * level]
         log_labels(row[0].yaxis, [level, *shown])
+        row[0].set_ylim(level / 1.25, 1.6 * max([level, *shown]))
         row[0].set_ylabel("test perplexity")
     for axis in axes[-1]:
         axis.set_xlabel("stored parameters (millions)")
