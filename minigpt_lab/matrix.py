@@ -129,12 +129,7 @@ def kept_overlap(plans: Plans) -> pd.DataFrame:
 
 def _flags(plan: PruningPlan) -> list[np.ndarray]:
     """Per site and layer, whether each unit stays; sites that lose nothing say nothing."""
-    return [
-        np.isin(np.arange(total), units)
-        for site, layers in plan.keep.items()
-        if any(plan.removed[site])
-        for total, units in zip(plan.units[site], layers, strict=True)
-    ]
+    return [flags for site in plan.keep if any(plan.removed[site]) for flags in plan.stays(site)]
 
 
 def domain_matrix(

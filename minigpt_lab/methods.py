@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -181,14 +180,14 @@ def method_comparison(
         rows = [perplexity(mini, tokenizer, text, **protocol).row() for text in read]
         return {"stored": model_size(mini).stored, "rows": rows}
 
-    rows = []
+    rows, dense = [], model_size(model).stored
+    hashes = [content_hash(text) for text in read]
     cells = {("dense", "none", 0.0): None, **plans}
     for (name, kind, ratio), plan in tqdm(cells.items(), desc="comparison", unit="cell"):
         cut = None if plan is None else [plan.keep, plan.shift]
-        recipe = [fingerprint(model), cut, [content_hash(text) for text in read], protocol]
         recovered = plan is not None and recover_on is not None
-        found = ledger.get([*recipe, trained if recovered else None], lambda p=plan: measured(p))
-        dense = model_size(model).stored
+        recipe = [fingerprint(model), cut, hashes, protocol, trained if recovered else None]
+        found = ledger.get(recipe, lambda p=plan: measured(p))
         facts = {"method": name, "sites": kind, "ratio": ratio, "recovered": recovered}
         facts |= {"stored": found["stored"], "removed": 1 - found["stored"] / dense}
         rows += [{**facts, **row} for row in found["rows"]]
@@ -204,11 +203,7 @@ def method_overlap(plans: Plans, sites: str, ratio: float) -> pd.DataFrame:
         As `minigpt_lab.analysis.set_overlap` gives it; a method agrees with itself wholly.
     """
     removed = {
-        name: [
-            ~np.isin(np.arange(total), units)
-            for site in KINDS[sites]
-            for total, units in zip(plan.units[site], plan.keep[site], strict=True)
-        ]
+        name: [~flags for site in KINDS[sites] for flags in plan.stays(site)]
         for (name, kind, share), plan in plans.items()
         if (kind, share) == (sites, ratio)
     }

@@ -85,6 +85,13 @@ class PruningPlan:
             for site, layers in self.keep.items()
         }
 
+    def stays(self, site: str) -> list[np.ndarray]:
+        """Whether each unit of a site stays, flags ``[layer][unit]``."""
+        return [
+            np.isin(np.arange(total), units)
+            for total, units in zip(self.units[site], self.keep[site], strict=True)
+        ]
+
     def require(self, model: PreTrainedModel) -> Anatomy:
         """The model's anatomy, if the plan fits the model's shape.
 
