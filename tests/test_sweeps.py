@@ -53,6 +53,11 @@ def ends(folder: Path) -> list[str]:
     return sorted(line for line in diary(folder) if line.startswith("end"))
 
 
+def sweep_command(grid: Path, folder: Path, *words: str) -> list[str]:
+    """A sweep in a process of its own."""
+    return [sys.executable, "-m", "minigpt_lab", "sweep", str(grid), "--out", str(folder), *words]
+
+
 def wait_for(condition, seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -126,16 +131,7 @@ def test_a_run_that_dies_without_a_word_gets_a_record(small, tmp_path):
 def test_a_killed_run_is_finished_by_whoever_comes_next(small, tmp_path):
     """The sweep and all it started are killed; its runs are done again, finished ones are not."""
     grid = small("grid: {number: [1, 2]}\nparameters: {seconds: 3}\n")
-    command = [
-        sys.executable,
-        "-m",
-        "minigpt_lab",
-        "sweep",
-        str(grid),
-        "--out",
-        str(tmp_path / "s"),
-    ]
-    first = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    first = subprocess.Popen(sweep_command(grid, tmp_path / "s"), stderr=subprocess.DEVNULL)
     wait_for(lambda: "start 2" in diary(tmp_path))
     children = subprocess.run(
         ["ps", "-o", "pid=", "--ppid", str(first.pid)], capture_output=True, text=True, check=True
@@ -150,15 +146,7 @@ def test_a_killed_run_is_finished_by_whoever_comes_next(small, tmp_path):
 
 def test_ctrl_c_stops_runs_and_kernels_cleanly(small, tmp_path):
     grid = small("parameters: {seconds: 60}\n")
-    command = [
-        sys.executable,
-        "-m",
-        "minigpt_lab",
-        "sweep",
-        str(grid),
-        "--out",
-        str(tmp_path / "s"),
-    ]
+    command = sweep_command(grid, tmp_path / "s")
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: diary(tmp_path))
     process.send_signal(signal.SIGINT)
@@ -333,11 +321,11 @@ def test_ray_completes_every_run_once_though_a_node_dies(small, tmp_path):
         initialize_head=True, head_node_args={**node, "include_dashboard": False}
     )
     grid = small("grid: {number: [1, 2, 3, 4, 5, 6]}\nparameters: {seconds: 2}\n")
-    words = ["--out", str(tmp_path / "s"), "--executor", "ray", "--address", cluster.address]
+    words = ["--executor", "ray", "--address", cluster.address]
     try:
         doomed = cluster.add_node(**node)
         sweep = subprocess.Popen(
-            [sys.executable, "-m", "minigpt_lab", "sweep", str(grid), *words],
+            sweep_command(grid, tmp_path / "s", *words),
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
         # two have ended and both nodes are at the next
