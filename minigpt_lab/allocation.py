@@ -66,11 +66,24 @@ def linear_increase(ratio: float, groups: Sequence[Group]) -> list[float]:
     return _increase(ratio, groups, lambda i, n: i / (n - 1))
 
 
+def log_decrease(ratio: float, groups: Sequence[Group]) -> list[float]:
+    """`log_increase` from the other end: an ablation of SlimGPT."""
+    return _increase(ratio, groups, lambda i, n: math.log(n - i) / math.log(n))
+
+
+def linear_decrease(ratio: float, groups: Sequence[Group]) -> list[float]:
+    """`linear_increase` from the other end: an ablation of SlimGPT."""
+    return _increase(ratio, groups, lambda i, n: 1 - i / (n - 1))
+
+
 def _increase(ratio, groups, progress: Callable[[int, int], float]) -> list[float]:
     steps = [progress(g.layer, g.depth) if g.depth > 1 else 1.0 for g in groups]
     weights = 0.25 + 0.75 * np.array(steps)
-    sizes = np.array([len(group) * group.cost for group in groups])
-    return list(_scaled(weights, sizes, ratio))
+    return list(_scaled(weights, _sizes(groups), ratio))
+
+
+def _sizes(groups: Sequence[Group]) -> np.ndarray:
+    return np.array([len(group) * group.cost for group in groups])
 
 
 def _scaled(weights: np.ndarray, sizes: np.ndarray, ratio: float) -> np.ndarray:
@@ -123,6 +136,8 @@ ALLOCATIONS: dict[str, Allocation] = {
     "uniform": uniform,
     "log-increase": log_increase,
     "linear-increase": linear_increase,
+    "log-decrease": log_decrease,
+    "linear-decrease": linear_decrease,
     "global": global_ranking,
     "global-standardised": global_standardised,
 }
@@ -134,7 +149,7 @@ def plan_from_scores(
     ratio: float | None = None,
     parameters: int | None = None,
     threshold: float | None = None,
-    allocation: str | Allocation = "uniform",
+    allocation: str | Allocation | Sequence[float] = "uniform",
     ratio_of: str = "units",
     keep_layers: tuple[int, int] = (0, 0),
     multiple_of: int | Mapping[str, int] = 1,
@@ -153,9 +168,9 @@ def plan_from_scores(
         Largest number of stored parameters the model may have: the smallest cut that meets it.
     threshold : float, optional
         Remove units with a score at or below this. Give exactly one of these three.
-    allocation : str or callable
-        How it is spread over layers: a key of `ALLOCATIONS`, or a function from a ratio and a list
-        of `Group` to one share of units per group.
+    allocation : str, callable or sequence of float
+        How it is spread over layers: a key of `ALLOCATIONS`, a function from a ratio and a list of
+        `Group` to one share of units per group, or one share per layer, scaled to the ratio.
     ratio_of : {"units", "decoder", "model"}
         What `ratio` is a share of: the scored units of the layers that may lose some (counted in
         their parameters), the decoder layers' parameters, or all of the model's.
@@ -184,46 +199,97 @@ def plan_from_scores(
         )
     scores.require(model)
     anatomy = Anatomy(model)
-    groups = _groups(anatomy, scores, keep_layers)
-    steps = _steps(groups, multiple_of)
+    groups = prunable(anatomy, scores.values, keep_layers)
     if threshold is not None:
         if math.isnan(threshold):
             raise ValueError("threshold is NaN; expected a number")
         gone = [int((group.scores <= threshold).sum()) for group in groups]
-        counts = _whole_units(groups, gone, steps)
+        counts = _whole_units(groups, gone, _steps(groups, multiple_of))
     else:
-        spread = _allocation(allocation)
-        dense = sum(parameter.numel() for parameter in model.parameters())
-        if ratio is not None and not 0 <= ratio < 1:
-            raise ValueError(f"ratio is {ratio}; expected a share of {ratio_of} in [0, 1)")
-        if ratio_of not in RATIOS:
-            raise ValueError(f"unknown ratio_of {ratio_of!r}; {nearest(ratio_of, list(RATIOS))}")
-
-        def counts_at(share: float) -> list[int]:
-            shares = spread(share, groups)
-            gone = [s * len(group) for s, group in zip(shares, groups, strict=True)]
-            return _whole_units(groups, gone, steps)
-
-        if ratio is not None and ratio_of == "units":
-            counts = counts_at(ratio)
-        else:
-            base = layer_parameters(model) if ratio_of == "decoder" else dense
-            leave = dense - parameters if ratio is None else ratio * base
-            counts = _solve(counts_at, groups, leave, dense, exceed=ratio is None)
-    name = allocation if isinstance(allocation, str) else getattr(allocation, "__name__", "own")
+        counts = unit_counts(model, groups, ratio, parameters, allocation, ratio_of, multiple_of)
     origin = {"method": scores.criterion, **scores.options, **chosen, "keep_layers": [*keep_layers]}
-    origin |= {"allocation": name, "ratio_of": ratio_of}
-    origin["removed"] = _removed(model, groups, counts)
+    origin |= {"allocation": allocation_name(allocation), "ratio_of": ratio_of}
+    origin["removed"] = removed_shares(model, groups, counts)
     return _plan(model, anatomy, scores, groups, counts, origin)
 
 
-def _groups(anatomy: Anatomy, scores: Scores, keep_layers: tuple[int, int]) -> list[Group]:
+def unit_counts(
+    model: PreTrainedModel,
+    groups: Sequence[Group],
+    ratio: float | None,
+    parameters: int | None,
+    allocation: str | Allocation | Sequence[float],
+    ratio_of: str = "units",
+    multiple_of: int | Mapping[str, int] = 1,
+    even_out: bool = False,
+) -> list[int]:
+    """How many units leave each group, for a ratio or a size: see `plan_from_scores`.
+
+    Parameters
+    ----------
+    groups : sequence of Group
+        From `prunable`.
+    even_out : bool
+        Let a layer's FFN channels take up what whole heads leave too much or too little.
+
+    Raises
+    ------
+    ValueError
+        As `plan_from_scores` does.
+    """
+    spread, steps = _allocation(allocation), _steps(groups, multiple_of)
+    dense = sum(parameter.numel() for parameter in model.parameters())
+    if ratio is not None and not 0 <= ratio < 1:
+        raise ValueError(f"ratio is {ratio}; expected a share of {ratio_of} in [0, 1)")
+    if ratio_of not in RATIOS:
+        raise ValueError(f"unknown ratio_of {ratio_of!r}; {nearest(ratio_of, list(RATIOS))}")
+
+    def counts_at(share: float) -> list[int]:
+        shares = spread(share, groups)
+        gone = [s * len(group) for s, group in zip(shares, groups, strict=True)]
+        counts = _whole_units(groups, gone, steps)
+        return _evened(groups, gone, counts, steps) if even_out else counts
+
+    if ratio is not None and ratio_of == "units":
+        return counts_at(ratio)
+    base = layer_parameters(model) if ratio_of == "decoder" else dense
+    leave = dense - parameters if ratio is None else ratio * base
+    return _solve(counts_at, groups, leave, dense, exceed=ratio is None)
+
+
+def _evened(
+    groups: Sequence[Group], gone: Sequence[float], counts: Sequence[int], steps: Sequence[int]
+) -> list[int]:
+    """Counts whose FFN channels make up, layer by layer, for heads rounded to whole ones."""
+    owed: dict[int, float] = {}
+    for group, wish, count in zip(groups, gone, counts, strict=True):
+        if group.site != "ffn":
+            owed[group.layer] = owed.get(group.layer, 0) + (wish - count) * group.cost
+    wishes = [
+        min(max(wish + owed.get(group.layer, 0) / group.cost, 0), len(group))
+        if group.site == "ffn"
+        else count
+        for group, wish, count in zip(groups, gone, counts, strict=True)
+    ]
+    return _whole_units(groups, wishes, steps)
+
+
+def prunable(
+    anatomy: Anatomy, scores: Mapping[str, Sequence[np.ndarray]], keep_layers: tuple[int, int]
+) -> list[Group]:
+    """The groups of units, of every scored site, that are in layers which may lose some.
+
+    Raises
+    ------
+    ValueError
+        If `keep_layers` leaves none.
+    """
     depth, (first, last) = len(anatomy.layers), keep_layers
     if min(keep_layers) < 0 or first + last >= depth:
         raise ValueError(f"keep_layers={keep_layers} leaves nothing of {depth} layers")
     return [
         Group(site, layer, depth, layers[layer], anatomy.unit_parameters(site, layer))
-        for site, layers in scores.values.items()
+        for site, layers in scores.items()
         for layer in range(first, depth - last)
     ]
 
@@ -241,13 +307,37 @@ def _steps(groups: Sequence[Group], multiple_of: int | Mapping[str, int]) -> lis
     return steps
 
 
-def _allocation(allocation: str | Allocation) -> Allocation:
+def _allocation(allocation: str | Allocation | Sequence[float]) -> Allocation:
     if callable(allocation):
         return allocation
+    if not isinstance(allocation, str):
+        return _given(allocation)
     if allocation not in ALLOCATIONS:
         hint = nearest(allocation, list(ALLOCATIONS))
         raise ValueError(f"unknown allocation {allocation!r}; {hint}")
     return ALLOCATIONS[allocation]
+
+
+def allocation_name(allocation: str | Allocation | Sequence[float]) -> str | list[float]:
+    """What stands for an allocation in a plan's origin."""
+    if callable(allocation):
+        return getattr(allocation, "__name__", "own")
+    return allocation if isinstance(allocation, str) else [*allocation]
+
+
+def _given(shares: Sequence[float]) -> Allocation:
+    """One share per layer of the model, scaled to the ratio."""
+
+    def spread(ratio: float, groups: Sequence[Group]) -> list[float]:
+        if len(shares) != groups[0].depth or min(shares) < 0 or max(shares) <= 0:
+            raise ValueError(
+                f"the allocation lists {len(shares)} shares from {min(shares)} to {max(shares)}; "
+                f"expected one of at least 0 for each of {groups[0].depth} layers"
+            )
+        weights = np.array([shares[group.layer] for group in groups], float)
+        return list(_scaled(weights, _sizes(groups), ratio))
+
+    return spread
 
 
 def _whole_units(groups: Sequence[Group], gone: Sequence[float], steps: Sequence[int]) -> list[int]:
@@ -292,7 +382,7 @@ def _solve(counts_at, groups, leave: float, dense: int, exceed: bool) -> list[in
     return below
 
 
-def _removed(
+def removed_shares(
     model: PreTrainedModel, groups: Sequence[Group], counts: Sequence[int]
 ) -> dict[str, float]:
     """Shares that leave under the three meanings of a ratio."""

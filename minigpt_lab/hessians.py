@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -54,15 +55,6 @@ class Hessians:
                 f"these Hessians are of other weights ({self.model_hash[:12]}) than those of "
                 f"{label(model)} ({found[:12]}); collect them on this model"
             )
-
-    def damped(self, name: str, damp: float) -> torch.Tensor:
-        """H with ``damp · mean(diag H)`` on its diagonal, and 1 where a feature is always zero."""
-        found = self.matrices[name].clone()
-        diagonal = found.diagonal()
-        dead = diagonal == 0
-        diagonal += damp * diagonal.mean()
-        diagonal[dead] = 1
-        return found
 
 
 @contextlib.contextmanager
@@ -139,20 +131,52 @@ def collect_hessians(
     return Hessians(matrices, fingerprint(model), n_tokens)
 
 
-def inverse(matrix: torch.Tensor) -> torch.Tensor:
-    """Inverse of a symmetric matrix, with as much more on its diagonal as it takes.
+def damped_inverse(hessian: torch.Tensor, damp: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """H with a share of its mean diagonal added, and the inverse of that.
+
+    Features that are always zero get 1 on the diagonal. If H is not definite the share grows
+    tenfold at a time, with a warning.
 
     Raises
     ------
     ValueError
-        If even its mean diagonal is not enough.
+        If H is not finite, or damping by its whole mean diagonal is not enough.
     """
-    eye = torch.eye(len(matrix)).to(matrix) * matrix.diagonal().mean()
-    for extra in (0, *(10.0**power for power in range(-8, 1))):
-        factor, failed = torch.linalg.cholesky_ex(matrix + extra * eye)
+    if not damp >= 0:
+        raise ValueError(f"damp is {damp}; expected a share of the mean diagonal, 0 or more")
+    if not torch.isfinite(hessian).all():
+        raise ValueError("the second moment has NaN or infinite values")
+    hessian = (hessian + hessian.mT) / 2
+    dead = hessian.diagonal() == 0
+    mean = hessian.diagonal().mean()
+    for share in (damp, *(10.0**power for power in range(-6, 1) if 10.0**power > damp)):
+        tried = hessian.clone()
+        tried.diagonal().add_(share * mean)
+        tried.diagonal()[dead] = 1
+        factor, failed = torch.linalg.cholesky_ex(tried)
         if not failed:
-            return torch.cholesky_inverse(factor)
-    raise ValueError("the matrix is not positive definite, however much it is damped")
+            if share != damp:
+                warnings.warn(
+                    f"a second moment of {len(hessian)} features is singular at damp={damp}: "
+                    f"damped by {share:g} of its mean diagonal; more calibration tokens help",
+                    stacklevel=2,
+                )
+            return tried, torch.cholesky_inverse(factor)
+    raise ValueError("the second moment is not positive definite, however much it is damped")
+
+
+def refit(weight: torch.Tensor, hessian: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """``W H[:, kept] (H[kept, kept])⁻¹``: the kept columns' best for ``min tr((W-W') H (W-W')ᵀ)``.
+
+    Parameters
+    ----------
+    weight, hessian : torch.Tensor
+        ``[output, input]``, and ``[input, input]``, positive definite.
+    kept : torch.Tensor
+        Columns that stay.
+    """
+    factor = torch.linalg.cholesky(hessian[kept][:, kept])
+    return torch.cholesky_solve((weight @ hessian[:, kept]).mT, factor).mT
 
 
 @torch.no_grad()
@@ -193,12 +217,12 @@ def weight_compensated(
             name, module = anatomy.name(layer, consumer), anatomy.module(layer, consumer)
             if name not in hessians.matrices:
                 raise ValueError(f"there is no Hessian of {name}; collect_hessians with it")
-            found = hessians.damped(name, damp)
+            found, _ = damped_inverse(hessians.matrices[name], damp)
             kept = torch.as_tensor(
                 anatomy.positions(consumer, units, total, layer=layer), device=found.device
             )
             axis = weight_axis(module, "input")
             weight = module.weight.to(found).movedim(axis, 1)  # [output, input]
-            solution = weight @ found[:, kept] @ inverse(found[kept][:, kept])
+            solution = refit(weight, found, kept)
             module.weight.index_copy_(axis, kept, solution.movedim(1, axis).to(module.weight))
     return updated

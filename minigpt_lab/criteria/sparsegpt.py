@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..hessians import collect_hessians, inverse
+from ..hessians import collect_hessians, damped_inverse
 from .scores import criterion
 from .units import by_input, per_feature, scored_layers, unit_scores
 
@@ -57,8 +57,9 @@ def sparsegpt_scores(
             hessians = None  # before the next ones are made
             names = [n for n, layer in layer_of.items() if first <= layer < first + step]
             hessians = collect_hessians(model, batches, names)
-        alive = hessians.matrices[name].diagonal() > 0
-        cost = alive / inverse(hessians.damped(name, damp)).diagonal()
+        hessian = hessians.matrices[name]
+        alive = hessian.diagonal() > 0
+        cost = alive / damped_inverse(hessian, damp)[1].diagonal()
         weight = module.weight.float()
         return per_feature(weight.square() * by_input(cost.to(torch.float32), module), module, side)
 

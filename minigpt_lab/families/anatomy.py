@@ -246,9 +246,11 @@ class Anatomy:
         for site, layers in keep.items():
             for layer, units in enumerate(layers):
                 if units != list(range(self._count(site, layer))):
-                    self._rebuild(site, layer, units)
+                    self.rebuild(site, layer, units)
 
-    def _rebuild(self, site: str, layer: int, units: list[int]) -> None:
+    @torch.no_grad()
+    def rebuild(self, site: str, layer: int, units: list[int]) -> None:
+        """`set_units` for one site of one layer."""
         before = self._counts(self.family.consumes[site], self._count(site, layer), layer)
         after = self._counts(self.family.consumes[site], len(units), layer)
         for projection, side in self.coupled(site):

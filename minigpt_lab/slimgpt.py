@@ -1,0 +1,246 @@
+"""SlimGPT: prune layer by layer, the weights that stay making up for those that leave.
+
+arXiv 2412.18110. In every layer heads leave by what the attention's output projection loses,
+channels by what the FFN's second projection loses, each as `eliminate` chooses; the next layer is
+calibrated on what this one has become. See `layerwise` for how one pass does.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from .allocation import Allocation, allocation_name, prunable, removed_shares, unit_counts
+from .biases import give_bias
+from .elimination import Elimination, Schedule, eliminate, full_precision
+from .families import ATTENTION_UNITS, Anatomy, weight_axis
+from .layerwise import LayerPass, enter
+from .plan import PruningPlan, whole
+from .runtime import fingerprint, inference
+from .shards import Shards
+
+
+@dataclass(frozen=True)
+class Solver:
+    """How one projection's columns are chosen and the rest refitted; see `eliminate`.
+
+    Parameters
+    ----------
+    error : {"slimgpt", "exact", "diag"}
+        How the error of removing one head is estimated.
+    heads_per_round : int
+        Heads (or key/value groups) that leave between two updates.
+    schedule : str, int or callable
+        How many channels leave between two updates.
+    damp : float
+        Share of the mean diagonal that is added to the second moment.
+    bias : {"refit", "add", "keep"}
+        Whether a projection's bias makes up for the mean of what leaves: where there is one, one
+        added where there is none, or not.
+    compensate : bool
+        Whether weights and biases make up at all.
+    dtype : torch.dtype
+        Of second moments and what is done to them: float32 or float64.
+    """
+
+    error: str = "slimgpt"
+    heads_per_round: int = 1
+    schedule: str | int | Schedule = "dynamic"
+    damp: float = 0.01
+    bias: str = "refit"
+    compensate: bool = True
+    dtype: torch.dtype = torch.float32
+
+
+class Moments:
+    """First and second moments of what a projection reads, over tokens."""
+
+    def __init__(self, features: int, device: torch.device, dtype: torch.dtype):
+        self.square = torch.zeros(features, features, device=device, dtype=dtype)
+        self.sum = torch.zeros(features, device=device, dtype=dtype)
+        self.count = 0
+
+    def add(self, states: torch.Tensor) -> None:
+        """Count in ``[…, feature]``."""
+        x = states.flatten(0, -2).to(self.square.dtype)
+        self.square.addmm_(x.T, x)
+        self.sum += x.sum(0)
+        self.count += len(x)
+
+
+def slimgpt(
+    model: PreTrainedModel,
+    batches: Iterable[dict[str, torch.Tensor]],
+    ratio: float | None = None,
+    parameters: int | None = None,
+    *,
+    sites: Sequence[str] = ("ffn", "attention"),
+    units: str = "kv_group",
+    allocation: str | Allocation | Sequence[float] = "log-increase",
+    ratio_of: str = "units",
+    keep_layers: tuple[int, int] = (0, 0),
+    multiple_of: int | Mapping[str, int] = 1,
+    counts: Mapping[str, Sequence[int]] | None = None,
+    inplace: bool = False,
+    offload: str = "device",
+    out_dir: str | os.PathLike | None = None,
+    progress: bool = True,
+    **solver,
+) -> tuple[PreTrainedModel, PruningPlan]:
+    """Prune a model in one pass over the calibration tokens, with compensation.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        A supported causal language model; left as it is unless `inplace`.
+    batches : iterable of dict
+        Calibration tokens; padding is left out.
+    ratio : float, optional
+        Share to remove; of what, says `ratio_of`.
+    parameters : int, optional
+        Largest number of stored parameters. Give exactly one of `ratio`, `parameters`, `counts`.
+    sites : sequence of str
+        ``"ffn"``, ``"attention"``.
+    units : {"kv_group", "balanced_heads"}
+        What leaves attention; see `ATTENTION_UNITS`.
+    allocation, ratio_of, keep_layers, multiple_of
+        See `plan_from_scores`. The default is SlimGPT's incremental ratio. FFN channels take up what
+        whole heads leave too much or too little of a layer's share.
+    counts : mapping, optional
+        Site to the number of units that leave every layer, instead of a ratio.
+    inplace : bool
+        Change the model itself: no second copy of its weights.
+    offload : {"device", "cpu", "disk"}
+        Where hidden states wait; see `Shards`.
+    out_dir : str or path, optional
+        Folder for a checkpoint after every layer: called again with the same arguments, a run goes
+        on at the layer that it had come to, and ends the same.
+    progress : bool
+        Show a progress bar.
+    **solver
+        Fields of `Solver`: ``error, heads_per_round, schedule, damp, bias, compensate, dtype``.
+
+    Returns
+    -------
+    transformers.PreTrainedModel, PruningPlan
+        The shrunk model; which units stay, with the relative error of every layer's projections in
+        ``origin["error"]``.
+
+    Raises
+    ------
+    ValueError
+        If the target cannot be met or an option is out of range, a hidden state is not finite (its
+        layer is named), or `out_dir` holds a run of other arguments.
+    """
+    options = Solver(**solver)
+    mini = model if inplace else copy.deepcopy(model)
+    anatomy, before = Anatomy(mini), fingerprint(model)
+    sites = [ATTENTION_UNITS[units] if site == "attention" else site for site in sites]
+    totals = {site: anatomy.units(site) for site in sites}
+    origin = {"method": "slimgpt", **_facts(options), "keep_layers": [*keep_layers]}
+    if counts is None:
+        origin |= {"ratio": ratio} if parameters is None else {"parameters": parameters}
+        origin |= {"allocation": allocation_name(allocation), "ratio_of": ratio_of}
+    zeros = {site: [np.zeros(n) for n in layers] for site, layers in totals.items()}
+    groups = prunable(anatomy, zeros, keep_layers)
+    leave = _leaving(model, groups, counts, ratio, parameters, allocation, ratio_of, multiple_of)
+    origin["removed"] = removed_shares(model, groups, [leave[g.site, g.layer] for g in groups])
+    keep, errors = whole(anatomy, totals), {site: [0.0] * len(anatomy.layers) for site in sites}
+    hidden = Shards(offload)
+    with inference(mini), full_precision():
+        calls = enter(mini, batches, hidden)
+        for index in tqdm(range(len(anatomy.layers)), "SlimGPT", unit="layer", disable=not progress):
+            one = LayerPass(anatomy, index, hidden, calls)
+            for site in sorted(sites, key="ffn".__eq__):  # in the order of the data flow
+                if leave.get((site, index)):
+                    total, count = totals[site][index], leave[site, index]
+                    found = _cut(anatomy, one, index, site, total, count, options)
+                    keep[site][index], errors[site][index] = found.kept, found.loss / found.scale
+            if index + 1 < len(anatomy.layers):
+                one.finish()
+    anatomy.set_config()
+    rows = model.get_input_embeddings().weight.shape[0]
+    origin["error"] = {site: [round(e, 6) for e in layers] for site, layers in errors.items()}
+    plan = PruningPlan(before, totals, keep, vocabulary_size=rows, origin=origin)
+    mini.pruning_plans = [*getattr(model, "pruning_plans", []), plan]
+    return mini, plan
+
+
+def _cut(
+    anatomy: Anatomy,
+    one: LayerPass,
+    layer: int,
+    site: str,
+    total: int,
+    count: int,
+    options: Solver,
+) -> Elimination:
+    """Take units out of one site of one layer, in place."""
+    part = "ffn" if site == "ffn" else "attention"
+    reader = anatomy.family.consumes[site]
+    name, module = anatomy.name(layer, reader), anatomy.module(layer, reader)
+    axis = weight_axis(module, "input")
+    moments = Moments(module.weight.shape[axis], module.weight.device, options.dtype)
+    for states in one.inputs(part):
+        moments.add(states)
+    hessian, mean = moments.square / moments.count, moments.sum / moments.count
+    if not torch.isfinite(hessian).all():
+        raise ValueError(f"{name} reads NaN or infinite values: check the weights before it")
+    with_bias = options.compensate and (
+        options.bias == "add" or (options.bias == "refit" and module.bias is not None)
+    )
+    if with_bias:
+        hessian -= torch.outer(mean, mean)  # the bias takes care of the mean
+    places = anatomy.unit_positions(reader, total, layer=layer)
+    units = torch.as_tensor(places, device=hessian.device)
+    weight = module.weight.detach().to(hessian.dtype).movedim(axis, 1)
+    found = eliminate(
+        weight,
+        hessian,
+        units,
+        count,
+        options.error,
+        options.schedule if site == "ffn" else options.heads_per_round,
+        options.damp,
+        options.compensate,
+    )
+    columns = units[found.kept].ravel()
+    if with_bias:
+        if module.bias is None:
+            give_bias(module)
+        module.bias += (weight @ mean - found.weight @ mean[columns]).to(module.bias)
+    module.weight.index_copy_(axis, columns, found.weight.movedim(1, axis).to(module.weight))
+    anatomy.rebuild(site, layer, found.kept)
+    one.keep_columns(part, columns.sort().values)
+    return found
+
+
+def _facts(options: Solver) -> dict[str, object]:
+    """The solver's settings as plain data."""
+    schedule = getattr(options.schedule, "__name__", options.schedule)
+    return {**asdict(options), "schedule": schedule, "dtype": str(options.dtype)[6:]}
+
+
+def _leaving(
+    model, groups, counts, ratio, parameters, allocation, ratio_of, multiple_of
+) -> dict[tuple[str, int], int]:
+    """Site and layer to the number of units that leave."""
+    given = {"ratio": ratio, "parameters": parameters, "counts": counts}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    if len(chosen) != 1:
+        raise ValueError(f"give exactly one of ratio, parameters, counts; got {chosen or 'none'}")
+    if counts is not None:
+        return {(group.site, group.layer): counts[group.site][group.layer] for group in groups}
+    found = unit_counts(
+        model, groups, ratio, parameters, allocation, ratio_of, multiple_of, even_out=True
+    )
+    return {(g.site, g.layer): count for g, count in zip(groups, found, strict=True)}
