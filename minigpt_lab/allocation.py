@@ -112,10 +112,21 @@ def global_standardised(ratio: float, groups: Sequence[Group]) -> list[float]:
     """The lowest z-scores within site and layer, wherever they are, for any criterion.
 
     The idea of FLAP's adaptive structure (2312.11983), which standardises features instead of
-    units: see `adaptive_threshold`.
+    units: see `global_as_scored`.
     """
     keys = [(g.scores - g.scores.mean()) / (g.scores.std() or 1.0) for g in groups]
     return _ranked(ratio, groups, keys)
+
+
+def global_as_scored(ratio: float, groups: Sequence[Group]) -> list[float]:
+    """The lowest scores as they are, for criteria whose layers and sites can be compared.
+
+    With standardised `fluctuation` scores this is FLAP's adaptive global structure (AL-AM,
+    2312.11983): all heads and channels in one ranking, until their parameters make up the ratio.
+    The paper counts a head as 512/3 channels, which is what their weights amount to there; here
+    every unit counts the parameters that leave with it.
+    """
+    return _ranked(ratio, groups, [group.scores for group in groups])
 
 
 def _ranked(ratio: float, groups: Sequence[Group], keys: Sequence[np.ndarray]) -> list[float]:
@@ -140,6 +151,7 @@ ALLOCATIONS: dict[str, Allocation] = {
     "linear-decrease": linear_decrease,
     "global": global_ranking,
     "global-standardised": global_standardised,
+    "global-as-scored": global_as_scored,
 }
 
 

@@ -55,6 +55,35 @@ def test_a_ranking_across_sites_counts_what_units_cost():
     # by z-score the lowest channel goes before it
     shares = ALLOCATIONS["global-standardised"](1 / 23, [cheap, dear])
     assert shares == [1 / 3, 0]
+    # as scored two channels do, and the head between counts as ten of them
+    assert ALLOCATIONS["global-as-scored"](2 / 23, [cheap, dear]) == [2 / 3, 0]
+    assert ALLOCATIONS["global-as-scored"](13 / 23, [cheap, dear]) == [1, 0.5]
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.1, 0.3])
+def test_flaps_scores_are_cut_at_one_threshold_for_all_layers_and_sites(model, probe, ratio):
+    scores, anatomy = lab.score("fluctuation", model, [{"input_ids": probe}]), Anatomy(model)
+    plan = lab.plan_from_scores(model, scores, ratio=ratio, allocation="global-as-scored")
+    ranked = scores.frame().sort_values("score", kind="stable")
+    units = list(ranked[["site", "layer", "unit"]].itertuples(index=False, name=None))
+    cost = np.array([anatomy.unit_parameters(site, layer) for site, layer, _ in units])
+    stays = {site: plan.stays(site) for site in plan.keep}
+    gone = [not stays[site][layer][unit] for site, layer, unit in units]
+    assert gone == sorted(gone, reverse=True)  # the lowest of one ranking
+    assert abs(cost[gone].sum() - ratio * cost.sum()) <= cost.max()
+    values = ranked["score"].to_numpy()
+    fit = values[cost.cumsum() <= ratio * cost.sum()].max(initial=-np.inf)
+    whole = (values <= fit).sum()  # what scores the same leaves together: a ReLU's dead channels
+    assert whole <= sum(gone) <= whole + 1  # one more if over half of it fits
+
+
+def test_a_layer_below_all_others_keeps_its_best_unit_of_each_site(model, probe):
+    scores = lab.score("fluctuation", model, [{"input_ids": probe}])
+    for layers in scores.values.values():
+        layers[0] -= 1e3
+    plan = lab.plan_from_scores(model, scores, ratio=0.5, allocation="global-as-scored")
+    for site, layers in scores.values.items():
+        assert plan.keep[site][0] == [layers[0].argmax()]
 
 
 @pytest.mark.parametrize("allocation", sorted(ALLOCATIONS))

@@ -86,23 +86,6 @@ def test_fluctuation_is_flaps_metric(model, probe, metric):
         np.testing.assert_allclose(standard.values[site][layer], per_unit, rtol=1e-3, atol=1e-4)
 
 
-def test_adaptive_threshold_takes_a_share_of_the_parameters(model, probe):
-    scores = lab.score("fluctuation", model, [{"input_ids": probe}])
-    anatomy, cost = Anatomy(model), {}
-    for site in SITES:
-        cost[site] = [anatomy.unit_parameters(site, layer) for layer in range(3)]
-    total = sum(len(v) * c for s in SITES for v, c in zip(scores.values[s], cost[s], strict=True))
-    for ratio in (0.0, 0.3):
-        threshold = lab.adaptive_threshold(model, scores, ratio)
-        gone = sum(
-            (v <= threshold).sum() * c
-            for s in SITES for v, c in zip(scores.values[s], cost[s], strict=True)
-        )  # fmt: skip
-        assert gone <= ratio * total < gone + max(map(max, cost.values()))
-    with pytest.raises(ValueError, match="share of parameters"):
-        lab.adaptive_threshold(model, scores, 1.0)
-
-
 def compensated(model, probe, plan):
     statistics = lab.collect_statistics(model, [{"input_ids": probe}], progress=False)
     return lab.bias_compensated(model, plan, statistics)

@@ -1,7 +1,7 @@
 """One file per way to score units; importing this package fills the registry."""
 
 from . import contextual, fluctuation, magnitude, random, sensitivity, sparsegpt, taylor, wanda
-from .fluctuation import adaptive_threshold, bias_compensated
+from .fluctuation import bias_compensated
 from .influence import block_influence
 from .scores import CRITERIA, Scores, criterion, score
 from .sensitivity import MINI_LLM
@@ -10,7 +10,6 @@ __all__ = [
     "CRITERIA",
     "MINI_LLM",
     "Scores",
-    "adaptive_threshold",
     "bias_compensated",
     "block_influence",
     "contextual",

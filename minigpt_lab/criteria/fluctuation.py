@@ -10,7 +10,7 @@ import torch
 from ..families import Anatomy, weight_axis
 from ..plan import PruningPlan
 from ..statistics import Statistics
-from .scores import Scores, criterion
+from .scores import criterion
 from .units import by_input, check_option, input_norms, known_statistics, per_feature, unit_scores
 
 METRICS = ("IFV", "WIFV", "WIFN")
@@ -40,8 +40,9 @@ def fluctuation_scores(
     metric : {"IFV", "WIFV", "WIFN"}
     standardise : bool
         Standardise the features' metric in every layer, ``(S - mean) / std``, so that layers and
-        sites can be compared, as the paper's adaptive structure does (see `adaptive_threshold`);
-        a unit's score is then the mean of its features', as in the released code.
+        sites can be compared, as the paper's adaptive structure does (the allocation
+        ``"global-as-scored"``); a unit's score is then the mean of its features', as in the
+        released code.
     square_attention : bool
         Square the metric of attention before it is standardised, as the released code does. Has no
         effect otherwise.
@@ -89,46 +90,6 @@ def fluctuation_scores(
 def _variance(statistics: Statistics, name: str) -> np.ndarray:
     mean, square = (statistics.mean(name, "input", moment) for moment in ("sum", "square"))
     return np.maximum(square - mean**2, 0)
-
-
-def adaptive_threshold(model, scores: Scores, ratio: float) -> float:
-    """The one threshold, over layers and sites, that takes `ratio` of the units' parameters out.
-
-    FLAP's adaptive global structure (AL-AM): standardised scores of all heads and channels are
-    ranked together, and the lowest leave until their parameters make up the ratio. The paper counts
-    a head as 512/3 channels, which is what their weights amount to there; here every unit counts
-    the parameters that leave with it. For ``plan_from_scores(model, scores, threshold=…)``, which
-    keeps at least one unit per layer.
-
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel
-        The model that was scored.
-    scores : Scores
-        Comparable between layers and sites, as standardised ones are.
-    ratio : float
-        Share of the parameters that all scored units hold together.
-
-    Raises
-    ------
-    ValueError
-        If the ratio is outside [0, 1), or the scores are of another model.
-    """
-    if not 0 <= ratio < 1:
-        raise ValueError(f"ratio is {ratio}; expected a share of parameters in [0, 1)")
-    scores.require(model)
-    anatomy = Anatomy(model)
-    values = np.concatenate([layer for layers in scores.values.values() for layer in layers])
-    costs = np.concatenate(
-        [
-            np.full(len(found), anatomy.unit_parameters(site, layer))
-            for site, layers in scores.values.items()
-            for layer, found in enumerate(layers)
-        ]
-    )
-    order = np.argsort(values, kind="stable")
-    gone = np.searchsorted(np.cumsum(costs[order]), ratio * costs.sum(), side="right")
-    return float(values[order[gone - 1]]) if gone else -np.inf
 
 
 @torch.no_grad()
