@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from numbers import Real
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .criteria.units import attention_site
 from .families import Anatomy
 from .plan import PruningPlan, whole
 from .statistics import Statistics
@@ -26,6 +28,7 @@ def contextual_plan(
     quantile: float | Mapping[str, float] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     token_counts: np.ndarray | None = None,
+    units: str = "kv_group",
 ) -> PruningPlan:
     """Contextual pruning as in Mini-GPTs (arXiv 2312.12682): cut what a domain does not use.
 
@@ -56,6 +59,10 @@ def contextual_plan(
         Needed with `epsilon_embedding` if the batches were not made by `tokenize`.
     token_counts : numpy.ndarray, optional
         Counts ``[vocabulary]`` over more text than the statistics saw, e.g. `count_tokens`.
+    units : {"kv_group", "balanced_heads"}
+        What may leave attention: whole key/value groups (heads, where every head has its own), or
+        one query head of every group, keys and values staying, once it is without effect in all
+        of them. The plan then has the site ``"balanced_heads"`` too.
 
     Returns
     -------
@@ -64,11 +71,13 @@ def contextual_plan(
     Raises
     ------
     ValueError
-        If a threshold is negative, NaN or no number, a quantile outside [0, 1), or the statistics
-        belong to another model.
+        If a threshold is negative, NaN or no number, a quantile outside [0, 1), the statistics
+        belong to another model, the kind of units is unknown, or the model has but one query head
+        per group to remove in balance.
     """
     rules = _rules(epsilon_linear, epsilon_activation, quantile)
     _check_epsilon("epsilon_embedding", epsilon_embedding)
+    pruned = ("ffn", attention_site(model, units))
     statistics.require(model)
     anatomy = Anatomy(model)
     cut = {
@@ -76,14 +85,12 @@ def contextual_plan(
         for component, rule in rules.items()
     }
     zero = _zero_lists(statistics, cut, rules)
-    keep = {
-        site: [
-            _staying_units(anatomy, statistics, site, layer, total, zero, cut)
+    keep, idle = whole(anatomy), _with_silent_values(anatomy, zero)
+    for site in pruned:
+        keep[site] = [
+            _staying_units(anatomy, statistics, site, layer, total, idle, cut)
             for layer, total in enumerate(anatomy.units(site))
         ]
-        for site in whole(anatomy)
-    }
-    units = {site: anatomy.units(site) for site in keep}
     vocabulary = None
     if epsilon_embedding is not None:
         counts = statistics.token_counts if token_counts is None else np.asarray(token_counts)
@@ -97,15 +104,15 @@ def contextual_plan(
         "tokens": statistics.n_tokens,
         "content_hash": statistics.content_hash,
     }
-    return PruningPlan(
+    plan = PruningPlan(
         model_hash=statistics.model_hash,
-        units=units,
+        units={site: anatomy.units(site) for site in keep},
         keep=keep,
-        zero=_without_removed(anatomy, units, keep, zero),
         vocabulary_size=model.get_input_embeddings().weight.shape[0],
         vocabulary=vocabulary,
         origin=origin,
     )
+    return replace(plan, zero=_without_removed(plan.staying_features(anatomy), zero))
 
 
 def _check_epsilon(name: str, value: float | None) -> None:
@@ -182,6 +189,24 @@ def _zero_lists(statistics: Statistics, cut: dict, rules: dict) -> dict[str, dic
     return zero
 
 
+def _with_silent_values(anatomy: Anatomy, zero: dict) -> dict[str, dict[str, np.ndarray]]:
+    """Zero lists that also have, as inputs of attention's last projection, groups without values.
+
+    A query head reads the values of its group, so it has no effect without them.
+    """
+    found, reader = dict(zero), anatomy.family.consumes["attention"]
+    for layer, total in enumerate(anatomy.units("attention")):
+        silent = np.zeros(total, bool)
+        for projection in anatomy.family.produces["attention"]:
+            if "value" in projection.blocks:
+                silent |= _silent(anatomy, layer, projection, total, zero, "value")
+        if silent.any():
+            sides = zero.get(name := anatomy.name(layer, reader), {})
+            unread = anatomy.positions(reader, np.flatnonzero(silent), total, layer=layer)
+            found[name] = {**sides, "input": np.append(unread, sides.get("input", unread[:0]))}
+    return found
+
+
 def _staying_units(
     anatomy: Anatomy,
     statistics: Statistics,
@@ -202,12 +227,9 @@ def _staying_units(
             for projection in anatomy.family.produces[site]:
                 for block in projection.blocks:
                     dead |= _silent(anatomy, layer, projection, total, zero, block)
-    else:
-        for projection in anatomy.family.produces[site]:
-            if "value" in projection.blocks:
-                dead |= _silent(anatomy, layer, projection, total, zero, "value")
     if dead.all():
-        strength = statistics.mean(name, "input", "absolute").reshape(total, -1).mean(1)
+        features = anatomy.unit_positions(consumer, total, layer=layer)
+        strength = statistics.mean(name, "input", "absolute")[features].mean(1)
         dead[strength.argmax()] = False
     return np.flatnonzero(~dead).tolist()
 
@@ -228,22 +250,16 @@ def _all_cut(anatomy, layer, projection, total, features, block=None) -> np.ndar
     return np.isin(anatomy.unit_positions(projection, total, block, layer), features).all(1)
 
 
-def _without_removed(anatomy, units, keep, zero) -> dict[str, dict[str, list[int]]]:
+def _without_removed(stay: dict, zero: dict) -> dict[str, dict[str, list[int]]]:
     """Zero lists without the features that leave anyway, and without empty entries."""
-    zero = {name: dict(sides) for name, sides in zero.items()}
-    for site, layers in keep.items():
-        for layer, staying in enumerate(layers):
-            for projection, side in anatomy.coupled(site):
-                features = anatomy.positions(projection, staying, units[site][layer], layer=layer)
-                cuts = zero.get(anatomy.name(layer, projection), {})
-                for name in ("output", "bias") if side == "output" else ("input",):
-                    if name in cuts:
-                        cuts[name] = cuts[name][np.isin(cuts[name], features)]
-    return {
-        name: {side: np.sort(v).tolist() for side, v in sides.items() if len(v)}
-        for name, sides in zero.items()
-        if any(map(len, sides.values()))
-    }
+    found: dict[str, dict[str, list[int]]] = {}
+    for name, sides in zero.items():
+        for side, cuts in sides.items():
+            mask = stay.get((name, "input" if side == "input" else "output"))
+            left = cuts if mask is None else cuts[mask[cuts]]
+            if len(left):
+                found.setdefault(name, {})[side] = np.sort(left).tolist()
+    return found
 
 
 def _staying_tokens(model, statistics, tokenizer, counts, epsilon) -> list[int]:

@@ -5,12 +5,19 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import random_model
+from conftest import CONFIGS, random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_surgery import logits
 
 import minigpt_lab as lab
 from minigpt_lab.families import Anatomy
+
+GROUPED = {
+    name
+    for name, config in CONFIGS.items()
+    if config.num_attention_heads > getattr(config, "num_key_value_heads", 4)
+}
 
 
 @pytest.fixture
@@ -74,6 +81,63 @@ def test_huge_thresholds_leave_one_unit_and_the_model_runs(model, statistics, pr
     assert {n for layers in plan.keep.values() for n in map(len, layers)} == {1}
     mini = lab.shrink(model, plan)
     assert mini(input_ids=probe).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"epsilon_linear": 0.5, "epsilon_activation": 0.1},
+        {"epsilon_linear": (0.6, None)},
+        {"quantile": {"linear": 0.9, "activation": 0.5}},
+        {"epsilon_linear": (None, 1e9)},
+        {"epsilon_linear": 1e9},
+    ],
+)
+@pytest.mark.parametrize("family", sorted(GROUPED))
+def test_plans_of_query_heads_compute_what_plans_of_groups_do(model, statistics, probe, rules):
+    """Both kinds of units leave only where they have no effect, so they differ in size alone."""
+    plan = lab.contextual_plan(model, statistics, **rules, units="balanced_heads")
+    groups = lab.contextual_plan(model, statistics, **rules)
+    assert groups == lab.contextual_plan(model, statistics, **rules, units="kv_group")
+    assert not any(plan.removed["attention"]) and plan.keep["ffn"] == groups.keep["ffn"]
+    assert all(layer for layers in plan.keep.values() for layer in layers)
+    mini = lab.shrink(model, plan)
+    assert Anatomy(mini).units("balanced_heads") == [*map(len, plan.keep["balanced_heads"])]
+    assert plan.predicted_size(model) == lab.model_size(mini, model)
+    found = []
+    for cut in (plan, groups):
+        with lab.masked(model, cut):
+            found.append(logits(model, probe))
+    torch.testing.assert_close(logits(mini, probe), found[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
+
+
+def test_a_query_head_leaves_once_no_group_hears_it():
+    model, layer = random_model("llama"), 1
+    batch = {"input_ids": torch.arange(3, 27).reshape(2, 12)}
+    found = lab.collect_statistics(model, [batch], progress=False)
+    name = f"model.layers.{layer}.self_attn"
+    read = found.mean(f"{name}.o_proj", "input", "absolute").reshape(2, 2, 8)  # group, head
+    loudest, value = read.max(2), found.magnitude(f"{name}.v_proj", "output").reshape(2, 8).max(1)
+    silent, other = value.argsort()
+    epsilons = float(loudest[other].min()), float(value[silent])
+    head = int(loudest[other].argmin())
+    for rule, staying in {
+        epsilons: [1 - head],  # cut in one group, of no value in the other
+        (epsilons[0], None): [0, 1],
+        (float(loudest.max(0).min()), None): [int(loudest.max(0).argmax())],
+        (None, 1e9): [int(read.mean((0, 2)).argmax())],  # the strongest always stays
+    }.items():
+        plan = lab.contextual_plan(model, found, epsilon_linear=rule, units="balanced_heads")
+        assert plan.keep["balanced_heads"][layer] == staying, rule
+
+
+def test_unknown_units_are_named(model, family, statistics):
+    with pytest.raises(ValueError, match="unknown units 'heads'; did you mean 'balanced_heads'"):
+        lab.contextual_plan(model, statistics, units="heads")
+    if family not in GROUPED:
+        with pytest.raises(ValueError, match="one query head per key/value group.*'kv_group'"):
+            lab.contextual_plan(model, statistics, units="balanced_heads")
 
 
 def test_zero_threshold_cuts_only_what_is_never_on(model, statistics):

@@ -16,10 +16,11 @@ from safetensors.numpy import save_file
 from transformers import PreTrainedModel
 
 from ..assets import cache_folder, nearest, staged
-from ..families import ALL_SITES, ATTENTION_UNITS, SITES, Anatomy
+from ..families import ALL_SITES, SITES
 from ..ledger import content_hash
 from ..runtime import fingerprint, label
 from ..statistics import Statistics, tokens_hash
+from .units import attention_site
 
 
 @dataclass(frozen=True)
@@ -180,14 +181,8 @@ def score(
     for site in sites:
         if site not in ALL_SITES:
             raise ValueError(f"unknown site {site!r}; {nearest(site, list(ALL_SITES))}")
-    if units not in ATTENTION_UNITS:
-        raise ValueError(f"unknown units {units!r}; {nearest(units, list(ATTENTION_UNITS))}")
-    sites = tuple(ATTENTION_UNITS[units] if site == "attention" else site for site in sites)
-    if units == "balanced_heads" and max(Anatomy(model).units("balanced_heads")) == 1:
-        raise ValueError(
-            "units='balanced_heads', but this model has one query head per key/value group and "
-            "cannot spare it; expected grouped-query attention: use units='kv_group'"
-        )
+    attention = attention_site(model, units)
+    sites = tuple(attention if site == "attention" else site for site in sites)
     _refuse_quantised(model)
     if statistics is not None:
         statistics.require(model)

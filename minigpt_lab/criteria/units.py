@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..assets import nearest
-from ..families import Anatomy, Projection, weight_axis
+from ..families import ATTENTION_UNITS, Anatomy, Projection, weight_axis
 from ..statistics import Statistics, collect_statistics
 
 #: How the scores ``[structure, unit]`` of a unit's coupled structures become one. ``"last"`` is the
@@ -28,6 +28,24 @@ def check_option(name: str, value: object, known: Collection[str]) -> None:
     """Refuse a value that an option does not have."""
     if value not in known:
         raise ValueError(f"unknown {name} {value!r}; {nearest(str(value), list(known))}")
+
+
+def attention_site(model, units: str) -> str:
+    """The site whose units are ``"kv_group"`` or ``"balanced_heads"``, if the model can spare one.
+
+    Raises
+    ------
+    ValueError
+        If there are no such units, or the model has but one query head per key/value group to
+        remove in balance.
+    """
+    check_option("units", units, ATTENTION_UNITS)
+    if units == "balanced_heads" and max(Anatomy(model).units("balanced_heads")) == 1:
+        raise ValueError(
+            "units='balanced_heads', but this model has one query head per key/value group and "
+            "cannot spare it; expected grouped-query attention: use units='kv_group'"
+        )
+    return ATTENTION_UNITS[units]
 
 
 def known_statistics(model, batches, statistics: Statistics | None, name: str) -> Statistics:
