@@ -36,6 +36,7 @@ from .questions import Question
 from .recovery import recover
 from .runtime import label
 from .sizes import Size, describe, model_size
+from .slimgpt import slimgpt
 from .spsa import gradient_cosine
 from .statistics import Statistics, collect_statistics
 from .surgery import masked, shrink
@@ -95,6 +96,7 @@ __all__ = [
     "save_model",
     "score",
     "shrink",
+    "slimgpt",
     "tokenize",
     "tokenizer_for",
     "trim_tokenizer",

@@ -108,7 +108,7 @@ def diagonal_error(
 def _of_units(
     weight: torch.Tensor, inverse: torch.Tensor, units: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Diagonal blocks of H⁻¹ ``[unit, feature, feature]`` and columns ``[unit, output, feature]``."""
+    """Blocks of H⁻¹ ``[unit, feature, feature]`` and columns of W ``[unit, output, feature]``."""
     return inverse[units[:, :, None], units[:, None, :]], weight[:, units].movedim(1, 0)
 
 

@@ -95,9 +95,9 @@ class LayerPass:
     """One decoder layer over all windows, in parts, so that no matrix product runs twice.
 
     What a projection that reads units (o, down) should become depends on all that it reads. So
-    `inputs` runs the layer up to it and keeps what it reads; later parts go on from there: attention
-    is not run again, nor are the projections into the FFN. Works on every family, parallel blocks
-    included, because the layer's own code is what runs.
+    `inputs` runs the layer up to it and keeps what it reads; later parts go on from there:
+    attention is not run again, nor are the projections into the FFN. Works on every family,
+    parallel blocks included, because the layer's own code is what runs.
 
     Parameters
     ----------

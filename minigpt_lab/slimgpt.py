@@ -9,23 +9,22 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
-import pandas as pd
 import torch
-from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .allocation import Allocation, allocation_name, prunable, removed_shares, unit_counts
+from .allocation import prunable, removed_shares, unit_counts
 from .biases import give_bias
 from .elimination import Elimination, Schedule, eliminate, full_precision
 from .families import ATTENTION_UNITS, Anatomy, weight_axis
 from .layerwise import LayerPass, enter
 from .plan import PruningPlan, whole
 from .runtime import fingerprint, inference
+from .schedules import Allocation, allocation_name
 from .shards import Shards
 
 
@@ -113,8 +112,8 @@ def slimgpt(
     units : {"kv_group", "balanced_heads"}
         What leaves attention; see `ATTENTION_UNITS`.
     allocation, ratio_of, keep_layers, multiple_of
-        See `plan_from_scores`. The default is SlimGPT's incremental ratio. FFN channels take up what
-        whole heads leave too much or too little of a layer's share.
+        See `plan_from_scores`. The default is SlimGPT's incremental ratio. FFN channels take up
+        what whole heads leave too much or too little of a layer's share.
     counts : mapping, optional
         Site to the number of units that leave every layer, instead of a ratio.
     inplace : bool
@@ -158,7 +157,8 @@ def slimgpt(
     hidden = Shards(offload)
     with inference(mini), full_precision():
         calls = enter(mini, batches, hidden)
-        for index in tqdm(range(len(anatomy.layers)), "SlimGPT", unit="layer", disable=not progress):
+        layers = range(len(anatomy.layers))
+        for index in tqdm(layers, "SlimGPT", unit="layer", disable=not progress):
             one = LayerPass(anatomy, index, hidden, calls)
             for site in sorted(sites, key="ffn".__eq__):  # in the order of the data flow
                 if leave.get((site, index)):
