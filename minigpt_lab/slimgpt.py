@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -18,62 +17,14 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .allocation import prunable, removed_shares, unit_counts
-from .biases import give_bias
-from .elimination import Elimination, Schedule, eliminate, full_precision
-from .families import ATTENTION_UNITS, Anatomy, weight_axis
+from .compensation import Solver, carry_out, problem, solve
+from .elimination import full_precision
+from .families import ATTENTION_UNITS, Anatomy
 from .layerwise import LayerPass, enter
 from .plan import PruningPlan, whole
 from .runtime import fingerprint, inference
 from .schedules import Allocation, allocation_name
 from .shards import Shards
-
-
-@dataclass(frozen=True)
-class Solver:
-    """How one projection's columns are chosen and the rest refitted; see `eliminate`.
-
-    Parameters
-    ----------
-    error : {"slimgpt", "exact", "diag"}
-        How the error of removing one head is estimated.
-    heads_per_round : int
-        Heads (or key/value groups) that leave between two updates.
-    schedule : str, int or callable
-        How many channels leave between two updates.
-    damp : float
-        Share of the mean diagonal that is added to the second moment.
-    bias : {"refit", "add", "keep"}
-        Whether a projection's bias makes up for the mean of what leaves: where there is one, one
-        added where there is none, or not.
-    compensate : bool
-        Whether weights and biases make up at all.
-    dtype : torch.dtype
-        Of second moments and what is done to them: float32 or float64.
-    """
-
-    error: str = "slimgpt"
-    heads_per_round: int = 1
-    schedule: str | int | Schedule = "dynamic"
-    damp: float = 0.01
-    bias: str = "refit"
-    compensate: bool = True
-    dtype: torch.dtype = torch.float32
-
-
-class Moments:
-    """First and second moments of what a projection reads, over tokens."""
-
-    def __init__(self, features: int, device: torch.device, dtype: torch.dtype):
-        self.square = torch.zeros(features, features, device=device, dtype=dtype)
-        self.sum = torch.zeros(features, device=device, dtype=dtype)
-        self.count = 0
-
-    def add(self, states: torch.Tensor) -> None:
-        """Count in ``[…, feature]``."""
-        x = states.flatten(0, -2).to(self.square.dtype)
-        self.square.addmm_(x.T, x)
-        self.sum += x.sum(0)
-        self.count += len(x)
 
 
 def slimgpt(
@@ -145,7 +96,7 @@ def slimgpt(
     anatomy, before = Anatomy(mini), fingerprint(model)
     sites = [ATTENTION_UNITS[units] if site == "attention" else site for site in sites]
     totals = {site: anatomy.units(site) for site in sites}
-    origin = {"method": "slimgpt", **_facts(options), "keep_layers": [*keep_layers]}
+    origin = {"method": "slimgpt", **options.facts(), "keep_layers": [*keep_layers]}
     if counts is None:
         origin |= {"ratio": ratio} if parameters is None else {"parameters": parameters}
         origin |= {"allocation": allocation_name(allocation), "ratio_of": ratio_of}
@@ -162,8 +113,9 @@ def slimgpt(
             one = LayerPass(anatomy, index, hidden, calls)
             for site in sorted(sites, key="ffn".__eq__):  # in the order of the data flow
                 if leave.get((site, index)):
-                    total, count = totals[site][index], leave[site, index]
-                    found = _cut(anatomy, one, index, site, total, count, options)
+                    given = problem(anatomy, one, index, site, totals[site][index], options)
+                    found = solve(given, site, leave[site, index], options)
+                    carry_out(anatomy, one, index, site, given, found, options)
                     keep[site][index], errors[site][index] = found.kept, found.loss / found.scale
             if index + 1 < len(anatomy.layers):
                 one.finish()
@@ -173,61 +125,6 @@ def slimgpt(
     plan = PruningPlan(before, totals, keep, vocabulary_size=rows, origin=origin)
     mini.pruning_plans = [*getattr(model, "pruning_plans", []), plan]
     return mini, plan
-
-
-def _cut(
-    anatomy: Anatomy,
-    one: LayerPass,
-    layer: int,
-    site: str,
-    total: int,
-    count: int,
-    options: Solver,
-) -> Elimination:
-    """Take units out of one site of one layer, in place."""
-    part = "ffn" if site == "ffn" else "attention"
-    reader = anatomy.family.consumes[site]
-    name, module = anatomy.name(layer, reader), anatomy.module(layer, reader)
-    axis = weight_axis(module, "input")
-    moments = Moments(module.weight.shape[axis], module.weight.device, options.dtype)
-    for states in one.inputs(part):
-        moments.add(states)
-    hessian, mean = moments.square / moments.count, moments.sum / moments.count
-    if not torch.isfinite(hessian).all():
-        raise ValueError(f"{name} reads NaN or infinite values: check the weights before it")
-    with_bias = options.compensate and (
-        options.bias == "add" or (options.bias == "refit" and module.bias is not None)
-    )
-    if with_bias:
-        hessian -= torch.outer(mean, mean)  # the bias takes care of the mean
-    places = anatomy.unit_positions(reader, total, layer=layer)
-    units = torch.as_tensor(places, device=hessian.device)
-    weight = module.weight.detach().to(hessian.dtype).movedim(axis, 1)
-    found = eliminate(
-        weight,
-        hessian,
-        units,
-        count,
-        options.error,
-        options.schedule if site == "ffn" else options.heads_per_round,
-        options.damp,
-        options.compensate,
-    )
-    columns = units[found.kept].ravel()
-    if with_bias:
-        if module.bias is None:
-            give_bias(module)
-        module.bias += (weight @ mean - found.weight @ mean[columns]).to(module.bias)
-    module.weight.index_copy_(axis, columns, found.weight.movedim(1, axis).to(module.weight))
-    anatomy.rebuild(site, layer, found.kept)
-    one.keep_columns(part, columns.sort().values)
-    return found
-
-
-def _facts(options: Solver) -> dict[str, object]:
-    """The solver's settings as plain data."""
-    schedule = getattr(options.schedule, "__name__", options.schedule)
-    return {**asdict(options), "schedule": schedule, "dtype": str(options.dtype)[6:]}
 
 
 def _leaving(

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 import minigpt_lab as lab
 from minigpt_lab.allocation import RATIOS
-from minigpt_lab.schedules import ALLOCATIONS, Group
 from minigpt_lab.families import Anatomy
+from minigpt_lab.schedules import ALLOCATIONS, Group
 from minigpt_lab.sizes import layer_parameters
 
 

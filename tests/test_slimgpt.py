@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import CONFIGS, random_model
+from conftest import random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_surgery import logits

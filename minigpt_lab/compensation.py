@@ -1,0 +1,167 @@
+"""Taking units out of one layer while the weights that stay make up for them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import nn
+
+from .assets import nearest
+from .biases import give_bias
+from .elimination import Elimination, Schedule, eliminate
+from .families import Anatomy, weight_axis
+from .layerwise import LayerPass
+
+BIASES = ["refit", "add", "keep"]
+
+
+@dataclass(frozen=True)
+class Solver:
+    """How one projection's columns are chosen and the rest refitted; see `eliminate`.
+
+    Parameters
+    ----------
+    error : {"slimgpt", "exact", "diag"}
+        How the error of removing one head is estimated.
+    heads_per_round : int
+        Heads (or key/value groups) that leave between two updates.
+    schedule : str, int or callable
+        How many channels leave between two updates.
+    damp : float
+        Share of the mean diagonal that is added to the second moment.
+    bias : {"refit", "add", "keep"}
+        Whether a projection's bias makes up for the mean of what leaves: where there is one, one
+        added where there is none, or not.
+    compensate : bool
+        Whether weights and biases make up at all.
+    dtype : torch.dtype
+        Of second moments and what is done to them: float32 or float64.
+    """
+
+    error: str = "slimgpt"
+    heads_per_round: int = 1
+    schedule: str | int | Schedule = "dynamic"
+    damp: float = 0.01
+    bias: str = "refit"
+    compensate: bool = True
+    dtype: torch.dtype = torch.float32
+
+    def __post_init__(self):
+        if self.bias not in BIASES:
+            raise ValueError(f"unknown bias {self.bias!r}; {nearest(self.bias, BIASES)}")
+
+    def facts(self) -> dict[str, object]:
+        """The settings as plain data."""
+        schedule = getattr(self.schedule, "__name__", self.schedule)
+        return {**asdict(self), "schedule": schedule, "dtype": str(self.dtype)[6:]}
+
+    def refits_bias(self, module: nn.Module) -> bool:
+        """Whether a projection's bias makes up for the mean of what leaves."""
+        has = self.bias == "refit" and module.bias is not None
+        return self.compensate and (self.bias == "add" or has)
+
+
+class Moments:
+    """First and second moments of what a projection reads, over tokens."""
+
+    def __init__(self, features: int, device: torch.device, dtype: torch.dtype):
+        self.square = torch.zeros(features, features, device=device, dtype=dtype)
+        self.sum = torch.zeros(features, device=device, dtype=dtype)
+        self.count = 0
+
+    def add(self, states: torch.Tensor) -> None:
+        """Count in ``[…, feature]``."""
+        x = states.flatten(0, -2).to(self.square.dtype)
+        self.square.addmm_(x.T, x)
+        self.sum += x.sum(0)
+        self.count += len(x)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One projection whose inputs are to leave: its weight, what it reads, and the units in that.
+
+    Parameters
+    ----------
+    weight : torch.Tensor
+        ``[output, input]``, in the solver's dtype.
+    hessian : torch.Tensor
+        Second moment of the input ``[input, input]``; around the mean if a bias makes up for it.
+    mean : torch.Tensor
+        Of the input.
+    units : torch.Tensor
+        Columns of every unit ``[unit, feature]``.
+    """
+
+    weight: torch.Tensor
+    hessian: torch.Tensor
+    mean: torch.Tensor
+    units: torch.Tensor
+
+
+def part_of(site: str) -> str:
+    """The half of a layer that a site is in."""
+    return "ffn" if site == "ffn" else "attention"
+
+
+def problem(
+    anatomy: Anatomy, one: LayerPass, layer: int, site: str, total: int, options: Solver
+) -> Problem:
+    """What a site's projection reads, over all windows.
+
+    Raises
+    ------
+    ValueError
+        If it is not finite; the projection is named.
+    """
+    reader = anatomy.family.consumes[site]
+    name, module = anatomy.name(layer, reader), anatomy.module(layer, reader)
+    axis = weight_axis(module, "input")
+    moments = Moments(module.weight.shape[axis], module.weight.device, options.dtype)
+    for states in one.inputs(part_of(site)):
+        moments.add(states)
+    hessian, mean = moments.square / moments.count, moments.sum / moments.count
+    if not torch.isfinite(hessian).all():
+        raise ValueError(f"{name} reads NaN or infinite values: check the weights before it")
+    if options.refits_bias(module):
+        hessian -= torch.outer(mean, mean)  # the bias takes care of the mean
+    places = anatomy.unit_positions(reader, total, layer=layer)
+    weight = module.weight.detach().to(hessian.dtype).movedim(axis, 1)
+    return Problem(weight, hessian, mean, torch.as_tensor(places, device=hessian.device))
+
+
+def solve(given: Problem, site: str, count: int, options: Solver) -> Elimination:
+    """`eliminate` with a solver's settings."""
+    return eliminate(
+        given.weight,
+        given.hessian,
+        given.units,
+        count,
+        options.error,
+        options.schedule if site == "ffn" else options.heads_per_round,
+        options.damp,
+        options.compensate,
+    )
+
+
+def carry_out(
+    anatomy: Anatomy,
+    one: LayerPass,
+    layer: int,
+    site: str,
+    given: Problem,
+    found: Elimination,
+    options: Solver,
+) -> None:
+    """Take the units out of the layer, in place, and out of what is kept of its pass."""
+    module = anatomy.module(layer, anatomy.family.consumes[site])
+    axis, columns = weight_axis(module, "input"), given.units[found.kept].ravel()
+    if options.refits_bias(module):
+        if module.bias is None:
+            give_bias(module)
+        shift = given.weight @ given.mean - found.weight @ given.mean[columns]
+        module.bias += shift.to(module.bias)
+    module.weight.index_copy_(axis, columns, found.weight.movedim(1, axis).to(module.weight))
+    anatomy.rebuild(site, layer, found.kept)
+    one.keep_columns(part_of(site), columns.sort().values)
