@@ -28,8 +28,10 @@ class Solver:
         Heads (or key/value groups) that leave between two updates.
     schedule : str, int or callable
         How many channels leave between two updates.
-    damp : float
-        Share of the mean diagonal that is added to the second moment.
+    damp, damping : float, str
+        Share of the diagonal that is added to the second moment, see `damped_inverse`. SparseGPT
+        and SlimGPT's code take 0.01 of its mean (``damping="mean"``); that overfits a few thousand
+        calibration tokens, inside their domain and far more outside.
     bias : {"refit", "add", "keep"}
         Whether a projection's bias makes up for the mean of what leaves: where there is one, one
         added where there is none, or not.
@@ -42,7 +44,8 @@ class Solver:
     error: str = "slimgpt"
     heads_per_round: int = 1
     schedule: str | int | Schedule = "dynamic"
-    damp: float = 0.01
+    damp: float = 0.3
+    damping: str = "feature"
     bias: str = "refit"
     compensate: bool = True
     dtype: torch.dtype = torch.float32
@@ -141,6 +144,7 @@ def solve(given: Problem, site: str, count: int, options: Solver) -> Elimination
         options.error,
         options.schedule if site == "ffn" else options.heads_per_round,
         options.damp,
+        options.damping,
         options.compensate,
     )
 

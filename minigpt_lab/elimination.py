@@ -148,7 +148,8 @@ def eliminate(
     count: int,
     error: str = "slimgpt",
     schedule: str | int | Schedule = "dynamic",
-    damp: float = 0.01,
+    damp: float = 0.3,
+    damping: str = "feature",
     compensate: bool = True,
 ) -> Elimination:
     """Remove units one group after another, each time the ones that cost least, and refit the rest.
@@ -171,8 +172,8 @@ def eliminate(
     schedule : str, int or callable
         Key of `SCHEDULES`, a constant group size, or ``(removed so far, to remove)`` to the next
         one's size.
-    damp : float
-        Share of the mean diagonal that is added to it; more if the matrix is not definite.
+    damp, damping : float, str
+        See `damped_inverse`; more if the matrix is not definite.
     compensate : bool
         Whether the weights that stay make up for those that leave (if not, units are still chosen
         as if they did).
@@ -194,7 +195,7 @@ def eliminate(
     left = torch.tensor([u for u in range(len(units)) if u not in set(dead)], device=units.device)
     columns = units[left].ravel()
     now = weight[:, columns]
-    hessian, inverse = damped_inverse(hessian[columns][:, columns], damp)
+    hessian, inverse = damped_inverse(hessian[columns][:, columns], damp, damping)
     full, places = hessian, torch.arange(len(columns), device=columns.device)
     feature = torch.arange(units.shape[1], device=units.device)
     while len(order) < count:

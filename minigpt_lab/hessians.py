@@ -17,6 +17,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from .assets import nearest
 from .families import Anatomy, weight_axis
 from .plan import PruningPlan
 from .runtime import check_token_ids, fingerprint, inference, label
@@ -131,34 +132,54 @@ def collect_hessians(
     return Hessians(matrices, fingerprint(model), n_tokens)
 
 
-def damped_inverse(hessian: torch.Tensor, damp: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """H with a share of its mean diagonal added, and the inverse of that.
+#: What a share of damping is a share of.
+DAMPINGS = ("mean", "feature")
+
+
+def damped_inverse(
+    hessian: torch.Tensor, damp: float, damping: str = "mean"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """H with a share of its diagonal added to it, and the inverse of that.
 
     Features that are always zero get 1 on the diagonal. If H is not definite the share grows
     tenfold at a time, with a warning.
 
+    Parameters
+    ----------
+    hessian : torch.Tensor
+        ``[feature, feature]``.
+    damp : float
+        The share.
+    damping : {"mean", "feature"}
+        Of the mean of the diagonal, for every feature the same (SparseGPT, SlimGPT); or of each
+        feature's own second moment, which shrinks all correlations alike and so does not depend on
+        how features are scaled.
+
     Raises
     ------
     ValueError
-        If H is not finite, or damping by its whole mean diagonal is not enough.
+        If H is not finite, an option is out of range, or no damping up to the whole diagonal is
+        enough.
     """
     if not damp >= 0:
-        raise ValueError(f"damp is {damp}; expected a share of the mean diagonal, 0 or more")
+        raise ValueError(f"damp is {damp}; expected a share of the diagonal, 0 or more")
+    if damping not in DAMPINGS:
+        raise ValueError(f"unknown damping {damping!r}; {nearest(damping, list(DAMPINGS))}")
     if not torch.isfinite(hessian).all():
         raise ValueError("the second moment has NaN or infinite values")
     hessian = (hessian + hessian.mT) / 2
-    dead = hessian.diagonal() == 0
-    mean = hessian.diagonal().mean()
+    diagonal = hessian.diagonal().clone()
+    unit = diagonal.mean() if damping == "mean" else diagonal
     for share in (damp, *(10.0**power for power in range(-6, 1) if 10.0**power > damp)):
         tried = hessian.clone()
-        tried.diagonal().add_(share * mean)
-        tried.diagonal()[dead] = 1
+        tried.diagonal().add_(share * unit)
+        tried.diagonal()[diagonal == 0] = 1
         factor, failed = torch.linalg.cholesky_ex(tried)
         if not failed:
             if share != damp:
                 warnings.warn(
                     f"a second moment of {len(hessian)} features is singular at damp={damp}: "
-                    f"damped by {share:g} of its mean diagonal; more calibration tokens help",
+                    f"damped by {share:g} of its diagonal; more calibration tokens help",
                     stacklevel=2,
                 )
             return tried, torch.cholesky_inverse(factor)
