@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import asdict, dataclass
 
 import torch
@@ -53,6 +54,8 @@ class Solver:
     def __post_init__(self):
         if self.bias not in BIASES:
             raise ValueError(f"unknown bias {self.bias!r}; {nearest(self.bias, BIASES)}")
+        if self.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"dtype is {self.dtype}; expected torch.float32 or float64")
 
     def facts(self) -> dict[str, object]:
         """The settings as plain data."""
@@ -127,6 +130,12 @@ def problem(
     hessian, mean = moments.square / moments.count, moments.sum / moments.count
     if not torch.isfinite(hessian).all():
         raise ValueError(f"{name} reads NaN or infinite values: check the weights before it")
+    if moments.count < len(mean):
+        warnings.warn(
+            f"{moments.count} calibration tokens for {len(mean)} features: the weights that stay "
+            "are mostly damped, not fitted; give more tokens",
+            stacklevel=2,
+        )
     if options.refits_bias(module):
         hessian -= torch.outer(mean, mean)  # the bias takes care of the mean
     places = anatomy.unit_positions(reader, total, layer=layer)

@@ -18,13 +18,16 @@ from transformers import PreTrainedModel
 
 from .allocation import prunable, removed_shares, unit_counts
 from .compensation import Solver, carry_out, problem, solve
+from .criteria.units import chosen_sites
 from .elimination import full_precision
-from .families import ATTENTION_UNITS, Anatomy
+from .families import Anatomy
 from .layerwise import LayerPass, enter
-from .plan import PruningPlan, whole
+from .plan import PruningPlan
+from .resumption import Finished
 from .runtime import fingerprint, inference
-from .schedules import Allocation, allocation_name
+from .schedules import Allocation, Group, allocation_name
 from .shards import Shards
+from .statistics import tokens_hash
 
 
 def slimgpt(
@@ -91,37 +94,47 @@ def slimgpt(
         If the target cannot be met or an option is out of range, a hidden state is not finite (its
         layer is named), or `out_dir` holds a run of other arguments.
     """
-    options = Solver(**solver)
+    options, before = Solver(**solver), fingerprint(model)
     mini = model if inplace else copy.deepcopy(model)
-    anatomy, before = Anatomy(mini), fingerprint(model)
-    sites = [ATTENTION_UNITS[units] if site == "attention" else site for site in sites]
+    anatomy = Anatomy(mini)
+    sites = chosen_sites(model, sites, units)
     totals = {site: anatomy.units(site) for site in sites}
+    zeros = {site: [np.zeros(n) for n in layers] for site, layers in totals.items()}
+    groups = prunable(anatomy, zeros, keep_layers)
+    leave = _leaving(model, groups, counts, ratio, parameters, allocation, ratio_of, multiple_of)
     origin = {"method": "slimgpt", **options.facts(), "keep_layers": [*keep_layers]}
     if counts is None:
         origin |= {"ratio": ratio} if parameters is None else {"parameters": parameters}
         origin |= {"allocation": allocation_name(allocation), "ratio_of": ratio_of}
-    zeros = {site: [np.zeros(n) for n in layers] for site, layers in totals.items()}
-    groups = prunable(anatomy, zeros, keep_layers)
-    leave = _leaving(model, groups, counts, ratio, parameters, allocation, ratio_of, multiple_of)
-    origin["removed"] = removed_shares(model, groups, [leave[g.site, g.layer] for g in groups])
-    keep, errors = whole(anatomy, totals), {site: [0.0] * len(anatomy.layers) for site in sites}
-    hidden = Shards(offload)
+    origin["removed"] = removed_shares(model, groups, [leave[g.site][g.layer] for g in groups])
+    hidden, finished = Shards(offload), None
+    if out_dir is not None:
+        batches = list(batches)
+        text = {"model": before, "tokens": tokens_hash(batches)}
+        finished = Finished(out_dir, {**text, "counts": leave, **options.facts()})
     with inference(mini), full_precision():
         calls = enter(mini, batches, hidden)
-        layers = range(len(anatomy.layers))
+        cuts = finished.restore(anatomy, hidden) if finished else []
+        layers = range(len(cuts), len(anatomy.layers))
         for index in tqdm(layers, "SlimGPT", unit="layer", disable=not progress):
-            one = LayerPass(anatomy, index, hidden, calls)
+            one, cut = LayerPass(anatomy, index, hidden, calls), {}
             for site in sorted(sites, key="ffn".__eq__):  # in the order of the data flow
-                if leave.get((site, index)):
+                if leave[site][index]:
                     given = problem(anatomy, one, index, site, totals[site][index], options)
-                    found = solve(given, site, leave[site, index], options)
+                    found = solve(given, site, leave[site][index], options)
                     carry_out(anatomy, one, index, site, given, found, options)
-                    keep[site][index], errors[site][index] = found.kept, found.loss / found.scale
+                    cut[site] = {"kept": found.kept, "error": round(found.loss / found.scale, 6)}
             if index + 1 < len(anatomy.layers):
                 one.finish()
+            if finished:
+                finished.add(anatomy, cut, hidden)
+            cuts.append(cut)
     anatomy.set_config()
+    uncut = {site: [{"kept": [*range(n)], "error": 0.0} for n in totals[site]] for site in sites}
+    found = {site: [cut.get(site, uncut[site][i]) for i, cut in enumerate(cuts)] for site in sites}
+    keep = {site: [cut["kept"] for cut in layers] for site, layers in found.items()}
+    origin["error"] = {site: [cut["error"] for cut in layers] for site, layers in found.items()}
     rows = model.get_input_embeddings().weight.shape[0]
-    origin["error"] = {site: [round(e, 6) for e in layers] for site, layers in errors.items()}
     plan = PruningPlan(before, totals, keep, vocabulary_size=rows, origin=origin)
     mini.pruning_plans = [*getattr(model, "pruning_plans", []), plan]
     return mini, plan
@@ -129,15 +142,35 @@ def slimgpt(
 
 def _leaving(
     model, groups, counts, ratio, parameters, allocation, ratio_of, multiple_of
-) -> dict[tuple[str, int], int]:
-    """Site and layer to the number of units that leave."""
+) -> dict[str, list[int]]:
+    """Site to the number of units that leave every layer."""
     given = {"ratio": ratio, "parameters": parameters, "counts": counts}
     chosen = {name: value for name, value in given.items() if value is not None}
     if len(chosen) != 1:
         raise ValueError(f"give exactly one of ratio, parameters, counts; got {chosen or 'none'}")
+    leave = {group.site: [0] * group.depth for group in groups}
     if counts is not None:
-        return {(group.site, group.layer): counts[group.site][group.layer] for group in groups}
-    found = unit_counts(
-        model, groups, ratio, parameters, allocation, ratio_of, multiple_of, even_out=True
-    )
-    return {(g.site, g.layer): count for g, count in zip(groups, found, strict=True)}
+        _check_counts(groups, counts)
+        found = [counts[group.site][group.layer] for group in groups]
+    else:
+        found = unit_counts(
+            model, groups, ratio, parameters, allocation, ratio_of, multiple_of, even_out=True
+        )
+    for group, count in zip(groups, found, strict=True):
+        leave[group.site][group.layer] = count
+    return leave
+
+
+def _check_counts(groups: Sequence[Group], counts: Mapping[str, Sequence[int]]) -> None:
+    """Refuse counts that do not fit the model."""
+    depth, sites = groups[0].depth, {group.site for group in groups}
+    if set(counts) != sites or any(len(layers) != depth for layers in counts.values()):
+        shape = {site: len(layers) for site, layers in counts.items()}
+        raise ValueError(f"counts has {shape}; expected {sorted(sites)} with {depth} layers each")
+    for group in groups:
+        count = counts[group.site][group.layer]
+        if not 0 <= count < len(group):
+            raise ValueError(
+                f"{count} of {len(group)} {group.site} units of layer {group.layer} are to leave; "
+                "at least one must stay"
+            )

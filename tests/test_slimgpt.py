@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from test_surgery import logits
 from torch.utils.flop_counter import FlopCounterMode
 
 import minigpt_lab as lab
+from minigpt_lab import compensation, resumption
 from minigpt_lab.elimination import ERRORS, SCHEDULES, eliminate, group_schedule
 from minigpt_lab.families import ATTENTION_UNITS, Anatomy
 from minigpt_lab.hessians import second_moments
@@ -148,7 +151,7 @@ def test_bad_options(options):
         eliminate(weight, hessian, units, **{"count": 2, **options})
 
 
-def windows(seed: int = 3, count: int = 4) -> list[dict]:
+def windows(seed: int = 3, count: int = 6) -> list[dict]:
     generator = torch.Generator().manual_seed(seed)
     return [{"input_ids": torch.randint(3, 97, (2, 12), generator=generator)} for _ in range(count)]
 
@@ -176,7 +179,7 @@ def test_parts_of_a_layer_are_the_layer(model):
                 one = LayerPass(anatomy, index, hidden, calls)
                 read = {site: list(one.inputs(site)) for site in ("attention", "ffn")}
                 one.finish()
-    torch.testing.assert_close(hidden[3], states.hidden_states[2], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(hidden[len(batches) - 1], states.hidden_states[2], rtol=1e-4, atol=1e-4)
     for name, found in zip(readers, read.values(), strict=True):
         x = torch.cat([states.flatten(0, -2) for states in found]).double()
         torch.testing.assert_close(x.T @ x, sums[name], rtol=1e-4, atol=1e-3)
@@ -187,6 +190,10 @@ def test_parts_of_a_layer_are_the_layer(model):
 def test_every_family_is_cut_and_makes_up_for_it(family, units):
     model, batches = random_model(family), windows()
     before = logits(model, batches[0]["input_ids"])
+    if units == "balanced_heads" and max(Anatomy(model).units(units)) == 1:
+        with pytest.raises(ValueError, match="grouped-query"):
+            lab.slimgpt(model, batches, ratio=0.3, units=units)
+        return
     counts = site_counts(model, units)
     options = {"units": units, "progress": False, "dtype": torch.float64}
     mini, plan = lab.slimgpt(model, batches, counts=counts, **options)
@@ -206,3 +213,172 @@ def test_every_family_is_cut_and_makes_up_for_it(family, units):
         return float(torch.cat(found).square().sum())
 
     assert error(mini) < error(plain)
+
+
+def same(a, b) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["bloom", "llama"])
+def test_an_interrupted_run_goes_on_where_it_was(name, tmp_path, monkeypatch):
+    model, batches = random_model(name), windows()
+    arguments = {"counts": site_counts(model, "kv_group", ffn=(5, 3, 7)), "progress": False}
+    options = {"bias": "add", "out_dir": tmp_path / "run"}
+    expected, plan = lab.slimgpt(model, batches, **arguments, bias="add")
+    solve, solved = compensation.eliminate, []
+
+    def counted(*args):
+        solved.append(solve(*args))
+        return solved[-1]
+
+    def interrupted(*args):
+        if len(solved) == 3:
+            raise KeyboardInterrupt
+        return counted(*args)
+
+    monkeypatch.setattr(compensation, "eliminate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        lab.slimgpt(model, batches, **arguments, **options)
+    monkeypatch.setattr(compensation, "eliminate", counted)
+    found, again = lab.slimgpt(model, iter(batches), **arguments, **options)
+    assert len(solved) == 3 + 4  # one layer was done
+    assert same(found, expected) and again == plan
+    found, again = lab.slimgpt(model, batches, **arguments, **options)
+    assert len(solved) == 7 and same(found, expected) and again == plan
+    assert not list((tmp_path / "run").glob("hidden-[013]*"))
+    with pytest.raises(ValueError, match="another damp"):
+        lab.slimgpt(model, batches, **arguments, **options, damp=0.5)
+    with pytest.raises(ValueError, match="another tokens"):
+        lab.slimgpt(model, windows(7), **arguments, **options)
+
+
+def test_a_full_disk_keeps_what_is_done(tmp_path, monkeypatch):
+    model, batches = random_model("llama"), windows()
+    arguments = {"ratio": 0.3, "progress": False}
+    real, calls = resumption.save_file, []
+
+    def full(*args):
+        calls.append(args)
+        if len(calls) > 2:
+            raise OSError(28, "No space left on device")
+        return real(*args)
+
+    monkeypatch.setattr(resumption, "save_file", full)
+    with pytest.raises(OSError, match=r"layer 1 could not be written.*No space left.*make room"):
+        lab.slimgpt(model, batches, **arguments, out_dir=tmp_path)
+    monkeypatch.setattr(resumption, "save_file", real)
+    found, _ = lab.slimgpt(model, batches, **arguments, out_dir=tmp_path)
+    assert same(found, lab.slimgpt(model, batches, **arguments)[0])
+
+
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_hidden_states_may_wait_elsewhere(place):
+    model, batches = random_model("gemma2"), windows()
+    arguments = {"ratio": 0.3, "progress": False}
+    found, _ = lab.slimgpt(model, batches, **arguments, offload=place)
+    assert same(found, lab.slimgpt(model, batches, **arguments)[0])
+
+
+@pytest.mark.parametrize("allocation", ["log-increase", "uniform", [1, 2, 3]])
+def test_channels_take_up_what_whole_heads_leave(allocation):
+    model = random_model("llama")
+    _, plan = lab.slimgpt(
+        model, windows(), ratio=0.3, allocation=allocation, ratio_of="decoder", progress=False
+    )
+    anatomy = Anatomy(model)
+    channel = anatomy.unit_parameters("ffn", 0)
+    sites = ("ffn", "attention")
+    total = sum(anatomy.parameters(layer, site) for layer in range(3) for site in sites)
+    gone = plan.origin["removed"]["units"] * total
+    wanted = 0.3 * lab.model_size(model).layers_dense
+    assert abs(gone - wanted) <= 2 * channel
+
+
+def test_a_model_changes_in_place_only_if_told(tiny, tiny_domain):
+    model, tokenizer = tiny
+    batches = lab.tokenize(tiny_domain.calibration, tokenizer, 64, 512)
+    copied = copy.deepcopy(model)
+    found, plan = lab.slimgpt(copied, batches, ratio=0.2, inplace=True, progress=False)
+    assert found is copied and not same_shapes(found, model)
+    fresh, other = lab.slimgpt(model, batches, ratio=0.2, progress=False)
+    assert same(fresh, found) and other == plan
+    assert model.config.to_dict() == tiny[0].config.to_dict()
+
+
+def same_shapes(a, b) -> bool:
+    return [p.shape for p in a.parameters()] == [p.shape for p in b.parameters()]
+
+
+def test_it_is_saved_and_loaded_and_goes_on_training(tiny, tiny_domain, tmp_path):
+    model, tokenizer = tiny
+    batches = lab.tokenize(tiny_domain.calibration, tokenizer, 64, 2_048)
+    mini, plan = lab.slimgpt(model, batches, ratio=0.3, bias="add", progress=False)
+    lab.save_model(mini, tokenizer, tmp_path / "mini")
+    loaded, _ = lab.load_model(tmp_path / "mini", device="cpu")
+    assert torch.equal(
+        logits(loaded, batches[0]["input_ids"]), logits(mini, batches[0]["input_ids"])
+    )
+    assert loaded.pruning_plans[-1] == plan
+    assert lab.PruningPlan.from_dict(plan.to_dict()) == plan
+    loss = loaded(**batches[0], labels=batches[0]["input_ids"]).loss
+    loss.backward()
+    assert all(p.grad is not None for p in loaded.parameters())
+
+
+def test_it_beats_cuts_of_the_same_size_without_compensation(tiny, tiny_domain):
+    model, tokenizer = tiny
+    batches = lab.tokenize(tiny_domain.calibration, tokenizer, 64, 4_096)
+    protocol = {"max_tokens": 2_048, "seq_len": 64}
+    arguments = {"ratio": 0.3, "sites": ["ffn"], "progress": False}
+
+    def held_out(cut) -> float:
+        return lab.perplexity(cut, tokenizer, tiny_domain.test, **protocol).value
+
+    mini, _ = lab.slimgpt(model, batches, **arguments)
+    plain, _ = lab.slimgpt(model, batches, **arguments, compensate=False)
+    scores = lab.score("random", model, batches, sites=("ffn",))
+    random = lab.shrink(model, lab.plan_from_scores(model, scores, ratio=0.3))
+    assert held_out(model) < held_out(mini) < held_out(plain) < held_out(random)
+
+
+def test_too_few_tokens_are_said_and_survived():
+    model = random_model("llama")
+    with pytest.warns(UserWarning, match="12 calibration tokens for 32 features"):
+        mini, _ = lab.slimgpt(
+            model, [{"input_ids": torch.arange(3, 15)[None]}], 0.3, progress=False
+        )
+    assert torch.isfinite(logits(mini, torch.arange(3, 15)[None])).all()
+
+
+def test_a_broken_layer_is_named():
+    model = random_model("gpt2")
+    with torch.no_grad():
+        model.transformer.h[1].mlp.c_fc.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"transformer\.h\.1\.mlp\.c_proj reads NaN"):
+        lab.slimgpt(model, windows(), ratio=0.3, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "exactly one of ratio, parameters, counts"),
+        ({"ratio": 0.2, "parameters": 9}, "exactly one"),
+        ({"ratio": 1.0}, "ratio is 1.0"),
+        ({"parameters": 10}, "cannot be met"),
+        ({"counts": {"ffn": [20, 0, 0], "attention": [0, 0, 0]}}, "20 of 20 ffn units of layer 0"),
+        ({"counts": {"ffn": [1, 1]}}, "expected .*attention.* 3 layers"),
+        ({"ratio": 0.2, "allocation": "log-incrase"}, "log-increase"),
+        ({"ratio": 0.2, "allocation": [1, 2]}, "lists 2 shares"),
+        ({"ratio": 0.2, "units": "heads"}, "unknown units 'heads'"),
+        ({"ratio": 0.2, "sites": ["fnn"]}, "unknown site 'fnn'"),
+        ({"ratio": 0.2, "bias": "refited"}, "did you mean 'refit'"),
+        ({"ratio": 0.2, "damping": "meen"}, "did you mean 'mean'"),
+        ({"ratio": 0.2, "error": "exat"}, "did you mean 'exact'"),
+        ({"ratio": 0.2, "offload": "gpu"}, "unknown place 'gpu'"),
+        ({"ratio": 0.2, "keep_layers": (2, 1)}, "leaves nothing"),
+        ({"ratio": 0.2, "dtype": torch.bfloat16}, "float32 or float64"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        lab.slimgpt(random_model("llama"), windows(), **arguments, progress=False)

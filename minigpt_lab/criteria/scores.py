@@ -16,11 +16,11 @@ from safetensors.numpy import save_file
 from transformers import PreTrainedModel
 
 from ..assets import cache_folder, nearest, staged
-from ..families import ALL_SITES, SITES
+from ..families import SITES
 from ..ledger import content_hash
 from ..runtime import fingerprint, label
 from ..statistics import Statistics, tokens_hash
-from .units import attention_site
+from .units import chosen_sites
 
 
 @dataclass(frozen=True)
@@ -178,11 +178,7 @@ def score(
     """
     if name not in CRITERIA:
         raise ValueError(f"unknown criterion {name!r}; {nearest(name, sorted(CRITERIA))}")
-    for site in sites:
-        if site not in ALL_SITES:
-            raise ValueError(f"unknown site {site!r}; {nearest(site, list(ALL_SITES))}")
-    attention = attention_site(model, units)
-    sites = tuple(attention if site == "attention" else site for site in sites)
+    sites = chosen_sites(model, sites, units)
     _refuse_quantised(model)
     if statistics is not None:
         statistics.require(model)

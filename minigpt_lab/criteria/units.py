@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 import numpy as np
 import torch
 from torch import nn
 
 from ..assets import nearest
-from ..families import ATTENTION_UNITS, Anatomy, Projection, weight_axis
+from ..families import ALL_SITES, ATTENTION_UNITS, Anatomy, Projection, weight_axis
 from ..statistics import Statistics, collect_statistics
 
 #: How the scores ``[structure, unit]`` of a unit's coupled structures become one. ``"last"`` is the
@@ -46,6 +46,21 @@ def attention_site(model, units: str) -> str:
             "cannot spare it; expected grouped-query attention: use units='kv_group'"
         )
     return ATTENTION_UNITS[units]
+
+
+def chosen_sites(model, sites: Iterable[str], units: str) -> tuple[str, ...]:
+    """Sites as asked for, ``"attention"`` being the one of the units that it is to lose.
+
+    Raises
+    ------
+    ValueError
+        If there is no such site or no such units.
+    """
+    attention = attention_site(model, units)
+    for site in sites:
+        if site not in ALL_SITES:
+            raise ValueError(f"unknown site {site!r}; {nearest(site, list(ALL_SITES))}")
+    return tuple(attention if site == "attention" else site for site in sites)
 
 
 def known_statistics(model, batches, statistics: Statistics | None, name: str) -> Statistics:

@@ -1,0 +1,126 @@
+"""What a layer-by-layer run has finished, on disk: a killed run goes on at the layer it was in."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from .assets import staged
+from .biases import give_bias
+from .families import Anatomy
+from .shards import Shards
+
+STATE = "state.json"
+
+
+class Finished:
+    """Layers that are done, and the hidden states behind them.
+
+    Parameters
+    ----------
+    folder : str or path
+        Made if need be.
+    recipe : mapping
+        What the result depends on, as plain data.
+
+    Raises
+    ------
+    ValueError
+        If the folder holds a run of another recipe; what differs is named.
+    """
+
+    def __init__(self, folder: str | os.PathLike, recipe: Mapping[str, object]):
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.recipe = json.loads(json.dumps(recipe))
+        self.layers: list[dict[str, dict]] = []  # site to {"kept", "error"}
+        state = self.folder / STATE
+        if state.is_file():
+            found = json.loads(state.read_text(encoding="utf-8"))
+            differs = [k for k, value in self.recipe.items() if found["recipe"].get(k) != value]
+            if differs:
+                raise ValueError(
+                    f"{self.folder} holds a run with another {', '.join(differs)}: call with the "
+                    "same arguments to go on with it, or give another folder"
+                )
+            self.layers = found["layers"]
+
+    def restore(self, anatomy: Anatomy, hidden: Shards) -> list[dict[str, dict]]:
+        """Bring a dense model, and the hidden states, to where the run had come.
+
+        Returns
+        -------
+        list of dict
+            What `add` was given for every layer that is done.
+        """
+        for layer, sites in enumerate(self.layers):
+            tensors = load_file(self._weights(layer)) if sites else {}
+            for site, cut in sites.items():
+                module = anatomy.module(layer, anatomy.family.consumes[site])
+                anatomy.rebuild(site, layer, cut["kept"])
+                if f"{site}.bias" in tensors and module.bias is None:
+                    give_bias(module)
+                for name, parameter in module.named_parameters():
+                    parameter.copy_(tensors[f"{site}.{name}"])
+        if 0 < len(self.layers) < len(anatomy.layers):
+            for window, states in load_file(self._hidden(len(self.layers))).items():
+                hidden[int(window)] = states.to(hidden[int(window)].device)
+        return [*self.layers]
+
+    def add(self, anatomy: Anatomy, cuts: Mapping[str, dict], hidden: Shards) -> None:
+        """Keep the next finished layer.
+
+        Parameters
+        ----------
+        anatomy : Anatomy
+            Of the model, that layer cut.
+        cuts : mapping
+            Site to ``{"kept", "error"}``.
+        hidden : Shards
+            The layer's outputs; not looked at after the last layer.
+
+        Raises
+        ------
+        OSError
+            If it cannot be written, e.g. because the disk is full: layers before it stay finished.
+        """
+        layer, depth = len(self.layers), len(self.layers) + 1
+        tensors = {
+            f"{site}.{name}": parameter.detach()
+            for site in cuts
+            for name, parameter in anatomy.module(
+                layer, anatomy.family.consumes[site]
+            ).named_parameters()
+        }
+        try:
+            if tensors:
+                _save(tensors, self._weights(layer))
+            if depth < len(anatomy.layers):
+                _save({str(window): hidden[window] for window in hidden}, self._hidden(depth))
+            self.layers.append(dict(cuts))
+            with staged(self.folder / STATE) as staging:
+                state = {"recipe": self.recipe, "layers": self.layers}
+                staging.write_text(json.dumps(state), encoding="utf-8")
+        except (OSError, SafetensorError) as error:
+            raise OSError(
+                f"layer {layer} could not be written to {self.folder} ({error}); the layers "
+                "before it are kept: make room and call again with the same arguments"
+            ) from error
+        self._hidden(layer).unlink(missing_ok=True)
+
+    def _weights(self, layer: int) -> Path:
+        return self.folder / f"layer-{layer}.safetensors"
+
+    def _hidden(self, depth: int) -> Path:
+        return self.folder / f"hidden-{depth}.safetensors"
+
+
+def _save(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    with staged(path) as staging:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, staging)
