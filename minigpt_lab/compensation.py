@@ -23,8 +23,9 @@ class Solver:
 
     Parameters
     ----------
-    error : {"slimgpt", "exact", "diag"}
-        How the error of removing one head is estimated.
+    error : {"exact", "slimgpt", "diag"}
+        How the error of removing one head is estimated (of channels they agree): exactly, as the
+        paper does, or as in its ablation.
     heads_per_round : int
         Heads (or key/value groups) that leave between two updates.
     schedule : str, int or callable
@@ -42,7 +43,7 @@ class Solver:
         Of second moments and what is done to them: float32 or float64.
     """
 
-    error: str = "slimgpt"
+    error: str = "exact"
     heads_per_round: int = 1
     schedule: str | int | Schedule = "dynamic"
     damp: float = 0.3

@@ -146,7 +146,7 @@ def eliminate(
     hessian: torch.Tensor,
     units: torch.Tensor,
     count: int,
-    error: str = "slimgpt",
+    error: str = "exact",
     schedule: str | int | Schedule = "dynamic",
     damp: float = 0.3,
     damping: str = "feature",
@@ -167,7 +167,7 @@ def eliminate(
         Columns of every unit ``[unit, feature]``.
     count : int
         Units to remove; less than all.
-    error : {"slimgpt", "exact", "diag"}
+    error : {"exact", "slimgpt", "diag"}
         Key of `ERRORS`. For units of one column they agree.
     schedule : str, int or callable
         Key of `SCHEDULES`, a constant group size, or ``(removed so far, to remove)`` to the next

@@ -27,6 +27,7 @@ from .plan import PruningPlan
 from .recovery import recover
 from .runtime import fingerprint
 from .sizes import model_size
+from .slimgpt import slimgpt
 from .statistics import Statistics, tokens_hash
 from .surgery import shrink
 from .tokens import excerpt
@@ -35,6 +36,26 @@ from .tokens import excerpt
 KINDS = {"ffn": ("ffn",), "attention": ("attention",), "both": ("ffn", "attention")}
 Cell = tuple[str, str, float]  # method, name in KINDS, ratio
 Plans = dict[Cell, PruningPlan]
+
+
+@dataclass(frozen=True)
+class Compensated:
+    """A cut by `slimgpt`, made when it is wanted: its weights are too large to keep them all.
+
+    Parameters
+    ----------
+    batches : sequence of dict
+        Calibration tokens.
+    options : mapping
+        Of `slimgpt`.
+    """
+
+    batches: Sequence[dict] = field(repr=False)
+    options: Mapping[str, object]
+
+
+Cut = PruningPlan | Compensated
+Cuts = dict[Cell, Cut]
 
 
 @dataclass(frozen=True)
@@ -130,10 +151,49 @@ def method_plans(
     return plans
 
 
+def slimgpt_cuts(
+    plans: Plans, batches: Sequence[dict], variants: Mapping[str, Mapping[str, object]]
+) -> Cuts:
+    """`slimgpt` at the sizes of other methods' plans, as more methods of the same comparison.
+
+    Parameters
+    ----------
+    plans : mapping
+        From `method_plans`; every kind and ratio in it is cut.
+    batches : sequence of dict
+        Calibration tokens, those of the other methods.
+    variants : mapping
+        Method's name to options of `slimgpt`. Without an ``allocation`` among them, as many units
+        leave every layer as in the other methods' plans.
+    """
+    cuts = {}
+    for (_, kind, ratio), plan in plans.items():
+        for name, options in variants.items():
+            size = {"sites": KINDS[kind], "ratio": ratio}
+            if "allocation" not in options:
+                size = {"sites": (*plan.removed,), "counts": plan.removed}
+            cuts.setdefault((name, kind, ratio), Compensated(batches, {**size, **options}))
+    return cuts
+
+
+def realise(model: PreTrainedModel, cut: Cut) -> PreTrainedModel:
+    """The smaller model that a cut makes of a dense one."""
+    if isinstance(cut, PruningPlan):
+        return shrink(model, cut)
+    return slimgpt(model, cut.batches, progress=False, **cut.options)[0]
+
+
+def _recipe(cut: Cut) -> list:
+    """What the cut model depends on, beside the dense one."""
+    if isinstance(cut, PruningPlan):
+        return [cut.keep, cut.shift]
+    return ["slimgpt", tokens_hash(cut.batches), dict(cut.options)]
+
+
 def method_comparison(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    plans: Plans,
+    plans: Cuts,
     texts: Sequence[Part],
     max_tokens: int = 2_048,
     seq_len: int = 256,
@@ -141,14 +201,14 @@ def method_comparison(
     recovery: Mapping[str, object] | None = None,
     out_dir: str | os.PathLike | None = None,
 ) -> pd.DataFrame:
-    """Held-out perplexity of every plan on every text, beside the dense model.
+    """Held-out perplexity of every cut on every text, beside the dense model.
 
     Parameters
     ----------
     model, tokenizer
         The dense pair.
     plans : mapping
-        From `method_plans`.
+        From `method_plans` and `slimgpt_cuts`.
     texts : sequence of Part
         Held out, e.g. the test parts of the calibration domain and of a general one.
     max_tokens, seq_len : int
@@ -173,8 +233,8 @@ def method_comparison(
     trained = recover_on and [content_hash(recover_on.train), settings]
     protocol = {"seq_len": seq_len, "max_characters": None}
 
-    def measured(plan: PruningPlan | None) -> dict:
-        mini = model if plan is None else shrink(model, plan)
+    def measured(plan: Cut | None) -> dict:
+        mini = model if plan is None else realise(model, plan)
         if plan is not None and recover_on is not None:
             recover(mini, tokenizer, recover_on, **settings)
         rows = [perplexity(mini, tokenizer, text, **protocol).row() for text in read]
@@ -184,9 +244,9 @@ def method_comparison(
     hashes = [content_hash(text) for text in read]
     cells = {("dense", "none", 0.0): None, **plans}
     for (name, kind, ratio), plan in tqdm(cells.items(), desc="comparison", unit="cell"):
-        cut = None if plan is None else [plan.keep, plan.shift]
+        made = None if plan is None else _recipe(plan)
         recovered = plan is not None and recover_on is not None
-        recipe = [fingerprint(model), cut, hashes, protocol, trained if recovered else None]
+        recipe = [fingerprint(model), made, hashes, protocol, trained if recovered else None]
         found = ledger.get(recipe, lambda p=plan: measured(p))
         facts = {"method": name, "sites": kind, "ratio": ratio, "recovered": recovered}
         facts |= {"stored": found["stored"], "removed": 1 - found["stored"] / dense}
