@@ -128,7 +128,7 @@ def problem(
     moments = Moments(module.weight.shape[axis], module.weight.device, options.dtype)
     for states in one.inputs(part_of(site)):
         moments.add(states)
-    hessian, mean = moments.square / moments.count, moments.sum / moments.count
+    hessian, mean = moments.square.div_(moments.count), moments.sum / moments.count
     if not torch.isfinite(hessian).all():
         raise ValueError(f"{name} reads NaN or infinite values: check the weights before it")
     if moments.count < len(mean):

@@ -167,14 +167,12 @@ def damped_inverse(
         raise ValueError(f"unknown damping {damping!r}; {nearest(damping, list(DAMPINGS))}")
     if not torch.isfinite(hessian).all():
         raise ValueError("the second moment has NaN or infinite values")
-    hessian = (hessian + hessian.mT) / 2
-    diagonal = hessian.diagonal().clone()
+    damped = (hessian + hessian.mT).div_(2)
+    diagonal = damped.diagonal().clone()
     unit = diagonal.mean() if damping == "mean" else diagonal
     for share in (damp, *(10.0**power for power in range(-6, 1) if 10.0**power > damp)):
-        tried = hessian.clone()
-        tried.diagonal().add_(share * unit)
-        tried.diagonal()[diagonal == 0] = 1
-        factor, failed = torch.linalg.cholesky_ex(tried)
+        damped.diagonal().copy_(torch.where(diagonal == 0, 1, diagonal + share * unit))
+        factor, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
             if share != damp:
                 warnings.warn(
@@ -182,7 +180,7 @@ def damped_inverse(
                     f"damped by {share:g} of its diagonal; more calibration tokens help",
                     stacklevel=2,
                 )
-            return tried, torch.cholesky_inverse(factor)
+            return damped, torch.cholesky_inverse(factor)
     raise ValueError("the second moment is not positive definite, however much it is damped")
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .families import SITES, Anatomy
+from .offloading import execution_device
 from .runtime import check_token_ids, inference
 from .shards import Shards
 from .tokens import unpadded
@@ -69,6 +70,7 @@ def enter(
         ``[window][layer]`` to the keyword arguments beside the hidden states.
     """
     calls: Calls = []
+    device = execution_device(model.get_input_embeddings())
     wraps: bool | None = None  # whether layers return a tuple
 
     def record(forward: Callable, *args, **kwargs):
@@ -87,7 +89,7 @@ def enter(
         for ids in unpadded(batches):
             check_token_ids(model, ids)
             calls.append([])
-            model.base_model(input_ids=ids.to(model.device), use_cache=False)
+            model.base_model(input_ids=ids.to(device), use_cache=False)
     return calls
 
 

@@ -51,27 +51,25 @@ class Finished:
                 )
             self.layers = found["layers"]
 
-    def restore(self, anatomy: Anatomy, hidden: Shards) -> list[dict[str, dict]]:
-        """Bring a dense model, and the hidden states, to where the run had come.
-
-        Returns
-        -------
-        list of dict
-            What `add` was given for every layer that is done.
-        """
-        for layer, sites in enumerate(self.layers):
-            tensors = load_file(self._weights(layer)) if sites else {}
-            for site, cut in sites.items():
-                module = anatomy.module(layer, anatomy.family.consumes[site])
-                anatomy.rebuild(site, layer, cut["kept"])
-                if f"{site}.bias" in tensors and module.bias is None:
-                    give_bias(module)
-                for name, parameter in module.named_parameters():
-                    parameter.copy_(tensors[f"{site}.{name}"])
-        if 0 < len(self.layers) < len(anatomy.layers):
-            for window, states in load_file(self._hidden(len(self.layers))).items():
+    def restore_hidden(self, hidden: Shards) -> None:
+        """Bring hidden states to where the run had come."""
+        path = self._hidden(len(self.layers))
+        if path.is_file():
+            for window, states in load_file(path).items():
                 hidden[int(window)] = states.to(hidden[int(window)].device)
-        return [*self.layers]
+
+    def restore(self, anatomy: Anatomy, layer: int) -> dict[str, dict]:
+        """Cut a finished layer of the dense model again; returns what `add` was given."""
+        cuts = self.layers[layer]
+        tensors = load_file(self._weights(layer)) if cuts else {}
+        for site, cut in cuts.items():
+            module = anatomy.module(layer, anatomy.family.consumes[site])
+            anatomy.rebuild(site, layer, cut["kept"])
+            if f"{site}.bias" in tensors and module.bias is None:
+                give_bias(module)
+            for name, parameter in module.named_parameters():
+                parameter.copy_(tensors[f"{site}.{name}"])
+        return cuts
 
     def add(self, anatomy: Anatomy, cuts: Mapping[str, dict], hidden: Shards) -> None:
         """Keep the next finished layer.

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .offloading import weights
 from .sizes import dense_parameters
 
 
@@ -65,12 +66,12 @@ def fingerprint(model: PreTrainedModel) -> str:
     back (``weight.data.mul_(2)``) go unseen; change weights under ``torch.no_grad`` instead.
     """
     state = dict(model.named_parameters())
-    version = tuple((key, p.data_ptr(), p._version, p.dtype) for key, p in state.items())
+    version = tuple((k, p.data_ptr(), p._version, p.dtype, p.shape) for k, p in state.items())
     known = _fingerprints.get(model)
     if known is None or known[0] != version:
         facts = {k: v for k, v in model.config.to_dict().items() if k not in _CIRCUMSTANCES}
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
-        for key, parameter in state.items():
+        for key, parameter in weights(model):
             digest.update(f"{key} {parameter.dtype} {tuple(parameter.shape)}".encode())
             content = parameter.detach().cpu().contiguous().view(torch.uint8)
             digest.update(memoryview(content.numpy()).cast("B"))

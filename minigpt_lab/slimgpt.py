@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from .criteria.units import chosen_sites
 from .elimination import full_precision
 from .families import Anatomy
 from .layerwise import LayerPass, enter
+from .offloading import is_offloaded, present
 from .plan import PruningPlan
 from .resumption import Finished
 from .runtime import fingerprint, inference
@@ -71,12 +73,14 @@ def slimgpt(
     counts : mapping, optional
         Site to the number of units that leave every layer, instead of a ratio.
     inplace : bool
-        Change the model itself: no second copy of its weights.
+        Change the model itself: no second copy of its weights. Needed for one with offloaded
+        weights; only a layer at a time is then on the device.
     offload : {"device", "cpu", "disk"}
         Where hidden states wait; see `Shards`.
     out_dir : str or path, optional
         Folder for a checkpoint after every layer: called again with the same arguments, a run goes
-        on at the layer that it had come to, and ends the same.
+        on at the layer that it had come to, and ends the same. Weights that `accelerate` offloads
+        to disk go there too once they are cut.
     progress : bool
         Show a progress bar.
     **solver
@@ -95,6 +99,11 @@ def slimgpt(
         layer is named), or `out_dir` holds a run of other arguments.
     """
     options, before = Solver(**solver), fingerprint(model)
+    if is_offloaded(model) and not inplace:
+        raise ValueError(
+            "the model's weights wait outside its device: there is no room for a second copy of "
+            "them; give inplace=True"
+        )
     mini = model if inplace else copy.deepcopy(model)
     anatomy = Anatomy(mini)
     sites = chosen_sites(model, sites, units)
@@ -112,23 +121,30 @@ def slimgpt(
         batches = list(batches)
         text = {"model": before, "tokens": tokens_hash(batches)}
         finished = Finished(out_dir, {**text, "counts": leave, **options.facts()})
+    cuts: list[dict[str, dict]] = []
     with inference(mini), full_precision():
         calls = enter(mini, batches, hidden)
-        cuts = finished.restore(anatomy, hidden) if finished else []
-        layers = range(len(cuts), len(anatomy.layers))
-        for index in tqdm(layers, "SlimGPT", unit="layer", disable=not progress):
-            one, cut = LayerPass(anatomy, index, hidden, calls), {}
-            for site in sorted(sites, key="ffn".__eq__):  # in the order of the data flow
-                if leave[site][index]:
-                    given = problem(anatomy, one, index, site, totals[site][index], options)
-                    found = solve(given, site, leave[site][index], options)
-                    carry_out(anatomy, one, index, site, given, found, options)
-                    cut[site] = {"kept": found.kept, "error": round(found.loss / found.scale, 6)}
-            if index + 1 < len(anatomy.layers):
-                one.finish()
-            if finished:
-                finished.add(anatomy, cut, hidden)
-            cuts.append(cut)
+        if finished:
+            finished.restore_hidden(hidden)
+        layers = tqdm(anatomy.layers, "SlimGPT", unit="layer", disable=not progress)
+        for index, layer in enumerate(layers):
+            with present(layer, out_dir and Path(out_dir) / f"offloaded-{index}"):
+                if finished and index < len(finished.layers):
+                    cuts.append(finished.restore(anatomy, index))
+                    continue
+                one, cut = LayerPass(anatomy, index, hidden, calls), {}
+                for site in sorted(sites, key="ffn".__eq__):  # in the order of the data flow
+                    if leave[site][index]:
+                        given = problem(anatomy, one, index, site, totals[site][index], options)
+                        found = solve(given, site, leave[site][index], options)
+                        carry_out(anatomy, one, index, site, given, found, options)
+                        error = round(found.loss / found.scale, 6)
+                        cut[site] = {"kept": found.kept, "error": error}
+                if index + 1 < len(anatomy.layers):
+                    one.finish()
+                if finished:
+                    finished.add(anatomy, cut, hidden)
+                cuts.append(cut)
     anatomy.set_config()
     uncut = {site: [{"kept": [*range(n)], "error": 0.0} for n in totals[site]] for site in sites}
     found = {site: [cut.get(site, uncut[site][i]) for i, cut in enumerate(cuts)] for site in sites}

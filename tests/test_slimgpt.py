@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import random_model
+from conftest import CONFIGS, random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_surgery import logits
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
 
 import minigpt_lab as lab
 from minigpt_lab import compensation, resumption
@@ -382,3 +385,50 @@ def test_a_broken_layer_is_named():
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         lab.slimgpt(random_model("llama"), windows(), **arguments, progress=False)
+
+
+LIMITED = """
+import json, resource, sys
+from pathlib import Path
+import torch
+from transformers import AutoModelForCausalLM
+import minigpt_lab as lab
+
+dense, out, layers, room = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+places = {f"model.layers.{i}": "disk" for i in range(layers)}
+places |= {f"model.{name}": "cpu" for name in ("embed_tokens", "norm", "rotary_emb")}
+places["lm_head"] = "cpu"
+model = AutoModelForCausalLM.from_pretrained(dense, device_map=places, offload_folder=out / "in")
+generator = torch.Generator().manual_seed(0)
+batches = [{"input_ids": torch.randint(3, 97, (1, 64), generator=generator)} for _ in range(12)]
+lab.label(model), torch.linalg.cholesky(torch.eye(64))
+used = next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmData")) * 1024
+resource.setrlimit(resource.RLIMIT_DATA, (used + room, used + room))
+mini, plan = lab.slimgpt(
+    model, batches, ratio=0.5, inplace=True, offload="disk", out_dir=out / "run", progress=False
+)
+with torch.no_grad():
+    torch.save(mini(batches[0]["input_ids"]).logits, out / "logits.pt")
+plan.save(out / "plan.json")
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the limit is Linux's")
+def test_a_model_larger_than_memory_is_pruned(tmp_path):
+    layers = 24
+    config = copy.deepcopy(CONFIGS["llama"])
+    config.update({"hidden_size": 512, "intermediate_size": 1_024, "num_hidden_layers": layers})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.save_pretrained(tmp_path / "dense", max_shard_size="10MB")
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    room = size // 2
+    arguments = [sys.executable, "-c", LIMITED, tmp_path / "dense", tmp_path, layers, room]
+    done = subprocess.run([str(a) for a in arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2_000:]
+    generator = torch.Generator().manual_seed(0)
+    batches = [{"input_ids": torch.randint(3, 97, (1, 64), generator=generator)} for _ in range(12)]
+    mini, plan = lab.slimgpt(model, batches, ratio=0.5, progress=False)
+    assert lab.PruningPlan.load(tmp_path / "plan.json").keep == plan.keep
+    found = torch.load(tmp_path / "logits.pt")
+    torch.testing.assert_close(found, logits(mini, batches[0]["input_ids"]), atol=1e-5, rtol=1e-4)
