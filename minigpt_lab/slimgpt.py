@@ -7,9 +7,10 @@ calibrated on what this one has become. See `layerwise` for how one pass does.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -132,16 +133,11 @@ def slimgpt(
                 if finished and index < len(finished.layers):
                     cuts.append(finished.restore(anatomy, index))
                     continue
-                one, cut = LayerPass(anatomy, index, hidden, calls), {}
-                for site in sorted(sites, key="ffn".__eq__):  # in the order of the data flow
-                    if leave[site][index]:
-                        given = problem(anatomy, one, index, site, totals[site][index], options)
-                        found = solve(given, site, leave[site][index], options)
-                        carry_out(anatomy, one, index, site, given, found, options)
-                        error = round(found.loss / found.scale, 6)
-                        cut[site] = {"kept": found.kept, "error": error}
-                if index + 1 < len(anatomy.layers):
-                    one.finish()
+                one = LayerPass(anatomy, index, hidden, calls)
+                with _room(anatomy, index, options):
+                    cut = _cut_layer(anatomy, one, index, totals, leave, options)
+                    if index + 1 < len(anatomy.layers):
+                        one.finish()
                 if finished:
                     finished.add(anatomy, cut, hidden)
                 cuts.append(cut)
@@ -154,6 +150,44 @@ def slimgpt(
     plan = PruningPlan(before, totals, keep, vocabulary_size=rows, origin=origin)
     mini.pruning_plans = [*getattr(model, "pruning_plans", []), plan]
     return mini, plan
+
+
+def _cut_layer(
+    anatomy: Anatomy,
+    one: LayerPass,
+    layer: int,
+    totals: Mapping[str, Sequence[int]],
+    leave: Mapping[str, Sequence[int]],
+    options: Solver,
+) -> dict[str, dict]:
+    """Site to the units that stay in a layer, and its projection's relative error."""
+    cuts = {}
+    for site in sorted(leave, key="ffn".__eq__):  # in the order of the data flow
+        if leave[site][layer]:
+            given = problem(anatomy, one, layer, site, totals[site][layer], options)
+            found = solve(given, site, leave[site][layer], options)
+            carry_out(anatomy, one, layer, site, given, found, options)
+            cuts[site] = {"kept": found.kept, "error": round(found.loss / found.scale, 6)}
+    return cuts
+
+
+@contextlib.contextmanager
+def _room(anatomy: Anatomy, layer: int, options: Solver) -> Iterator[None]:
+    """Say what a layer takes if the device has no room for it."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        parameters = list(anatomy.layers[layer].parameters())
+        stored = sum(parameter.nbytes for parameter in parameters)
+        width = max(max(parameter.shape) for parameter in parameters)
+        moment = width**2 * torch.empty(0, dtype=options.dtype).element_size()
+        raise torch.OutOfMemoryError(
+            f"layer {layer} does not fit on {parameters[0].device}: its weights take "
+            f"{stored / 2**30:.2g} GiB and its widest second moment up to {4 * moment / 2**30:.2g} "
+            "GiB, beside one window's activations and the hidden states of all; let the hidden "
+            "states wait elsewhere (offload='cpu' or 'disk'), use shorter windows, or let "
+            "accelerate offload the other layers' weights"
+        ) from error
 
 
 def _leaving(

@@ -274,6 +274,15 @@ def test_a_full_disk_keeps_what_is_done(tmp_path, monkeypatch):
     assert same(found, lab.slimgpt(model, batches, **arguments)[0])
 
 
+def test_a_device_too_small_for_a_layer_says_what_would_fit(monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(compensation, "eliminate", full)
+    with pytest.raises(torch.OutOfMemoryError, match=r"layer 0 does not fit on cpu.*GiB.*offload="):
+        lab.slimgpt(random_model("llama"), windows(), ratio=0.3, progress=False)
+
+
 @pytest.mark.parametrize("place", ["cpu", "disk"])
 def test_hidden_states_may_wait_elsewhere(place):
     model, batches = random_model("gemma2"), windows()
