@@ -1,0 +1,61 @@
+"""What compensation is worth on SmolLM2, inside the domain it was calibrated on and outside.
+
+``python tests/benchmarks/slimgpt_quality.py`` calibrates on 8,192 tokens of law and prints held-out
+perplexity on law and on a text it knows nothing of (``--other FILE``; by default the games domain),
+windows of 1,024, without any fine-tuning.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import minigpt_lab as lab
+
+TOKENS, SEQ_LEN, TEST_TOKENS = 8_192, 1_024, 4_096
+RATIOS = (0.2, 0.3, 0.5)
+PAPER = {"damp": 0.01, "damping": "mean", "error": "slimgpt"}  # as SlimGPT's code does
+VARIANTS = {
+    "SlimGPT, damped by its features": {},
+    "the same, uniform": {"allocation": "uniform"},
+    "SlimGPT, damped as in its code": PAPER,
+    "without compensation": {"compensate": False},
+}
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--other", type=Path, help="a text file, read from its start")
+    other = parser.parse_args().other
+    model, tokenizer = lab.load_model("smollm2-135m")
+    law = lab.load_domain("law")
+    batches = lab.tokenize(law.calibration, tokenizer, SEQ_LEN, TOKENS)
+    texts = [law.test, other.read_text() if other else lab.load_domain("games").test]
+
+    def show(name: str, cut) -> None:
+        protocol = {"seq_len": SEQ_LEN, "max_tokens": TEST_TOKENS}
+        found = [lab.perplexity(cut, tokenizer, text, **protocol).value for text in texts]
+        size = lab.model_size(cut).stored / 1e6
+        print(f"| {name} | {size:.1f} | {found[0]:.2f} | {found[1]:.2f} |", flush=True)
+
+    print("| cut | M stored | law | other |\n| --- | --- | --- | --- |")
+    show("dense", model)
+    wanda = lab.score("wanda", model, batches, sites=("ffn",))
+    quiet = {"progress": False}
+    for ratio in RATIOS:
+        show(f"{ratio:.0%} Wanda", lab.shrink(model, lab.plan_from_scores(model, wanda, ratio)))
+        for name, options in VARIANTS.items():
+            mini, _ = lab.slimgpt(model, batches, ratio, sites=("ffn",), **options, **quiet)
+            show(f"{ratio:.0%} {name}", mini)
+    third = {"attention": [1] * 30}
+    for error in ("exact", "slimgpt", "diag"):
+        heads = {"sites": ("attention",), "counts": third, "error": error}
+        show(f"1 of 3 groups, {error}", lab.slimgpt(model, batches, **heads, **quiet)[0])
+    heads = {"units": "balanced_heads", "sites": ("attention",)}
+    third = {"balanced_heads": third["attention"]}
+    show("1 of 3 heads each", lab.slimgpt(model, batches, counts=third, **heads, **quiet)[0])
+
+
+if __name__ == "__main__":
+    main()
