@@ -77,8 +77,8 @@ def efficiency(
         for name, subject in models.items():
             with inference(subject), peak_memory(subject.device) as peak:
                 ids = _prompt(subject, tokenizer, batch_size, seq_len)
-                prefill, cache = _timed(subject.device, lambda s=subject, i=ids: _prefill(s, i))
-                decode, _ = _timed(
+                prefill, cache = timed(subject.device, lambda s=subject, i=ids: _prefill(s, i))
+                decode, _ = timed(
                     subject.device, lambda s=subject, i=ids, c=cache: _decode(s, i, c, new_tokens)
                 )
             peaks[name] = max(peaks[name], peak())
@@ -121,7 +121,7 @@ def _decode(model: PreTrainedModel, ids: torch.Tensor, cache, new_tokens: int) -
         token, cache = found.logits[:, -1:].argmax(-1), found.past_key_values
 
 
-def _timed(device: torch.device, act: Callable):
+def timed(device: torch.device, act: Callable):
     """Seconds that an act takes on the device, and what it returns."""
     _synchronise(device)
     start = time.perf_counter()

@@ -1,5 +1,12 @@
 """Every picture of the series: `style` holds the look, the other files what is drawn."""
 
+from .ablations import (
+    calibration_settings,
+    layer_budgets,
+    layer_losses,
+    one_layer_curves,
+    variant_dots,
+)
 from .activations import (
     activation_depth,
     activation_histograms,
@@ -43,14 +50,18 @@ __all__ = [
     "answer_dots",
     "budget_bars",
     "calibration_curve",
+    "calibration_settings",
     "colour",
     "cosine_curve",
     "cut_heatmap",
     "domain_heatmap",
     "influence_bars",
+    "layer_budgets",
+    "layer_losses",
     "look",
     "magnitude_scatter",
     "method_curves",
+    "one_layer_curves",
     "overlap_matrix",
     "pareto_front",
     "perplexity_and_accuracy",
@@ -60,4 +71,5 @@ __all__ = [
     "save_figure",
     "threshold_sweep",
     "throughput",
+    "variant_dots",
 ]

@@ -1,0 +1,342 @@
+"""SlimGPT taken apart: what each of its choices is worth on one model and the same text."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .compensation import Problem, Solver, problem, solve
+from .domains import Part
+from .efficiency import timed
+from .elimination import full_precision
+from .evaluation import generate, perplexity
+from .families import Anatomy
+from .hessians import damped_inverse, refit
+from .layerwise import LayerPass, enter
+from .ledger import Ledger, content_hash
+from .plan import PruningPlan
+from .runtime import fingerprint, inference
+from .shards import Shards
+from .sizes import model_size
+from .slimgpt import slimgpt
+from .statistics import tokens_hash
+from .tokens import excerpt, unpadded
+
+#: SlimGPT's table 6: perplexity of LLaMA-7B (dense 12.63) cut by 50 %, not fine-tuned, on WikiText2
+#: in windows of 128, calibrated on 256 windows of 2,048 tokens of C4; 3.34 to 3.5 billion are left.
+PUBLISHED_SCHEDULES = {
+    "log-increase": 38.83,
+    "linear-increase": 46.57,
+    "uniform": 123.05,
+    "log-decrease": 380.69,
+    "linear-decrease": 932.64,
+}
+#: Its table 5, same protocol. Without dynamic groups only an accuracy is known, 51.63 for 52.23.
+PUBLISHED_ABLATIONS = {"full": 38.83, "no grouped Cholesky": 54.94}
+#: Its figure 2, same protocol: share of layer 0 alone that leaves, to perplexity.
+PUBLISHED_FIRST_LAYER = {0.25: 12.64, 0.5: 13.98, 0.75: 21.49}
+
+_DEFAULTS = asdict(Solver()) | {
+    name: parameter.default for name, parameter in inspect.signature(slimgpt).parameters.items()
+}
+
+
+def slimgpt_variants(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    variants: Mapping[str, Mapping[str, object]],
+    batches: Sequence[dict],
+    texts: Sequence[Part],
+    max_tokens: int = 1_024,
+    seq_len: int = 256,
+    prompt: str = "",
+    new_tokens: int = 20,
+    out_dir: str | os.PathLike | None = None,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Run SlimGPT several ways and measure each on held-out text, beside the dense model.
+
+    Parameters
+    ----------
+    model, tokenizer
+        The dense pair; left as it is.
+    variants : mapping
+        Name to the arguments of `slimgpt`, as plain data. ``batches`` among them are a variant's
+        own calibration tokens.
+    batches : sequence of dict
+        Calibration tokens of all others.
+    texts : sequence of Part
+        Held out.
+    max_tokens, seq_len : int
+        Tokens per text, and per window (no overlap).
+    prompt : str
+        What every variant continues, greedily; nothing is generated if it is empty.
+    new_tokens : int
+        Length of a continuation.
+    out_dir : str or path, optional
+        Folder in which finished variants are kept, whatever they are called: an interrupted study
+        goes on where it stopped, and two studies share what they have in common.
+
+    Returns
+    -------
+    pandas.DataFrame
+        A row per variant and text, dense first: ``variant, compensated, stored, removed`` (share of
+        the model), ``perplexity_ratio`` (to dense), ``continuation``, and those of
+        `Perplexity.row`.
+    pandas.DataFrame
+        A row per variant, site and layer: ``variant, site, layer, units, kept, removed, cost``
+        (parameters that leave with a unit) and ``error`` of the projection, relative to what it
+        put out.
+    """
+    ledger = Ledger(out_dir and Path(out_dir) / "variants.jsonl")
+    read = [excerpt(text, tokenizer, max_tokens) for text in texts]
+    protocol = {"seq_len": seq_len, "max_characters": None}
+    recipe = [fingerprint(model), [content_hash(text) for text in read], protocol]
+    recipe += [prompt, new_tokens]
+
+    def measured(options: dict | None) -> dict:
+        mini, plan = model, None
+        if options is not None:
+            own = options.pop("batches")
+            mini, plan = slimgpt(model, own, **options, progress=False)
+        return {
+            "stored": model_size(mini).stored,
+            "rows": [perplexity(mini, tokenizer, text, **protocol).row() for text in read],
+            "continuation": generate(mini, tokenizer, prompt, new_tokens) if prompt else "",
+            "layers": [] if plan is None else _budget(model, plan),
+        }
+
+    rows, layers, dense = [], [], model_size(model).stored
+    for name, given in tqdm({"dense": None, **variants}.items(), desc="SlimGPT", unit="variant"):
+        options = None if given is None else {"batches": batches, **given}
+        key = None if options is None else _settings(options)
+        found = ledger.get([*recipe, key], lambda options=options: measured(options))
+        facts = {"variant": name, "compensated": (given or {}).get("compensate", True)}
+        facts |= {"stored": found["stored"], "removed": 1 - found["stored"] / dense}
+        facts |= {"continuation": found["continuation"]}
+        rows += [{**facts, **row} for row in found["rows"]]
+        layers += [{"variant": name, **row} for row in found["layers"]]
+    table = pd.DataFrame(rows)
+    level = table["text"].map(table[: len(read)].set_index("text")["perplexity"])
+    table.insert(4, "perplexity_ratio", table["perplexity"] / level)
+    return table, pd.DataFrame(layers)
+
+
+def _settings(options: Mapping[str, object]) -> dict[str, object]:
+    """What a variant's result depends on: its tokens, and the options that are not the defaults."""
+    apart = {k: v for k, v in options.items() if k not in _DEFAULTS or v != _DEFAULTS[k]}
+    return apart | {"batches": tokens_hash(options["batches"])}
+
+
+def _budget(model: PreTrainedModel, plan: PruningPlan) -> list[dict]:
+    frame, anatomy, errors = plan.frame(), Anatomy(model), plan.origin["error"]
+    places = list(zip(frame["site"], frame["layer"], strict=True))
+    frame["cost"] = [anatomy.unit_parameters(*place) for place in places]
+    frame["error"] = [errors[site][layer] for site, layer in places]
+    return [{k: _plain(v) for k, v in row.items()} for row in frame.to_dict("records")]
+
+
+def _plain(value: object) -> object:
+    return value.item() if hasattr(value, "item") else value
+
+
+def one_layer_at_a_time(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batches: Sequence[dict],
+    texts: Sequence[Part],
+    places: Sequence[float],
+    ratios: Sequence[float],
+    **measuring,
+) -> pd.DataFrame:
+    """What it costs to prune a single layer, by its depth and by how much of it leaves.
+
+    Parameters
+    ----------
+    model, tokenizer, batches, texts
+        As for `slimgpt_variants`.
+    places : sequence of float
+        Which layers: 0 is the first, 1 the last.
+    ratios : sequence of float
+        Shares of the layer's heads and channels.
+    **measuring
+        Of `slimgpt_variants`: ``max_tokens, seq_len, out_dir``.
+
+    Returns
+    -------
+    pandas.DataFrame
+        That of `slimgpt_variants` without the dense model, with ``layer`` and ``ratio``.
+    """
+    last = len(Anatomy(model).layers) - 1
+    cells = {
+        f"layer {layer}, {ratio:.0%}": {"layer": layer, "ratio": ratio}
+        for layer in sorted({round(place * last) for place in places})
+        for ratio in ratios
+    }
+    variants = {
+        name: {
+            "ratio": cell["ratio"],
+            "allocation": "uniform",
+            "keep_layers": [cell["layer"], last - cell["layer"]],
+        }
+        for name, cell in cells.items()
+    }
+    table, _ = slimgpt_variants(model, tokenizer, variants, batches, texts, **measuring)
+    facts = pd.DataFrame.from_dict(cells, orient="index").rename_axis("variant").reset_index()
+    return facts.merge(table, on="variant")
+
+
+def layer_problems(
+    model: PreTrainedModel, batches: Sequence[dict], layer: int, **solver
+) -> dict[str, Problem]:
+    """What the two projections that read units (o, down) read in one layer of the dense model.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        A supported causal language model; left as it is.
+    batches : sequence of dict
+        Calibration tokens.
+    layer : int
+        Which layer.
+    **solver
+        Fields of `Solver`.
+    """
+    anatomy, hidden, options = Anatomy(model), Shards(), Solver(**solver)
+    with inference(model), full_precision():
+        calls = enter(model, batches, hidden)
+        for index in range(layer):
+            LayerPass(anatomy, index, hidden, calls).finish()
+        one = LayerPass(anatomy, layer, hidden, calls)
+        return {
+            site: problem(anatomy, one, layer, site, anatomy.units(site)[layer], options)
+            for site in ("attention", "ffn")  # in the order of the data flow
+        }
+
+
+def layer_losses(
+    problems: Mapping[str, Problem], ratios: Sequence[float], draws: int = 3, seed: int = 0
+) -> pd.DataFrame:
+    """Loss of one layer's projections: units chosen or drawn, the rest refitted or as it was.
+
+    Parameters
+    ----------
+    problems : mapping
+        From `layer_problems`.
+    ratios : sequence of float
+        Shares of units that leave, rounded to whole units.
+    draws, seed : int
+        Random choices for each, and the seed of the first.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Columns ``site, units, leave, share, choice`` (SlimGPT, random), ``draw, compensated, loss``
+        (relative to ``tr(W H Wᵀ)``, that of removing everything).
+    """
+    rows, options = [], Solver()
+    for site, given in problems.items():
+        total = len(given.units)
+        damped, _ = damped_inverse(given.hessian, options.damp)
+        for leave in sorted({round(ratio * total) for ratio in ratios} - {0, total}):
+            chosen = {("SlimGPT", 0): solve(given, site, leave, options).kept}
+            for draw in range(draws):
+                order = torch.randperm(total, generator=torch.Generator().manual_seed(seed + draw))
+                chosen["random", draw] = order[leave:].sort().values.tolist()
+            for (choice, draw), kept in chosen.items():
+                columns = given.units[kept].ravel()
+                ways = {True: refit(given.weight, damped, columns), False: given.weight[:, columns]}
+                facts = {"site": site, "units": total, "leave": leave, "share": leave / total}
+                rows += [
+                    {**facts, "choice": choice, "draw": draw, "compensated": refitted,
+                     "loss": _relative_loss(given, columns, weight)}
+                    for refitted, weight in ways.items()
+                ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def _relative_loss(given: Problem, columns: torch.Tensor, weight: torch.Tensor) -> float:
+    gap = given.weight.clone()
+    gap[:, columns] -= weight
+    loss, scale = (((w @ given.hessian) * w).sum() for w in (gap, given.weight))
+    return float(loss / scale)
+
+
+def slimgpt_timing(
+    model: PreTrainedModel,
+    calibrations: Sequence[Sequence[dict]],
+    repeats: int = 3,
+    out_dir: str | os.PathLike | None = None,
+    **options,
+) -> pd.DataFrame:
+    """Seconds that SlimGPT takes, beside those of a plain pass over the same tokens.
+
+    The plain pass is the decoder without its head, as SlimGPT asks for no logits. Both are timed in
+    turns, so that a drifting machine slows both alike.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        A supported causal language model.
+    calibrations : sequence of batches
+        Calibration tokens, e.g. several amounts.
+    repeats : int
+        Timed rounds, after a plain pass that is not.
+    out_dir : str or path, optional
+        Folder in which finished rows are kept.
+    **options
+        Of `slimgpt`: ``ratio, sites, …``.
+
+    Returns
+    -------
+    pandas.DataFrame
+        A row per calibration: ``tokens, forward_seconds, slimgpt_seconds`` (medians),
+        ``passes`` (SlimGPT over the plain pass, median of the rounds), ``low, high`` (the extremes
+        of it), ``repeats, device``.
+    """
+
+    def plain(batches) -> None:
+        with inference(model):
+            for ids in unpadded(batches):
+                model.base_model(input_ids=ids.to(model.device), use_cache=False)
+
+    def pruned(batches) -> None:
+        slimgpt(model, batches, **options, progress=False)
+
+    def measured(batches) -> dict:
+        plain(batches)  # warms caches and kernels up
+        rounds = [
+            [timed(model.device, lambda act=act: act(batches))[0] for act in (plain, pruned)]
+            for _ in range(repeats)
+        ]
+        forward, whole = (statistics.median(times) for times in zip(*rounds, strict=True))
+        ratios = [slow / fast for fast, slow in rounds]
+        return {
+            "tokens": sum(int(batch["input_ids"].numel()) for batch in batches),
+            "forward_seconds": forward,
+            "slimgpt_seconds": whole,
+            "passes": statistics.median(ratios),
+            "low": min(ratios),
+            "high": max(ratios),
+            "repeats": repeats,
+            "device": str(model.device),
+        }
+
+    ledger = Ledger(out_dir and Path(out_dir) / "timing.jsonl")
+    recipe = [fingerprint(model), str(model.device), repeats]  # the hash is kept from now on
+    return pd.DataFrame(
+        [
+            ledger.get(
+                [*recipe, _settings({"batches": found, **options})], lambda b=found: measured(b)
+            )
+            for found in tqdm(calibrations, desc="timing", unit="calibration")
+        ]
+    )
