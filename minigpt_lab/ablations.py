@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import statistics
 from collections.abc import Mapping, Sequence
@@ -29,10 +30,12 @@ from .shards import Shards
 from .sizes import model_size
 from .slimgpt import slimgpt
 from .statistics import tokens_hash
-from .tokens import excerpt, unpadded
+from .tokens import excerpt, tokenize, unpadded
 
-#: SlimGPT's table 6: perplexity of LLaMA-7B (dense 12.63) cut by 50 %, not fine-tuned, on WikiText2
-#: in windows of 128, calibrated on 256 windows of 2,048 tokens of C4; 3.34 to 3.5 billion are left.
+#: SlimGPT's dense model: perplexity of LLaMA-7B on WikiText2 in windows of 128.
+PUBLISHED_DENSE = 12.63
+#: Its table 6, same protocol: cut by 50 %, not fine-tuned, calibrated on 256 windows of C4 of 2,048
+#: tokens; 3.34 to 3.5 billion parameters are left.
 PUBLISHED_SCHEDULES = {
     "log-increase": 38.83,
     "linear-increase": 46.57,
@@ -40,8 +43,6 @@ PUBLISHED_SCHEDULES = {
     "log-decrease": 380.69,
     "linear-decrease": 932.64,
 }
-#: Its table 5, same protocol. Without dynamic groups only an accuracy is known, 51.63 for 52.23.
-PUBLISHED_ABLATIONS = {"full": 38.83, "no grouped Cholesky": 54.94}
 #: Its figure 2, same protocol: share of layer 0 alone that leaves, to perplexity.
 PUBLISHED_FIRST_LAYER = {0.25: 12.64, 0.5: 13.98, 0.75: 21.49}
 
@@ -141,11 +142,7 @@ def _budget(model: PreTrainedModel, plan: PruningPlan) -> list[dict]:
     places = list(zip(frame["site"], frame["layer"], strict=True))
     frame["cost"] = [anatomy.unit_parameters(*place) for place in places]
     frame["error"] = [errors[site][layer] for site, layer in places]
-    return [{k: _plain(v) for k, v in row.items()} for row in frame.to_dict("records")]
-
-
-def _plain(value: object) -> object:
-    return value.item() if hasattr(value, "item") else value
+    return json.loads(frame.to_json(orient="records", double_precision=15))
 
 
 def one_layer_at_a_time(
@@ -182,16 +179,72 @@ def one_layer_at_a_time(
         for ratio in ratios
     }
     variants = {
-        name: {
-            "ratio": cell["ratio"],
-            "allocation": "uniform",
-            "keep_layers": [cell["layer"], last - cell["layer"]],
-        }
+        name: {"ratio": cell["ratio"], "allocation": "uniform",
+               "keep_layers": [cell["layer"], last - cell["layer"]]}
         for name, cell in cells.items()
-    }
+    }  # fmt: skip
     table, _ = slimgpt_variants(model, tokenizer, variants, batches, texts, **measuring)
     facts = pd.DataFrame.from_dict(cells, orient="index").rename_axis("variant").reset_index()
     return facts.merge(table, on="variant")
+
+
+def calibration_amounts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    source: Part,
+    texts: Sequence[Part],
+    options: Mapping[str, object],
+    tokens: Sequence[int],
+    lengths: Sequence[int],
+    total: int,
+    seq_len: int = 256,
+    **measuring,
+) -> pd.DataFrame:
+    """What more calibration text is worth, and what longer windows of the same text are.
+
+    Parameters
+    ----------
+    model, tokenizer, texts
+        As for `slimgpt_variants`.
+    source : Part
+        The calibration text.
+    options : mapping
+        Of `slimgpt`.
+    tokens : sequence of int
+        Amounts, in windows of `seq_len`.
+    lengths : sequence of int
+        Of windows that hold `total` tokens together.
+    total : int
+        See `lengths`: what varies is how much a token can look back on, not how much text there is.
+    seq_len : int
+        Also of the test windows.
+    **measuring
+        Of `slimgpt_variants`.
+
+    Returns
+    -------
+    pandas.DataFrame
+        That of `slimgpt_variants` without the dense model, with ``setting`` (what varies),
+        ``value`` and ``dense`` (the dense model's perplexity). A text that is too short gives fewer
+        tokens; ``value`` is how many there were.
+    """
+    shapes = [("calibration tokens", seq_len, n) for n in tokens]
+    shapes += [(f"tokens per window, {total:,} in all", n, total) for n in lengths]
+    cells, variants = [], {}
+    for setting, length, amount in shapes:
+        found = tokenize(source, tokenizer, length, amount)
+        held = sum(batch["input_ids"].numel() for batch in found)
+        value = held if setting == shapes[0][0] else length
+        name = f"{held:,} tokens in windows of {length:,}"
+        cells.append({"variant": name, "setting": setting, "value": value})
+        variants[name] = {**options, "batches": found}
+    table, _ = slimgpt_variants(
+        model, tokenizer, variants, found, texts, seq_len=seq_len, **measuring
+    )
+    dense = table[table["variant"] == "dense"].set_index("text")["perplexity"]
+    return (
+        pd.DataFrame(cells).merge(table, on="variant").assign(dense=lambda t: t["text"].map(dense))
+    )
 
 
 def layer_problems(
@@ -320,15 +373,11 @@ def slimgpt_timing(
         forward, whole = (statistics.median(times) for times in zip(*rounds, strict=True))
         ratios = [slow / fast for fast, slow in rounds]
         return {
-            "tokens": sum(int(batch["input_ids"].numel()) for batch in batches),
-            "forward_seconds": forward,
-            "slimgpt_seconds": whole,
-            "passes": statistics.median(ratios),
-            "low": min(ratios),
-            "high": max(ratios),
-            "repeats": repeats,
-            "device": str(model.device),
-        }
+            "tokens": sum(batch["input_ids"].numel() for batch in batches),
+            "forward_seconds": forward, "slimgpt_seconds": whole,
+            "passes": statistics.median(ratios), "low": min(ratios), "high": max(ratios),
+            "repeats": repeats, "device": str(model.device),
+        }  # fmt: skip
 
     ledger = Ledger(out_dir and Path(out_dir) / "timing.jsonl")
     recipe = [fingerprint(model), str(model.device), repeats]  # the hash is kept from now on

@@ -192,3 +192,21 @@ def test_the_other_pictures(study, tiny):
     axes = figures.calibration_settings(settings, "tiny").axes
     assert [axis.get_xlabel() for axis in axes] == ["tokens", "window"]
     assert [t.get_text() for t in axes[0].get_xticklabels()] == ["512", "1,024"]
+
+
+def test_amounts_of_text_and_lengths_of_windows(study, tiny, tiny_domain):
+    _, batches, texts, measuring, table, _ = study
+    measuring = {**measuring, "prompt": ""}
+    source = tiny_domain.calibration
+    found = ablations.calibration_amounts(
+        *tiny, source, texts, FULL, [256, 512], [32, 64], 512, **measuring
+    )
+    assert list(found["setting"].unique()) == [
+        "calibration tokens", "tokens per window, 512 in all",
+    ]  # fmt: skip
+    assert found["value"].tolist() == [256] * 2 + [512] * 2 + [32] * 2 + [64] * 2
+    cells = found.set_index(["value", "text"])["perplexity"]
+    known = table.set_index(["variant", "text"])["perplexity"]
+    for text in map(str, texts):
+        assert cells[512, text] == cells[64, text] == known["full", text]
+        assert (found.loc[found["text"] == text, "dense"] == known["dense", text]).all()

@@ -7,7 +7,6 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter
 
 from .style import layer_ticks, log_labels, look, new_figure, percent, styled
@@ -20,6 +19,7 @@ _SCHEDULES = {  # colour, marker: blues and greens grow with depth, warm colours
     "uniform": ("#000000", "s"),
     "log-decrease": ("#E69F00", "v"),
     "linear-decrease": ("#D55E00", "D"),
+    "search": ("#CC79A7", "P"),
 }
 
 
@@ -38,7 +38,9 @@ def layer_losses(losses: pd.DataFrame, caption: str = "") -> Figure:
     sites = losses.groupby("site", sort=False)["units"].first()
     title = "What helps more: to choose well, or to make up for it?"
     figure = new_figure(8.2, 3.5, caption, title)
-    axes = figure.subplots(1, len(sites), sharey=True, squeeze=False).ravel()
+    room = [min(max(units, 4), 8) for units in sites]  # a few heads make a few points
+    shape = {"sharey": True, "squeeze": False, "width_ratios": room}
+    axes = figure.subplots(1, len(sites), **shape).ravel()
     for axis, (site, units) in zip(axes, sites.items(), strict=True):
         part = losses[losses["site"] == site]
         for (choice, refitted), rows in part.groupby(["choice", "compensated"], sort=False):
@@ -51,7 +53,7 @@ def layer_losses(losses: pd.DataFrame, caption: str = "") -> Figure:
         axis.set_yscale("log")
         axis.set_title(f"{site}: {units:,} units", fontsize=9, fontweight="normal")
         axis.set_xlabel("share of units that leave")
-        axis.set(xlim=(0, 1), xticks=[0.2, 0.4, 0.6, 0.8])
+        axis.set(xlim=(0, 1), xticks=[0.25, 0.5, 0.75])
         axis.xaxis.set_major_formatter(percent)
     log_labels(axes[0].yaxis, losses["loss"])
     axes[0].yaxis.set_major_formatter(FuncFormatter(percent))
@@ -113,8 +115,8 @@ def layer_budgets(layers: pd.DataFrame, caption: str = "") -> Figure:
         gone=layers["removed"] * layers["cost"], all=layers["units"] * layers["cost"]
     )
     sums = sized.groupby(["variant", "layer"], sort=False)[["gone", "all"]].sum()
-    last = layers["site"].iloc[-1] if "ffn" not in set(layers["site"]) else "ffn"
-    errors = layers[layers["site"] == last].set_index(["variant", "layer"])["error"]
+    site = "ffn" if (layers["site"] == "ffn").any() else layers["site"].iloc[0]
+    errors = layers[layers["site"] == site].set_index(["variant", "layer"])["error"]
     figure = new_figure(8.2, 4.8, caption, "Where does each allocation cut?")
     shares, costs = figure.subplots(2, 1, sharex=True)
     for name in names:
@@ -125,7 +127,7 @@ def layer_budgets(layers: pd.DataFrame, caption: str = "") -> Figure:
     layer_ticks(costs, int(layers["layer"].max()) + 1, 16)
     shares.set_ylim(0, 1)
     shares.set_ylabel("share of the layer's\nprunable parameters")
-    costs.set_ylabel(f"squared error of\nits {last} ÷ output")
+    costs.set_ylabel(f"squared error of\nits {site} ÷ output")
     costs.set_ylim(bottom=0)
     for axis in (shares, costs):
         axis.yaxis.set_major_formatter(percent)
@@ -161,12 +163,12 @@ def variant_dots(table: pd.DataFrame, caption: str = "", title: str = "") -> Fig
             if np.isfinite(row.low):
                 axis.plot([row.low, row.high], [place, place], color=tint, lw=1.2)
             fill = tint if row.compensated else "white"
-            axis.plot(row.perplexity, place, marker, color=tint, mfc=fill, ms=6, zorder=3)
-            word = axis.annotate(
-                f"{row.perplexity:.3g}", (row.perplexity, place), xytext=(0, 5), ha="center",
+            axis.plot(row.perplexity, place, marker, color=tint, mfc=fill, ms=6, zorder=4)
+            axis.annotate(
+                f"{row.perplexity:.3g}", (row.perplexity, place), xytext=(0, 6), ha="center",
                 textcoords="offset points", fontsize=7.5,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},  # not in the line
             )  # fmt: skip
-            word.set_path_effects([withStroke(linewidth=2, foreground="white")])  # on the line
         axis.axvline(level, color="black", ls="--", lw=1)
         axis.set_xscale("log")
         values = [level, *rows["perplexity"], *rows["low"], *rows["high"]]
@@ -199,7 +201,7 @@ def calibration_settings(table: pd.DataFrame, caption: str = "") -> Figure:
     """
     settings, texts = (list(dict.fromkeys(table[name])) for name in ("setting", "text"))
     domains = [text.rsplit("/", 1)[0] for text in texts]
-    title = "How much text does the making up need?"
+    title = "How much calibration text does it take?"
     figure = new_figure(3.1 * len(settings) + 2.0, 3.4, caption, title)
     axes = figure.subplots(1, len(settings), sharey=True, squeeze=False).ravel()
     for axis, setting in zip(axes, settings, strict=True):
