@@ -1,9 +1,15 @@
-"""Exercises of notebooks 07 to 09: which runs are worth having, and which way of choosing."""
+"""Exercises of notebooks 07 to 10: which runs, which way of choosing, and what makes up for it."""
 
 from __future__ import annotations
 
-import pandas as pd
+from collections.abc import Sequence
 
+import numpy as np
+import pandas as pd
+import torch
+from transformers import PreTrainedModel
+
+from ..families import Anatomy
 from .checking import exercise
 from .verdicts import Count, Name, Number, Share
 
@@ -80,3 +86,53 @@ def price_of_not_looking(table: pd.DataFrame, text: str, sites: str, ratio: floa
         "the difference; divide": found["random"] - found.min(),
     }
     return Number(found["random"] / found.min(), mistakes)
+
+
+# 10_slimgpt
+
+
+@exercise
+def exact_loss(weight: torch.Tensor, hessian: torch.Tensor, leaves: Sequence[int]) -> Number:
+    """What removing some inputs costs per token once the other weights have made up for it."""
+    inverse, gone = torch.linalg.inv(hessian), weight[:, leaves]
+    block = inverse[leaves][:, leaves]
+
+    def cost(moment: torch.Tensor) -> float:
+        return float(torch.trace(gone @ moment @ gone.T))
+
+    mistakes = {
+        "what it costs if nothing makes up for it; take a block of H⁻¹": cost(
+            hessian[leaves][:, leaves]
+        ),
+        "with the block of H⁻¹ as it is; invert that block": cost(block),
+        "with the diagonal of H⁻¹ alone; the inputs that leave go together": cost(
+            torch.diag(1 / block.diagonal())
+        ),
+    }
+    return Number(cost(torch.linalg.inv(block)), mistakes)
+
+
+@exercise
+def last_ratio(depth: int, first: float, mean: float) -> Number:
+    """The last layer's ratio of a logarithmic increase, from the first layer's and the mean."""
+    progress = np.log(np.arange(depth) + 1)
+    value = first + (mean - first) / (progress.mean() / np.log(depth))
+    mistakes = {
+        "that of a linear increase": first + 2 * (mean - first),
+        "with the logarithm of 32 layers; this model has another depth": first
+        + (mean - first) / (progress.mean() / np.log(32)),
+        "the mean itself": mean,
+    }
+    return Number(value, mistakes)
+
+
+@exercise
+def tokens_to_invert(model: PreTrainedModel) -> Count:
+    """Tokens that it takes at least until H of the FFN's second projection has full rank."""
+    channels = Anatomy(model).units("ffn")[0]
+    mistakes = {
+        "the hidden size; the second projection reads the channels": model.config.hidden_size,
+        "the entries of H; its rank counts": channels**2,
+        "one too few: each token adds one to the rank": channels - 1,
+    }
+    return Count(channels, mistakes)
