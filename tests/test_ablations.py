@@ -159,6 +159,9 @@ def test_dots_of_variants_say_what_is_compensated(study):
     dots = [line for line in axis.lines if line.get_marker() not in ("None", "")]
     assert [dot.get_markerfacecolor() == "white" for dot in dots] == [False, True, False]
     assert [text.get_text() for text in figure.legends[0].get_texts()][0] == "compensated"
+    worse = table.assign(perplexity=table["perplexity"] * 1000)
+    words = [text.get_text() for text in figures.variant_dots(worse).axes[0].texts]
+    assert words == [f"{1000 * value:,.0f}" for value in rows["perplexity"]]
     alone = table.assign(low=math.nan, high=math.nan)
     assert not figures.variant_dots(alone[alone["compensated"]]).legends
 

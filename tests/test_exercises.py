@@ -259,3 +259,39 @@ def test_a_channel_costs_what_leaves_with_it(model):
     assert (
         "the number of channels" in lab.check("channels alone", 3, model=model, plan=plan).message
     )
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda moment, block: torch.linalg.inv(block), None),
+        (lambda moment, block: moment, "nothing makes up for it"),
+        (lambda moment, block: block, "invert that block"),
+        (lambda moment, block: torch.diag(1 / block.diagonal()), "diagonal of H⁻¹ alone"),
+    ],
+)
+def test_an_exact_loss_and_what_it_is_taken_for(answer, message):
+    torch.manual_seed(0)
+    x = torch.randn(5, 60, dtype=torch.float64)
+    x[4] += x[0] + x[1]
+    weight, hessian, leaves = torch.randn(3, 5, dtype=torch.float64), x @ x.T / 60, [1, 4]
+    gone, block = weight[:, leaves], torch.linalg.inv(hessian)[leaves][:, leaves]
+    found = torch.trace(gone @ answer(hessian[leaves][:, leaves], block) @ gone.T)
+    verdict = lab.check("exact loss", found, weight=weight, hessian=hessian, leaves=leaves)
+    assert verdict.right == (message is None) and (message or "right") in verdict.message
+
+
+@pytest.mark.parametrize("depth", [4, 30, 32])
+def test_a_last_ratio_gives_the_mean(depth):
+    held = {"depth": depth, "first": 0.125, "mean": 0.5}
+    steps = np.log(np.arange(depth) + 1) / np.log(depth)
+    found = 0.125 + 0.375 / steps.mean()
+    assert np.mean(0.125 + (found - 0.125) * steps) == pytest.approx(0.5)
+    assert lab.check("last ratio", found, **held)
+    assert "linear increase" in lab.check("last ratio", 0.875, **held).message
+
+
+def test_the_tokens_that_invert_a_moment(model):
+    channels = Anatomy(model).units("ffn")[0]
+    assert lab.check("tokens to invert", channels, model=model)
+    assert "one too few" in lab.check("tokens to invert", channels - 1, model=model).message

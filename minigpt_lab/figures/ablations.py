@@ -165,7 +165,7 @@ def variant_dots(table: pd.DataFrame, caption: str = "", title: str = "") -> Fig
             fill = tint if row.compensated else "white"
             axis.plot(row.perplexity, place, marker, color=tint, mfc=fill, ms=6, zorder=4)
             axis.annotate(
-                f"{row.perplexity:.3g}", (row.perplexity, place), xytext=(0, 6), ha="center",
+                _number(row.perplexity), (row.perplexity, place), xytext=(0, 6), ha="center",
                 textcoords="offset points", fontsize=7.5,
                 bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},  # not in the line
             )  # fmt: skip
@@ -173,7 +173,7 @@ def variant_dots(table: pd.DataFrame, caption: str = "", title: str = "") -> Fig
         axis.set_xscale("log")
         values = [level, *rows["perplexity"], *rows["low"], *rows["high"]]
         log_labels(axis.xaxis, values)
-        axis.set_title(f"{text} (dense {level:.3g})", fontsize=9, fontweight="normal")
+        axis.set_title(f"{text} (dense {_number(level)})", fontsize=9, fontweight="normal")
         axis.set_xlabel("test perplexity (95 % interval)")
         axis.set_yticks(range(len(variants)), variants)
         axis.set_ylim(len(variants) - 0.5, -0.8)
@@ -185,6 +185,10 @@ def variant_dots(table: pd.DataFrame, caption: str = "", title: str = "") -> Fig
         ]
         figure.legend(handles=handles, loc="outside right upper", fontsize=8)
     return figure
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 @styled
