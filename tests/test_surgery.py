@@ -58,14 +58,14 @@ def logits(model, ids: torch.Tensor) -> torch.Tensor:
 @settings(max_examples=12, deadline=None)
 @given(seed=ids)
 def test_masked_and_shrunk_agree(family, seed):
-    model = random_model(family)
+    model = random_model(family).double()  # some random weights blow up what float32 rounds
     plan = random_plan(model, seed)
     kept = torch.tensor(plan.vocabulary)
     places = torch.randint(len(kept), (2, 12), generator=torch.Generator().manual_seed(1))
     with lab.masked(model, plan):
         expected = logits(model, kept[places])
     found = logits(lab.shrink(model, plan), places)
-    torch.testing.assert_close(found, expected[..., kept], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found, expected[..., kept], atol=1e-6, rtol=1e-6)
     gone = np.setdiff1d(np.arange(97), plan.vocabulary)
     assert torch.isneginf(expected[..., gone]).all()
 
