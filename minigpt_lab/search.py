@@ -26,6 +26,7 @@ from .allocation import unit_counts, unit_steps
 from .budgets import Budget, Budgets, group_costs, of_budget
 from .compensation import Solver
 from .ledger import Ledger, content_hash
+from .offloading import is_offloaded
 from .runtime import fingerprint
 from .schedules import Group
 from .shards import Shards
@@ -125,6 +126,11 @@ def search_counts(
     ValueError
         If the size cannot be met, an option is out of range, or predictions are not finite.
     """
+    if is_offloaded(model):
+        raise ValueError(
+            "the model's weights wait outside its device: a search sets all its layers many times; "
+            "use another allocation, or a device that holds the model"
+        )
     options, search = options or Solver(), search or Search()
     windows, steps = list(unpadded(batches)), unit_steps(groups, multiple_of)
     size = math.floor(sum(parameter.numel() for parameter in model.parameters()) - leave)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
@@ -29,7 +29,7 @@ from .surgery import shrink
 def smallest_within(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    batches: Sequence[dict[str, torch.Tensor]],
+    batches: Iterable[dict[str, torch.Tensor]],
     domain: Domain,
     increase: float = 0.05,
     *,
@@ -50,7 +50,7 @@ def smallest_within(
     ----------
     model, tokenizer
         A pair; the model is left as it is.
-    batches : sequence of dict
+    batches : iterable of dict
         Calibration tokens.
     domain : Domain
         Its validation part judges.
@@ -91,6 +91,7 @@ def smallest_within(
         raise ValueError(f"increase is {increase}; expected a share, 0 or more (0.05 is 5 %)")
     if taken := sorted({"ratio", "parameters", "counts", "inplace"} & set(options)):
         raise ValueError(f"{', '.join(taken)}: chosen by smallest_within; leave it out")
+    batches = list(batches)
     options = {"ratio_of": "decoder", "allocation": "log-increase", **options}
     recipe = {
         "model": fingerprint(model),

@@ -262,13 +262,21 @@ def test_bad_arguments_of_a_search(arguments, error, message):
         lab.slimgpt(random_model("llama"), windows(), **given)
 
 
+def test_a_search_needs_all_weights_at_hand():
+    model = random_model("llama").to("meta")  # as where accelerate has offloaded it
+    with pytest.raises(ValueError, match="use another allocation, or a device that holds"):
+        search_counts(model, windows(), groups_of(model), 100)
+
+
 # the smallest model within a limit
 
 
 def test_the_smallest_model_within_a_limit(tiny, tiny_domain, batches, tmp_path, monkeypatch):
     model, tokenizer = tiny
     arguments = {"tolerance": 0.15, "seq_len": 64, "out_dir": tmp_path, "progress": False}
-    mini, plan, curve = lab.smallest_within(model, tokenizer, batches, tiny_domain, **arguments)
+    mini, plan, curve = lab.smallest_within(
+        model, tokenizer, iter(batches), tiny_domain, **arguments
+    )
     assert curve["ratio"].is_monotonic_increasing and curve["stored"].is_monotonic_decreasing
     assert len(curve) == 4 and curve["increase"][0] == 0
     best = curve[curve["within"]].iloc[-1]
