@@ -37,6 +37,7 @@ from .recovery import recover
 from .runtime import label
 from .sizes import Size, describe, model_size
 from .slimgpt import slimgpt
+from .smallest import smallest_within
 from .spsa import gradient_cosine
 from .statistics import Statistics, collect_statistics
 from .surgery import masked, shrink
@@ -97,6 +98,7 @@ __all__ = [
     "score",
     "shrink",
     "slimgpt",
+    "smallest_within",
     "tokenize",
     "tokenizer_for",
     "trim_tokenizer",

@@ -79,7 +79,7 @@ def plan_from_scores(
         if math.isnan(threshold):
             raise ValueError("threshold is NaN; expected a number")
         gone = [int((group.scores <= threshold).sum()) for group in groups]
-        counts = _whole_units(groups, gone, _steps(groups, multiple_of))
+        counts = _whole_units(groups, gone, unit_steps(groups, multiple_of))
     else:
         counts = unit_counts(model, groups, ratio, parameters, allocation, ratio_of, multiple_of)
     origin = {"method": scores.criterion, **scores.options, **chosen, "keep_layers": [*keep_layers]}
@@ -112,12 +112,8 @@ def unit_counts(
     ValueError
         As `plan_from_scores` does.
     """
-    spread, steps = allocation_rule(allocation), _steps(groups, multiple_of)
-    dense = sum(parameter.numel() for parameter in model.parameters())
-    if ratio is not None and not 0 <= ratio < 1:
-        raise ValueError(f"ratio is {ratio}; expected a share of {ratio_of} in [0, 1)")
-    if ratio_of not in RATIOS:
-        raise ValueError(f"unknown ratio_of {ratio_of!r}; {nearest(ratio_of, list(RATIOS))}")
+    spread, steps = allocation_rule(allocation), unit_steps(groups, multiple_of)
+    leave = leaving_parameters(model, groups, ratio, parameters, ratio_of)
 
     def counts_at(share: float) -> list[int]:
         shares = spread(share, groups)
@@ -127,9 +123,33 @@ def unit_counts(
 
     if ratio is not None and ratio_of == "units":
         return counts_at(ratio)
-    base = layer_parameters(model) if ratio_of == "decoder" else dense
-    leave = dense - parameters if ratio is None else ratio * base
+    dense = sum(parameter.numel() for parameter in model.parameters())
     return _solve(counts_at, groups, leave, dense, exceed=ratio is None)
+
+
+def leaving_parameters(
+    model: PreTrainedModel,
+    groups: Sequence[Group],
+    ratio: float | None,
+    parameters: int | None,
+    ratio_of: str = "units",
+) -> float:
+    """How many parameters are to leave, for a ratio or a size: see `plan_from_scores`.
+
+    Raises
+    ------
+    ValueError
+        If the ratio or its meaning is out of range.
+    """
+    dense = sum(parameter.numel() for parameter in model.parameters())
+    if ratio is not None and not 0 <= ratio < 1:
+        raise ValueError(f"ratio is {ratio}; expected a share of {ratio_of} in [0, 1)")
+    if ratio_of not in RATIOS:
+        raise ValueError(f"unknown ratio_of {ratio_of!r}; {nearest(ratio_of, list(RATIOS))}")
+    if ratio is None:
+        return dense - parameters
+    units = sum(len(group) * group.cost for group in groups)
+    return ratio * {"units": units, "decoder": layer_parameters(model), "model": dense}[ratio_of]
 
 
 def _evened(
@@ -169,7 +189,7 @@ def prunable(
     ]
 
 
-def _steps(groups: Sequence[Group], multiple_of: int | Mapping[str, int]) -> list[int]:
+def unit_steps(groups: Sequence[Group], multiple_of: int | Mapping[str, int]) -> list[int]:
     """For each group, what the number of staying units must be a multiple of."""
     per_site = multiple_of if isinstance(multiple_of, Mapping) else {"ffn": multiple_of}
     steps = [per_site.get(group.site, 1) for group in groups]

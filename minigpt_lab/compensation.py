@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 from .assets import nearest
 from .biases import give_bias
-from .elimination import Elimination, Schedule, eliminate
+from .elimination import Elimination, Schedule, eliminate, eliminations
 from .families import Anatomy, weight_axis
 from .layerwise import LayerPass
 
@@ -146,17 +147,26 @@ def problem(
 
 def solve(given: Problem, site: str, count: int, options: Solver) -> Elimination:
     """`eliminate` with a solver's settings."""
-    return eliminate(
-        given.weight,
-        given.hessian,
-        given.units,
-        count,
-        options.error,
-        options.schedule if site == "ffn" else options.heads_per_round,
-        options.damp,
-        options.damping,
-        options.compensate,
-    )
+    return eliminate(*_arguments(given, site, count, options))
+
+
+def solve_levels(
+    given: Problem, site: str, counts: Sequence[int], options: Solver
+) -> list[Elimination]:
+    """`eliminations` with a solver's settings."""
+    return eliminations(*_arguments(given, site, counts, options))
+
+
+def _arguments(given: Problem, site: str, count: int | Sequence[int], options: Solver) -> tuple:
+    schedule = options.schedule if site == "ffn" else options.heads_per_round
+    rule = (options.error, schedule, options.damp, options.damping, options.compensate)
+    return given.weight, given.hessian, given.units, count, *rule
+
+
+def bias_shift(given: Problem, found: Elimination) -> torch.Tensor:
+    """What the mean of the units that leave gave every output ``[output]``."""
+    columns = given.units[found.kept].ravel()
+    return given.weight @ given.mean - found.weight @ given.mean[columns]
 
 
 def carry_out(
@@ -174,8 +184,7 @@ def carry_out(
     if options.refits_bias(module):
         if module.bias is None:
             give_bias(module)
-        shift = given.weight @ given.mean - found.weight @ given.mean[columns]
-        module.bias += shift.to(module.bias)
+        module.bias += bias_shift(given, found).to(module.bias)
     module.weight.index_copy_(axis, columns, found.weight.movedim(1, axis).to(module.weight))
     anatomy.rebuild(site, layer, found.kept)
     one.keep_columns(part_of(site), columns.sort().values)

@@ -9,7 +9,7 @@ of SlimGPT's column loop (arXiv 2412.18110, algorithm 1).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -183,14 +183,46 @@ def eliminate(
     ValueError
         If an option is unknown, the count is out of range, or H is not finite.
     """
+    given = (weight, hessian, units, [count], error, schedule, damp, damping, compensate)
+    return eliminations(*given)[0]
+
+
+def eliminations(
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    units: torch.Tensor,
+    counts: Sequence[int],
+    error: str = "slimgpt",
+    schedule: str | int | Schedule = "dynamic",
+    damp: float = 0.3,
+    damping: str = "feature",
+    compensate: bool = True,
+) -> list[Elimination]:
+    """`eliminate` for several counts in one run: what leaves for one leaves for the next too.
+
+    Parameters
+    ----------
+    counts : sequence of int
+        Units to remove, ascending. The schedule begins anew at each of them.
+    weight, hessian, units, error, schedule, damp, damping, compensate
+        As for `eliminate`.
+
+    Raises
+    ------
+    ValueError
+        As `eliminate` does; if the counts do not ascend.
+    """
     if error not in ERRORS:
         raise ValueError(f"unknown error {error!r}; {nearest(error, list(ERRORS))}")
-    if not 0 <= count < len(units):
-        raise ValueError(f"{count} of {len(units)} units are to leave; at least one must stay")
+    for count in counts:
+        if not 0 <= count < len(units):
+            raise ValueError(f"{count} of {len(units)} units are to leave; at least one must stay")
+    if not counts or list(counts) != sorted(set(counts)):
+        raise ValueError(f"counts are {[*counts]}; expected at least one, ascending")
     sizes = group_schedule(schedule)
     scale = _quadratic(weight, hessian)
     alive = (hessian.diagonal() > 0)[units].any(1)
-    dead = torch.nonzero(~alive).ravel()[:count].tolist()
+    dead = torch.nonzero(~alive).ravel()[: counts[-1]].tolist()
     order, loss = list(dead), 0.0
     left = torch.tensor([u for u in range(len(units)) if u not in set(dead)], device=units.device)
     columns = units[left].ravel()
@@ -198,27 +230,36 @@ def eliminate(
     hessian, inverse = damped_inverse(hessian[columns][:, columns], damp, damping)
     full, places = hessian, torch.arange(len(columns), device=columns.device)
     feature = torch.arange(units.shape[1], device=units.device)
-    while len(order) < count:
-        size = min(sizes(len(order) - len(dead), count - len(dead)), count - len(order))
-        blocks = torch.arange(len(left), device=units.device)[:, None] * len(feature) + feature
-        errors = ERRORS[error](now, inverse, blocks)
-        gone = torch.zeros(len(left), dtype=torch.bool, device=units.device)
-        lowest = errors.argsort(stable=True)[:size]
-        gone[lowest] = True
-        order += left[lowest].tolist()
-        out = gone.repeat_interleave(len(feature))
-        root = torch.linalg.cholesky(inverse[out][:, out])
-        removed = torch.linalg.solve_triangular(root, now[:, out].mT, upper=False)
-        reach = torch.linalg.solve_triangular(root, inverse[out][:, ~out], upper=False)
-        loss += float(removed.square().sum())
-        now = now[:, ~out] - removed.mT @ reach
-        inverse = inverse[~out][:, ~out] - reach.mT @ reach
-        left, places = left[~gone], places[~out]
-    if not compensate:
-        now = weight[:, columns[places]]
-    elif len(order) > len(dead):  # once more from the whole, or rounding would add up
-        now = refit(weight[:, columns], full, places)
-    return Elimination(left.tolist(), order, now, loss, scale)
+    found = []
+    for count in counts:
+        if count <= len(dead):
+            rest = [u for u in range(len(units)) if u not in set(dead[:count])]
+            short = weight[:, units[rest].ravel()]
+            found.append(Elimination(rest, dead[:count], short, 0.0, scale))
+            continue
+        start = len(order)
+        while len(order) < count:
+            size = min(sizes(len(order) - start, count - start), count - len(order))
+            blocks = torch.arange(len(left), device=units.device)[:, None] * len(feature) + feature
+            errors = ERRORS[error](now, inverse, blocks)
+            gone = torch.zeros(len(left), dtype=torch.bool, device=units.device)
+            lowest = errors.argsort(stable=True)[:size]
+            gone[lowest] = True
+            order += left[lowest].tolist()
+            out = gone.repeat_interleave(len(feature))
+            root = torch.linalg.cholesky(inverse[out][:, out])
+            removed = torch.linalg.solve_triangular(root, now[:, out].mT, upper=False)
+            reach = torch.linalg.solve_triangular(root, inverse[out][:, ~out], upper=False)
+            loss += float(removed.square().sum())
+            now = now[:, ~out] - removed.mT @ reach
+            inverse = inverse[~out][:, ~out] - reach.mT @ reach
+            left, places = left[~gone], places[~out]
+        if compensate:  # once more from the whole, or rounding would add up
+            short = refit(weight[:, columns], full, places)
+        else:
+            short = weight[:, columns[places]]
+        found.append(Elimination(left.tolist(), order[:count], short, loss, scale))
+    return found
 
 
 def _quadratic(weight: torch.Tensor, hessian: torch.Tensor) -> float:

@@ -11,6 +11,7 @@ import contextlib
 import copy
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .allocation import prunable, removed_shares, unit_counts
+from .allocation import leaving_parameters, prunable, removed_shares, unit_counts
 from .compensation import Solver, carry_out, problem, solve
 from .criteria.units import chosen_sites
 from .elimination import full_precision
@@ -29,6 +30,7 @@ from .plan import PruningPlan
 from .resumption import Finished
 from .runtime import fingerprint, inference
 from .schedules import Allocation, Group, allocation_name
+from .search import Search, search_counts, summary
 from .shards import Shards
 from .statistics import tokens_hash
 
@@ -46,6 +48,7 @@ def slimgpt(
     keep_layers: tuple[int, int] = (0, 0),
     multiple_of: int | Mapping[str, int] = 1,
     counts: Mapping[str, Sequence[int]] | None = None,
+    search: Mapping[str, int] | None = None,
     inplace: bool = False,
     offload: str = "device",
     out_dir: str | os.PathLike | None = None,
@@ -70,18 +73,21 @@ def slimgpt(
         What leaves attention; see `ATTENTION_UNITS`.
     allocation, ratio_of, keep_layers, multiple_of
         See `plan_from_scores`. The default is SlimGPT's incremental ratio. FFN channels take up
-        what whole heads leave too much or too little of a layer's share.
+        what whole heads leave too much or too little of a layer's share. ``"search"`` takes longer
+        and finds a share for the heads and for the channels of every layer: see `search_counts`.
     counts : mapping, optional
         Site to the number of units that leave every layer, instead of a ratio.
+    search : mapping, optional
+        Fields of `Search` for that: ``levels, tokens, generations, offspring, survivors, seed``.
     inplace : bool
         Change the model itself: no second copy of its weights. Needed for one with offloaded
         weights; only a layer at a time is then on the device.
     offload : {"device", "cpu", "disk"}
         Where hidden states wait; see `Shards`.
     out_dir : str or path, optional
-        Folder for a checkpoint after every layer: called again with the same arguments, a run goes
-        on at the layer that it had come to, and ends the same. Weights that `accelerate` offloads
-        to disk go there too once they are cut.
+        Folder for what a search has evaluated and a checkpoint after every layer: called again with
+        the same arguments, a run goes on at the layer that it had come to, and ends the same.
+        Weights that `accelerate` offloads to disk go there too once they are cut.
     progress : bool
         Show a progress bar.
     **solver
@@ -111,12 +117,32 @@ def slimgpt(
     totals = {site: anatomy.units(site) for site in sites}
     zeros = {site: [np.zeros(n) for n in layers] for site, layers in totals.items()}
     groups = prunable(anatomy, zeros, keep_layers)
-    leave = _leaving(model, groups, counts, ratio, parameters, allocation, ratio_of, multiple_of)
+    _check_target(groups, ratio, parameters, counts)
+    searches = isinstance(allocation, str) and allocation == "search" and counts is None
+    if search is not None and not searches:
+        raise ValueError('search has options but nothing is searched: add allocation="search"')
     origin = {"method": "slimgpt", **options.facts(), "keep_layers": [*keep_layers]}
+    if searches:
+        batches, settings = list(batches), Search(**(search or {}))
+        parameters_leave = leaving_parameters(model, groups, ratio, parameters, ratio_of)
+        found, history = search_counts(
+            mini, batches, groups, parameters_leave, multiple_of, options, settings,
+            offload=offload, out_dir=out_dir, progress=progress,
+        )  # fmt: skip
+        origin["search"] = {**asdict(settings), **summary(history)}
+    elif counts is None:
+        found = unit_counts(
+            model, groups, ratio, parameters, allocation, ratio_of, multiple_of, even_out=True
+        )
+    else:
+        found = [counts[group.site][group.layer] for group in groups]
+    leave = {site: [0] * len(anatomy.layers) for site in sites}
+    for group, count in zip(groups, found, strict=True):
+        leave[group.site][group.layer] = count
     if counts is None:
         origin |= {"ratio": ratio} if parameters is None else {"parameters": parameters}
         origin |= {"allocation": allocation_name(allocation), "ratio_of": ratio_of}
-    origin["removed"] = removed_shares(model, groups, [leave[g.site][g.layer] for g in groups])
+    origin["removed"] = removed_shares(model, groups, found)
     hidden, finished = Shards(offload), None
     if out_dir is not None:
         batches = list(batches)
@@ -190,25 +216,14 @@ def _room(anatomy: Anatomy, layer: int, options: Solver) -> Iterator[None]:
         ) from error
 
 
-def _leaving(
-    model, groups, counts, ratio, parameters, allocation, ratio_of, multiple_of
-) -> dict[str, list[int]]:
-    """Site to the number of units that leave every layer."""
+def _check_target(groups: Sequence[Group], ratio, parameters, counts) -> None:
+    """Refuse anything but one target, and counts that do not fit the model."""
     given = {"ratio": ratio, "parameters": parameters, "counts": counts}
     chosen = {name: value for name, value in given.items() if value is not None}
     if len(chosen) != 1:
         raise ValueError(f"give exactly one of ratio, parameters, counts; got {chosen or 'none'}")
-    leave = {group.site: [0] * group.depth for group in groups}
     if counts is not None:
         _check_counts(groups, counts)
-        found = [counts[group.site][group.layer] for group in groups]
-    else:
-        found = unit_counts(
-            model, groups, ratio, parameters, allocation, ratio_of, multiple_of, even_out=True
-        )
-    for group, count in zip(groups, found, strict=True):
-        leave[group.site][group.layer] = count
-    return leave
 
 
 def _check_counts(groups: Sequence[Group], counts: Mapping[str, Sequence[int]]) -> None:

@@ -1,0 +1,318 @@
+"""Searched layer budgets: levels in one run, the supernet, the search, the smallest model."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_slimgpt import problem, same, site_counts, windows
+from test_surgery import logits
+
+import minigpt_lab as lab
+from minigpt_lab import search as searching
+from minigpt_lab.allocation import leaving_parameters, prunable
+from minigpt_lab.budgets import Budgets, group_costs, of_budget
+from minigpt_lab.compensation import Solver
+from minigpt_lab.elimination import eliminate, eliminations
+from minigpt_lab.families import Anatomy
+from minigpt_lab.hessians import damped_inverse, refit
+from minigpt_lab.schedules import Group
+from minigpt_lab.search import Search, search_counts
+from minigpt_lab.supernet import supernet
+
+CASES = [("llama", "balanced_heads"), *((name, "kv_group") for name in ("llama", "gpt2", "bloom"))]
+QUICK = {"levels": 4, "tokens": 512, "generations": 3, "offspring": 4}
+
+
+def groups_of(model, sites=("ffn", "attention")) -> list[Group]:
+    anatomy = Anatomy(model)
+    return prunable(anatomy, {s: [np.zeros(n) for n in anatomy.units(s)] for s in sites}, (0, 0))
+
+
+# one elimination, several levels
+
+
+@given(st.integers(0, 10_000), st.sampled_from(["slimgpt", "exact", "diag"]))
+@settings(max_examples=15, deadline=None)
+def test_levels_are_what_a_run_to_each_gives(seed, error):
+    weight, _, hessian, units = problem(seed)
+    counts = [1, 2, 5]
+    for count, found in zip(
+        counts, eliminations(weight, hessian, units, counts, error, 1), strict=True
+    ):
+        fresh = eliminate(weight, hessian, units, count, error, 1)
+        assert (found.kept, found.order) == (fresh.kept, fresh.order)
+        assert found.loss == pytest.approx(fresh.loss)
+        torch.testing.assert_close(found.weight, fresh.weight)
+
+
+def test_levels_are_refitted_from_the_whole_and_nested():
+    weight, _, hessian, _ = problem(units=40, features=1)
+    units = torch.randperm(40, generator=torch.Generator().manual_seed(1))[:, None]
+    columns = units[3]
+    hessian[columns], hessian[:, columns] = 0, 0  # a dead unit leaves first
+    levels = eliminations(weight, hessian, units, [0, 1, 12, 30, 39], damp=0.1)
+    assert [len(level.kept) for level in levels] == [40, 39, 28, 10, 1]
+    assert all(a.order == b.order[: len(a.order)] for a, b in itertools.pairwise(levels))
+    assert levels[1].order == [3] and levels[1].loss == 0
+    alive = units[levels[1].kept].ravel()
+    damped, _ = damped_inverse(hessian[alive][:, alive], 0.1, "feature")
+    for level in levels[2:]:
+        places = torch.tensor([levels[1].kept.index(unit) for unit in level.kept])
+        torch.testing.assert_close(level.weight, refit(weight[:, alive], damped, places))
+    with pytest.raises(ValueError, match=r"\[2, 1\]; expected at least one, ascending"):
+        eliminations(weight, hessian, units, [2, 1])
+
+
+# the supernet
+
+
+@pytest.mark.parametrize("bias", ["refit", "add"])
+@pytest.mark.parametrize(("name", "units"), CASES)
+def test_at_its_base_a_supernet_is_slimgpt(name, bias, units):
+    model, batches = random_model(name), windows()
+    ids, before = batches[0]["input_ids"], dict(model.named_parameters())
+    counts = site_counts(model, units)
+    options = {"bias": bias, "dtype": torch.float64}
+    mini, _ = lab.slimgpt(model, batches, counts=counts, units=units, progress=False, **options)
+    groups = groups_of(model, list(counts))
+    levels = [sorted({0, counts[g.site][g.layer]}) for g in groups]
+    base = tuple(len(level) - 1 for level in levels)
+    rows = [batch["input_ids"] for batch in batches]
+    whole = logits(model, ids)
+    with supernet(model, rows, groups, levels, base, Solver(**options), "disk", False) as net:
+        torch.testing.assert_close(logits(model, ids), logits(mini, ids), rtol=1e-4, atol=1e-4)
+        assert len(net.errors()) == len(groups)
+        net.set_all((0,) * len(groups))
+        assert torch.equal(logits(model, ids), whole)
+        net.set_all(base)
+    after = dict(model.named_parameters())
+    assert after.keys() == before.keys()
+    assert all(after[key] is before[key] for key in before)
+
+
+def test_an_error_leaves_the_model_as_it_was():
+    model = random_model("llama")
+    before = {key: p.clone() for key, p in model.named_parameters()}
+    groups = groups_of(model)
+    counts, base = [[0, 1]] * 6, (1,) * 6
+    rows = [batch["input_ids"] for batch in windows()]
+    with (
+        pytest.raises(KeyboardInterrupt),
+        supernet(model, rows, groups, counts, base, Solver(), progress=False),
+    ):
+        raise KeyboardInterrupt
+    assert all(torch.equal(p, before[key]) for key, p in model.named_parameters())
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = torch.nan
+    with (
+        pytest.raises(ValueError, match=r"layers\.2\.self_attn\.o_proj reads NaN"),
+        supernet(model, rows, groups, counts, (0,) * 6, Solver(), progress=False),
+    ):
+        pass
+    assert model.model.layers[0].mlp.down_proj.weight.requires_grad
+
+
+# budgets
+
+
+def some_budgets(leave: float) -> Budgets:
+    groups = [Group("ffn", i, 3, np.zeros(16), 10) for i in range(3)]
+    groups += [Group("attention", i, 3, np.zeros(3), 45) for i in range(3)]
+    return Budgets.around([[5] * 3 + [1] * 3], groups, [1] * 6, 4, leave)
+
+
+@given(st.integers(0, 10_000), st.floats(0.05, 0.8))
+@settings(max_examples=30, deadline=None)
+def test_the_cheapest_budget_and_its_neighbours(seed, share):
+    rng = np.random.default_rng(seed)
+    budgets = some_budgets(leave := share * 885)
+    assert budgets.counts[0] == [0, 4, 5, 8, 12, 15] and budgets.counts[3] == [0, 1, 2]
+    prices = [np.sort(rng.random(len(counts))) for counts in budgets.counts]
+    every = itertools.product(*(range(len(counts)) for counts in budgets.counts))
+    best = min(of_budget(prices, b).sum() for b in every if budgets.removed(b) >= leave * 1.001)
+    found = budgets.cheapest(prices)
+    assert budgets.removed(found) >= leave and of_budget(prices, found).sum() <= best + 1e-12
+    for budget in (found, budgets.moved(found, rng)):
+        assert budgets.removed(budget) >= leave
+        counts = budgets.filled(budget)
+        gone = sum(g.cost * n for g, n in zip(budgets.groups, counts, strict=True))
+        assert gone >= leave and (gone < leave + 10 or not any(counts[:3]))
+        assert budgets.budget(budgets.units(budget)) == budget
+
+
+def test_costs_are_learnt_from_whole_budgets():
+    rng = np.random.default_rng(0)
+    errors = [np.linspace(0, 1, 5) ** power for power in (1, 2, 1.5, 1)]
+    true = np.array([4.0, 1.0, 0.5, 2.0])
+    seen = {
+        budget: 0.3 + true @ of_budget(errors, budget)
+        for budget in (tuple(rng.integers(1, 5, 4).tolist()) for _ in range(40))
+    }
+    np.testing.assert_allclose(group_costs(seen, errors), true, rtol=0.15)
+    alike = group_costs({(2, 2, 2, 2): 1.0}, errors)  # nothing known but the sum
+    assert np.ptp(alike) < 0.5 * alike.mean() and (alike > 0).all()
+
+
+# the search
+
+
+@pytest.fixture(scope="module")
+def batches(tiny, tiny_domain):
+    return lab.tokenize(tiny_domain.calibration, tiny[1], 64, 2048)
+
+
+@pytest.fixture(scope="module")
+def searched(tiny, batches):
+    """At half of the decoder's weights: the search, uniform and log-increase."""
+    model = tiny[0]
+    before = {key: p.clone() for key, p in model.named_parameters()}
+    cuts = {
+        name: lab.slimgpt(model, batches, 0.5, ratio_of="decoder", allocation=name, progress=False)
+        for name in ("search", "uniform", "log-increase")
+    }
+    assert all(torch.equal(p, before[key]) for key, p in model.named_parameters())
+    return cuts
+
+
+def test_the_budget_that_is_found(searched, tiny, tiny_domain):
+    mini, plan = searched["search"]
+    search = plan.origin["search"]
+    assert plan.origin["allocation"] == "search" and search["levels"] == 8
+    assert search["kl"]["found"] < min(search["kl"]["uniform"], search["kl"]["log-increase"])
+    assert plan.origin["removed"]["decoder"] == pytest.approx(0.5, abs=384 / 787_456)
+    assert lab.model_size(mini).stored == plan.predicted_size(tiny[0]).stored
+    found, uniform = (
+        lab.perplexity(searched[name][0], tiny[1], tiny_domain.test, 64)
+        for name in ("search", "uniform")
+    )
+    assert found.value < uniform.value
+
+
+def test_an_interrupted_search_goes_on(tiny, batches, tmp_path, monkeypatch):
+    model = tiny[0]
+    groups, size = groups_of(model), leaving_parameters(model, groups_of(model), 0.4, None)
+    options = {"search": Search(**QUICK), "progress": False}
+    expected, history = search_counts(model, batches, groups, size, **options)
+    measure, measured = searching._Trials._measured, []
+
+    def interrupted(self, budget):
+        if len(measured) == 7:
+            raise KeyboardInterrupt
+        measured.append(budget)
+        return measure(self, budget)
+
+    options["out_dir"] = tmp_path
+    with monkeypatch.context() as patch:
+        patch.setattr(searching._Trials, "_measured", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            search_counts(model, batches, groups, size, **options)
+        patch.setattr(searching._Trials, "_measured", measure)
+        found, again = search_counts(model, batches, groups, size, **options)
+    assert found == expected
+    assert again.equals(history) and len(history) > 7
+    monkeypatch.setattr(searching, "supernet", None)  # all is known: nothing is computed
+    found, again = search_counts(model, iter(batches), groups, size, **options)
+    assert found == expected and again.equals(history)
+
+
+@pytest.mark.parametrize(("name", "units"), CASES)
+def test_other_families_and_units(name, units):
+    model, target = random_model(name), {"units": units, "allocation": "search"}
+    limit = int(0.8 * lab.model_size(model).stored)
+    mini, plan = lab.slimgpt(
+        model, iter(windows()), parameters=limit, multiple_of=2, search={**QUICK, "tokens": 48},
+        offload="cpu", progress=False, **target,
+    )  # fmt: skip
+    stored = lab.model_size(mini).stored
+    cost = Anatomy(model).unit_parameters("ffn", 0)
+    assert limit - 2 * cost < stored <= limit
+    assert not any(len(kept) % 2 for kept in plan.keep["ffn"])
+
+
+def test_a_search_with_an_out_dir_is_one_run(tmp_path):
+    model, arguments = random_model("llama"), {"allocation": "search", "search": QUICK}
+    arguments |= {"ratio": 0.4, "out_dir": tmp_path, "progress": False}
+    first, plan = lab.slimgpt(model, windows(), **arguments)
+    again, same_plan = lab.slimgpt(model, windows(), **arguments)
+    assert (tmp_path / "search.jsonl").is_file()
+    assert plan == same_plan and same(first, again)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"search": {"levels": 0}}, ValueError, "levels is 0; expected 1 or more"),
+        ({"search": {"tokens": 1}}, ValueError, "tokens is 1; expected 2 or more"),
+        ({"search": {"generation": 3}}, TypeError, "generation"),
+        ({"ratio": 0.99}, ValueError, "cannot be met"),
+        ({"ratio": 1.5}, ValueError, "expected a share"),
+        ({"allocation": "uniform", "search": {}}, ValueError, "nothing is searched"),
+        ({"allocation": "serch"}, ValueError, "unknown allocation"),
+    ],
+)
+def test_bad_arguments_of_a_search(arguments, error, message):
+    given = {"ratio": 0.3, "allocation": "search", "progress": False, **arguments}
+    with pytest.raises(error, match=message):
+        lab.slimgpt(random_model("llama"), windows(), **given)
+
+
+def test_a_search_needs_all_weights_at_hand():
+    model = random_model("llama").to("meta")  # as where accelerate has offloaded it
+    with pytest.raises(ValueError, match="use another allocation, or a device that holds"):
+        search_counts(model, windows(), groups_of(model), 100)
+
+
+# the smallest model within a limit
+
+
+def test_the_smallest_model_within_a_limit(tiny, tiny_domain, batches, tmp_path, monkeypatch):
+    model, tokenizer = tiny
+    arguments = {"tolerance": 0.15, "seq_len": 64, "out_dir": tmp_path, "progress": False}
+    mini, plan, curve = lab.smallest_within(
+        model, tokenizer, iter(batches), tiny_domain, **arguments
+    )
+    assert curve["ratio"].is_monotonic_increasing and curve["stored"].is_monotonic_decreasing
+    assert len(curve) == 4 and curve["increase"][0] == 0
+    best = curve[curve["within"]].iloc[-1]
+    assert 0 < best["increase"] <= 0.05
+    assert best["stored"] == lab.model_size(mini).stored == plan.predicted_size(model).stored
+    value = lab.perplexity(mini, tokenizer, tiny_domain.validation, 64).value
+    assert value == pytest.approx(best["perplexity"])
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == [
+        f"ratio-{best['ratio']:.6f}"
+    ]
+    monkeypatch.setattr("minigpt_lab.smallest.perplexity", None)  # all is known
+    again, same_plan, same_curve = lab.smallest_within(
+        model, tokenizer, batches, tiny_domain, **arguments
+    )
+    assert same_curve.equals(curve) and same_plan == plan and same(again, mini)
+
+
+def test_no_cut_within_the_limit(tiny, tiny_domain, batches):
+    model, tokenizer = tiny
+    with pytest.warns(UserWarning, match=r"even a cut of .* allow a larger increase"):
+        mini, plan, curve = lab.smallest_within(
+            model, tokenizer, batches, tiny_domain, 0, tolerance=0.3, seq_len=64, progress=False
+        )
+    assert curve["within"].sum() == 1 and same(mini, model) and mini is not model
+    assert not any(map(any, plan.removed.values()))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"increase": -0.1}, "increase is -0.1"),
+        ({"most": 1.2}, "most is 1.2"),
+        ({"tolerance": 0.0}, "tolerance is 0.0"),
+        ({"ratio": 0.3}, "ratio: chosen by smallest_within"),
+    ],
+)
+def test_bad_limits(tiny, tiny_domain, batches, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        lab.smallest_within(*tiny, batches, tiny_domain, **arguments)
