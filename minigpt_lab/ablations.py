@@ -106,8 +106,9 @@ def slimgpt_variants(
     def measured(options: dict | None) -> dict:
         mini, plan = model, None
         if options is not None:
-            own = options.pop("batches")
-            mini, plan = slimgpt(model, own, **options, progress=False)
+            own, long = options.pop("batches"), options.get("allocation") == "search"
+            kept = Path(out_dir) / "search" if long and out_dir else None
+            mini, plan = slimgpt(model, own, **options, out_dir=kept, progress=long)
         return {
             "stored": model_size(mini).stored,
             "rows": [perplexity(mini, tokenizer, text, **protocol).row() for text in read],
