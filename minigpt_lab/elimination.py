@@ -129,7 +129,7 @@ class Elimination:
     weight : torch.Tensor
         ``[output, feature]`` of the kept units' features, unit by unit.
     loss : float
-        ``tr((W - W') H (W - W')ᵀ)``, per token.
+        ``tr((W - W') H (W - W')ᵀ)`` with the undamped H: the squared error of the outputs per token.
     scale : float
         ``tr(W H Wᵀ)``: the loss of removing everything.
     """
@@ -192,7 +192,7 @@ def eliminations(
     hessian: torch.Tensor,
     units: torch.Tensor,
     counts: Sequence[int],
-    error: str = "slimgpt",
+    error: str = "exact",
     schedule: str | int | Schedule = "dynamic",
     damp: float = 0.3,
     damping: str = "feature",
@@ -223,12 +223,13 @@ def eliminations(
     scale = _quadratic(weight, hessian)
     alive = (hessian.diagonal() > 0)[units].any(1)
     dead = torch.nonzero(~alive).ravel()[: counts[-1]].tolist()
-    order, loss = list(dead), 0.0
+    order = list(dead)
     left = torch.tensor([u for u in range(len(units)) if u not in set(dead)], device=units.device)
     columns = units[left].ravel()
     now = weight[:, columns]
-    hessian, inverse = damped_inverse(hessian[columns][:, columns], damp, damping)
-    full, places = hessian, torch.arange(len(columns), device=columns.device)
+    full, inverse = damped_inverse(hessian[columns][:, columns], damp, damping)
+    added = full.diagonal() - hessian.diagonal()[columns]
+    places = torch.arange(len(columns), device=columns.device)
     feature = torch.arange(units.shape[1], device=units.device)
     found = []
     for count in counts:
@@ -250,7 +251,6 @@ def eliminations(
             root = torch.linalg.cholesky(inverse[out][:, out])
             removed = torch.linalg.solve_triangular(root, now[:, out].mT, upper=False)
             reach = torch.linalg.solve_triangular(root, inverse[out][:, ~out], upper=False)
-            loss += float(removed.square().sum())
             now = now[:, ~out] - removed.mT @ reach
             inverse = inverse[~out][:, ~out] - reach.mT @ reach
             left, places = left[~gone], places[~out]
@@ -258,7 +258,10 @@ def eliminations(
             short = refit(weight[:, columns], full, places)
         else:
             short = weight[:, columns[places]]
-        found.append(Elimination(left.tolist(), order[:count], short, loss, scale))
+        lost = weight[:, columns].clone()
+        lost[:, places] -= short
+        loss = _quadratic(lost, full) - float((lost.square().sum(0) * added).sum())
+        found.append(Elimination(left.tolist(), order[:count], short, max(loss, 0.0), scale))
     return found
 
 

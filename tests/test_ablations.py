@@ -132,7 +132,8 @@ def test_losses_of_one_layer(study, tiny):
         given.weight, torch.linalg.inv(given.hessian.double()).float(), given.units
     )
     one = table.query("site == 'attention' and leave == 1 and choice == 'SlimGPT' and compensated")
-    assert one["loss"].item() == pytest.approx(float(errors.min()) / scale, rel=0.1)  # damped
+    best = float(errors.min()) / scale
+    assert best * 0.999 < one["loss"].item() < best * 1.2  # damped, so not quite the least
 
 
 def test_time_is_measured_beside_a_plain_pass(study, tiny, tmp_path, monkeypatch):
