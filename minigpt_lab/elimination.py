@@ -129,7 +129,7 @@ class Elimination:
     weight : torch.Tensor
         ``[output, feature]`` of the kept units' features, unit by unit.
     loss : float
-        ``tr((W - W') H (W - W')ᵀ)`` with the undamped H: the squared error of the outputs per token.
+        ``tr((W - W') H (W - W')ᵀ)`` with the undamped H: squared error of the outputs per token.
     scale : float
         ``tr(W H Wᵀ)``: the loss of removing everything.
     """
