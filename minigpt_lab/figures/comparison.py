@@ -171,12 +171,14 @@ def method_curves(table: pd.DataFrame, caption: str = "") -> Figure:
             lowest = part.groupby("method", sort=False)["perplexity"].min()
             beyond = ", ".join(lowest.index[lowest > _REACH * level])
             if beyond:  # they would press all others onto one line
-                axis.annotate(f"above the scale: {beyond}", (0.02, 0.96), fontsize=7.5, va="top",
+                words = textwrap.fill(f"above the scale: {beyond}", 40)
+                box = {"fc": "white", "ec": "none", "alpha": 0.8, "pad": 1}
+                axis.annotate(words, (0.02, 0.98), fontsize=7, va="top", bbox=box,
                               xycoords="axes fraction")  # fmt: skip
         shown = cuts.loc[cuts["text"] == text, "perplexity"]
         shown = shown[shown <= _REACH * level]
         log_labels(row[0].yaxis, [level, *shown])
-        row[0].set_ylim(level / 1.25, 1.6 * max([level, *shown]))
+        row[0].set_ylim(level / 1.25, 2.5 * max([level, *shown]))  # room for the words above
         row[0].set_ylabel("test perplexity")
     for axis in axes[-1]:
         axis.set_xlabel("stored parameters (millions)")
