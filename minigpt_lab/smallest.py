@@ -28,11 +28,11 @@ from .surgery import shrink
 
 def smallest_within(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
     batches: Iterable[dict[str, torch.Tensor]],
     domain: Domain,
     increase: float = 0.05,
     *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     most: float = 0.8,
     tolerance: float = 0.01,
     seq_len: int = 256,
@@ -48,14 +48,16 @@ def smallest_within(
 
     Parameters
     ----------
-    model, tokenizer
-        A pair; the model is left as it is.
+    model : transformers.PreTrainedModel
+        Left as it is.
     batches : iterable of dict
         Calibration tokens.
     domain : Domain
         Its validation part judges.
     increase : float
         Largest relative increase of the perplexity over the dense model's: 0.05 is 5 %.
+    tokenizer : transformers.PreTrainedTokenizerBase, optional
+        The model's; what `tokenize` returned knows it.
     most : float
         Ratio at which to stop looking for more.
     tolerance : float
@@ -81,8 +83,8 @@ def smallest_within(
     Raises
     ------
     ValueError
-        If a number is out of range, a ratio cannot be met, or an argument of `slimgpt` that is
-        chosen here is given.
+        If a number is out of range, the tokenizer is not known, a ratio cannot be met, or an
+        argument of `slimgpt` that is chosen here is given.
     """
     for name, value, high in (("most", most, 1.0), ("tolerance", tolerance, most)):
         if not 0 < value < high:
@@ -91,6 +93,9 @@ def smallest_within(
         raise ValueError(f"increase is {increase}; expected a share, 0 or more (0.05 is 5 %)")
     if taken := sorted({"ratio", "parameters", "counts", "inplace"} & set(options)):
         raise ValueError(f"{', '.join(taken)}: chosen by smallest_within; leave it out")
+    tokenizer = tokenizer or getattr(batches, "tokenizer", None)
+    if tokenizer is None:
+        raise ValueError("batches that tokenize did not make know no tokenizer: give tokenizer=")
     batches = list(batches)
     options = {"ratio_of": "decoder", "allocation": "log-increase", **options}
     recipe = {

@@ -15,9 +15,10 @@ SEPARATOR = "\n\n"
 
 
 class Batches(list):
-    """A list of batches that knows its source and its tokenizer's merges (see `tokenize`)."""
+    """A list of batches that knows its source and its tokenizer (see `tokenize`)."""
 
     source: str
+    tokenizer: PreTrainedTokenizerBase
     merges: np.ndarray
     protected: np.ndarray
 
@@ -38,7 +39,7 @@ class Batches(list):
                 "more tokens or a shorter seq_len"
             )
         size, length = len(self[0]["input_ids"]), len(rows) // count
-        known = (self.source, self.merges, self.protected)
+        known = (self.source, self.tokenizer, self.merges, self.protected)
         return [_batches(part, size, *known) for part in rows[: count * length].split(length)]
 
 
@@ -174,14 +175,15 @@ def tokenize(
     windows = torch.cat([torch.tensor([prefix] * len(windows), dtype=torch.long), windows], 1)
     source = str(texts) if isinstance(texts, Part) else "text"
     merges, protected = merge_table(tokenizer), protected_tokens(tokenizer)
-    return _batches(windows, batch_size, source, merges, protected)
+    return _batches(windows, batch_size, source, tokenizer, merges, protected)
 
 
-def _batches(windows: torch.Tensor, size: int, source, merges, protected) -> Batches:
+def _batches(windows: torch.Tensor, size: int, source, tokenizer, merges, protected) -> Batches:
     batches = Batches(
         {"input_ids": rows, "attention_mask": torch.ones_like(rows)} for rows in windows.split(size)
     )
-    batches.source, batches.merges, batches.protected = source, merges, protected
+    batches.source, batches.tokenizer = source, tokenizer
+    batches.merges, batches.protected = merges, protected
     return batches
 
 

@@ -275,7 +275,7 @@ def test_the_smallest_model_within_a_limit(tiny, tiny_domain, batches, tmp_path,
     model, tokenizer = tiny
     arguments = {"tolerance": 0.15, "seq_len": 64, "out_dir": tmp_path, "progress": False}
     mini, plan, curve = lab.smallest_within(
-        model, tokenizer, iter(batches), tiny_domain, **arguments
+        model, iter(batches), tiny_domain, tokenizer=tokenizer, **arguments
     )
     assert curve["ratio"].is_monotonic_increasing and curve["stored"].is_monotonic_decreasing
     assert len(curve) == 4 and curve["increase"][0] == 0
@@ -288,17 +288,15 @@ def test_the_smallest_model_within_a_limit(tiny, tiny_domain, batches, tmp_path,
         f"ratio-{best['ratio']:.6f}"
     ]
     monkeypatch.setattr("minigpt_lab.smallest.perplexity", None)  # all is known
-    again, same_plan, same_curve = lab.smallest_within(
-        model, tokenizer, batches, tiny_domain, **arguments
-    )
+    again, same_plan, same_curve = lab.smallest_within(model, batches, tiny_domain, **arguments)
     assert same_curve.equals(curve) and same_plan == plan and same(again, mini)
 
 
 def test_no_cut_within_the_limit(tiny, tiny_domain, batches):
-    model, tokenizer = tiny
+    model, _ = tiny
     with pytest.warns(UserWarning, match=r"even a cut of .* allow a larger increase"):
         mini, plan, curve = lab.smallest_within(
-            model, tokenizer, batches, tiny_domain, 0, tolerance=0.3, seq_len=64, progress=False
+            model, batches, tiny_domain, 0, tolerance=0.3, seq_len=64, progress=False
         )
     assert curve["within"].sum() == 1 and same(mini, model) and mini is not model
     assert not any(map(any, plan.removed.values()))
@@ -310,9 +308,10 @@ def test_no_cut_within_the_limit(tiny, tiny_domain, batches):
         ({"increase": -0.1}, "increase is -0.1"),
         ({"most": 1.2}, "most is 1.2"),
         ({"tolerance": 0.0}, "tolerance is 0.0"),
+        ({"batches": [{}]}, "give tokenizer="),
         ({"ratio": 0.3}, "ratio: chosen by smallest_within"),
     ],
 )
 def test_bad_limits(tiny, tiny_domain, batches, arguments, message):
     with pytest.raises(ValueError, match=message):
-        lab.smallest_within(*tiny, batches, tiny_domain, **arguments)
+        lab.smallest_within(tiny[0], **{"batches": batches, "domain": tiny_domain, **arguments})
