@@ -48,7 +48,8 @@ class Search:
     levels : int
         Steps between a whole FFN (or all heads) of a layer and the least of it.
     tokens : int
-        Calibration tokens on which budgets are compared: whole windows, evenly spaced.
+        Calibration tokens on which budgets are compared: whole windows, evenly spaced. The supernet
+        does not see them (if any are left): what was fitted to a text says little about others.
     generations, offspring : int
         Rounds of proposals, and how many budgets each evaluates.
     survivors : int
@@ -148,8 +149,8 @@ def search_counts(
         "counts": budgets.counts,
         "base": begin[STARTS[0]],
     }
-    chosen = _subset(windows, search.tokens)
-    build = (windows, groups, budgets.counts, begin[STARTS[0]], options, offload, progress)
+    chosen, others = _set_aside(windows, search.tokens)
+    build = (others, groups, budgets.counts, begin[STARTS[0]], options, offload, progress)
     ledger = Ledger(out_dir and f"{out_dir}/search.jsonl")
     with _Trials(model, chosen, recipe, build, ledger) as trials:
         found = _evolve(trials, budgets, begin, search, progress)
@@ -279,16 +280,19 @@ def _best(rows: Mapping[Budget, dict], count: int) -> list[dict]:
     return sorted(enough, key=lambda row: row["kl"])[:count]
 
 
-def _subset(windows: Sequence[torch.Tensor], tokens: int) -> list[torch.Tensor]:
-    """Evenly spaced windows of so many tokens, those of one length in batches of up to 512."""
+def _set_aside(
+    windows: Sequence[torch.Tensor], tokens: int
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Evenly spaced windows of so many tokens, in batches of up to 512, and the other windows."""
     rows = [row for ids in windows for row in ids]
     mean = sum(map(len, rows)) / len(rows)
     count = min(max(round(tokens / mean), 1), len(rows))
-    chosen = [rows[i] for i in np.linspace(0, len(rows) - 1, count).round().astype(int)]
-    found = []
-    for length, same in itertools.groupby(chosen, len):
-        found += torch.stack(list(same)).split(max(1, 512 // length))
-    return found
+    places = np.linspace(0, len(rows) - 1, count).round().astype(int).tolist()
+    chosen = []
+    for length, same in itertools.groupby([rows[i] for i in places], len):
+        chosen += torch.stack(list(same)).split(max(1, 512 // length))
+    others = [row[None] for i, row in enumerate(rows) if i not in set(places)]
+    return chosen, others or list(windows)
 
 
 def _hash(windows: Sequence[torch.Tensor]) -> str:

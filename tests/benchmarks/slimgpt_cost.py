@@ -21,7 +21,7 @@ import minigpt_lab as lab
 from minigpt_lab import compensation, layerwise
 from minigpt_lab.runtime import inference
 
-ROUNDS, WINDOWS, SEQ_LEN = 3, 32, 256
+WINDOWS, SEQ_LEN = 32, 256
 PARTS = {  # what is timed: owner and name
     "embeddings": (importlib.import_module("minigpt_lab.slimgpt"), "enter"),
     "layers": (layerwise.LayerPass, "run"),
@@ -75,7 +75,7 @@ def parts(model, batches, **options) -> dict[str, float]:
     return {**spent, "the rest": total - sum(spent.values())}
 
 
-def compare(model, batches, rounds: int = ROUNDS, **options) -> tuple[float, float]:
+def compare(model, batches, rounds: int, **options) -> tuple[float, float]:
     """Median ratios of a run to a forward pass, with logits and without."""
     forward(model, batches, logits_to_keep=1)
     ratios = []
@@ -87,13 +87,13 @@ def compare(model, batches, rounds: int = ROUNDS, **options) -> tuple[float, flo
     return tuple(statistics.median(column) for column in zip(*ratios, strict=True))
 
 
-def smollm2() -> None:
+def smollm2(rounds: int) -> None:
     """The bound, and where the time goes."""
     model, tokenizer = lab.load_model("smollm2-135m")
     text = lab.load_domain("law").calibration
     batches = lab.tokenize(text, tokenizer, SEQ_LEN, WINDOWS * SEQ_LEN)
     for ratio in (0.2, 0.5):
-        with_logits, without = compare(model, batches, ratio=ratio)
+        with_logits, without = compare(model, batches, rounds, ratio=ratio)
         print(
             f"{ratio:.0%}: {with_logits:.2f} plain passes, {without:.2f} without logits", flush=True
         )
@@ -149,6 +149,7 @@ def large() -> None:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--scaling", action="store_true")
     parser.add_argument("--large", action="store_true")
     asked = parser.parse_args()
@@ -157,7 +158,7 @@ def main() -> None:
     elif asked.large:
         large()
     else:
-        smollm2()
+        smollm2(asked.rounds)
 
 
 if __name__ == "__main__":
