@@ -445,3 +445,27 @@ def test_a_model_larger_than_memory_is_pruned(tmp_path):
     assert lab.PruningPlan.load(tmp_path / "plan.json").keep == plan.keep
     found = torch.load(tmp_path / "logits.pt")
     torch.testing.assert_close(found, logits(mini, batches[0]["input_ids"]), atol=1e-5, rtol=1e-4)
+
+
+def test_padding_changes_nothing():
+    model, ids = random_model("qwen2"), torch.randint(3, 97, (3, 16))
+    padded = torch.zeros(3, 20, dtype=torch.long)
+    padded[:, 4:], mask = ids, torch.ones(3, 20, dtype=torch.long)
+    mask[:, :4] = 0
+    options = {"ratio": 0.3, "progress": False, "dtype": torch.float64}
+    found, plan = lab.slimgpt(model, [{"input_ids": padded, "attention_mask": mask}], **options)
+    rows = [{"input_ids": row[None]} for row in ids]
+    expected, other = lab.slimgpt(model, rows, **options)
+    assert plan.keep == other.keep
+    for a, b in zip(found.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_a_cut_model_and_one_of_a_single_layer_are_cut(family):
+    once, first = lab.slimgpt(random_model(family), windows(), ratio=0.3, progress=False)
+    twice, second = lab.slimgpt(once, windows(), ratio=0.2, sites=["ffn"], progress=False)
+    assert lab.model_size(twice).stored < lab.model_size(once).stored
+    assert twice.pruning_plans == [first, second]
+    single, plan = lab.slimgpt(random_model(family, layers=1), windows(), ratio=0.3, progress=False)
+    assert torch.isfinite(logits(single, windows()[0]["input_ids"])).all()
+    assert any(map(any, plan.removed.values()))
