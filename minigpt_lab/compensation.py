@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from numbers import Real
 
 import torch
 from torch import nn
 
 from .assets import nearest
 from .biases import give_bias
-from .elimination import Elimination, Schedule, eliminate, eliminations
+from .elimination import (
+    ERRORS,
+    Elimination,
+    Schedule,
+    eliminate,
+    eliminations,
+    group_schedule,
+)
 from .families import Anatomy, weight_axis
+from .hessians import DAMPINGS
 from .layerwise import LayerPass
 
 BIASES = ["refit", "add", "keep"]
@@ -54,10 +64,16 @@ class Solver:
     dtype: torch.dtype = torch.float32
 
     def __post_init__(self):
-        if self.bias not in BIASES:
-            raise ValueError(f"unknown bias {self.bias!r}; {nearest(self.bias, BIASES)}")
+        if not isinstance(self.damp, Real) or not 0 <= self.damp < math.inf:
+            raise ValueError(f"damp is {self.damp!r}; expected a share, 0 or more (0.3 is 30 %)")
+        for name, known in (("error", ERRORS), ("damping", DAMPINGS), ("bias", BIASES)):
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"unknown {name} {value!r}; {nearest(str(value), list(known))}")
+        if not isinstance(self.heads_per_round, int) or self.heads_per_round < 1:
+            raise ValueError(f"heads_per_round is {self.heads_per_round!r}; expected 1 or more")
+        group_schedule(self.schedule)
         if self.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"dtype is {self.dtype}; expected torch.float32 or float64")
+            raise ValueError(f"dtype is {self.dtype!r}; expected torch.float32 or torch.float64")
 
     def facts(self) -> dict[str, object]:
         """The settings as plain data."""

@@ -147,9 +147,11 @@ def peak_memory(device: torch.device) -> Iterator[Callable[[], float]]:
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         yield lambda: torch.cuda.max_memory_allocated(device) - before
-    elif device.type == "cpu" and _reset_high_water():
+        return
+    if device.type == "cpu":
         with contextlib.suppress(AttributeError):  # glibc: what is free would be used again unseen
             ctypes.CDLL(None).malloc_trim(0)
+    if device.type == "cpu" and _reset_high_water():  # after that, or it would count as a peak
         before = _resident("VmRSS")
         yield lambda: max(_resident("VmHWM") - before, 0)
     else:

@@ -64,8 +64,11 @@ def group_schedule(schedule: str | int | Schedule) -> Schedule:
         if schedule not in SCHEDULES:
             raise ValueError(f"unknown schedule {schedule!r}; {nearest(schedule, list(SCHEDULES))}")
         return SCHEDULES[schedule]
-    if schedule < 1:
-        raise ValueError(f"groups of {schedule} units; expected at least 1")
+    if not isinstance(schedule, int) or schedule < 1:
+        raise ValueError(
+            f"schedule is {schedule!r}; expected a name ({', '.join(SCHEDULES)}), units per group, "
+            "1 or more, or a function"
+        )
     return lambda removed, total: schedule
 
 

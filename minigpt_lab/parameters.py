@@ -55,8 +55,8 @@ def find_notebook(name: str | os.PathLike) -> Path:
     Parameters
     ----------
     name : str or path
-        A name of the series, a beginning that no other name has (``"03"``), or the path of any
-        ``.ipynb`` file.
+        A name of the series, its number (``3``, ``"03"``) or a beginning that no other name has, or
+        the path of any ``.ipynb`` file.
 
     Raises
     ------
@@ -67,7 +67,8 @@ def find_notebook(name: str | os.PathLike) -> Path:
     if path.suffix == ".ipynb" and path.is_file():
         return path.resolve()
     names, name = notebook_names(), str(name)
-    found = [name] if name in names else [known for known in names if known.startswith(name)]
+    start = f"{int(name):02d}_" if name.isdecimal() else name
+    found = [name] if name in names else [known for known in names if known.startswith(start)]
     if len(found) != 1:
         hint = f"it could be {' or '.join(found)}" if found else nearest(name, names)
         raise ValueError(f"no notebook {name!r}; {hint}")

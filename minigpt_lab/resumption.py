@@ -18,6 +18,13 @@ from .shards import Shards
 
 STATE = "state.json"
 
+#: How a run differs, where the name in its recipe is none that a caller gave.
+_WORDS = {
+    "model": "another model",
+    "tokens": "other calibration tokens",
+    "counts": "another size or allocation",
+}
+
 
 class Finished:
     """Layers that are done, and the hidden states behind them.
@@ -45,9 +52,11 @@ class Finished:
             found = json.loads(state.read_text(encoding="utf-8"))
             differs = [k for k, value in self.recipe.items() if found["recipe"].get(k) != value]
             if differs:
+                words = [_WORDS.get(name, f"another {name}") for name in differs]
                 raise ValueError(
-                    f"{self.folder} holds a run with another {', '.join(differs)}: call with the "
-                    "same arguments to go on with it, or give another folder"
+                    f"{self.folder} holds a run with {', '.join(words)}: call with the same "
+                    "arguments to go on with it (a model that was being changed in place must be "
+                    "loaded anew), or give another folder"
                 )
             self.layers = found["layers"]
 

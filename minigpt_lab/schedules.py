@@ -135,17 +135,22 @@ def _ranked(ratio: float, groups: Sequence[Group], keys: Sequence[np.ndarray]) -
     return [count / len(group) for count, group in zip(gone, groups, strict=True)]
 
 
-#: How a ratio is spread: ``(ratio, groups)`` to one share of units per group.
-ALLOCATIONS: dict[str, Allocation] = {
+#: By a layer's depth alone.
+BY_DEPTH: dict[str, Allocation] = {
     "uniform": uniform,
     "log-increase": log_increase,
     "linear-increase": linear_increase,
     "log-decrease": log_decrease,
     "linear-decrease": linear_decrease,
+}
+#: By the scores of all units together.
+RANKINGS: dict[str, Allocation] = {
     "global": global_ranking,
     "global-standardised": global_standardised,
     "global-as-scored": global_as_scored,
 }
+#: How a ratio is spread: ``(ratio, groups)`` to one share of units per group.
+ALLOCATIONS = {**BY_DEPTH, **RANKINGS}
 
 
 def allocation_rule(allocation: str | Allocation | Sequence[float]) -> Allocation:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 
@@ -33,9 +35,10 @@ class Shards(MutableMapping):
         self.place, self.folder = place, folder
         self._kept: dict[int, torch.Tensor | Path] = {}
         self._devices: dict[int, torch.device] = {}
-        self._disk: tempfile.TemporaryDirectory | None = None
+        self._disk: Path | None = None
         if place == "disk":
-            self._disk = tempfile.TemporaryDirectory(prefix="shards-", dir=folder)
+            self._disk = Path(tempfile.mkdtemp(prefix="shards-", dir=folder))
+            weakref.finalize(self, shutil.rmtree, self._disk, ignore_errors=True)
 
     def __setitem__(self, key: int, tensor: torch.Tensor) -> None:
         self._devices[key] = tensor.device
@@ -45,7 +48,7 @@ class Shards(MutableMapping):
         elif self.place == "cpu":
             tensor = tensor.cpu()
         elif self.place == "disk":
-            path = Path(self._disk.name) / f"{key}.safetensors"
+            path = self._disk / f"{key}.safetensors"
             save_file({"tensor": tensor.contiguous()}, path)
             tensor = path
         self._kept[key] = tensor

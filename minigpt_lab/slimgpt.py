@@ -12,6 +12,8 @@ import copy
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from dataclasses import fields as dataclass_fields
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .allocation import leaving_parameters, prunable, removed_shares, unit_counts
+from .assets import nearest
 from .compensation import Solver, carry_out, problem, solve
 from .criteria.units import chosen_sites
 from .elimination import full_precision
@@ -29,7 +32,7 @@ from .offloading import is_offloaded, present
 from .plan import PruningPlan
 from .resumption import Finished
 from .runtime import fingerprint, inference
-from .schedules import Allocation, Group, allocation_name
+from .schedules import BY_DEPTH, RANKINGS, Allocation, Group, allocation_name
 from .search import Search, search_counts, summary
 from .shards import Shards
 from .statistics import tokens_hash
@@ -66,7 +69,8 @@ def slimgpt(
     ratio : float, optional
         Share to remove; of what, says `ratio_of`.
     parameters : int, optional
-        Largest number of stored parameters. Give exactly one of `ratio`, `parameters`, `counts`.
+        Largest number of stored parameters, but for biases that ``bias="add"`` gives. Give exactly
+        one of `ratio`, `parameters`, `counts`.
     sites : sequence of str
         ``"ffn"``, ``"attention"``.
     units : {"kv_group", "balanced_heads"}
@@ -76,12 +80,14 @@ def slimgpt(
         what whole heads leave too much or too little of a layer's share. ``"search"`` takes longer
         and finds a share for the heads and for the channels of every layer: see `search_counts`.
     counts : mapping, optional
-        Site to the number of units that leave every layer, instead of a ratio.
+        Site to the number of units that leave every layer, instead of a ratio and all that spreads
+        one.
     search : mapping, optional
         Fields of `Search` for that: ``levels, tokens, generations, offspring, survivors, seed``.
     inplace : bool
         Change the model itself: no second copy of its weights. Needed for one with offloaded
-        weights; only a layer at a time is then on the device.
+        weights; only a layer at a time is then on the device. Interrupted, it is half cut: load it
+        anew to go on.
     offload : {"device", "cpu", "disk"}
         Where hidden states wait; see `Shards`.
     out_dir : str or path, optional
@@ -91,7 +97,10 @@ def slimgpt(
     progress : bool
         Show a progress bar.
     **solver
-        Fields of `Solver`: ``error, heads_per_round, schedule, damp, bias, compensate, dtype``.
+        Fields of `minigpt_lab.compensation.Solver`: ``error="exact"`` (or ``"slimgpt"``,
+        ``"diag"``), ``heads_per_round=1``, ``schedule="dynamic"``, ``damp=0.3``,
+        ``damping="feature"`` (or ``"mean"``), ``bias="refit"`` (or ``"add"``, ``"keep"``),
+        ``compensate=True``, ``dtype=torch.float32``.
 
     Returns
     -------
@@ -105,7 +114,7 @@ def slimgpt(
         If the target cannot be met or an option is out of range, a hidden state is not finite (its
         layer is named), or `out_dir` holds a run of other arguments.
     """
-    options, before = Solver(**solver), fingerprint(model)
+    options, before = _made(Solver, solver), fingerprint(model)
     if is_offloaded(model) and not inplace:
         raise ValueError(
             "the model's weights wait outside its device: there is no room for a second copy of "
@@ -121,9 +130,14 @@ def slimgpt(
     searches = isinstance(allocation, str) and allocation == "search" and counts is None
     if search is not None and not searches:
         raise ValueError('search has options but nothing is searched: add allocation="search"')
+    if isinstance(allocation, str) and allocation in RANKINGS:
+        raise ValueError(
+            f"allocation {allocation!r} ranks scores, and slimgpt has none before it comes to a "
+            f"layer; expected 'search', a share per layer, or one of {', '.join(BY_DEPTH)}"
+        )
     origin = {"method": "slimgpt", **options.facts(), "keep_layers": [*keep_layers]}
     if searches:
-        batches, settings = list(batches), Search(**(search or {}))
+        batches, settings = list(batches), _made(Search, search or {})
         parameters_leave = leaving_parameters(model, groups, ratio, parameters, ratio_of)
         found, history = search_counts(
             mini, batches, groups, parameters_leave, multiple_of, options, settings,
@@ -216,12 +230,24 @@ def _room(anatomy: Anatomy, layer: int, options: Solver) -> Iterator[None]:
         ) from error
 
 
+def _made(kind: type, fields: Mapping[str, object]):
+    """A dataclass from keywords, of which none may be unknown."""
+    known = [field.name for field in dataclass_fields(kind)]
+    for name in fields:
+        if name not in known:
+            raise ValueError(f"unknown option {name!r}; {nearest(name, known)}")
+    return kind(**fields)
+
+
 def _check_target(groups: Sequence[Group], ratio, parameters, counts) -> None:
     """Refuse anything but one target, and counts that do not fit the model."""
     given = {"ratio": ratio, "parameters": parameters, "counts": counts}
     chosen = {name: value for name, value in given.items() if value is not None}
     if len(chosen) != 1:
         raise ValueError(f"give exactly one of ratio, parameters, counts; got {chosen or 'none'}")
+    for name in ("ratio", "parameters"):
+        if name in chosen and not isinstance(chosen[name], Real):
+            raise ValueError(f"{name} is {chosen[name]!r}; expected a number")
     if counts is not None:
         _check_counts(groups, counts)
 

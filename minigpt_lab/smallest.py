@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import warnings
@@ -111,7 +112,7 @@ def smallest_within(
     rows: dict[float, dict] = {}
 
     def cut(ratio: float) -> tuple[PreTrainedModel, PruningPlan]:
-        folder = out_dir and _folder(out_dir, ratio)
+        folder = out_dir and _folder(out_dir, ratio, recipe)
         return slimgpt(model, batches, ratio, out_dir=folder, progress=progress, **options)
 
     def measured(ratio: float) -> dict:
@@ -161,9 +162,10 @@ def smallest_within(
         mini, plan = made[best] if best in made else cut(best)
     for ratio in rows if out_dir is not None else ():
         if ratio != best:
-            shutil.rmtree(_folder(out_dir, ratio), ignore_errors=True)
+            shutil.rmtree(_folder(out_dir, ratio, recipe), ignore_errors=True)
     return mini, plan, curve
 
 
-def _folder(out_dir: str | os.PathLike, ratio: float) -> Path:
-    return Path(out_dir) / f"ratio-{ratio:.6f}"
+def _folder(out_dir: str | os.PathLike, ratio: float, recipe: dict) -> Path:
+    key = content_hash([json.dumps(recipe, sort_keys=True)])
+    return Path(out_dir) / f"ratio-{ratio:.6f}-{key[:8]}"

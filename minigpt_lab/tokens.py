@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -200,6 +200,11 @@ def unpadded(batches: Iterable[dict[str, torch.Tensor]]) -> Iterator[torch.Tenso
     """
     found = False
     for batch in batches:
+        if not isinstance(batch, Mapping) or "input_ids" not in batch:
+            raise ValueError(
+                f"a batch is {type(batch).__name__} {str(batch)[:40]!r}; expected a mapping with "
+                "input_ids [batch, token], as tokenize(text, tokenizer) gives them"
+            )
         ids, mask = batch["input_ids"], batch.get("attention_mask")
         whole = mask is None or bool(mask.all())
         for part in (

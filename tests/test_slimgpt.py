@@ -144,7 +144,7 @@ def test_schedules():
     assert sorted(SCHEDULES) == ["constant", "dynamic", "released", "single"]
     with pytest.raises(ValueError, match="dynamc"):
         group_schedule("dynamc")
-    with pytest.raises(ValueError, match="0 units"):
+    with pytest.raises(ValueError, match="schedule is 0"):
         group_schedule(0)
 
 
@@ -252,7 +252,7 @@ def test_an_interrupted_run_goes_on_where_it_was(name, tmp_path, monkeypatch):
     assert not list((tmp_path / "run").glob("hidden-[013]*"))
     with pytest.raises(ValueError, match="another damp"):
         lab.slimgpt(model, batches, **arguments, **options, damp=0.5)
-    with pytest.raises(ValueError, match="another tokens"):
+    with pytest.raises(ValueError, match="other calibration tokens"):
         lab.slimgpt(model, windows(7), **arguments, **options)
 
 
@@ -377,6 +377,15 @@ def test_a_broken_layer_is_named():
         ({}, "exactly one of ratio, parameters, counts"),
         ({"ratio": 0.2, "parameters": 9}, "exactly one"),
         ({"ratio": 1.0}, "ratio is 1.0"),
+        ({"ratio": "0.3"}, "ratio is '0.3'; expected a number"),
+        ({"ratio": 0.2, "dampp": 1}, "unknown option 'dampp'; did you mean 'damp'"),
+        ({"ratio": 0.2, "damp": float("nan")}, "damp is nan"),
+        ({"ratio": 0.2, "heads_per_round": 0}, "heads_per_round is 0"),
+        ({"ratio": 0.2, "schedule": None}, "schedule is None"),
+        ({"ratio": 0.2, "allocation": "global"}, "'global' ranks scores.*'search'"),
+        ({"ratio": 0.2, "allocation": "search", "search": {"lvels": 3}}, "did you mean 'levels'"),
+        ({"ratio": 0.2, "sites": ()}, "sites is "),
+        ({"ratio": 0.2, "sites": "ffn"}, "sites is 'ffn'; expected"),
         ({"parameters": 10}, "cannot be met"),
         ({"counts": {"ffn": [20, 0, 0], "attention": [0, 0, 0]}}, "20 of 20 ffn units of layer 0"),
         ({"counts": {"ffn": [1, 1]}}, "expected .*attention.* 3 layers"),
@@ -389,7 +398,7 @@ def test_a_broken_layer_is_named():
         ({"ratio": 0.2, "error": "exat"}, "did you mean 'exact'"),
         ({"ratio": 0.2, "offload": "gpu"}, "unknown place 'gpu'"),
         ({"ratio": 0.2, "keep_layers": (2, 1)}, "leaves nothing"),
-        ({"ratio": 0.2, "dtype": torch.bfloat16}, "float32 or float64"),
+        ({"ratio": 0.2, "dtype": torch.bfloat16}, "torch.float32 or torch.float64"),
     ],
 )
 def test_bad_arguments(arguments, message):
@@ -469,3 +478,8 @@ def test_a_cut_model_and_one_of_a_single_layer_are_cut(family):
     single, plan = lab.slimgpt(random_model(family, layers=1), windows(), ratio=0.3, progress=False)
     assert torch.isfinite(logits(single, windows()[0]["input_ids"])).all()
     assert any(map(any, plan.removed.values()))
+
+
+def test_text_is_not_taken_for_batches(tiny_domain, tiny):
+    with pytest.raises(ValueError, match=r"a batch is str .*tokenize\(text, tokenizer\)"):
+        lab.slimgpt(tiny[0], tiny_domain.calibration, ratio=0.3, progress=False)

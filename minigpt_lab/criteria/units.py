@@ -57,6 +57,8 @@ def chosen_sites(model, sites: Iterable[str], units: str) -> tuple[str, ...]:
         If there is no such site or no such units.
     """
     attention = attention_site(model, units)
+    if isinstance(sites, str) or not (sites := tuple(sites)):
+        raise ValueError(f"sites is {sites!r}; expected one or more of them, as in ('ffn',)")
     for site in sites:
         if site not in ALL_SITES:
             raise ValueError(f"unknown site {site!r}; {nearest(site, list(ALL_SITES))}")

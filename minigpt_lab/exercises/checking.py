@@ -51,9 +51,8 @@ def check(name: str, answer: object, /, **given: object) -> Verdict:
     asked = EXERCISES[name]
     needed = list(inspect.signature(asked).parameters)
     if set(given) != set(needed):
-        raise TypeError(
-            f"exercise {name!r} is computed from {', '.join(needed)}; got {', '.join(given)}"
-        )
+        found = ", ".join(given) or "none of them"
+        raise TypeError(f"exercise {name!r} is computed from {', '.join(needed)}; got {found}")
     if answer is None or answer is ...:
         kind = get_type_hints(asked)["return"].kind
         return Verdict(None, f"{name}: not answered yet; expected is {kind}")

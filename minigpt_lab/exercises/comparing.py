@@ -41,8 +41,7 @@ def separate_fronts(table: pd.DataFrame) -> Count:
 def directions_needed(weights: int, cosine: float) -> Number:
     """Random directions until an estimate's expected cosine to the gradient reaches a value."""
     mistakes = {
-        "the root is still to be undone: √(n ÷ d) is the cosine, so n is its square times d": cosine
-        * weights,
+        "the cosine times d; √(n ÷ d) is the cosine, so n is its square times d": cosine * weights,
         "the number of weights; that would be a cosine of 1": weights,
         "the square root of what is asked for": (cosine**2 * weights) ** 0.5,
     }
