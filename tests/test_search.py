@@ -268,6 +268,16 @@ def test_a_search_needs_all_weights_at_hand():
         search_counts(model, windows(), groups_of(model), 100)
 
 
+def test_budgets_are_compared_on_windows_that_were_set_aside():
+    windows = list(torch.arange(160).reshape(5, 2, 16))  # ten windows in batches of two
+    chosen, others = searching._set_aside(windows, 48)
+    rows = [row.tolist() for part in (*chosen, *others) for row in part]
+    assert sum(len(part) for part in chosen) == 3
+    assert sorted(rows) == torch.cat(windows).tolist()  # each once
+    chosen, others = searching._set_aside(windows[:1], 1_000)
+    assert torch.equal(chosen[0], others[0])  # nothing else is left
+
+
 # the smallest model within a limit
 
 
