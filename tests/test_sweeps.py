@@ -320,7 +320,8 @@ def test_ray_completes_every_run_once_though_a_node_dies(small, tmp_path):
     cluster = cluster_utils.Cluster(
         initialize_head=True, head_node_args={**node, "include_dashboard": False}
     )
-    grid = small("grid: {number: [1, 2, 3, 4, 5, 6]}\nparameters: {seconds: 2}\n")
+    # so long that a run on the node is in its middle when the node is gone, on a slow machine too
+    grid = small("grid: {number: [1, 2, 3, 4, 5, 6]}\nparameters: {seconds: 5}\n")
     words = ["--executor", "ray", "--address", cluster.address]
     try:
         doomed = cluster.add_node(**node)
