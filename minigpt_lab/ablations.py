@@ -299,7 +299,7 @@ def layer_losses(
     rows, options = [], Solver()
     for site, given in problems.items():
         total = len(given.units)
-        damped, _ = damped_inverse(given.hessian, options.damp)
+        damped, _ = damped_inverse(given.hessian, options.damp, options.damping)
         for leave in sorted({round(ratio * total) for ratio in ratios} - {0, total}):
             chosen = {("SlimGPT", 0): solve(given, site, leave, options).kept}
             for draw in range(draws):
