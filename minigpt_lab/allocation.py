@@ -66,12 +66,7 @@ def plan_from_scores(
     ValueError
         If not exactly one target is given, it cannot be met, or a count is out of range.
     """
-    targets = {"ratio": ratio, "parameters": parameters, "threshold": threshold}
-    chosen = {name: value for name, value in targets.items() if value is not None}
-    if len(chosen) != 1:
-        raise ValueError(
-            f"give exactly one of ratio, parameters, threshold; got {chosen or 'none'}"
-        )
+    chosen = one_target(ratio=ratio, parameters=parameters, threshold=threshold)
     scores.require(model)
     anatomy = Anatomy(model)
     groups = prunable(anatomy, scores.values, keep_layers)
@@ -86,6 +81,20 @@ def plan_from_scores(
     origin |= {"allocation": allocation_name(allocation), "ratio_of": ratio_of}
     origin["removed"] = removed_shares(model, groups, counts)
     return _plan(model, anatomy, scores, groups, counts, origin)
+
+
+def one_target(**targets) -> dict[str, object]:
+    """The one of several targets that is given, by its name.
+
+    Raises
+    ------
+    ValueError
+        If none or several are given.
+    """
+    chosen = {name: value for name, value in targets.items() if value is not None}
+    if len(chosen) != 1:
+        raise ValueError(f"give exactly one of {', '.join(targets)}; got {chosen or 'none'}")
+    return chosen
 
 
 def unit_counts(
@@ -141,15 +150,21 @@ def leaving_parameters(
     ValueError
         If the ratio or its meaning is out of range.
     """
-    dense = sum(parameter.numel() for parameter in model.parameters())
     if ratio is not None and not 0 <= ratio < 1:
         raise ValueError(f"ratio is {ratio}; expected a share of {ratio_of} in [0, 1)")
     if ratio_of not in RATIOS:
         raise ValueError(f"unknown ratio_of {ratio_of!r}; {nearest(ratio_of, list(RATIOS))}")
-    if ratio is None:
-        return dense - parameters
-    units = sum(len(group) * group.cost for group in groups)
-    return ratio * {"units": units, "decoder": layer_parameters(model), "model": dense}[ratio_of]
+    bases = _bases(model, groups)
+    return bases["model"] - parameters if ratio is None else ratio * bases[ratio_of]
+
+
+def _bases(model: PreTrainedModel, groups: Sequence[Group]) -> dict[str, int]:
+    """Parameters that a ratio can be a share of."""
+    return {
+        "units": sum(len(group) * group.cost for group in groups),
+        "decoder": layer_parameters(model),
+        "model": sum(parameter.numel() for parameter in model.parameters()),
+    }
 
 
 def _evened(
@@ -249,12 +264,7 @@ def removed_shares(
 ) -> dict[str, float]:
     """Shares that leave under the three meanings of a ratio."""
     gone = sum(n * group.cost for n, group in zip(counts, groups, strict=True))
-    bases = {
-        "units": sum(len(group) * group.cost for group in groups),
-        "decoder": layer_parameters(model),
-        "model": sum(parameter.numel() for parameter in model.parameters()),
-    }
-    return {name: round(gone / base, 6) for name, base in bases.items()}
+    return {name: round(gone / base, 6) for name, base in _bases(model, groups).items()}
 
 
 def _plan(model, anatomy, scores, groups, counts, origin) -> PruningPlan:

@@ -17,7 +17,6 @@ from .elimination import (
     ERRORS,
     Elimination,
     Schedule,
-    eliminate,
     eliminations,
     group_schedule,
 )
@@ -163,20 +162,16 @@ def problem(
 
 def solve(given: Problem, site: str, count: int, options: Solver) -> Elimination:
     """`eliminate` with a solver's settings."""
-    return eliminate(*_arguments(given, site, count, options))
+    return solve_levels(given, site, [count], options)[0]
 
 
 def solve_levels(
     given: Problem, site: str, counts: Sequence[int], options: Solver
 ) -> list[Elimination]:
     """`eliminations` with a solver's settings."""
-    return eliminations(*_arguments(given, site, counts, options))
-
-
-def _arguments(given: Problem, site: str, count: int | Sequence[int], options: Solver) -> tuple:
     schedule = options.schedule if site == "ffn" else options.heads_per_round
     rule = (options.error, schedule, options.damp, options.damping, options.compensate)
-    return given.weight, given.hessian, given.units, count, *rule
+    return eliminations(given.weight, given.hessian, given.units, counts, *rule)
 
 
 def bias_shift(given: Problem, found: Elimination) -> torch.Tensor:

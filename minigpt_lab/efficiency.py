@@ -147,11 +147,7 @@ def peak_memory(device: torch.device) -> Iterator[Callable[[], float]]:
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         yield lambda: torch.cuda.max_memory_allocated(device) - before
-        return
-    if device.type == "cpu":
-        with contextlib.suppress(AttributeError):  # glibc: what is free would be used again unseen
-            ctypes.CDLL(None).malloc_trim(0)
-    if device.type == "cpu" and _reset_high_water():  # after that, or it would count as a peak
+    elif device.type == "cpu" and _reset_high_water():
         before = _resident("VmRSS")
         yield lambda: max(_resident("VmHWM") - before, 0)
     else:
@@ -160,6 +156,8 @@ def peak_memory(device: torch.device) -> Iterator[Callable[[], float]]:
 
 def _reset_high_water() -> bool:
     """Start the process's peak resident size anew; only Linux can."""
+    with contextlib.suppress(AttributeError):  # glibc: what is free would be used again unseen
+        ctypes.CDLL(None).malloc_trim(0)  # first, or what it gives back would count as a peak
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

@@ -227,7 +227,7 @@ def eliminations(
     alive = (hessian.diagonal() > 0)[units].any(1)
     dead = torch.nonzero(~alive).ravel()[: counts[-1]].tolist()
     order = list(dead)
-    left = torch.tensor([u for u in range(len(units)) if u not in set(dead)], device=units.device)
+    left = torch.tensor(_without(dead, len(units)), device=units.device)
     columns = units[left].ravel()
     now = weight[:, columns]
     full, inverse = damped_inverse(hessian[columns][:, columns], damp, damping)
@@ -237,7 +237,7 @@ def eliminations(
     found = []
     for count in counts:
         if count <= len(dead):
-            rest = [u for u in range(len(units)) if u not in set(dead[:count])]
+            rest = _without(dead[:count], len(units))
             short = weight[:, units[rest].ravel()]
             found.append(Elimination(rest, dead[:count], short, 0.0, scale))
             continue
@@ -266,6 +266,10 @@ def eliminations(
         loss = _quadratic(lost, full) - float((lost.square().sum(0) * added).sum())
         found.append(Elimination(left.tolist(), order[:count], short, max(loss, 0.0), scale))
     return found
+
+
+def _without(gone: Sequence[int], total: int) -> list[int]:
+    return sorted(set(range(total)) - set(gone))
 
 
 def _quadratic(weight: torch.Tensor, hessian: torch.Tensor) -> float:

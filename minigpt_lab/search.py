@@ -291,7 +291,7 @@ def _set_aside(
     chosen = []
     for length, same in itertools.groupby([rows[i] for i in places], len):
         chosen += torch.stack(list(same)).split(max(1, 512 // length))
-    others = [row[None] for i, row in enumerate(rows) if i not in set(places)]
+    others = [rows[i][None] for i in sorted(set(range(len(rows))) - set(places))]
     return chosen, others or list(windows)
 
 

@@ -21,7 +21,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .allocation import leaving_parameters, prunable, removed_shares, unit_counts
+from .allocation import leaving_parameters, one_target, prunable, removed_shares, unit_counts
 from .assets import nearest
 from .compensation import Solver, carry_out, problem, solve
 from .criteria.units import chosen_sites
@@ -241,10 +241,7 @@ def _made(kind: type, fields: Mapping[str, object]):
 
 def _check_target(groups: Sequence[Group], ratio, parameters, counts) -> None:
     """Refuse anything but one target, and counts that do not fit the model."""
-    given = {"ratio": ratio, "parameters": parameters, "counts": counts}
-    chosen = {name: value for name, value in given.items() if value is not None}
-    if len(chosen) != 1:
-        raise ValueError(f"give exactly one of ratio, parameters, counts; got {chosen or 'none'}")
+    chosen = one_target(ratio=ratio, parameters=parameters, counts=counts)
     for name in ("ratio", "parameters"):
         if name in chosen and not isinstance(chosen[name], Real):
             raise ValueError(f"{name} is {chosen[name]!r}; expected a number")

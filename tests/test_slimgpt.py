@@ -229,7 +229,7 @@ def test_an_interrupted_run_goes_on_where_it_was(name, tmp_path, monkeypatch):
     arguments = {"counts": site_counts(model, "kv_group", ffn=(5, 3, 7)), "progress": False}
     options = {"bias": "add", "out_dir": tmp_path / "run"}
     expected, plan = lab.slimgpt(model, batches, **arguments, bias="add")
-    solve, solved = compensation.eliminate, []
+    solve, solved = compensation.eliminations, []
 
     def counted(*args):
         solved.append(solve(*args))
@@ -240,10 +240,10 @@ def test_an_interrupted_run_goes_on_where_it_was(name, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return counted(*args)
 
-    monkeypatch.setattr(compensation, "eliminate", interrupted)
+    monkeypatch.setattr(compensation, "eliminations", interrupted)
     with pytest.raises(KeyboardInterrupt):
         lab.slimgpt(model, batches, **arguments, **options)
-    monkeypatch.setattr(compensation, "eliminate", counted)
+    monkeypatch.setattr(compensation, "eliminations", counted)
     found, again = lab.slimgpt(model, iter(batches), **arguments, **options)
     assert len(solved) == 3 + 4  # one layer was done
     assert same(found, expected) and again == plan
@@ -279,7 +279,7 @@ def test_a_device_too_small_for_a_layer_says_what_would_fit(monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(compensation, "eliminate", full)
+    monkeypatch.setattr(compensation, "eliminations", full)
     with pytest.raises(torch.OutOfMemoryError, match=r"layer 0 does not fit on cpu.*GiB.*offload="):
         lab.slimgpt(random_model("llama"), windows(), ratio=0.3, progress=False)
 

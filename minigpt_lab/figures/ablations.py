@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
-from .style import layer_ticks, log_labels, look, new_figure, percent, styled
+from .style import layer_ticks, log_labels, look, new_figure, percent, side_legend, styled
 
 _WAYS = {True: "-", False: "--"}  # the rest refitted, or as it was
 _CHOICES = {"SlimGPT": ("#0072B2", "o"), "random": ("#7F7F7F", "s")}
@@ -58,8 +58,7 @@ def layer_losses(losses: pd.DataFrame, caption: str = "") -> Figure:
     log_labels(axes[0].yaxis, losses["loss"])
     axes[0].yaxis.set_major_formatter(FuncFormatter(percent))
     axes[0].set_ylabel("squared error ÷ squared output")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", fontsize=8)
+    side_legend(figure, axes[0])
     return figure
 
 
@@ -93,8 +92,7 @@ def one_layer_curves(table: pd.DataFrame, caption: str = "") -> Figure:
         axis.set_xticks(sorted(table["layer"].unique()))
     log_labels(axes[0].yaxis, [1, *table["perplexity_ratio"]])
     axes[0].set_ylabel("test perplexity ÷ dense")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles[::-1], labels[::-1], loc="outside right upper", fontsize=8)
+    side_legend(figure, axes[0], upwards=True)
     return figure
 
 
@@ -132,8 +130,7 @@ def layer_budgets(layers: pd.DataFrame, caption: str = "") -> Figure:
     for axis in (shares, costs):
         axis.yaxis.set_major_formatter(percent)
     costs.set_xlabel("layer")
-    handles, labels = shares.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", fontsize=8)
+    side_legend(figure, shares)
     return figure
 
 
@@ -220,8 +217,7 @@ def calibration_settings(table: pd.DataFrame, caption: str = "") -> Figure:
         axis.set(yscale="log", xlabel=setting)
     log_labels(axes[0].yaxis, [*table["perplexity"], *table["dense"]])
     axes[0].set_ylabel("test perplexity")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", fontsize=8)
+    side_legend(figure, axes[0])
     return figure
 
 

@@ -13,7 +13,16 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator
 
-from .style import METHOD_STYLE, colour, log_labels, log_ticks, look, new_figure, styled
+from .style import (
+    METHOD_STYLE,
+    colour,
+    log_labels,
+    log_ticks,
+    look,
+    new_figure,
+    side_legend,
+    styled,
+)
 
 _REACH = 30  # times the dense perplexity; what is worse is named, not drawn
 
@@ -182,8 +191,7 @@ def method_curves(table: pd.DataFrame, caption: str = "") -> Figure:
         row[0].set_ylabel("test perplexity")
     for axis in axes[-1]:
         axis.set_xlabel("stored parameters (millions)")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", fontsize=8)
+    side_legend(figure, axes[0, 0])
     return figure
 
 

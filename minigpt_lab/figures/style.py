@@ -188,6 +188,13 @@ def styled(function):
     return draw
 
 
+def side_legend(figure: Figure, axis: Axes, upwards: bool = False) -> None:
+    """Name what is drawn on one axis, beside all of them; `upwards` begins with the last."""
+    step = -1 if upwards else 1
+    handles, labels = (entries[::step] for entries in axis.get_legend_handles_labels())
+    figure.legend(handles, labels, loc="outside right upper", fontsize=8)
+
+
 def png_bytes(figure: Figure) -> bytes:
     """The figure as PNG bytes; the same figure gives the same bytes."""
     buffer = io.BytesIO()

@@ -26,7 +26,7 @@ PARTS = {  # what is timed: owner and name
     "embeddings": (importlib.import_module("minigpt_lab.slimgpt"), "enter"),
     "layers": (layerwise.LayerPass, "run"),
     "second moments": (compensation.Moments, "add"),
-    "choosing and refitting": (compensation, "eliminate"),
+    "choosing and refitting": (compensation, "eliminations"),
 }
 
 
