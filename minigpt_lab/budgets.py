@@ -1,12 +1,13 @@
-"""Budgets of one size: the cheapest by an additive model, and neighbours.
+"""Budgets of one size: how many units leave every group, in levels and in between.
 
 A budget is a level for every group of units; a group's levels are numbers of units that leave.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -52,6 +53,17 @@ class Budgets:
             counts.append(sorted({0, *given, *(len(group) - max(n, step) for n in stay)}))
         return cls(groups, steps, counts, leave)
 
+    @cached_property
+    def whole(self) -> np.ndarray:
+        """Parameters of every group ``[group]``."""
+        return np.array([len(group) * group.cost for group in self.groups], dtype=float)
+
+    @cached_property
+    def sizes(self) -> list[np.ndarray]:
+        """Parameters that leave every group at its levels ``[group][level]``."""
+        pairs = zip(self.counts, self.groups, strict=True)
+        return [np.array(counts) * float(group.cost) for counts, group in pairs]
+
     def budget(self, counts: Sequence[int]) -> Budget:
         """The budget at which so many units leave each group."""
         return tuple(levels.index(n) for levels, n in zip(self.counts, counts, strict=True))
@@ -60,24 +72,13 @@ class Budgets:
         """Units that leave each group."""
         return [levels[level] for levels, level in zip(self.counts, budget, strict=True)]
 
-    def removed(self, budget: Budget) -> int:
-        """Parameters that leave."""
-        gone = zip(self.groups, self.units(budget), strict=True)
-        return sum(group.cost * count for group, count in gone)
-
-    def trimmed(self, budget: Budget, order: Iterable[int]) -> Budget:
-        """Without the levels that are not needed for the size, in some order of groups."""
-        budget, spare = list(budget), self.removed(budget) - self.leave
-        for index in order:
-            counts, cost = self.counts[index], self.groups[index].cost
-            while (level := budget[index]) and spare >= cost * (counts[level] - counts[level - 1]):
-                spare -= cost * (counts[level] - counts[level - 1])
-                budget[index] -= 1
-        return tuple(budget)
+    def gone(self, budget: Budget) -> np.ndarray:
+        """Parameters that leave each group ``[group]``."""
+        return np.array([sizes[level] for sizes, level in zip(self.sizes, budget, strict=True)])
 
     def filled(self, budget: Budget) -> list[int]:
         """Units that leave each group, FFN channels beyond need given back in all layers alike."""
-        counts, spare = self.units(budget), self.removed(budget) - self.leave
+        counts, spare = self.units(budget), self.gone(budget).sum() - self.leave
         before = None
         while counts != before:
             before = list(counts)
@@ -87,68 +88,62 @@ class Budgets:
                     spare -= group.cost * step
         return counts
 
-    def moved(self, budget: Budget, rng: np.random.Generator) -> Budget:
-        """A neighbour: up to three groups lose a level more, others less for it."""
-        order, more = rng.permutation(len(budget)).tolist(), rng.integers(1, 4)
-        raised = list(budget)
-        for index in order[:more]:
-            raised[index] = min(raised[index] + 1, len(self.counts[index]) - 1)
-        return self.trimmed(tuple(raised), order[more:])
+    def rises(self, below: Budget) -> np.ndarray:
+        """Parameters between a level of each group and the next; infinite if there is none."""
+        pairs = zip(self.sizes, below, strict=True)
+        return np.array([np.append(sizes, np.inf)[n + 1] - sizes[n] for sizes, n in pairs])
 
-    def cheapest(self, prices: Sequence[np.ndarray], bins: int = 10_000) -> Budget:
-        """The budget whose prices ``[group][level]`` add up to least.
+    def projected(self, gone: np.ndarray) -> np.ndarray:
+        """Of parameters to leave each group, the nearest in range that add up to what is to leave.
+
+        All groups move by the same share of themselves.
+        """
+        most = np.array([sizes[-1] for sizes in self.sizes])
+        low, high = -(gone / self.whole).max(), ((most - gone) / self.whole).max()
+        for _ in range(60):
+            middle = (low + high) / 2
+            enough = np.clip(gone + middle * self.whole, 0, most).sum() >= self.leave
+            low, high = (low, middle) if enough else (middle, high)
+        return np.clip(gone + high * self.whole, 0, most)
+
+    def between(self, gone: np.ndarray, rng: np.random.Generator) -> tuple[Budget, Budget]:
+        """The levels just below, and levels drawn from these and the next so that the mean is met.
+
+        Parameters
+        ----------
+        gone : numpy.ndarray
+            Parameters that leave each group ``[group]``.
+        rng : numpy.random.Generator
+            To draw with.
+        """
+        below, drawn = [], []
+        for sizes, size, chance in zip(self.sizes, gone, rng.random(len(gone)), strict=True):
+            low = min(max(int(np.searchsorted(sizes, size)) - 1, 0), max(len(sizes) - 2, 0))
+            step = sizes[min(low + 1, len(sizes) - 1)] - sizes[low]
+            below.append(low)
+            drawn.append(low + int(chance * step < size - sizes[low]))
+        return tuple(below), tuple(drawn)
+
+    def nearest(self, gone: np.ndarray, bins: int = 10_000) -> Budget:
+        """The budget of least squared distance, in shares of each group, that removes enough.
 
         A knapsack, over sizes in shares of what is to leave, rounded down. If the size is nearly
         all there is, rounding may leave no budget: then it is one that removes too little.
         """
         need, unit = np.arange(bins + 1), max(self.leave, 1) / bins
         price = np.where(need > 0, np.inf, 0.0)  # of removing so much with the groups seen so far
-        sizes = [
-            [int(count * group.cost / unit) for count in counts]
-            for group, counts in zip(self.groups, self.counts, strict=True)
-        ]
+        steps = [(sizes / unit).astype(int) for sizes in self.sizes]
         choices = []
-        for costs, steps in zip(prices, sizes, strict=True):
+        for sizes, size, whole, parts in zip(self.sizes, gone, self.whole, steps, strict=True):
+            costs = (sizes - size) ** 2 / whole
             tried = [
-                cost + price[np.maximum(need - step, 0)]
-                for cost, step in zip(costs, steps, strict=True)
+                cost + price[np.maximum(need - part, 0)]
+                for cost, part in zip(costs, parts, strict=True)
             ]
             choices.append(np.argmin(tried, axis=0))
             price = np.min(tried, axis=0)
         budget, left = [], bins
-        for choice, steps in zip(reversed(choices), reversed(sizes), strict=True):
+        for choice, parts in zip(reversed(choices), reversed(steps), strict=True):
             budget.append(int(choice[left]))
-            left = max(left - steps[budget[-1]], 0)
+            left = max(left - parts[budget[-1]], 0)
         return tuple(reversed(budget))
-
-
-def group_costs(
-    seen: Mapping[Budget, float], errors: Sequence[np.ndarray], prior: float = 0.2
-) -> np.ndarray:
-    """What a unit of every group's error costs ``[group]``, from what whole budgets cost.
-
-    Least squares of relative errors, with a constant. Where the budgets seen say little all groups
-    cost alike; none is free.
-
-    Parameters
-    ----------
-    seen : mapping
-        Budgets to their costs.
-    errors : sequence of numpy.ndarray
-        ``[group][level]``.
-    prior : float
-        How much "alike" weighs, beside the share that one group has in the whole.
-    """
-    table = np.array([of_budget(errors, budget) for budget in seen])
-    costs, n = np.maximum([*seen.values()], 1e-6), len(errors)
-    alike = costs.min() / max(table[costs.argmin()].sum(), 1e-12)
-    measured = np.column_stack([np.ones(len(table)), table * alike]) / costs[:, None]
-    assumed = np.column_stack([np.zeros(n), np.eye(n)]) * prior / n
-    sides = np.concatenate([np.ones(len(table)), np.full(n, prior / n)])
-    found = np.linalg.lstsq(np.concatenate([measured, assumed]), sides, rcond=None)[0][1:]
-    return np.maximum(found, 0.05) * alike
-
-
-def of_budget(values: Sequence[np.ndarray], budget: Budget) -> np.ndarray:
-    """Of values ``[group][level]``, those at a budget's levels ``[group]``."""
-    return np.array([levels[level] for levels, level in zip(values, budget, strict=True)])

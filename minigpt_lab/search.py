@@ -1,8 +1,8 @@
 """Which layers can spare how much: a layer budget searched by what it does to the predictions.
 
-After Týr-the-Pruner (arXiv 2503.09657), which evaluates 6,400 budgets per round on a supernet and
-keeps those whose predictions diverge least from the dense model's. Here an additive model of that
-divergence is fitted to the budgets seen so far and proposes the next ones: some 150 will do.
+After Týr-the-Pruner (arXiv 2503.09657), which finds a budget on a supernet by how far predictions
+diverge from the dense model's, and builds the next supernet around it. There evolution looks at
+6,400 budgets per round; here one backward pass says what every group would cost.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,8 +23,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .allocation import unit_counts, unit_steps
-from .budgets import Budget, Budgets, group_costs, of_budget
+from .budgets import Budget, Budgets
 from .compensation import Solver
+from .descent import Descent
 from .ledger import Ledger, content_hash
 from .offloading import is_offloaded
 from .runtime import fingerprint
@@ -34,9 +35,11 @@ from .statistics import tokens_hash
 from .supernet import Supernet, supernet
 from .tokens import unpadded
 
-#: Allocations that a search starts from; layers are calibrated on what the first makes of those
-#: before them.
+#: Allocations that a search starts from: the better one; its first supernet is calibrated on what
+#: the first of them makes of the layers before.
 STARTS = ("uniform", "log-increase")
+#: How many budgets of every round are measured on all windows, beside those it starts from.
+MEASURED = 4
 
 
 @dataclass(frozen=True)
@@ -50,26 +53,29 @@ class Search:
     tokens : int
         Calibration tokens on which budgets are compared: whole windows, evenly spaced. The supernet
         does not see them (if any are left): what was fitted to a text says little about others.
-    generations, offspring : int
-        Rounds of proposals, and how many budgets each evaluates.
-    survivors : int
-        Best budgets that a round's proposals are made from.
+    rounds : int
+        Supernets, each built around the budget that the one before gave.
+    steps : int
+        Backward passes per round, each over up to 512 tokens.
+    rate : float
+        Share of a group that a step may move at first; half as much in every further round.
     seed : int
-        Of the proposals.
+        Of the draws.
     """
 
-    levels: int = 8
-    tokens: int = 1024
-    generations: int = 10
-    offspring: int = 8
-    survivors: int = 4
+    levels: int = 16
+    tokens: int = 2048
+    rounds: int = 2
+    steps: int = 48
+    rate: float = 0.04
     seed: int = 0
 
     def __post_init__(self):
-        least = {"levels": 1, "tokens": 2, "generations": 0, "offspring": 1, "survivors": 1}
-        for name, low in least.items():
+        for name, low in {"levels": 1, "tokens": 2, "rounds": 1, "steps": 1}.items():
             if getattr(self, name) < low:
                 raise ValueError(f"search: {name} is {getattr(self, name)}; expected {low} or more")
+        if not 0 < self.rate <= 1:
+            raise ValueError(f"search: rate is {self.rate}; expected a share of a group, up to 1")
 
 
 def search_counts(
@@ -86,11 +92,10 @@ def search_counts(
 ) -> tuple[list[int], pd.DataFrame]:
     """How many units leave every group, so that the dense model's predictions change least.
 
-    One walk finds the compensated weights of every group at several levels (see `supernet`). Then
-    budgets of one size are compared by the mean KL divergence of the next token's distribution
-    from the dense model's: the starts; the better start with one group after another moved, which
-    says what that group's error (known at all its levels) costs; the optimum of the sum of those
-    costs; and in every generation moves of parameters from group to group around the best budgets.
+    Every round, one walk finds the compensated weights of every group at several levels (see
+    `supernet`), and `Descent` moves through budgets of one size, against the mean KL divergence of
+    the next token's distribution from the dense model's. Now and then the nearest budget of whole
+    levels is measured on all windows; the next round is built around the best.
 
     Parameters
     ----------
@@ -111,15 +116,15 @@ def search_counts(
     offload : {"device", "cpu", "disk"}
         Where hidden states, levels and the dense predictions wait; see `Shards`.
     out_dir : str or path, optional
-        Folder for ``search.jsonl``, the evaluations so far: an interrupted search goes on there.
+        Folder for ``search.jsonl``, what was measured so far: an interrupted search goes on there.
     progress : bool
         Show progress bars.
 
     Returns
     -------
     list of int, pandas.DataFrame
-        Units that leave each group; one row per evaluation: ``stage`` (an allocation, "single",
-        "additive", "generation"), ``kl``, ``removed`` (parameters), ``enough`` (of them),
+        Units that leave each group; one row per budget that was measured: ``round``, ``stage`` (an
+        allocation, "start", "step 12"), ``kl``, ``removed`` (parameters), ``enough`` (of them),
         ``counts``.
 
     Raises
@@ -139,53 +144,88 @@ def search_counts(
         name: unit_counts(model, groups, None, size, name, "model", multiple_of, even_out=True)
         for name in STARTS
     }
-    budgets = Budgets.around(starts.values(), groups, steps, search.levels, leave)
-    begin = {name: budgets.budget(counts) for name, counts in starts.items()}
-    recipe = {
+    chosen, others = _set_aside(windows, search.tokens)
+    facts = {
         "model": fingerprint(model),
         "tokens": _hash(windows),
+        "chosen": _hash(chosen),
         "solver": options.facts(),
         "sites": [[group.site, group.layer] for group in groups],
-        "counts": budgets.counts,
-        "base": begin[STARTS[0]],
     }
-    chosen, others = _set_aside(windows, search.tokens)
-    build = (others, groups, budgets.counts, begin[STARTS[0]], options, offload, progress)
     ledger = Ledger(out_dir and f"{out_dir}/search.jsonl")
-    with _Trials(model, chosen, recipe, build, ledger) as trials:
-        found = _evolve(trials, budgets, begin, search, progress)
-    best = _best(found, 1)[0]
-    history = pd.DataFrame(found.values())
-    history["counts"] = [budgets.units(budget) for budget in history.pop("budget")]
-    return budgets.filled(best["budget"]), history
+    history: list[dict] = []
+    total = search.rounds * (search.steps + MEASURED + 1) + len(starts) - 1
+    with tqdm(total=total, desc="search", unit="pass", disable=not progress) as bar:
+        for turn in range(search.rounds):
+            budgets = Budgets.around(starts.values(), groups, steps, search.levels, leave)
+            begin = {name: budgets.budget(counts) for name, counts in starts.items()}
+            base = next(iter(begin.values()))
+            build = (others, groups, budgets.counts, base, options, offload, progress)
+            recipe = {**facts, "counts": budgets.counts, "base": base}
+            with _Trials(model, chosen, recipe, build, ledger) as trials:
+                rows = list(_descend(trials, budgets, begin, search, turn, bar.update))
+            best = min((row for row in rows if row["enough"]), key=lambda row: row["kl"])
+            bar.set_postfix(kl=f"{best['kl']:.3f}")
+            starts = {"start": best["counts"]}
+            history += rows
+    return best["counts"], pd.DataFrame(history)
 
 
 def summary(history: pd.DataFrame) -> dict[str, object]:
-    """Of a search: budgets tried, and the divergence of its starts and of what it found."""
+    """Of a search: the divergence of its starts, and in the last round of what it found."""
     starts = history[history["stage"].isin(STARTS)].set_index("stage")["kl"]
-    found = float(history[history["enough"]]["kl"].min())
-    return {"tried": len(history), "kl": {**starts.round(6).to_dict(), "found": round(found, 6)}}
+    last = history[history["enough"] & (history["round"] == history["round"].max())]
+    return {"kl": {**starts.round(6).to_dict(), "found": round(float(last["kl"].min()), 6)}}
+
+
+def _descend(
+    trials: _Trials,
+    budgets: Budgets,
+    begin: Mapping[str, Budget],
+    search: Search,
+    turn: int,
+    done: Callable[[], object],
+) -> Iterator[dict]:
+    """Rows of the budgets that one round measured."""
+
+    def look(stage: str, budget: Budget) -> dict:
+        removed = int(budgets.gone(budget).sum())
+        row = {"round": turn, "stage": stage, "kl": trials.divergence(budget), "removed": removed}
+        done()
+        return {**row, "enough": removed >= budgets.leave, "counts": budgets.filled(budget)}
+
+    rows = {name: look(name, budget) for name, budget in begin.items()}
+    yield from rows.values()
+    start = begin[min(rows, key=lambda name: rows[name]["kl"])]
+    descent = Descent(budgets, start, [search.seed, turn])
+    for step in range(search.steps):
+        window, below, drawn = descent.draw(len(trials.chosen))
+        cooled = 0.05 + 0.95 * (1 + math.cos(math.pi * step / search.steps)) / 2
+        slopes = trials.slopes(window, below, drawn)
+        descent.step(slopes / budgets.rises(below), search.rate * cooled / 2**turn)
+        done()
+        if (step + 1) * MEASURED // search.steps > step * MEASURED // search.steps:
+            yield look(f"step {step + 1}", budgets.nearest(descent.gone))
 
 
 class _Trials:
-    """How far the predictions at a budget are from the dense ones; a supernet is built if needed.
+    """What budgets do to the predictions; a supernet is built if that is not known.
 
     Parameters
     ----------
     model, chosen
         What is measured, and the tokens ``[window, token]`` on which.
     recipe : dict
-        What a divergence depends on, beside those tokens and the budget.
+        What the measurements depend on, beside the budget.
     build : tuple
         Arguments of `supernet` after the model.
     ledger : Ledger
-        Where divergences are kept.
+        Where measurements are kept.
     """
 
     def __init__(self, model, chosen: list[torch.Tensor], recipe: dict, build: tuple, ledger):
         self.model, self.chosen, self.build, self.ledger = model, chosen, build, ledger
         self.recipe = content_hash([json.dumps(recipe, sort_keys=True)])
-        self.text = _hash(chosen)
         self.net: Supernet | None = None
         self.dense = Shards(build[-2])
         self.stack = contextlib.ExitStack()
@@ -198,86 +238,48 @@ class _Trials:
 
     def divergence(self, budget: Budget) -> float:
         """Mean KL divergence of a token's predictions from the dense ones, in nats."""
-        recipe = [self.recipe, self.text, budget]
-        return self.ledger.get(recipe, lambda: {"kl": self._measured(budget)})["kl"]
+        return self.ledger.get([self.recipe, budget], lambda: self._measured(budget))["kl"]
 
-    def errors(self) -> list[np.ndarray]:
-        """Share of its output that each group loses at each level ``[group][level]``."""
-        found = self.ledger.get([self.recipe], lambda: {"errors": self._supernet().errors()})
-        return [np.array(levels) for levels in found["errors"]]
+    def slopes(self, window: int, below: Budget, budget: Budget) -> np.ndarray:
+        """What that divergence, of one window, would rise by from level to level ``[group]``."""
+        recipe = [self.recipe, budget, below, window]
+        return np.array(self.ledger.get(recipe, lambda: self._sloped(*recipe[1:]))["rises"])
 
-    def _supernet(self) -> Supernet:
+    def _supernet(self, budget: Budget) -> Supernet:
         if self.net is None:
             self.net = self.stack.enter_context(supernet(self.model, *self.build))
-            self.net.set_all((0,) * len(self.net.now))
+            self.net.set_all((0,) * len(budget))
             for index in range(len(self.chosen)):
                 # float16 is the finer the more likely a token is, and so the more it counts
                 self.dense[index] = self._predictions(index).half()
+        self.net.set_all(budget)
         return self.net
 
-    def _measured(self, budget: Budget) -> float:
-        self._supernet().set_all(budget)
-        total = 0.0
-        for index in range(len(self.chosen)):
-            dense, found = self.dense[index].float(), self._predictions(index)
-            total += float(functional.kl_div(found, dense, reduction="sum", log_target=True))
-        if not math.isfinite(total):
-            raise ValueError(
-                "the pruned model's predictions are not finite: search in float32 or bfloat16"
-            )
-        return total / sum(ids.numel() for ids in self.chosen)
+    def _measured(self, budget: Budget) -> dict[str, float]:
+        self._supernet(budget)
+        total = sum(float(self._divergence(index)) for index in range(len(self.chosen)))
+        return {"kl": _finite(total) / sum(ids.numel() for ids in self.chosen)}
+
+    def _sloped(self, budget: Budget, below: Budget, window: int) -> dict[str, object]:
+        net, tokens = self._supernet(budget), self.chosen[window].numel()
+        loss, rises = net.slopes(lambda: self._divergence(window) / tokens, below)
+        return {"kl": _finite(loss), "rises": rises.tolist()}
+
+    def _divergence(self, index: int) -> torch.Tensor:
+        found, dense = self._predictions(index), self.dense[index].float()
+        return functional.kl_div(found, dense, reduction="sum", log_target=True)
 
     def _predictions(self, index: int) -> torch.Tensor:
         ids = self.chosen[index].to(self.model.device)
         return self.model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
 
 
-def _evolve(
-    trials: _Trials, budgets: Budgets, begin: Mapping[str, Budget], search: Search, progress: bool
-) -> dict[Budget, dict]:
-    """Every budget that was tried, to ``stage, kl, removed, enough, budget``."""
-    rows: dict[Budget, dict] = {}
-    rng, places = np.random.default_rng(search.seed), range(len(budgets.groups))
-    errors = trials.errors()
-    total = len(begin) + len(places) + search.generations * search.offspring
-    with tqdm(total=total, desc="search", unit="budget", disable=not progress) as bar:
-
-        def look(stage: str, budget: Budget) -> None:
-            if budget not in rows:
-                removed = budgets.removed(budget)
-                row = {"stage": stage, "kl": trials.divergence(budget), "removed": removed}
-                rows[budget] = {**row, "enough": removed >= budgets.leave, "budget": budget}
-                bar.set_postfix(best=f"{_best(rows, 1)[0]['kl']:.3f}")
-            bar.update()
-
-        for name, budget in begin.items():
-            look(name, budget)
-        start = _best(rows, 1)[0]["budget"]
-        for index in places:
-            level = 0 if start[index] else min(1, len(budgets.counts[index]) - 1)
-            look("single", (*start[:index], level, *start[index + 1 :]))
-        for _ in range(search.generations):
-            costs = group_costs({budget: row["kl"] for budget, row in rows.items()}, errors)
-            cheapest = budgets.cheapest([c * e for c, e in zip(costs, errors, strict=True)])
-            if budgets.removed(cheapest) >= budgets.leave:
-                spent = costs * of_budget(errors, cheapest)
-                look("additive", budgets.trimmed(cheapest, np.argsort(-spent)))
-            parents = [row["budget"] for row in _best(rows, search.survivors)]
-            for _ in range(search.offspring - 1):
-                # what a group's error costs is a guess: every proposal takes another
-                drawn = costs * rng.lognormal(0, 0.5, len(costs))
-                pool = {budgets.moved(parent, rng) for parent in parents for _ in range(16)}
-                fresh = sorted(pool - set(rows))
-                if fresh:
-                    prices = [drawn @ of_budget(errors, budget) for budget in fresh]
-                    look("generation", fresh[int(np.argmin(prices))])
-    return rows
-
-
-def _best(rows: Mapping[Budget, dict], count: int) -> list[dict]:
-    """The rows that meet the size and diverge least."""
-    enough = [row for row in rows.values() if row["enough"]]
-    return sorted(enough, key=lambda row: row["kl"])[:count]
+def _finite(divergence: float) -> float:
+    if not math.isfinite(divergence):
+        raise ValueError(
+            "the pruned model's predictions are not finite: search in float32 or bfloat16"
+        )
+    return divergence
 
 
 def _set_aside(

@@ -51,7 +51,7 @@ def slimgpt(
     keep_layers: tuple[int, int] = (0, 0),
     multiple_of: int | Mapping[str, int] = 1,
     counts: Mapping[str, Sequence[int]] | None = None,
-    search: Mapping[str, int] | None = None,
+    search: Mapping[str, float] | None = None,
     inplace: bool = False,
     offload: str = "device",
     out_dir: str | os.PathLike | None = None,
@@ -83,7 +83,7 @@ def slimgpt(
         Site to the number of units that leave every layer, instead of a ratio and all that spreads
         one.
     search : mapping, optional
-        Fields of `Search` for that: ``levels, tokens, generations, offspring, survivors, seed``.
+        Fields of `Search` for that: ``levels, tokens, rounds, steps, rate, seed``.
     inplace : bool
         Change the model itself: no second copy of its weights. Needed for one with offloaded
         weights; only a layer at a time is then on the device. Interrupted, it is half cut: load it
@@ -91,7 +91,7 @@ def slimgpt(
     offload : {"device", "cpu", "disk"}
         Where hidden states wait; see `Shards`.
     out_dir : str or path, optional
-        Folder for what a search has evaluated and a checkpoint after every layer: called again with
+        Folder for what a search has measured and a checkpoint after every layer: called again with
         the same arguments, a run goes on at the layer that it had come to, and ends the same.
         Weights that `accelerate` offloads to disk go there too once they are cut.
     progress : bool

@@ -8,9 +8,10 @@ zero columns of the projection that reads them: no shape changes, and a budget c
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm.auto import tqdm
@@ -36,13 +37,10 @@ class Level:
         Input features that stay.
     shift : torch.Tensor or None
         Added to the bias ``[output]``.
-    error : float
-        Share of the projection's output that is lost, as squares.
     """
 
     columns: torch.Tensor
     shift: torch.Tensor | None
-    error: float
 
 
 class Supernet:
@@ -83,11 +81,7 @@ class Supernet:
             self.weights[self._key(group, len(self.levels[group]) + 1)] = found.weight.to(
                 module.weight.dtype
             )
-            self.levels[group].append(Level(columns, shift, found.loss / (found.scale or 1.0)))
-
-    def errors(self) -> list[list[float]]:
-        """Share of every projection's output that each level loses ``[group][level]``."""
-        return [[0.0, *(level.error for level in levels)] for levels in self.levels]
+            self.levels[group].append(Level(columns, shift))
 
     @torch.no_grad()
     def set(self, group: int, level: int) -> None:
@@ -111,8 +105,68 @@ class Supernet:
             if self.now[group] != level:
                 self.set(group, level)
 
+    def slopes(self, loss: Callable[[], torch.Tensor], below: Budget) -> tuple[float, np.ndarray]:
+        """A loss as the groups are set, and what it would rise by from one level to the next.
+
+        To first order, from one backward pass: ``<∂loss/∂W, W_next - W_below>`` for every group.
+
+        Parameters
+        ----------
+        loss : callable
+            What the model computes, as a scalar.
+        below : tuple of int
+            The lower of two levels of every group; the rise of a group with one level is 0.
+
+        Returns
+        -------
+        float, numpy.ndarray
+            The loss, and its rises ``[group]``.
+        """
+        weights = [module.weight for module in self.modules]
+        biases = [module.bias for module in self.modules if module.bias is not None]
+        with _asked([*weights, *biases]) as asked:
+            value = loss()
+            found = iter(torch.autograd.grad(value, asked))
+        slopes = [next(found) for _ in weights]
+        shifts = [None if module.bias is None else next(found) for module in self.modules]
+        rises = [
+            self._along(group, level + 1, *gradients) - self._along(group, level, *gradients)
+            if level < len(self.levels[group])
+            else value.new_zeros(())
+            for group, (level, *gradients) in enumerate(zip(below, slopes, shifts, strict=True))
+        ]
+        return float(value.detach()), np.array(torch.stack(rises).tolist())
+
+    def _along(
+        self, group: int, level: int, slope: torch.Tensor, shift: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Product of a group's weight and bias at a level with the loss's slopes."""
+        precise = torch.promote_types(slope.dtype, torch.float32)
+        if not level:
+            return (slope * self.dense[group][0].detach()).sum(dtype=precise)
+        found, axis = self.levels[group][level - 1], weight_axis(self.modules[group], "input")
+        kept = slope.movedim(axis, 1)[:, found.columns]
+        product = (kept * self.weights[self._key(group, level)]).sum(dtype=precise)
+        if shift is None or found.shift is None:
+            return product
+        return product + (shift * found.shift).sum(dtype=precise)
+
     def _key(self, group: int, level: int) -> int:
         return group * max(map(len, self.counts)) + level
+
+
+@contextlib.contextmanager
+def _asked(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Let gradients of these parameters be computed, whatever they ask for themselves."""
+    before = [parameter.requires_grad for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        with torch.enable_grad():
+            yield parameters
+    finally:
+        for parameter, flag in zip(parameters, before, strict=True):
+            parameter.requires_grad_(flag)
 
 
 @contextlib.contextmanager

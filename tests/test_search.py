@@ -16,17 +16,18 @@ from test_surgery import logits
 import minigpt_lab as lab
 from minigpt_lab import search as searching
 from minigpt_lab.allocation import leaving_parameters, prunable
-from minigpt_lab.budgets import Budgets, group_costs, of_budget
+from minigpt_lab.budgets import Budgets
 from minigpt_lab.compensation import Solver
+from minigpt_lab.descent import Descent
 from minigpt_lab.elimination import eliminate, eliminations
-from minigpt_lab.families import Anatomy
+from minigpt_lab.families import Anatomy, weight_axis
 from minigpt_lab.hessians import damped_inverse, refit
 from minigpt_lab.schedules import Group
 from minigpt_lab.search import Search, search_counts
-from minigpt_lab.supernet import supernet
+from minigpt_lab.supernet import Level, supernet
 
 CASES = [("llama", "balanced_heads"), *((name, "kv_group") for name in ("llama", "gpt2", "bloom"))]
-QUICK = {"levels": 4, "tokens": 512, "generations": 3, "offspring": 4}
+QUICK = {"levels": 4, "tokens": 512, "steps": 6}
 
 
 def groups_of(model, sites=("ffn", "attention")) -> list[Group]:
@@ -87,13 +88,46 @@ def test_at_its_base_a_supernet_is_slimgpt(name, bias, units):
     whole = logits(model, ids)
     with supernet(model, rows, groups, levels, base, Solver(**options), "disk", False) as net:
         torch.testing.assert_close(logits(model, ids), logits(mini, ids), rtol=1e-4, atol=1e-4)
-        assert len(net.errors()) == len(groups)
         net.set_all((0,) * len(groups))
         assert torch.equal(logits(model, ids), whole)
         net.set_all(base)
     after = dict(model.named_parameters())
     assert after.keys() == before.keys()
     assert all(after[key] is before[key] for key in before)
+
+
+@pytest.mark.parametrize("bias", ["refit", "add"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_slopes_are_differences_where_levels_are_near(name, bias):
+    model, groups = random_model(name).double(), groups_of(random_model(name))
+    rows = [batch["input_ids"] for batch in windows()]
+    weight = torch.randn(model.config.vocab_size, generator=torch.Generator().manual_seed(0))
+    counts, base = [[0, 1]] * len(groups), (1,) * len(groups)
+    options = Solver(bias=bias, dtype=torch.float64)
+
+    def loss():
+        return (model(input_ids=rows[0]).logits.log_softmax(-1) * weight).mean()
+
+    flags = [p.requires_grad for p in model.parameters()]
+    with supernet(model, rows, groups, counts, base, options, progress=False) as net:
+        net.set_all(base)
+        for index, module in enumerate(net.modules):  # a hundredth of the way to the level
+            near = net.dense[index][0].lerp(module.weight, 1e-2).detach()
+            axis, shift = weight_axis(module, "input"), net.levels[index][0].shift
+            net.weights[net._key(index, 1)] = near.movedim(axis, 1)
+            columns = torch.arange(near.shape[axis])
+            net.levels[index][0] = Level(columns, None if shift is None else 1e-2 * shift)
+            net.set(index, 1)
+        value, rises = net.slopes(loss, (0,) * len(groups))
+        assert value == pytest.approx(float(loss()))
+        differences = []
+        for index in range(len(groups)):
+            net.set(index, 0)
+            differences.append(value - float(loss()))
+            net.set(index, 1)
+        np.testing.assert_allclose(rises, differences, atol=0.05 * np.abs(rises).max())
+        assert not net.slopes(loss, base)[1].any()  # there is no higher level
+    assert [p.requires_grad for p in model.parameters()] == flags
 
 
 def test_an_error_leaves_the_model_as_it_was():
@@ -129,34 +163,60 @@ def some_budgets(leave: float) -> Budgets:
 
 @given(st.integers(0, 10_000), st.floats(0.05, 0.8))
 @settings(max_examples=30, deadline=None)
-def test_the_cheapest_budget_and_its_neighbours(seed, share):
+def test_the_nearest_budget_of_enough(seed, share):
     rng = np.random.default_rng(seed)
     budgets = some_budgets(leave := share * 885)
     assert budgets.counts[0] == [0, 4, 5, 8, 12, 15] and budgets.counts[3] == [0, 1, 2]
-    prices = [np.sort(rng.random(len(counts))) for counts in budgets.counts]
+    wish = rng.random(6) * budgets.whole
+
+    def distance(budget):
+        return ((budgets.gone(budget) - wish) ** 2 / budgets.whole).sum()
+
     every = itertools.product(*(range(len(counts)) for counts in budgets.counts))
-    best = min(of_budget(prices, b).sum() for b in every if budgets.removed(b) >= leave * 1.001)
-    found = budgets.cheapest(prices)
-    assert budgets.removed(found) >= leave and of_budget(prices, found).sum() <= best + 1e-12
-    for budget in (found, budgets.moved(found, rng)):
-        assert budgets.removed(budget) >= leave
-        counts = budgets.filled(budget)
-        gone = sum(g.cost * n for g, n in zip(budgets.groups, counts, strict=True))
-        assert gone >= leave and (gone < leave + 10 or not any(counts[:3]))
-        assert budgets.budget(budgets.units(budget)) == budget
+    best = min(distance(b) for b in every if budgets.gone(b).sum() >= leave * 1.001)
+    found = budgets.nearest(wish)
+    assert budgets.gone(found).sum() >= leave and distance(found) <= best + 1e-9
+    counts = budgets.filled(found)
+    gone = sum(g.cost * n for g, n in zip(budgets.groups, counts, strict=True))
+    assert gone >= leave and (gone < leave + 10 or not any(counts[:3]))
+    assert budgets.budget(budgets.units(found)) == found
 
 
-def test_costs_are_learnt_from_whole_budgets():
-    rng = np.random.default_rng(0)
-    errors = [np.linspace(0, 1, 5) ** power for power in (1, 2, 1.5, 1)]
-    true = np.array([4.0, 1.0, 0.5, 2.0])
-    seen = {
-        budget: 0.3 + true @ of_budget(errors, budget)
-        for budget in (tuple(rng.integers(1, 5, 4).tolist()) for _ in range(40))
-    }
-    np.testing.assert_allclose(group_costs(seen, errors), true, rtol=0.15)
-    alike = group_costs({(2, 2, 2, 2): 1.0}, errors)  # nothing known but the sum
-    assert np.ptp(alike) < 0.5 * alike.mean() and (alike > 0).all()
+@given(st.integers(0, 10_000), st.floats(0.05, 0.8))
+@settings(max_examples=30, deadline=None)
+def test_budgets_between_levels(seed, share):
+    rng = np.random.default_rng(seed)
+    budgets = some_budgets(leave := share * 885)
+    gone = budgets.projected(rng.random(6) * 2 * budgets.whole)
+    most = np.array([sizes[-1] for sizes in budgets.sizes])
+    assert gone.sum() == pytest.approx(leave) and (gone >= 0).all() and (gone <= most).all()
+    np.testing.assert_allclose(budgets.projected(gone), gone, atol=1e-6)
+    drawn = [budgets.between(gone, rng) for _ in range(400)]
+    assert len({below for below, _ in drawn}) == 1
+    below = drawn[0][0]
+    assert all(set(np.subtract(levels, below)) <= {0, 1} for _, levels in drawn)
+    mean = np.mean([budgets.gone(levels) for _, levels in drawn], axis=0)
+    np.testing.assert_allclose(mean, gone, atol=0.15 * budgets.rises(below).max())
+
+
+def test_a_descent_finds_where_parameters_cost_alike():
+    budgets = some_budgets(400)
+    dear = np.array([4.0, 1.0, 0.5, 8.0, 0.2, 0.05])  # of the square of a group's share
+
+    def cost(budget):
+        return (dear * (budgets.gone(budget) / budgets.whole) ** 2).sum()
+
+    descent = Descent(budgets, budgets.nearest(budgets.whole / 2), [0])
+    rng = np.random.default_rng(1)
+    for step in range(300):
+        _, below, drawn = descent.draw(1)
+        slopes = 2 * dear * budgets.gone(drawn) / budgets.whole**2
+        descent.step(slopes * rng.lognormal(0, 0.3, 6), 0.05 * (1 - step / 300))
+        assert descent.gone.sum() == pytest.approx(400)
+    every = itertools.product(*(range(len(counts)) for counts in budgets.counts))
+    best = min(cost(b) for b in every if budgets.gone(b).sum() >= 400)
+    assert cost(budgets.nearest(descent.gone)) < best * 1.15
+    assert best < 0.5 * cost(budgets.nearest(budgets.projected(budgets.whole / 2)))
 
 
 # the search
@@ -183,7 +243,7 @@ def searched(tiny, batches):
 def test_the_budget_that_is_found(searched, tiny, tiny_domain):
     mini, plan = searched["search"]
     search = plan.origin["search"]
-    assert plan.origin["allocation"] == "search" and search["levels"] == 8
+    assert plan.origin["allocation"] == "search" and search["levels"] == 16
     assert search["kl"]["found"] < min(search["kl"]["uniform"], search["kl"]["log-increase"])
     assert plan.origin["removed"]["decoder"] == pytest.approx(0.5, abs=384 / 787_456)
     assert lab.model_size(mini).stored == plan.predicted_size(tiny[0]).stored
@@ -199,20 +259,20 @@ def test_an_interrupted_search_goes_on(tiny, batches, tmp_path, monkeypatch):
     groups, size = groups_of(model), leaving_parameters(model, groups_of(model), 0.4, None)
     options = {"search": Search(**QUICK), "progress": False}
     expected, history = search_counts(model, batches, groups, size, **options)
-    measure, measured = searching._Trials._measured, []
+    measure, measured = searching._Trials._sloped, []
 
-    def interrupted(self, budget):
-        if len(measured) == 7:
+    def interrupted(self, *given):
+        if len(measured) == 7:  # the first step of the second round is the seventh
             raise KeyboardInterrupt
-        measured.append(budget)
-        return measure(self, budget)
+        measured.append(given)
+        return measure(self, *given)
 
     options["out_dir"] = tmp_path
     with monkeypatch.context() as patch:
-        patch.setattr(searching._Trials, "_measured", interrupted)
+        patch.setattr(searching._Trials, "_sloped", interrupted)
         with pytest.raises(KeyboardInterrupt):
             search_counts(model, batches, groups, size, **options)
-        patch.setattr(searching._Trials, "_measured", measure)
+        patch.setattr(searching._Trials, "_sloped", measure)
         found, again = search_counts(model, batches, groups, size, **options)
     assert found == expected
     assert again.equals(history) and len(history) > 7
@@ -249,7 +309,8 @@ def test_a_search_with_an_out_dir_is_one_run(tmp_path):
     [
         ({"search": {"levels": 0}}, ValueError, "levels is 0; expected 1 or more"),
         ({"search": {"tokens": 1}}, ValueError, "tokens is 1; expected 2 or more"),
-        ({"search": {"generation": 3}}, ValueError, "did you mean 'generations'"),
+        ({"search": {"rate": 0.0}}, ValueError, "rate is 0.0; expected a share"),
+        ({"search": {"round": 3}}, ValueError, "did you mean 'rounds'"),
         ({"ratio": 0.99}, ValueError, "cannot be met"),
         ({"ratio": 1.5}, ValueError, "expected a share"),
         ({"allocation": "uniform", "search": {}}, ValueError, "nothing is searched"),

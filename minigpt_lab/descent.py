@@ -1,0 +1,60 @@
+"""Stochastic gradient descent over budgets of one size."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .budgets import Budget, Budgets
+
+
+class Descent:
+    """Moves parameters from groups that miss them much to groups that miss them little.
+
+    Adam (arXiv 1412.6980) on what each group's share costs beyond the common price of a parameter,
+    projected on the budgets of one size. Only whole levels are ever measured: each step draws them,
+    so that on average the shares are met, and a slope between two levels, taken now at one of them
+    and now at the other, is on average their difference if the cost is quadratic.
+
+    Parameters
+    ----------
+    budgets : Budgets
+        Where to move.
+    budget : tuple of int
+        Where to begin.
+    seed : sequence of int
+        Of the draws.
+    """
+
+    def __init__(self, budgets: Budgets, budget: Budget, seed: list[int]):
+        self.budgets = budgets
+        self.gone = budgets.projected(budgets.gone(budget))
+        self.most = np.array([sizes[-1] for sizes in budgets.sizes])
+        self.rng = np.random.default_rng(seed)
+        self.mean, self.square = np.zeros(len(self.gone)), np.zeros(len(self.gone))
+        self.steps = 0
+
+    def draw(self, windows: int) -> tuple[int, Budget, Budget]:
+        """A window's number, the levels below what leaves, and levels to measure slopes at."""
+        return int(self.rng.integers(windows)), *self.budgets.between(self.gone, self.rng)
+
+    def step(self, slopes: np.ndarray, rate: float) -> None:
+        """Move by about so large a share of every group, given the cost per parameter."""
+        whole, gone = self.budgets.whole, self.gone
+        excess = slopes - _price(slopes, whole)
+        # a group at its limit does not say what a parameter costs, unless it would leave it
+        free = (gone > 0) & (excess > 0) | (gone < self.most) & (excess < 0)
+        if free.any():
+            excess = slopes - _price(slopes[free], whole[free])
+        excess = excess * whole
+        self.steps += 1
+        self.mean += 0.1 * (excess - self.mean)
+        self.square += 0.03 * (excess**2 - self.square)
+        mean = self.mean / (1 - 0.9**self.steps)
+        size = np.sqrt(self.square / (1 - 0.97**self.steps))
+        move = mean / np.maximum(size, 1e-3 * np.sqrt(np.mean(size**2)) + 1e-12)
+        self.gone = self.budgets.projected(gone - rate * move * whole)
+
+
+def _price(slopes: np.ndarray, whole: np.ndarray) -> float:
+    """Of a parameter, where every group gives the same share of itself."""
+    return float((slopes * whole**2).sum() / (whole**2).sum())
