@@ -106,18 +106,18 @@ class Budgets:
             low, high = (low, middle) if enough else (middle, high)
         return np.clip(gone + high * self.whole, 0, most)
 
-    def between(self, gone: np.ndarray, rng: np.random.Generator) -> tuple[Budget, Budget]:
-        """The levels just below, and levels drawn from these and the next so that the mean is met.
+    def between(self, gone: np.ndarray, chances: np.ndarray) -> tuple[Budget, Budget]:
+        """The levels just below, and for every group that level or the next: on average `gone`.
 
         Parameters
         ----------
         gone : numpy.ndarray
             Parameters that leave each group ``[group]``.
-        rng : numpy.random.Generator
-            To draw with.
+        chances : numpy.ndarray
+            Uniform in [0, 1) ``[group]``: the next level if below the share of the way to it.
         """
         below, drawn = [], []
-        for sizes, size, chance in zip(self.sizes, gone, rng.random(len(gone)), strict=True):
+        for sizes, size, chance in zip(self.sizes, gone, chances, strict=True):
             low = min(max(int(np.searchsorted(sizes, size)) - 1, 0), max(len(sizes) - 2, 0))
             step = sizes[min(low + 1, len(sizes) - 1)] - sizes[low]
             below.append(low)

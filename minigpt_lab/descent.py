@@ -32,10 +32,19 @@ class Descent:
         self.rng = np.random.default_rng(seed)
         self.mean, self.square = np.zeros(len(self.gone)), np.zeros(len(self.gone))
         self.steps = 0
+        self.windows: list[int] = []
+        self.chances = np.zeros(0)
 
     def draw(self, windows: int) -> tuple[int, Budget, Budget]:
-        """A window's number, the levels below what leaves, and levels to measure slopes at."""
-        return int(self.rng.integers(windows)), *self.budgets.between(self.gone, self.rng)
+        """A window's number, the levels below what leaves, and levels to measure slopes at.
+
+        For less noise all windows take their turn, and every second draw mirrors the one before.
+        """
+        if not self.windows:
+            self.windows = self.rng.permutation(windows).tolist()
+        mirrored = self.steps % 2 == 1
+        self.chances = 1 - self.chances if mirrored else self.rng.random(len(self.gone))
+        return self.windows.pop(), *self.budgets.between(self.gone, self.chances)
 
     def step(self, slopes: np.ndarray, rate: float) -> None:
         """Move by about so large a share of every group, given the cost per parameter."""

@@ -50,9 +50,9 @@ class Search:
     ----------
     levels : int
         Steps between a whole FFN (or all heads) of a layer and the least of it.
-    tokens : int
-        Calibration tokens on which budgets are compared: whole windows, evenly spaced. The supernet
-        does not see them (if any are left): what was fitted to a text says little about others.
+    share : float
+        Of the calibration windows, evenly spaced, on which budgets are compared. The supernet does
+        not see them (if any are left): what was fitted to a text says little about others.
     rounds : int
         Supernets, each built around the budget that the one before gave.
     steps : int
@@ -64,18 +64,19 @@ class Search:
     """
 
     levels: int = 16
-    tokens: int = 2048
+    share: float = 0.25
     rounds: int = 2
-    steps: int = 48
+    steps: int = 60
     rate: float = 0.04
     seed: int = 0
 
     def __post_init__(self):
-        for name, low in {"levels": 1, "tokens": 2, "rounds": 1, "steps": 1}.items():
-            if getattr(self, name) < low:
-                raise ValueError(f"search: {name} is {getattr(self, name)}; expected {low} or more")
-        if not 0 < self.rate <= 1:
-            raise ValueError(f"search: rate is {self.rate}; expected a share of a group, up to 1")
+        for name in ("levels", "rounds", "steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"search: {name} is {getattr(self, name)}; expected 1 or more")
+        for name in ("share", "rate"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"search: {name} is {getattr(self, name)}; expected (0, 1]")
 
 
 def search_counts(
@@ -144,7 +145,7 @@ def search_counts(
         name: unit_counts(model, groups, None, size, name, "model", multiple_of, even_out=True)
         for name in STARTS
     }
-    chosen, others = _set_aside(windows, search.tokens)
+    chosen, others = _set_aside(windows, search.share)
     facts = {
         "model": fingerprint(model),
         "tokens": _hash(windows),
@@ -283,12 +284,11 @@ def _finite(divergence: float) -> float:
 
 
 def _set_aside(
-    windows: Sequence[torch.Tensor], tokens: int
+    windows: Sequence[torch.Tensor], share: float
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Evenly spaced windows of so many tokens, in batches of up to 512, and the other windows."""
+    """Evenly spaced windows, in batches of up to 512 tokens, and the other windows."""
     rows = [row for ids in windows for row in ids]
-    mean = sum(map(len, rows)) / len(rows)
-    count = min(max(round(tokens / mean), 1), len(rows))
+    count = max(round(len(rows) * share), 1)
     places = np.linspace(0, len(rows) - 1, count).round().astype(int).tolist()
     chosen = []
     for length, same in itertools.groupby([rows[i] for i in places], len):

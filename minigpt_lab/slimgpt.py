@@ -83,7 +83,7 @@ def slimgpt(
         Site to the number of units that leave every layer, instead of a ratio and all that spreads
         one.
     search : mapping, optional
-        Fields of `Search` for that: ``levels, tokens, rounds, steps, rate, seed``.
+        Fields of `Search` for that: ``levels, share, rounds, steps, rate, seed``.
     inplace : bool
         Change the model itself: no second copy of its weights. Needed for one with offloaded
         weights; only a layer at a time is then on the device. Interrupted, it is half cut: load it

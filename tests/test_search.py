@@ -27,7 +27,7 @@ from minigpt_lab.search import Search, search_counts
 from minigpt_lab.supernet import Level, supernet
 
 CASES = [("llama", "balanced_heads"), *((name, "kv_group") for name in ("llama", "gpt2", "bloom"))]
-QUICK = {"levels": 4, "tokens": 512, "steps": 6}
+QUICK = {"levels": 4, "steps": 6}
 
 
 def groups_of(model, sites=("ffn", "attention")) -> list[Group]:
@@ -191,7 +191,7 @@ def test_budgets_between_levels(seed, share):
     most = np.array([sizes[-1] for sizes in budgets.sizes])
     assert gone.sum() == pytest.approx(leave) and (gone >= 0).all() and (gone <= most).all()
     np.testing.assert_allclose(budgets.projected(gone), gone, atol=1e-6)
-    drawn = [budgets.between(gone, rng) for _ in range(400)]
+    drawn = [budgets.between(gone, rng.random(6)) for _ in range(400)]
     assert len({below for below, _ in drawn}) == 1
     below = drawn[0][0]
     assert all(set(np.subtract(levels, below)) <= {0, 1} for _, levels in drawn)
@@ -286,7 +286,7 @@ def test_other_families_and_units(name, units):
     model, target = random_model(name), {"units": units, "allocation": "search"}
     limit = int(0.8 * lab.model_size(model).stored)
     mini, plan = lab.slimgpt(
-        model, iter(windows()), parameters=limit, multiple_of=2, search={**QUICK, "tokens": 48},
+        model, iter(windows()), parameters=limit, multiple_of=2, search=QUICK,
         offload="cpu", progress=False, **target,
     )  # fmt: skip
     stored = lab.model_size(mini).stored
@@ -308,8 +308,8 @@ def test_a_search_with_an_out_dir_is_one_run(tmp_path):
     ("arguments", "error", "message"),
     [
         ({"search": {"levels": 0}}, ValueError, "levels is 0; expected 1 or more"),
-        ({"search": {"tokens": 1}}, ValueError, "tokens is 1; expected 2 or more"),
-        ({"search": {"rate": 0.0}}, ValueError, "rate is 0.0; expected a share"),
+        ({"search": {"share": 1.5}}, ValueError, r"share is 1.5; expected \(0, 1\]"),
+        ({"search": {"rate": 0.0}}, ValueError, r"rate is 0.0; expected \(0, 1\]"),
         ({"search": {"round": 3}}, ValueError, "did you mean 'rounds'"),
         ({"ratio": 0.99}, ValueError, "cannot be met"),
         ({"ratio": 1.5}, ValueError, "expected a share"),
@@ -331,11 +331,11 @@ def test_a_search_needs_all_weights_at_hand():
 
 def test_budgets_are_compared_on_windows_that_were_set_aside():
     windows = list(torch.arange(160).reshape(5, 2, 16))  # ten windows in batches of two
-    chosen, others = searching._set_aside(windows, 48)
+    chosen, others = searching._set_aside(windows, 0.3)
     rows = [row.tolist() for part in (*chosen, *others) for row in part]
     assert sum(len(part) for part in chosen) == 3
     assert sorted(rows) == torch.cat(windows).tolist()  # each once
-    chosen, others = searching._set_aside(windows[:1], 1_000)
+    chosen, others = searching._set_aside(windows[:1], 1.0)
     assert torch.equal(chosen[0], others[0])  # nothing else is left
 
 
