@@ -26,6 +26,7 @@ from .layerwise import LayerPass, enter
 from .ledger import Ledger, content_hash
 from .plan import PruningPlan
 from .runtime import fingerprint, inference
+from .search import Search
 from .shards import Shards
 from .sizes import model_size
 from .slimgpt import slimgpt
@@ -103,12 +104,13 @@ def slimgpt_variants(
     recipe = [fingerprint(model), [content_hash(text) for text in read], protocol]
     recipe += [prompt, new_tokens]
 
-    def measured(options: dict | None) -> dict:
+    def measured(options: dict | None, key: dict | None) -> dict:
         mini, plan = model, None
         if options is not None:
-            own, long = options.pop("batches"), options.get("allocation") == "search"
-            kept = Path(out_dir) / "search" if long and out_dir else None
-            mini, plan = slimgpt(model, own, **options, out_dir=kept, progress=long)
+            long = options.get("allocation") == "search"
+            name = content_hash([json.dumps(key, sort_keys=True)])
+            kept = Path(out_dir) / f"search-{name[:8]}" if long and out_dir else None
+            mini, plan = slimgpt(model, **options, out_dir=kept, progress=long)
         return {
             "stored": model_size(mini).stored,
             "rows": [perplexity(mini, tokenizer, text, **protocol).row() for text in read],
@@ -120,7 +122,7 @@ def slimgpt_variants(
     for name, given in tqdm({"dense": None, **variants}.items(), desc="SlimGPT", unit="variant"):
         options = None if given is None else {"batches": batches, **given}
         key = None if options is None else _settings(options)
-        found = ledger.get([*recipe, key], lambda options=options: measured(options))
+        found = ledger.get([*recipe, key], lambda given=(options, key): measured(*given))
         facts = {"variant": name, "compensated": (given or {}).get("compensate", True)}
         facts |= {"stored": found["stored"], "removed": 1 - found["stored"] / dense}
         facts |= {"continuation": found["continuation"]}
@@ -133,8 +135,10 @@ def slimgpt_variants(
 
 
 def _settings(options: Mapping[str, object]) -> dict[str, object]:
-    """What a variant's result depends on: its tokens, and the options that are not the defaults."""
+    """What a variant's result depends on: its tokens, options not the default, all of a search."""
     apart = {k: v for k, v in options.items() if k not in _DEFAULTS or v != _DEFAULTS[k]}
+    if options.get("allocation") == "search":
+        apart["search"] = asdict(Search()) | dict(options.get("search") or {})
     return apart | {"batches": tokens_hash(options["batches"])}
 
 

@@ -64,6 +64,11 @@ class Budgets:
         pairs = zip(self.counts, self.groups, strict=True)
         return [np.array(counts) * float(group.cost) for counts, group in pairs]
 
+    @cached_property
+    def most(self) -> np.ndarray:
+        """Parameters that can leave every group ``[group]``."""
+        return np.array([sizes[-1] for sizes in self.sizes])
+
     def budget(self, counts: Sequence[int]) -> Budget:
         """The budget at which so many units leave each group."""
         return tuple(levels.index(n) for levels, n in zip(self.counts, counts, strict=True))
@@ -98,34 +103,35 @@ class Budgets:
 
         All groups move by the same share of themselves.
         """
-        most = np.array([sizes[-1] for sizes in self.sizes])
-        low, high = -(gone / self.whole).max(), ((most - gone) / self.whole).max()
+        low, high = -(gone / self.whole).max(), ((self.most - gone) / self.whole).max()
         for _ in range(60):
             middle = (low + high) / 2
-            enough = np.clip(gone + middle * self.whole, 0, most).sum() >= self.leave
+            enough = np.clip(gone + middle * self.whole, 0, self.most).sum() >= self.leave
             low, high = (low, middle) if enough else (middle, high)
-        return np.clip(gone + high * self.whole, 0, most)
+        return np.clip(gone + high * self.whole, 0, self.most)
 
-    def between(self, gone: np.ndarray, chances: np.ndarray) -> tuple[Budget, Budget]:
-        """The levels just below, and for every group that level or the next: on average `gone`.
+    def below(self, gone: np.ndarray) -> Budget:
+        """The last level of each group that removes less, but not the highest: one is above it."""
+        pairs = zip(self.sizes, gone, strict=True)
+        return tuple(max(int(np.searchsorted(sizes[:-1], size)) - 1, 0) for sizes, size in pairs)
+
+    def drawn(self, gone: np.ndarray, below: Budget, chances: np.ndarray) -> Budget:
+        """For every group the level below or the next, so that on average as much leaves.
 
         Parameters
         ----------
         gone : numpy.ndarray
             Parameters that leave each group ``[group]``.
+        below : tuple of int
+            The levels below.
         chances : numpy.ndarray
             Uniform in [0, 1) ``[group]``: the next level if below the share of the way to it.
         """
-        below, drawn = [], []
-        for sizes, size, chance in zip(self.sizes, gone, chances, strict=True):
-            low = min(max(int(np.searchsorted(sizes, size)) - 1, 0), max(len(sizes) - 2, 0))
-            step = sizes[min(low + 1, len(sizes) - 1)] - sizes[low]
-            below.append(low)
-            drawn.append(low + int(chance * step < size - sizes[low]))
-        return tuple(below), tuple(drawn)
+        up = chances < (gone - self.gone(below)) / self.rises(below)
+        return tuple(np.add(below, up).tolist())
 
     def nearest(self, gone: np.ndarray, bins: int = 10_000) -> Budget:
-        """The budget of least squared distance, in shares of each group, that removes enough.
+        """The nearest budget that removes enough: least squared difference over a group's size.
 
         A knapsack, over sizes in shares of what is to leave, rounded down. If the size is nearly
         all there is, rounding may leave no budget: then it is one that removes too little.
@@ -136,12 +142,12 @@ class Budgets:
         choices = []
         for sizes, size, whole, parts in zip(self.sizes, gone, self.whole, steps, strict=True):
             costs = (sizes - size) ** 2 / whole
-            tried = [
+            totals = [
                 cost + price[np.maximum(need - part, 0)]
                 for cost, part in zip(costs, parts, strict=True)
             ]
-            choices.append(np.argmin(tried, axis=0))
-            price = np.min(tried, axis=0)
+            choices.append(np.argmin(totals, axis=0))
+            price = np.min(totals, axis=0)
         budget, left = [], bins
         for choice, parts in zip(reversed(choices), reversed(steps), strict=True):
             budget.append(int(choice[left]))

@@ -11,9 +11,8 @@ class Descent:
     """Moves parameters from groups that miss them much to groups that miss them little.
 
     Adam (arXiv 1412.6980) on what each group's share costs beyond the common price of a parameter,
-    projected on the budgets of one size. Only whole levels are ever measured: each step draws them,
-    so that on average the shares are met, and a slope between two levels, taken now at one of them
-    and now at the other, is on average their difference if the cost is quadratic.
+    projected on the budgets of one size. Only whole levels are ever measured: each step draws them
+    so that on average the shares are met. Where the cost is quadratic, so is on average the slope.
 
     Parameters
     ----------
@@ -28,7 +27,6 @@ class Descent:
     def __init__(self, budgets: Budgets, budget: Budget, seed: list[int]):
         self.budgets = budgets
         self.gone = budgets.projected(budgets.gone(budget))
-        self.most = np.array([sizes[-1] for sizes in budgets.sizes])
         self.rng = np.random.default_rng(seed)
         self.mean, self.square = np.zeros(len(self.gone)), np.zeros(len(self.gone))
         self.steps = 0
@@ -44,26 +42,25 @@ class Descent:
             self.windows = self.rng.permutation(windows).tolist()
         mirrored = self.steps % 2 == 1
         self.chances = 1 - self.chances if mirrored else self.rng.random(len(self.gone))
-        return self.windows.pop(), *self.budgets.between(self.gone, self.chances)
+        below = self.budgets.below(self.gone)
+        return self.windows.pop(), below, self.budgets.drawn(self.gone, below, self.chances)
 
     def step(self, slopes: np.ndarray, rate: float) -> None:
         """Move by about so large a share of every group, given the cost per parameter."""
-        whole, gone = self.budgets.whole, self.gone
-        excess = slopes - _price(slopes, whole)
-        # a group at its limit does not say what a parameter costs, unless it would leave it
-        free = (gone > 0) & (excess > 0) | (gone < self.most) & (excess < 0)
-        if free.any():
-            excess = slopes - _price(slopes[free], whole[free])
-        excess = excess * whole
+        excess = self._excess(slopes) * self.budgets.whole
         self.steps += 1
         self.mean += 0.1 * (excess - self.mean)
         self.square += 0.03 * (excess**2 - self.square)
         mean = self.mean / (1 - 0.9**self.steps)
         size = np.sqrt(self.square / (1 - 0.97**self.steps))
         move = mean / np.maximum(size, 1e-3 * np.sqrt(np.mean(size**2)) + 1e-12)
-        self.gone = self.budgets.projected(gone - rate * move * whole)
+        self.gone = self.budgets.projected(self.gone - rate * move * self.budgets.whole)
 
-
-def _price(slopes: np.ndarray, whole: np.ndarray) -> float:
-    """Of a parameter, where every group gives the same share of itself."""
-    return float((slopes * whole**2).sum() / (whole**2).sum())
+    def _excess(self, slopes: np.ndarray) -> np.ndarray:
+        """What a parameter costs beyond the mean of those groups that can give or take some."""
+        excess = slopes - np.average(slopes, weights=self.budgets.whole)
+        # a group at its limit counts if it would leave it
+        free = (self.gone > 0) & (excess > 0) | (self.gone < self.budgets.most) & (excess < 0)
+        if not free.any():
+            return excess
+        return slopes - np.average(slopes[free], weights=self.budgets.whole[free])

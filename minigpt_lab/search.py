@@ -56,7 +56,7 @@ class Search:
     rounds : int
         Supernets, each built around the budget that the one before gave.
     steps : int
-        Backward passes per round, each over up to 512 tokens.
+        Backward passes per round, each over up to 512 tokens (a window, if that is longer).
     rate : float
         Share of a group that a step may move at first; half as much in every further round.
     seed : int
@@ -125,8 +125,8 @@ def search_counts(
     -------
     list of int, pandas.DataFrame
         Units that leave each group; one row per budget that was measured: ``round``, ``stage`` (an
-        allocation, "start", "step 12"), ``kl``, ``removed`` (parameters), ``enough`` (of them),
-        ``counts``.
+        allocation, "start", "step 12"), ``kl``, ``removed`` (parameters), ``enough`` (of them), and
+        ``counts``, units that leave once FFN channels beyond need are given back.
 
     Raises
     ------
@@ -140,7 +140,9 @@ def search_counts(
         )
     options, search = options or Solver(), search or Search()
     windows, steps = list(unpadded(batches)), unit_steps(groups, multiple_of)
-    size = math.floor(sum(parameter.numel() for parameter in model.parameters()) - leave)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    size = math.floor(total - leave)
+    leave = total - size
     starts = {
         name: unit_counts(model, groups, None, size, name, "model", multiple_of, even_out=True)
         for name in STARTS
@@ -155,15 +157,15 @@ def search_counts(
     }
     ledger = Ledger(out_dir and f"{out_dir}/search.jsonl")
     history: list[dict] = []
-    total = search.rounds * (search.steps + MEASURED + 1) + len(starts) - 1
-    with tqdm(total=total, desc="search", unit="pass", disable=not progress) as bar:
+    passes = search.rounds * (search.steps + min(MEASURED, search.steps) + 1) + len(starts) - 1
+    with tqdm(total=passes, desc="search", unit="pass", disable=not progress) as bar:
         for turn in range(search.rounds):
             budgets = Budgets.around(starts.values(), groups, steps, search.levels, leave)
             begin = {name: budgets.budget(counts) for name, counts in starts.items()}
             base = next(iter(begin.values()))
             build = (others, groups, budgets.counts, base, options, offload, progress)
             recipe = {**facts, "counts": budgets.counts, "base": base}
-            with _Trials(model, chosen, recipe, build, ledger) as trials:
+            with _Trials(model, chosen, recipe, build, Shards(offload), ledger) as trials:
                 rows = list(_descend(trials, budgets, begin, search, turn, bar.update))
             best = min((row for row in rows if row["enough"]), key=lambda row: row["kl"])
             bar.set_postfix(kl=f"{best['kl']:.3f}")
@@ -220,15 +222,26 @@ class _Trials:
         What the measurements depend on, beside the budget.
     build : tuple
         Arguments of `supernet` after the model.
+    dense : Shards
+        Where the dense predictions wait.
     ledger : Ledger
         Where measurements are kept.
     """
 
-    def __init__(self, model, chosen: list[torch.Tensor], recipe: dict, build: tuple, ledger):
-        self.model, self.chosen, self.build, self.ledger = model, chosen, build, ledger
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        chosen: list[torch.Tensor],
+        recipe: dict,
+        build: tuple,
+        dense: Shards,
+        ledger: Ledger,
+    ):
+        self.model, self.chosen, self.build = model, chosen, build
+        self.dense, self.ledger = dense, ledger
         self.recipe = content_hash([json.dumps(recipe, sort_keys=True)])
+        self.tokens = sum(ids.numel() for ids in chosen)
         self.net: Supernet | None = None
-        self.dense = Shards(build[-2])
         self.stack = contextlib.ExitStack()
 
     def __enter__(self) -> _Trials:
@@ -242,7 +255,7 @@ class _Trials:
         return self.ledger.get([self.recipe, budget], lambda: self._measured(budget))["kl"]
 
     def slopes(self, window: int, below: Budget, budget: Budget) -> np.ndarray:
-        """What that divergence, of one window, would rise by from level to level ``[group]``."""
+        """What it would rise by from level to level, judged by one window ``[group]``."""
         recipe = [self.recipe, budget, below, window]
         return np.array(self.ledger.get(recipe, lambda: self._sloped(*recipe[1:]))["rises"])
 
@@ -259,12 +272,14 @@ class _Trials:
     def _measured(self, budget: Budget) -> dict[str, float]:
         self._supernet(budget)
         total = sum(float(self._divergence(index)) for index in range(len(self.chosen)))
-        return {"kl": _finite(total) / sum(ids.numel() for ids in self.chosen)}
+        _require_finite(total)
+        return {"kl": total / self.tokens}
 
-    def _sloped(self, budget: Budget, below: Budget, window: int) -> dict[str, object]:
-        net, tokens = self._supernet(budget), self.chosen[window].numel()
-        loss, rises = net.slopes(lambda: self._divergence(window) / tokens, below)
-        return {"kl": _finite(loss), "rises": rises.tolist()}
+    def _sloped(self, budget: Budget, below: Budget, window: int) -> dict[str, list[float]]:
+        # divided only afterwards: small slopes would be lost in float16
+        _, rises = self._supernet(budget).slopes(lambda: self._divergence(window), below)
+        _require_finite(rises)
+        return {"rises": (rises * len(self.chosen) / self.tokens).tolist()}
 
     def _divergence(self, index: int) -> torch.Tensor:
         found, dense = self._predictions(index), self.dense[index].float()
@@ -275,12 +290,11 @@ class _Trials:
         return self.model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
 
 
-def _finite(divergence: float) -> float:
-    if not math.isfinite(divergence):
+def _require_finite(found: float | np.ndarray) -> None:
+    if not np.isfinite(found).all():
         raise ValueError(
             "the pruned model's predictions are not finite: search in float32 or bfloat16"
         )
-    return divergence
 
 
 def _set_aside(
@@ -291,7 +305,7 @@ def _set_aside(
     count = max(round(len(rows) * share), 1)
     places = np.linspace(0, len(rows) - 1, count).round().astype(int).tolist()
     chosen = []
-    for length, same in itertools.groupby([rows[i] for i in places], len):
+    for length, same in itertools.groupby(sorted((rows[i] for i in places), key=len), len):
         chosen += torch.stack(list(same)).split(max(1, 512 // length))
     others = [rows[i][None] for i in sorted(set(range(len(rows))) - set(places))]
     return chosen, others or list(windows)

@@ -122,51 +122,50 @@ class Supernet:
         float, numpy.ndarray
             The loss, and its rises ``[group]``.
         """
-        weights = [module.weight for module in self.modules]
-        biases = [module.bias for module in self.modules if module.bias is not None]
-        with _asked([*weights, *biases]) as asked:
+        with self._asked() as pairs, torch.enable_grad():
+            asked = [each for pair in pairs for each in pair if each is not None]
             value = loss()
             found = iter(torch.autograd.grad(value, asked))
-        slopes = [next(found) for _ in weights]
-        shifts = [None if module.bias is None else next(found) for module in self.modules]
-        rises = [
-            self._along(group, level + 1, *gradients) - self._along(group, level, *gradients)
-            if level < len(self.levels[group])
-            else value.new_zeros(())
-            for group, (level, *gradients) in enumerate(zip(below, slopes, shifts, strict=True))
-        ]
+        rises = []
+        for group, (level, pair) in enumerate(zip(below, pairs, strict=True)):
+            gradients = [None if each is None else next(found) for each in pair]
+            rise = value.new_zeros(())
+            if level < len(self.levels[group]):
+                rise = self._along(group, level + 1, *gradients)
+                rise = rise - self._along(group, level, *gradients)
+            rises.append(rise.to(value.device))
         return float(value.detach()), np.array(torch.stack(rises).tolist())
+
+    @contextlib.contextmanager
+    def _asked(self) -> Iterator[list[tuple[nn.Parameter, nn.Parameter | None]]]:
+        """Every projection's weight and bias, to be differentiated."""
+        pairs = []
+        with contextlib.ExitStack() as stack:
+            for module, levels in zip(self.modules, self.levels, strict=True):
+                if module.bias is None and levels and levels[0].shift is not None:
+                    stack.callback(setattr, module, "bias", None)
+                    zeros = torch.zeros_like(levels[0].shift, dtype=module.weight.dtype)
+                    module.bias = nn.Parameter(zeros)
+                pairs.append((module.weight, module.bias))
+                for each in pairs[-1]:
+                    if each is not None:
+                        stack.callback(each.requires_grad_(True).requires_grad_, False)
+            yield pairs
 
     def _along(
         self, group: int, level: int, slope: torch.Tensor, shift: torch.Tensor | None
     ) -> torch.Tensor:
         """Product of a group's weight and bias at a level with the loss's slopes."""
-        precise = torch.promote_types(slope.dtype, torch.float32)
+        slope = slope.to(torch.promote_types(slope.dtype, torch.float32))
         if not level:
-            return (slope * self.dense[group][0].detach()).sum(dtype=precise)
+            return (slope * self.dense[group][0].detach()).sum()
         found, axis = self.levels[group][level - 1], weight_axis(self.modules[group], "input")
         kept = slope.movedim(axis, 1)[:, found.columns]
-        product = (kept * self.weights[self._key(group, level)]).sum(dtype=precise)
-        if shift is None or found.shift is None:
-            return product
-        return product + (shift * found.shift).sum(dtype=precise)
+        product = (kept * self.weights[self._key(group, level)]).sum()
+        return product if found.shift is None else product + (shift * found.shift).sum()
 
     def _key(self, group: int, level: int) -> int:
         return group * max(map(len, self.counts)) + level
-
-
-@contextlib.contextmanager
-def _asked(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """Let gradients of these parameters be computed, whatever they ask for themselves."""
-    before = [parameter.requires_grad for parameter in parameters]
-    try:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        with torch.enable_grad():
-            yield parameters
-    finally:
-        for parameter, flag in zip(parameters, before, strict=True):
-            parameter.requires_grad_(flag)
 
 
 @contextlib.contextmanager
@@ -203,12 +202,17 @@ def supernet(
         If a hidden state is not finite (its layer is named).
     """
     net = Supernet(Anatomy(model), groups, counts, offload)
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
+        model.requires_grad_(False)  # `slopes` asks for the gradients that it needs
         with inference(model), full_precision():
             _walk(model, windows, net, groups, base, options, Shards(offload), progress)
             yield net
     finally:
-        net.set_all((0,) * len(groups))
+        for group in range(len(groups)):  # all: an interrupt may come between set and noted
+            net.set(group, 0)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
 
 
 def _walk(model, windows, net, groups, base, options, hidden: Shards, progress) -> None:
