@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -131,9 +132,17 @@ def unit_counts(
         return _evened(groups, gone, counts, steps) if even_out else counts
 
     if ratio is not None and ratio_of == "units":
-        return counts_at(ratio)
-    dense = sum(parameter.numel() for parameter in model.parameters())
-    return _solve(counts_at, groups, leave, dense, exceed=ratio is None)
+        counts = counts_at(ratio)
+    else:
+        dense = sum(parameter.numel() for parameter in model.parameters())
+        counts = _solve(counts_at, groups, leave, dense, exceed=ratio is None)
+    if leave > 0 and not any(counts):
+        warnings.warn(
+            f"nothing leaves: {leave:,.0f} parameters are less than half a unit of every layer; "
+            "ask for more, or cut units that are smaller too (sites=)",
+            stacklevel=3,
+        )
+    return counts
 
 
 def leaving_parameters(

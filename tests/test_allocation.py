@@ -151,3 +151,11 @@ def test_targets_out_of_reach_say_what_can_be_reached():
         lab.plan_from_scores(model, scores, ratio=0.9, ratio_of="model")
     with pytest.raises(ValueError, match="unknown ratio_of 'layers'"):
         lab.plan_from_scores(model, scores, ratio=0.9, ratio_of="layers")
+
+
+def test_a_cut_of_nothing_says_so():
+    model = random_model("llama")
+    scores = lab.score("random", model, sites=("attention",))
+    with pytest.warns(UserWarning, match="nothing leaves: .* less than half a unit"):
+        plan = lab.plan_from_scores(model, scores, ratio=0.1, allocation="uniform")
+    assert not any(plan.removed["attention"])
