@@ -14,17 +14,16 @@ from test_slimgpt import problem, same, site_counts, windows
 from test_surgery import logits
 
 import minigpt_lab as lab
-from minigpt_lab import search as searching
 from minigpt_lab.allocation import leaving_parameters, prunable
-from minigpt_lab.budgets import Budgets
 from minigpt_lab.compensation import Solver
-from minigpt_lab.descent import Descent
 from minigpt_lab.elimination import eliminate, eliminations
 from minigpt_lab.families import Anatomy, weight_axis
 from minigpt_lab.hessians import damped_inverse, refit
 from minigpt_lab.schedules import Group
-from minigpt_lab.search import Search, search_counts
-from minigpt_lab.supernet import Level, supernet
+from minigpt_lab.search import STARTS, Search, rounds, search_counts
+from minigpt_lab.search.budgets import Budgets
+from minigpt_lab.search.descent import Descent
+from minigpt_lab.search.supernet import Level, supernet
 
 CASES = [("llama", "balanced_heads"), *((name, "kv_group") for name in ("llama", "gpt2", "bloom"))]
 QUICK = {"levels": 4, "steps": 6}
@@ -317,7 +316,7 @@ def test_a_round_gains_on_where_it_starts(tiny, batches):
     groups = groups_of(model)
     leave = leaving_parameters(model, groups, 0.5, None, "decoder") + 0.25
     counts, history = search_counts(model, batches, groups, leave, search=search, progress=False)
-    starts = history[history["stage"].isin(searching.STARTS)]
+    starts = history[history["stage"].isin(STARTS)]
     later = history.drop(starts.index)
     assert starts["enough"].all()  # whatever part of a parameter is asked for
     assert later["stage"].tolist() == [f"step {n}" for n in (8, 15, 23, 30)]
@@ -332,7 +331,7 @@ def test_an_interrupted_search_goes_on(tiny, batches, tmp_path, monkeypatch):
     groups, size = groups_of(model), leaving_parameters(model, groups_of(model), 0.4, None)
     options = {"search": Search(**QUICK), "progress": False}
     expected, history = search_counts(model, batches, groups, size, **options)
-    measure, measured = searching._Trials._sloped, []
+    measure, measured = rounds._Trials._sloped, []
 
     def interrupted(self, *given):
         if len(measured) == 7:  # the first step of the second round is the seventh
@@ -342,14 +341,14 @@ def test_an_interrupted_search_goes_on(tiny, batches, tmp_path, monkeypatch):
 
     options["out_dir"] = tmp_path
     with monkeypatch.context() as patch:
-        patch.setattr(searching._Trials, "_sloped", interrupted)
+        patch.setattr(rounds._Trials, "_sloped", interrupted)
         with pytest.raises(KeyboardInterrupt):
             search_counts(model, batches, groups, size, **options)
-        patch.setattr(searching._Trials, "_sloped", measure)
+        patch.setattr(rounds._Trials, "_sloped", measure)
         found, again = search_counts(model, batches, groups, size, **options)
     assert found == expected
     assert again.equals(history) and len(history) > 7
-    monkeypatch.setattr(searching, "supernet", None)  # all is known: nothing is computed
+    monkeypatch.setattr(rounds, "supernet", None)  # all is known: nothing is computed
     found, again = search_counts(model, iter(batches), groups, size, **options)
     assert found == expected and again.equals(history)
 
@@ -404,15 +403,15 @@ def test_a_search_needs_all_weights_at_hand():
 
 def test_budgets_are_compared_on_windows_that_were_set_aside():
     windows = list(torch.arange(160).reshape(5, 2, 16))  # ten windows in batches of two
-    chosen, others = searching._set_aside(windows, 0.3)
+    chosen, others = rounds._set_aside(windows, 0.3)
     rows = [row.tolist() for part in (*chosen, *others) for row in part]
     assert sum(len(part) for part in chosen) == 3
     assert sorted(rows) == torch.cat(windows).tolist()  # each once
     mixed = [torch.zeros(1, n, dtype=torch.long) for n in (300, 100, 300, 100, 300)]
-    assert [tuple(part.shape) for part in searching._set_aside(mixed, 1.0)[0]] == [
+    assert [tuple(part.shape) for part in rounds._set_aside(mixed, 1.0)[0]] == [
         (2, 100), (1, 300), (1, 300), (1, 300)
     ]  # fmt: skip
-    chosen, others = searching._set_aside(windows[:1], 1.0)
+    chosen, others = rounds._set_aside(windows[:1], 1.0)
     assert torch.equal(chosen[0], others[0])  # nothing else is left
 
 

@@ -17,14 +17,14 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ..compensation import Problem, Solver, bias_shift, problem, solve_levels
+from ..elimination import full_precision
+from ..families import Anatomy, weight_axis
+from ..layerwise import LayerPass, enter
+from ..runtime import inference
+from ..schedules import Group
+from ..shards import Shards
 from .budgets import Budget
-from .compensation import Problem, Solver, bias_shift, problem, solve_levels
-from .elimination import full_precision
-from .families import Anatomy, weight_axis
-from .layerwise import LayerPass, enter
-from .runtime import inference
-from .schedules import Group
-from .shards import Shards
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Which layers can spare how much: a layer budget searched by what it does to the predictions.
+"""The search, round by round: a supernet, a descent over its budgets, the next supernet around it.
 
 After Týr-the-Pruner (arXiv 2503.09657), which finds a budget on a supernet by how far predictions
 diverge from the dense model's, and builds the next supernet around it. There evolution looks at
@@ -22,18 +22,18 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .allocation import unit_counts, unit_steps
+from ..allocation import unit_counts, unit_steps
+from ..compensation import Solver
+from ..ledger import Ledger, content_hash
+from ..offloading import is_offloaded
+from ..runtime import fingerprint
+from ..schedules import Group
+from ..shards import Shards
+from ..statistics import tokens_hash
+from ..tokens import unpadded
 from .budgets import Budget, Budgets
-from .compensation import Solver
 from .descent import Descent
-from .ledger import Ledger, content_hash
-from .offloading import is_offloaded
-from .runtime import fingerprint
-from .schedules import Group
-from .shards import Shards
-from .statistics import tokens_hash
 from .supernet import Supernet, supernet
-from .tokens import unpadded
 
 #: Allocations that a search starts from: the better one; its first supernet is calibrated on what
 #: the first of them makes of the layers before.

@@ -11,7 +11,7 @@ from functools import cached_property
 
 import numpy as np
 
-from .schedules import Group
+from ..schedules import Group
 
 Budget = tuple[int, ...]  # a level of every group
 
