@@ -20,7 +20,7 @@ from minigpt_lab.elimination import eliminate, eliminations
 from minigpt_lab.families import Anatomy, weight_axis
 from minigpt_lab.hessians import damped_inverse, refit
 from minigpt_lab.schedules import Group
-from minigpt_lab.search import STARTS, Search, rounds, search_counts
+from minigpt_lab.search import STARTS, Search, rounds, search_counts, trials
 from minigpt_lab.search.budgets import Budgets
 from minigpt_lab.search.descent import Descent
 from minigpt_lab.search.supernet import Level, supernet
@@ -331,7 +331,7 @@ def test_an_interrupted_search_goes_on(tiny, batches, tmp_path, monkeypatch):
     groups, size = groups_of(model), leaving_parameters(model, groups_of(model), 0.4, None)
     options = {"search": Search(**QUICK), "progress": False}
     expected, history = search_counts(model, batches, groups, size, **options)
-    measure, measured = rounds._Trials._sloped, []
+    measure, measured = trials.Trials._sloped, []
 
     def interrupted(self, *given):
         if len(measured) == 7:  # the first step of the second round is the seventh
@@ -341,14 +341,14 @@ def test_an_interrupted_search_goes_on(tiny, batches, tmp_path, monkeypatch):
 
     options["out_dir"] = tmp_path
     with monkeypatch.context() as patch:
-        patch.setattr(rounds._Trials, "_sloped", interrupted)
+        patch.setattr(trials.Trials, "_sloped", interrupted)
         with pytest.raises(KeyboardInterrupt):
             search_counts(model, batches, groups, size, **options)
-        patch.setattr(rounds._Trials, "_sloped", measure)
+        patch.setattr(trials.Trials, "_sloped", measure)
         found, again = search_counts(model, batches, groups, size, **options)
     assert found == expected
     assert again.equals(history) and len(history) > 7
-    monkeypatch.setattr(rounds, "supernet", None)  # all is known: nothing is computed
+    monkeypatch.setattr(trials, "supernet", None)  # all is known: nothing is computed
     found, again = search_counts(model, iter(batches), groups, size, **options)
     assert found == expected and again.equals(history)
 

@@ -1,7 +1,8 @@
 """Which layers can spare how much: a layer budget searched by what it does to the predictions.
 
-`budgets` says which budgets have one size, `supernet` sets a model to any of them and tells what
-every group's next units would cost, `descent` moves by that, and `rounds` is the search.
+`budgets` says which budgets have one size, `supernet` sets a model to any of them, `trials` says
+how far its predictions then are from the dense ones and what every group's next units would add,
+`descent` moves by that, and `rounds` is the search.
 """
 
 from .rounds import STARTS, Search, search_counts, summary
