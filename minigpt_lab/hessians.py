@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from .assets import nearest
 from .families import Anatomy, weight_axis
 from .plan import PruningPlan
-from .runtime import check_token_ids, fingerprint, inference, label
+from .runtime import check_token_ids, fingerprint, inference, require_weights
 from .tokens import unpadded
 
 
@@ -50,12 +50,7 @@ class Hessians:
         ValueError
             If the model's weights are not those that read the tokens.
         """
-        found = fingerprint(model)
-        if found != self.model_hash:
-            raise ValueError(
-                f"these Hessians are of other weights ({self.model_hash[:12]}) than those of "
-                f"{label(model)} ({found[:12]}); collect them on this model"
-            )
+        require_weights(model, self.model_hash, "these Hessians")
 
 
 @contextlib.contextmanager

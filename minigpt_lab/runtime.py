@@ -79,6 +79,22 @@ def fingerprint(model: PreTrainedModel) -> str:
     return known[1]
 
 
+def require_weights(model: PreTrainedModel, model_hash: str, measured: str) -> None:
+    """Refuse a model that is not the one something was measured on.
+
+    Raises
+    ------
+    ValueError
+        If its fingerprint is not `model_hash`.
+    """
+    found = fingerprint(model)
+    if found != model_hash:
+        raise ValueError(
+            f"{measured} are of another model (weights {model_hash[:12]}), not of {label(model)} "
+            f"(weights {found[:12]}); compute them on this one"
+        )
+
+
 def check_token_ids(model: PreTrainedModel, input_ids: torch.Tensor) -> None:
     """Refuse token ids, or windows, that the model has no embedding for.
 

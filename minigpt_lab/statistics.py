@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from .assets import staged
 from .families import Anatomy, weight_axis
-from .runtime import check_token_ids, fingerprint, inference, label, padded
+from .runtime import check_token_ids, fingerprint, inference, label, padded, require_weights
 
 _BLOCK = 256  # rows of activations summed at once
 Key = tuple[str, str]  # (module name, "input" or "output")
@@ -169,12 +169,7 @@ class Statistics:
         ValueError
             If the model's weights are not those that the pass saw.
         """
-        found = fingerprint(model)
-        if found != self.model_hash:
-            raise ValueError(
-                f"these statistics are of {self.model_name} (weights {self.model_hash[:12]}), not "
-                f"of {label(model)} (weights {found[:12]}); collect them on this model"
-            )
+        require_weights(model, self.model_hash, f"these statistics of {self.model_name}")
 
     def save(self, path: str | os.PathLike) -> Path:
         """Write everything into one safetensors file; returns its path."""

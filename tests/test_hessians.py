@@ -124,5 +124,5 @@ def test_bad_input(model, probe):
     spoil(model, float("nan"))
     with pytest.raises(ValueError, match=r"1\..* has NaN or infinite values at its input"):
         lab.score("sparsegpt", model, [{"input_ids": probe}])
-    with pytest.raises(ValueError, match="of other weights"):
+    with pytest.raises(ValueError, match="of another model"):
         lab.weight_compensated(model, plan, some)

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from ..assets import cache_folder, nearest, staged
 from ..families import SITES
 from ..ledger import content_hash
-from ..runtime import fingerprint, label
+from ..runtime import fingerprint, label, require_weights
 from ..statistics import Statistics, tokens_hash
 from .units import chosen_sites
 
@@ -73,12 +73,7 @@ class Scores:
         ValueError
             If the model's weights are not those that were scored.
         """
-        found = fingerprint(model)
-        if found != self.model_hash:
-            raise ValueError(
-                f"these {self.criterion} scores are of another model (weights "
-                f"{self.model_hash[:12]}), not of {label(model)} ({found[:12]}); score this one"
-            )
+        require_weights(model, self.model_hash, f"these {self.criterion} scores")
 
     def save(self, path: str | os.PathLike) -> Path:
         """Write everything into one safetensors file; returns its path."""
