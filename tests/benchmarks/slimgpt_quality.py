@@ -2,17 +2,24 @@
 
 ``python tests/benchmarks/slimgpt_quality.py`` calibrates on 8,192 tokens of law and prints held-out
 perplexity on law and on a text it knows nothing of (``--other FILE``; by default the games domain),
-windows of 1,024, without any fine-tuning.
+windows of 1,024, without any fine-tuning. With ``--budgets`` it compares ways to spread a cut of
+half of the decoder over the layers (half an hour on one thread, most of it the search).
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
+
+from transformers import PreTrainedModel
 
 import minigpt_lab as lab
 
 TOKENS, SEQ_LEN, TEST_TOKENS = 8_192, 1_024, 4_096
+SHORT = 256  # calibration windows where budgets are compared
+HALF = 81_448_128  # parameters, half of the decoder's gone
 RATIOS = (0.2, 0.3, 0.5)
 PAPER = {"damp": 0.01, "damping": "mean", "error": "slimgpt"}  # as SlimGPT's code does
 VARIANTS = {
@@ -27,34 +34,44 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--other", type=Path, help="a text file, read from its start")
-    other = parser.parse_args().other
+    parser.add_argument("--budgets", action="store_true", help="half of the decoder, by allocation")
+    given = parser.parse_args()
     model, tokenizer = lab.load_model("smollm2-135m")
     law = lab.load_domain("law")
-    batches = lab.tokenize(law.calibration, tokenizer, SEQ_LEN, TOKENS)
-    texts = [law.test, other.read_text() if other else lab.load_domain("games").test]
-
-    def show(name: str, cut) -> None:
+    other = given.other.read_text() if given.other else lab.load_domain("games").test
+    cuts = budgets(model, tokenizer, law) if given.budgets else sizes(model, tokenizer, law)
+    print("| cut | M stored | law | other |\n| --- | --- | --- | --- |")
+    for name, cut in itertools.chain([("dense", model)], cuts):
         protocol = {"seq_len": SEQ_LEN, "max_tokens": TEST_TOKENS}
+        texts = (law.test, other)
         found = [lab.perplexity(cut, tokenizer, text, **protocol).value for text in texts]
         size = lab.model_size(cut).stored / 1e6
         print(f"| {name} | {size:.1f} | {found[0]:.2f} | {found[1]:.2f} |", flush=True)
 
-    print("| cut | M stored | law | other |\n| --- | --- | --- | --- |")
-    show("dense", model)
+
+def sizes(model, tokenizer, law) -> Iterator[tuple[str, PreTrainedModel]]:
+    """Channels at three sizes, then a third of the heads."""
+    batches, quiet = lab.tokenize(law.calibration, tokenizer, SEQ_LEN, TOKENS), {"progress": False}
     wanda = lab.score("wanda", model, batches, sites=("ffn",))
-    quiet = {"progress": False}
     for ratio in RATIOS:
-        show(f"{ratio:.0%} Wanda", lab.shrink(model, lab.plan_from_scores(model, wanda, ratio)))
+        yield f"{ratio:.0%} Wanda", lab.shrink(model, lab.plan_from_scores(model, wanda, ratio))
         for name, options in VARIANTS.items():
             mini, _ = lab.slimgpt(model, batches, ratio, sites=("ffn",), **options, **quiet)
-            show(f"{ratio:.0%} {name}", mini)
+            yield f"{ratio:.0%} {name}", mini
     third = {"attention": [1] * 30}
     for error in ("exact", "slimgpt", "diag"):
         heads = {"sites": ("attention",), "counts": third, "error": error}
-        show(f"1 of 3 groups, {error}", lab.slimgpt(model, batches, **heads, **quiet)[0])
+        yield f"1 of 3 groups, {error}", lab.slimgpt(model, batches, **heads, **quiet)[0]
     heads = {"units": "balanced_heads", "sites": ("attention",)}
     third = {"balanced_heads": third["attention"]}
-    show("1 of 3 heads each", lab.slimgpt(model, batches, counts=third, **heads, **quiet)[0])
+    yield "1 of 3 heads each", lab.slimgpt(model, batches, counts=third, **heads, **quiet)[0]
+
+
+def budgets(model, tokenizer, law) -> Iterator[tuple[str, PreTrainedModel]]:
+    """Heads and channels, half of the decoder's parameters, over the layers in several ways."""
+    batches = list(lab.tokenize(law.calibration, tokenizer, SHORT, TOKENS))
+    for allocation in ("uniform", "log-increase", "search"):
+        yield allocation, lab.slimgpt(model, batches, parameters=HALF, allocation=allocation)[0]
 
 
 if __name__ == "__main__":
