@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 
 import numpy as np
 from transformers import PreTrainedModel
@@ -203,7 +204,12 @@ def prunable(
     ValueError
         If `keep_layers` leaves none.
     """
-    depth, (first, last) = len(anatomy.layers), keep_layers
+    depth = len(anatomy.layers)
+    if not isinstance(keep_layers, Sequence) or len(keep_layers) != 2:
+        raise ValueError(
+            f"keep_layers is {keep_layers!r}; expected how many at either end, as in (1, 1)"
+        )
+    first, last = keep_layers
     if min(keep_layers) < 0 or first + last >= depth:
         raise ValueError(f"keep_layers={keep_layers} leaves nothing of {depth} layers")
     return [
@@ -218,10 +224,10 @@ def unit_steps(groups: Sequence[Group], multiple_of: int | Mapping[str, int]) ->
     per_site = multiple_of if isinstance(multiple_of, Mapping) else {"ffn": multiple_of}
     steps = [per_site.get(group.site, 1) for group in groups]
     for group, step in zip(groups, steps, strict=True):
-        if step < 1 or len(group) % step:
+        if not isinstance(step, Integral) or step < 1 or len(group) % step:
             raise ValueError(
-                f"multiple_of is {step}, which does not divide the {len(group)} {group.site} units "
-                f"of layer {group.layer}; choose one of its divisors"
+                f"multiple_of is {step!r}, which does not divide the {len(group)} {group.site} "
+                f"units of layer {group.layer}; choose one of its divisors"
             )
     return steps
 

@@ -163,10 +163,10 @@ def allocation_rule(allocation: str | Allocation | Sequence[float]) -> Allocatio
     """
     if callable(allocation):
         return allocation
-    if not isinstance(allocation, str):
+    if hasattr(allocation, "__len__") and not isinstance(allocation, str):
         return _given(allocation)
     if allocation not in ALLOCATIONS:
-        hint = nearest(allocation, list(ALLOCATIONS))
+        hint = nearest(str(allocation), list(ALLOCATIONS))
         raise ValueError(f"unknown allocation {allocation!r}; {hint}")
     return ALLOCATIONS[allocation]
 

@@ -232,6 +232,8 @@ def _room(anatomy: Anatomy, layer: int, options: Solver) -> Iterator[None]:
 
 def _made(kind: type, fields: Mapping[str, object]):
     """A dataclass from keywords, of which none may be unknown."""
+    if not isinstance(fields, Mapping):
+        raise ValueError(f"{kind.__name__.lower()} is {fields!r}; expected options by their names")
     known = [field.name for field in dataclass_fields(kind)]
     for name in fields:
         if name not in known:
@@ -252,6 +254,8 @@ def _check_target(groups: Sequence[Group], ratio, parameters, counts) -> None:
 def _check_counts(groups: Sequence[Group], counts: Mapping[str, Sequence[int]]) -> None:
     """Refuse counts that do not fit the model."""
     depth, sites = groups[0].depth, {group.site for group in groups}
+    if not isinstance(counts, Mapping):
+        raise ValueError(f"counts is {counts!r}; expected a site to a count per layer")
     if set(counts) != sites or any(len(layers) != depth for layers in counts.values()):
         shape = {site: len(layers) for site, layers in counts.items()}
         raise ValueError(f"counts has {shape}; expected {sorted(sites)} with {depth} layers each")

@@ -379,10 +379,13 @@ def test_a_search_with_an_out_dir_is_one_run(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"search": {"levels": 0}}, ValueError, "levels is 0; expected 1 or more"),
-        ({"search": {"share": 1.5}}, ValueError, r"share is 1.5; expected \(0, 1\]"),
-        ({"search": {"rate": 0.0}}, ValueError, r"rate is 0.0; expected \(0, 1\]"),
+        ({"search": {"levels": 0}}, ValueError, "levels is 0; expected a whole number, 1 or more"),
+        ({"search": {"share": 1.5}}, ValueError, r"share is 1.5; expected a number in \(0, 1\]"),
+        ({"search": {"rate": 0.0}}, ValueError, r"rate is 0.0; expected a number in \(0, 1\]"),
         ({"search": {"round": 3}}, ValueError, "did you mean 'rounds'"),
+        ({"search": {"steps": 2.5}}, ValueError, "steps is 2.5; expected a whole number"),
+        ({"search": {"share": "half"}}, ValueError, "share is 'half'; expected a number"),
+        ({"search": 5}, ValueError, "search is 5; expected options by their names"),
         ({"ratio": 0.99}, ValueError, "cannot be met"),
         ({"ratio": 1.5}, ValueError, "expected a share"),
         ({"allocation": "uniform", "search": {}}, ValueError, "nothing is searched"),

@@ -398,6 +398,10 @@ def test_a_broken_layer_is_named():
         ({"ratio": 0.2, "error": "exat"}, "did you mean 'exact'"),
         ({"ratio": 0.2, "offload": "gpu"}, "unknown place 'gpu'"),
         ({"ratio": 0.2, "keep_layers": (2, 1)}, "leaves nothing"),
+        ({"ratio": 0.2, "keep_layers": 1}, "keep_layers is 1; expected how many at either end"),
+        ({"ratio": 0.2, "multiple_of": "4"}, "multiple_of is '4'"),
+        ({"ratio": 0.2, "allocation": 3}, "unknown allocation 3"),
+        ({"counts": [1, 2]}, r"counts is \[1, 2\]; expected a site"),
         ({"ratio": 0.2, "dtype": torch.bfloat16}, "torch.float32 or torch.float64"),
     ],
 )

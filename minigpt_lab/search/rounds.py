@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import numpy as np
 import pandas as pd
@@ -69,11 +70,13 @@ class Search:
 
     def __post_init__(self):
         for name in ("levels", "rounds", "steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"search: {name} is {getattr(self, name)}; expected 1 or more")
+            value = getattr(self, name)
+            if not isinstance(value, Integral) or value < 1:
+                raise ValueError(f"search: {name} is {value!r}; expected a whole number, 1 or more")
         for name in ("share", "rate"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"search: {name} is {getattr(self, name)}; expected (0, 1]")
+            value = getattr(self, name)
+            if not isinstance(value, Real) or not 0 < value <= 1:
+                raise ValueError(f"search: {name} is {value!r}; expected a number in (0, 1]")
 
 
 def search_counts(
