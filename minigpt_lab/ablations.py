@@ -98,6 +98,8 @@ def slimgpt_variants(
         (parameters that leave with a unit) and ``error`` of the projection, relative to what it
         put out.
     """
+    if "dense" in variants or {"inplace", "out_dir", "progress"} & set().union(*variants.values()):
+        raise ValueError("a study names 'dense' and sets inplace, out_dir, progress by itself")
     ledger = Ledger(out_dir and Path(out_dir) / "variants.jsonl")
     read = [excerpt(text, tokenizer, max_tokens) for text in texts]
     protocol = {"seq_len": seq_len, "max_characters": None}
@@ -108,7 +110,7 @@ def slimgpt_variants(
         mini, plan = model, None
         if options is not None:
             long = options.get("allocation") == "search"
-            name = content_hash([json.dumps(key, sort_keys=True)])
+            name = content_hash([json.dumps([*recipe, key], sort_keys=True)])
             kept = Path(out_dir) / f"search-{name[:8]}" if long and out_dir else None
             mini, plan = slimgpt(model, **options, out_dir=kept, progress=long)
         return {

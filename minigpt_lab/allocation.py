@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from .assets import nearest
 from .criteria import Scores
-from .families import SITES, Anatomy
+from .families import ALL_SITES, SITES, Anatomy
 from .plan import PruningPlan, whole
 from .schedules import Allocation, Group, allocation_name, allocation_rule
 from .sizes import layer_parameters
@@ -222,6 +222,9 @@ def prunable(
 def unit_steps(groups: Sequence[Group], multiple_of: int | Mapping[str, int]) -> list[int]:
     """For each group, what the number of staying units must be a multiple of."""
     per_site = multiple_of if isinstance(multiple_of, Mapping) else {"ffn": multiple_of}
+    for name in per_site:
+        if name not in ALL_SITES:
+            raise ValueError(f"multiple_of has {name!r}; {nearest(str(name), list(ALL_SITES))}")
     steps = [per_site.get(group.site, 1) for group in groups]
     for group, step in zip(groups, steps, strict=True):
         if not isinstance(step, Integral) or step < 1 or len(group) % step:

@@ -136,7 +136,7 @@ def problem(
     Raises
     ------
     ValueError
-        If it is not finite; the projection is named.
+        If that, or its weight, is not finite; the projection is named.
     """
     reader = anatomy.family.consumes[site]
     name, module = anatomy.name(layer, reader), anatomy.module(layer, reader)
@@ -155,6 +155,8 @@ def problem(
         )
     if options.refits_bias(module):
         hessian -= torch.outer(mean, mean)  # the bias takes care of the mean
+    if not torch.isfinite(module.weight).all():
+        raise ValueError(f"{name} has NaN or infinite weights: check the model")
     places = anatomy.unit_positions(reader, total, layer=layer)
     weight = module.weight.detach().to(hessian.dtype).movedim(axis, 1)
     return Problem(weight, hessian, mean, torch.as_tensor(places, device=hessian.device))

@@ -25,9 +25,9 @@ class Ledger:
             for line in self.path.read_text(encoding="utf-8").splitlines():
                 try:
                     row = json.loads(line)
-                except json.JSONDecodeError:
+                    self.found[row["key"]] = row["found"]
+                except (json.JSONDecodeError, TypeError, KeyError):
                     continue  # empty, or left behind by an interrupted write
-                self.found[row["key"]] = row["found"]
 
     def get(self, recipe: object, compute: Callable[[], dict]) -> dict:
         """The result of a recipe: from the file if it is there, else computed and written.

@@ -302,7 +302,8 @@ def save_model(
         The model's tokenizer; for a model with a trimmed vocabulary the original one may be given,
         and the trimmed one is saved.
     path : str or path
-        Folder to create. One that an earlier call wrote is replaced, any other refused.
+        Folder to create. One that is empty or that an earlier call wrote is replaced, any other
+        refused.
     portable : bool
         Pad layers with units of zeros to the widest (to the dense width where the config has no
         field for it), so that plain transformers loads the folder at the price of a larger file.
@@ -324,7 +325,8 @@ def save_model(
         If the reloaded model gives other logits.
     """
     final = Path(path)
-    if final.exists() and not (final / SIDECAR).is_file():
+    empty = final.is_dir() and not any(final.iterdir())
+    if final.exists() and not empty and not (final / SIDECAR).is_file():
         raise FileExistsError(
             f"{final} exists and was not written by save_model; choose another folder"
         )

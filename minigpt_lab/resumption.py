@@ -23,6 +23,7 @@ _WORDS = {
     "model": "another model",
     "tokens": "other calibration tokens",
     "counts": "another size or allocation",
+    "search": "another size or search",
 }
 
 
@@ -33,32 +34,42 @@ class Finished:
     ----------
     folder : str or path
         Made if need be.
-    recipe : mapping
-        What the result depends on, as plain data.
-
-    Raises
-    ------
-    ValueError
-        If the folder holds a run of another recipe; what differs is named.
     """
 
-    def __init__(self, folder: str | os.PathLike, recipe: Mapping[str, object]):
+    def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.recipe = json.loads(json.dumps(recipe))
-        self.layers: list[dict[str, dict]] = []  # site to {"kept", "error"}
         state = self.folder / STATE
-        if state.is_file():
-            found = json.loads(state.read_text(encoding="utf-8"))
-            differs = [k for k, value in self.recipe.items() if found["recipe"].get(k) != value]
-            if differs:
-                words = [_WORDS.get(name, f"another {name}") for name in differs]
-                raise ValueError(
-                    f"{self.folder} holds a run with {', '.join(words)}: call with the same "
-                    "arguments to go on with it (a model that was being changed in place must be "
-                    "loaded anew), or give another folder"
-                )
-            self.layers = found["layers"]
+        found = json.loads(state.read_text(encoding="utf-8")) if state.is_file() else {}
+        self.found: dict[str, object] | None = found.get("recipe")
+        self.layers: list[dict[str, dict]] = found.get("layers", [])  # site to {"kept", "error"}
+        self.recipe: dict[str, object] = {}
+
+    def require(self, facts: Mapping[str, object]) -> None:
+        """Refuse to go on with a run of another recipe; each part of it as soon as it is known.
+
+        Parameters
+        ----------
+        facts : mapping
+            What the result depends on, as plain data.
+
+        Raises
+        ------
+        ValueError
+            If they are not those of the run in the folder; what differs is named.
+        """
+        facts = json.loads(json.dumps(facts))
+        self.recipe |= facts
+        if self.found is None:
+            return
+        differs = [name for name, value in facts.items() if self.found.get(name) != value]
+        if differs:
+            words = [_WORDS.get(name, f"another {name}") for name in differs]
+            raise ValueError(
+                f"{self.folder} holds a run with {', '.join(words)}: call with the same "
+                "arguments to go on with it (a model that was being changed in place must be "
+                "loaded anew), or give another folder"
+            )
 
     def restore_hidden(self, hidden: Shards) -> None:
         """Bring hidden states to where the run had come."""

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from dataclasses import fields as dataclass_fields
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 
 import numpy as np
@@ -127,23 +129,27 @@ def slimgpt(
     zeros = {site: [np.zeros(n) for n in layers] for site, layers in totals.items()}
     groups = prunable(anatomy, zeros, keep_layers)
     _check_target(groups, ratio, parameters, counts)
+    _check_allocation(allocation)
     searches = isinstance(allocation, str) and allocation == "search" and counts is None
     if search is not None and not searches:
         raise ValueError('search has options but nothing is searched: add allocation="search"')
-    if isinstance(allocation, str) and allocation in RANKINGS:
-        raise ValueError(
-            f"allocation {allocation!r} ranks scores, and slimgpt has none before it comes to a "
-            f"layer; expected 'search', a share per layer, or one of {', '.join(BY_DEPTH)}"
-        )
+    settings = asdict(_made(Search, search or {}))
+    if searches or out_dir is not None:
+        batches = list(batches)
+    finished = None if out_dir is None else Finished(out_dir)
+    if finished:
+        text = {"model": before, "tokens": tokens_hash(batches)}
+        finished.require({**text, **options.facts()})
     origin = {"method": "slimgpt", **options.facts(), "keep_layers": [*keep_layers]}
     if searches:
-        batches, settings = list(batches), _made(Search, search or {})
-        parameters_leave = leaving_parameters(model, groups, ratio, parameters, ratio_of)
+        to_leave = leaving_parameters(model, groups, ratio, parameters, ratio_of)
+        if finished:
+            finished.require({"search": {**settings, "leave": to_leave}})
         found, history = search_counts(
-            mini, batches, groups, parameters_leave, multiple_of, options, settings,
+            mini, batches, groups, to_leave, multiple_of, options, Search(**settings),
             offload=offload, out_dir=out_dir, progress=progress,
         )  # fmt: skip
-        origin["search"] = {**asdict(settings), **summary(history)}
+        origin["search"] = {**settings, **summary(history)}
     elif counts is None:
         found = unit_counts(
             model, groups, ratio, parameters, allocation, ratio_of, multiple_of, even_out=True
@@ -157,11 +163,9 @@ def slimgpt(
         origin |= {"ratio": ratio} if parameters is None else {"parameters": parameters}
         origin |= {"allocation": allocation_name(allocation), "ratio_of": ratio_of}
     origin["removed"] = removed_shares(model, groups, found)
-    hidden, finished = Shards(offload), None
-    if out_dir is not None:
-        batches = list(batches)
-        text = {"model": before, "tokens": tokens_hash(batches)}
-        finished = Finished(out_dir, {**text, "counts": leave, **options.facts()})
+    if finished:
+        finished.require({"counts": leave})
+    hidden = Shards(offload)
     cuts: list[dict[str, dict]] = []
     with inference(mini), full_precision():
         calls = enter(mini, batches, hidden)
@@ -235,9 +239,10 @@ def _made(kind: type, fields: Mapping[str, object]):
     if not isinstance(fields, Mapping):
         raise ValueError(f"{kind.__name__.lower()} is {fields!r}; expected options by their names")
     known = [field.name for field in dataclass_fields(kind)]
+    own = [*inspect.signature(slimgpt).parameters] if kind is Solver else []
     for name in fields:
         if name not in known:
-            raise ValueError(f"unknown option {name!r}; {nearest(name, known)}")
+            raise ValueError(f"unknown option {name!r}; {nearest(name, known + own)}")
     return kind(**fields)
 
 
@@ -245,10 +250,25 @@ def _check_target(groups: Sequence[Group], ratio, parameters, counts) -> None:
     """Refuse anything but one target, and counts that do not fit the model."""
     chosen = one_target(ratio=ratio, parameters=parameters, counts=counts)
     for name in ("ratio", "parameters"):
-        if name in chosen and not isinstance(chosen[name], Real):
-            raise ValueError(f"{name} is {chosen[name]!r}; expected a number")
+        value = chosen.get(name, 0)
+        if not isinstance(value, Real) or not math.isfinite(value):
+            raise ValueError(f"{name} is {value!r}; expected a number")
     if counts is not None:
         _check_counts(groups, counts)
+
+
+def _check_allocation(allocation: str | Allocation | Sequence[float]) -> None:
+    """Refuse names that are no way to spread a cut without scores."""
+    if not isinstance(allocation, str):
+        return
+    known = ["search", *BY_DEPTH]
+    if allocation in RANKINGS:
+        raise ValueError(
+            f"allocation {allocation!r} ranks scores, and slimgpt has none before it comes to a "
+            f"layer; expected a share per layer, or one of {', '.join(known)}"
+        )
+    if allocation not in known:
+        raise ValueError(f"unknown allocation {allocation!r}; {nearest(allocation, known)}")
 
 
 def _check_counts(groups: Sequence[Group], counts: Mapping[str, Sequence[int]]) -> None:
@@ -261,7 +281,7 @@ def _check_counts(groups: Sequence[Group], counts: Mapping[str, Sequence[int]]) 
         raise ValueError(f"counts has {shape}; expected {sorted(sites)} with {depth} layers each")
     for group in groups:
         count = counts[group.site][group.layer]
-        if not 0 <= count < len(group):
+        if not isinstance(count, Integral) or not 0 <= count < len(group):
             raise ValueError(
                 f"{count} of {len(group)} {group.site} units of layer {group.layer} are to leave; "
                 "at least one must stay"

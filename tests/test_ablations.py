@@ -82,6 +82,23 @@ def test_a_finished_variant_is_found_under_any_name(study, tiny, monkeypatch):
         ablations.slimgpt_variants(*tiny, other, batches, texts, **measuring)
 
 
+def test_a_study_of_searches(study, tiny, tmp_path):
+    model, tokenizer = tiny
+    _, batches, texts, measuring, *_ = study
+    other, _ = lab.slimgpt(model, batches, 0.05, progress=False)
+    measuring = {**measuring, "out_dir": tmp_path, "prompt": ""}
+    quick = {"ratio": 0.3, "allocation": "search", "search": {"levels": 2, "rounds": 1, "steps": 2}}
+    for each in (model, other):  # one folder for a study of several models
+        ablations.slimgpt_variants(each, tokenizer, {"s": quick}, batches, texts[:1], **measuring)
+    longer = {**quick, "search": {**quick["search"], "steps": 3}}
+    ablations.slimgpt_variants(model, tokenizer, {"s": longer}, batches, texts[:1], **measuring)
+    assert len(list(tmp_path.glob("search-*/search.jsonl"))) == 3
+    assert len(list(tmp_path.glob("search-*/state.json"))) == 3
+    for wrong in ({"dense": FULL}, {"s": {**FULL, "inplace": True}}):
+        with pytest.raises(ValueError, match="a study names 'dense' and sets inplace"):
+            ablations.slimgpt_variants(model, tokenizer, wrong, batches, texts[:1], **measuring)
+
+
 def test_one_layer_at_a_time_leaves_the_others_whole(study, tiny):
     _, batches, texts, measuring, *_ = study
     model, _ = tiny

@@ -139,7 +139,7 @@ def test_a_ledger_survives_a_torn_line(tmp_path):
     first = Ledger(path)
     assert first.get(["a", 1], lambda: {"x": 1}) == {"x": 1}
     with path.open("a") as file:
-        file.write('\n{"key": "torn')
+        file.write('\n12\n{"key": "torn')
     second = Ledger(path)
     assert second.get(["a", 1], lambda: {"x": 2}) == {"x": 1}
     assert second.get(["b"], lambda: {"x": 3}) == {"x": 3}

@@ -165,6 +165,8 @@ def test_saving_replaces_models_only_and_leaves_no_halves(tmp_path, tokenizer, m
     folder = lab.save_model(model, tokenizer, tmp_path / "mini")
     other = lab.save_model(random_model("llama", 1), tokenizer, folder)
     assert same(lab.load_model(other, device="cpu")[0], random_model("llama", 1), probe)
+    (tmp_path / "empty").mkdir()
+    assert lab.load_model(lab.save_model(model, tokenizer, tmp_path / "empty"), device="cpu")
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "config.json").touch()
     with pytest.raises(FileExistsError, match="not written by save_model"):
@@ -176,7 +178,7 @@ def test_saving_replaces_models_only_and_leaves_no_halves(tmp_path, tokenizer, m
     monkeypatch.setattr(models, "_compare_reloaded", broken)
     with pytest.raises(KeyboardInterrupt):
         lab.save_model(model, tokenizer, tmp_path / "new")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["mini", "thesis"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "mini", "thesis"]
 
 
 def test_a_difference_after_reloading_is_an_error(tmp_path, tokenizer, monkeypatch):

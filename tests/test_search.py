@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 
 import numpy as np
 import pytest
@@ -166,13 +167,18 @@ def test_an_error_leaves_the_model_as_it_was():
     ):
         raise KeyboardInterrupt
     assert all(torch.equal(p, before[key]) for key, p in model.named_parameters())
-    with torch.no_grad():
-        model.model.layers[1].mlp.down_proj.weight[0, 0] = torch.nan
-    with (
-        pytest.raises(ValueError, match=r"layers\.2\.self_attn\.o_proj reads NaN"),
-        supernet(model, rows, groups, counts, (0,) * 6, Solver(), progress=False),
-    ):
-        pass
+    for place, match in [("down_proj", "has NaN.* weights"), ("up_proj", "reads NaN")]:
+        weight = getattr(model.model.layers[1].mlp, place).weight
+        kept = weight.clone()
+        with torch.no_grad():
+            weight[0, 0] = torch.nan
+        with (
+            pytest.raises(ValueError, match=rf"layers\.1\.mlp\.down_proj {match}"),
+            supernet(model, rows, groups, counts, (0,) * 6, Solver(), progress=False),
+        ):
+            pass
+        with torch.no_grad():
+            weight.copy_(kept)
     assert model.model.layers[0].mlp.down_proj.weight.requires_grad
 
 
@@ -385,6 +391,7 @@ def test_a_search_with_an_out_dir_is_one_run(tmp_path):
         ({"search": {"round": 3}}, ValueError, "did you mean 'rounds'"),
         ({"search": {"steps": 2.5}}, ValueError, "steps is 2.5; expected a whole number"),
         ({"search": {"share": "half"}}, ValueError, "share is 'half'; expected a number"),
+        ({"search": {"seed": -1}}, ValueError, "seed is -1; expected a whole number"),
         ({"search": 5}, ValueError, "search is 5; expected options by their names"),
         ({"ratio": 0.99}, ValueError, "cannot be met"),
         ({"ratio": 1.5}, ValueError, "expected a share"),
@@ -396,6 +403,33 @@ def test_bad_arguments_of_a_search(arguments, error, message):
     given = {"ratio": 0.3, "allocation": "search", "progress": False, **arguments}
     with pytest.raises(error, match=message):
         lab.slimgpt(random_model("llama"), windows(), **given)
+
+
+def test_another_run_is_refused_before_its_search(tmp_path, monkeypatch):
+    model, arguments = random_model("llama"), {"allocation": "search", "search": QUICK}
+    arguments |= {"out_dir": tmp_path, "progress": False}
+    lab.slimgpt(model, windows(), 0.4, **arguments)
+    monkeypatch.setattr(sys.modules["minigpt_lab.slimgpt"], "search_counts", None)
+    for other, match in [
+        ({"ratio": 0.3}, "another size or search"),
+        ({"search": {**QUICK, "seed": 1}}, "another size or search"),
+        ({"batches": windows()[:1]}, "other calibration tokens"),
+        ({"damp": 0.1}, "another damp"),
+    ]:
+        given = {"batches": windows(), "ratio": 0.4, **arguments, **other}
+        with pytest.raises(ValueError, match=f"holds a run with {match}"):
+            lab.slimgpt(model, **given)
+
+
+def test_predictions_that_are_not_finite():
+    model = random_model("llama")
+    with torch.no_grad():
+        model.model.norm.weight[0] = torch.nan
+    groups = groups_of(model)
+    with pytest.raises(ValueError, match="the model's own predictions are not finite"):
+        search_counts(model, windows(), groups, 100, search=Search(**QUICK), progress=False)
+    with torch.inference_mode(), pytest.raises(ValueError, match="a search needs gradients"):
+        search_counts(model, windows(), groups, 100)
 
 
 def test_a_search_needs_all_weights_at_hand():

@@ -8,7 +8,7 @@ from .budgets import Budget, Budgets
 
 
 class Descent:
-    """Moves parameters from groups that miss them much to groups that miss them little.
+    """Gives parameters back to groups that miss them much, and takes them where they count little.
 
     Adam (arXiv 1412.6980) on what each group's share costs beyond the common price of a parameter,
     projected on the budgets of one size. Only whole levels are ever measured: each step draws them

@@ -77,6 +77,8 @@ class Search:
             value = getattr(self, name)
             if not isinstance(value, Real) or not 0 < value <= 1:
                 raise ValueError(f"search: {name} is {value!r}; expected a number in (0, 1]")
+        if not isinstance(self.seed, Integral) or self.seed < 0:
+            raise ValueError(f"search: seed is {self.seed!r}; expected a whole number, 0 or more")
 
 
 def search_counts(
@@ -126,7 +128,8 @@ def search_counts(
     list of int, pandas.DataFrame
         Units that leave each group; one row per budget that was measured: ``round``, ``stage`` (an
         allocation, "start", "step 12"), ``kl``, ``removed`` (parameters), ``enough`` (of them), and
-        ``counts``, units that leave once FFN channels beyond need are given back.
+        ``counts``, units that leave each group once FFN channels beyond need, which are gone in the
+        other columns, are given back.
 
     Raises
     ------
@@ -138,6 +141,8 @@ def search_counts(
             "the model's weights wait outside its device: a search sets all its layers many times; "
             "use another allocation, or a device that holds the model"
         )
+    if torch.is_inference_mode_enabled():
+        raise ValueError("a search needs gradients: call it outside torch.inference_mode()")
     options, search = options or Solver(), search or Search()
     windows, steps = list(unpadded(batches)), unit_steps(groups, multiple_of)
     total = sum(parameter.numel() for parameter in model.parameters())

@@ -55,7 +55,8 @@ class Supernet:
     counts : sequence of sequence of int
         For each group, the units that leave at every level: ascending, the first 0.
     offload : {"device", "cpu", "disk"}
-        Where the levels' weights wait; see `Shards`.
+        Where the levels' weights wait (each level takes half a projection on average); see
+        `Shards`.
     """
 
     def __init__(

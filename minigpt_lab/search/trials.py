@@ -70,7 +70,12 @@ class Trials:
             self.net.set_all((0,) * len(budget))
             for index in range(len(self.chosen)):
                 # float16 is the finer the more likely a token is, and so the more it counts
-                self.dense[index] = self._predictions(index).half()
+                predictions = self._predictions(index)
+                if not torch.isfinite(predictions).all():
+                    raise ValueError(
+                        "the model's own predictions are not finite: check its weights"
+                    )
+                self.dense[index] = predictions.half()
         self.net.set_all(budget)
         return self.net
 
