@@ -1,9 +1,7 @@
 """A research kit: how small can a language model get for one domain, and what does it lose."""
 
 from .allocation import plan_from_scores
-from .answers import Answers, answer_questions, compare_answers, position_bias
 from .assets import SourceUnavailable
-from .benchmarks import benchmark
 from .criteria import (
     CRITERIA,
     MINI_LLM,
@@ -16,32 +14,42 @@ from .criteria import (
 from .domains import (
     Domain,
     Part,
+    Question,
     check_disjoint,
+    count_tokens,
     domain_names,
+    excerpt,
     load_domain,
     load_domains,
     make_domain,
+    tokenize,
 )
 from .efficiency import efficiency
-from .evaluation import Perplexity, generate, perplexity
+from .evaluation import (
+    Answers,
+    Perplexity,
+    answer_questions,
+    benchmark,
+    compare_answers,
+    generate,
+    perplexity,
+    position_bias,
+)
 from .exercises import check
 from .families import FAMILIES
 from .hessians import Hessians, collect_hessians, weight_compensated
-from .matrix import domain_matrix, domain_plans
 from .models import load_model, save_model
 from .plan import PruningPlan
 from .planning import contextual_plan
 from .presets import PERPLEXITY_PRESETS, RECOVERY_PRESETS
-from .questions import Question
 from .recovery import recover
 from .runtime import label
 from .sizes import Size, describe, model_size
 from .slimgpt import slimgpt
-from .smallest import smallest_within
 from .spsa import gradient_cosine
 from .statistics import Statistics, collect_statistics
+from .studies import domain_matrix, domain_plans, smallest_within
 from .surgery import masked, shrink
-from .tokens import count_tokens, excerpt, tokenize
 from .vocabulary import tokenizer_for, trim_tokenizer
 
 __version__ = "0.1.0"

@@ -13,12 +13,20 @@ import warnings
 
 import pandas as pd
 
-from .experiments import run_notebook, run_once
-from .grids import read_grid
-from .parameters import find_notebook, notebook_names, parameters_cell
-from .records import read_record, results, varying
-from .reports import write_report
-from .sweeps import EXECUTORS, sweep
+from .experiments import (
+    EXECUTORS,
+    find_notebook,
+    notebook_names,
+    parameters_cell,
+    read_grid,
+    read_record,
+    results,
+    run_notebook,
+    run_once,
+    sweep,
+    varying,
+    write_report,
+)
 
 DEFAULT = "03_contextual_pruning"  # what `run` runs unasked
 _FACTS = ("notebook", "status", "smoke", "model", "device")  # shown where they differ

@@ -13,13 +13,7 @@ from torch import nn
 
 from .assets import nearest
 from .biases import give_bias
-from .elimination import (
-    ERRORS,
-    Elimination,
-    Schedule,
-    eliminations,
-    group_schedule,
-)
+from .elimination import ERRORS, Elimination, Schedule, eliminations, group_schedule
 from .families import Anatomy, weight_axis
 from .hessians import DAMPINGS
 from .layerwise import LayerPass

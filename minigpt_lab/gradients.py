@@ -13,9 +13,9 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from .domains import unpadded
 from .families import Anatomy
 from .runtime import check_token_ids, inference
-from .tokens import unpadded
 
 _BLOCK = 256  # tokens whose logits exist at once
 

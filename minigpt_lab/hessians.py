@@ -18,10 +18,10 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .assets import nearest
+from .domains import unpadded
 from .families import Anatomy, weight_axis
 from .plan import PruningPlan
 from .runtime import check_token_ids, fingerprint, inference, require_weights
-from .tokens import unpadded
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .domains import unpadded
 from .families import SITES, Anatomy
 from .offloading import execution_device
 from .runtime import check_token_ids, inference
 from .shards import Shards
-from .tokens import unpadded
 
 Calls = list[list[dict]]  # [window][layer]: keyword arguments; masks may differ between layers
 

@@ -18,10 +18,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .domains import unpadded
 from .families import SITES, Anatomy
 from .gradients import Gradients, collect_gradients, refuse_non_finite, window_losses
 from .runtime import inference
-from .tokens import unpadded
 
 
 @dataclass(frozen=True)

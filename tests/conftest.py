@@ -33,7 +33,7 @@ from transformers.models.qwen2 import Qwen2Config
 from transformers.models.qwen3 import Qwen3Config
 
 import minigpt_lab as lab
-from minigpt_lab.records import RECORD
+from minigpt_lab.experiments.records import RECORD
 
 _COMMON = {
     "vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,

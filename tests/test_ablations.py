@@ -10,9 +10,10 @@ import torch
 from conftest import random_model
 
 import minigpt_lab as lab
-from minigpt_lab import ablations, figures
+from minigpt_lab import figures
 from minigpt_lab.elimination import exact_error
 from minigpt_lab.families import Anatomy
+from minigpt_lab.studies import ablations
 
 FULL = {"ratio": 0.5, "allocation": "uniform"}
 

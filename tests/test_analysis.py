@@ -7,7 +7,8 @@ import pytest
 from test_surgery import random_plan
 
 import minigpt_lab as lab
-from minigpt_lab import analysis, sizes
+from minigpt_lab import sizes
+from minigpt_lab.studies import analysis
 
 
 @pytest.fixture(scope="module")

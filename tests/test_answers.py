@@ -12,9 +12,9 @@ from conftest import random_model
 from test_surgery import random_plan
 
 import minigpt_lab as lab
-from minigpt_lab import answers, continuations
-from minigpt_lab.answers import Answers, _newcombe
-from minigpt_lab.continuations import branch_losses, longest, pack
+from minigpt_lab.evaluation import answers, continuations
+from minigpt_lab.evaluation.answers import Answers, _newcombe
+from minigpt_lab.evaluation.continuations import branch_losses, longest, pack
 
 ITEMS = tuple(
     lab.Question(f"The {noun} said that the case was", choices, i % len(choices))

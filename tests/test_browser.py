@@ -25,8 +25,8 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Page, expect, sync_playwright
 
-from minigpt_lab.parameters import NOTEBOOKS
-from minigpt_lab.records import ROOT
+from minigpt_lab.experiments.parameters import NOTEBOOKS
+from minigpt_lab.experiments.records import ROOT
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 SHOTS = ROOT / "runs" / "browser"

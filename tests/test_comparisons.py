@@ -6,9 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from minigpt_lab import comparisons, figures
-from minigpt_lab.records import write_record
-from minigpt_lab.reports import write_report
+from minigpt_lab import figures
+from minigpt_lab.experiments import comparisons
+from minigpt_lab.experiments.records import write_record
+from minigpt_lab.experiments.reports import write_report
 
 
 def run(folder, table, text="abc", weights="012", **parameters):

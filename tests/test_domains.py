@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 import minigpt_lab as lab
-from minigpt_lab import sources
-from minigpt_lab.domains import PARTS
-from minigpt_lab.passages import cut, near_duplicates
+from minigpt_lab.domains import sources
+from minigpt_lab.domains.domain import PARTS
+from minigpt_lab.domains.passages import cut, near_duplicates
 
 WORDS = (
     "court judge law patient blood dose sword gold dragon market price wage road night river stone "

@@ -10,8 +10,8 @@ import pytest
 
 from minigpt_lab import __main__ as command_line
 from minigpt_lab import experiments
-from minigpt_lab.parameters import notebook_names
-from minigpt_lab.records import write_record
+from minigpt_lab.experiments.parameters import notebook_names
+from minigpt_lab.experiments.records import write_record
 
 WRONG = [
     ("02", "epsilon_linear", 0.1, "a list"),

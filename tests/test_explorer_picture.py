@@ -8,7 +8,7 @@ import pytest
 
 import minigpt_lab as lab
 from minigpt_lab.figures import ThresholdPicture
-from minigpt_lab.lookups import COMPONENTS, Magnitudes, read_sweep
+from minigpt_lab.studies.lookups import COMPONENTS, Magnitudes, read_sweep
 
 SWEEP = pd.DataFrame(
     [["activation", "contextual", e, r] for e, r in ((0.02, 1.1), (0.05, 2.0), (0.1, 9.0))],

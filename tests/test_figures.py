@@ -6,8 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from minigpt_lab import analysis, figures
+from minigpt_lab import figures
 from minigpt_lab.figures import style
+from minigpt_lab.studies import analysis
 
 
 @pytest.fixture

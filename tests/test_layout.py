@@ -8,34 +8,56 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "minigpt_lab"
-PACKAGES = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+FILES = [path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py"]
 
 
-def imported(path: Path) -> set[str]:
+def order() -> list[str]:
+    """Modules and packages as listed, a package after those of its modules that are."""
+    words = (ROOT / "CONTRIBUTING.md").read_text()
+    listing = re.search(r"assets →[^\n]*(\n +→[^\n]*)+", words)[0]
+    found = []
+    for name, inner in re.findall(r"(\w+)(?: \(([^)]*)\))?", listing):
+        found += [f"{name}.{module}" for module in re.findall(r"\w+", inner)] + [name]
+    return found
+
+
+def listed(parts: tuple[str, ...], names: list[str]) -> str:
+    """The listed name that a module of the package goes by."""
+    dotted = ".".join(parts[:2])
+    return dotted if dotted in names else parts[0]
+
+
+def imported(path: Path) -> set[tuple[str, ...]]:
     """Modules of the package that a file imports anywhere in it."""
     found = set()
+    package = path.relative_to(PACKAGE).parts[:-1]
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level == (2 if path.parent != PACKAGE else 1):
-            found |= {node.module.split(".")[0]} if node.module else {n.name for n in node.names}
+        if isinstance(node, ast.ImportFrom) and node.level:
+            module = tuple(node.module.split(".")) if node.module else ()
+            full = package[: len(package) - node.level + 1] + module
+            found |= {full} if node.module else {(*full, alias.name) for alias in node.names}
     return found
 
 
 def test_imports_go_one_way():
-    listing = re.search(r"assets →[^\n]*(\n +→[^\n]*)+", (ROOT / "CONTRIBUTING.md").read_text())
-    order = re.findall(r"\w+", listing[0])
-    modules = {p.stem for p in PACKAGE.glob("*.py")} | PACKAGES
-    assert set(order) == modules - {"__init__"}
-    for name in order:
-        files = PACKAGE.glob(f"{name}/*.py" if name in PACKAGES else f"{name}.py")
-        for path in files:
-            assert imported(path) <= set(order[: order.index(name)]), path
+    names = order()
+    for path in FILES:
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        own = listed(parts, names)
+        before = {*names[: names.index(own)], *([own] if len(parts) > 1 else [])}
+        assert {listed(each, names) for each in imported(path)} <= before, path
 
 
-def test_every_module_has_its_line():
-    words = (ROOT / "CONTRIBUTING.md").read_text()
-    named = re.findall(r"^\* `(\w+)`: \w", words, re.M)
-    modules = {p.stem for p in PACKAGE.glob("*.py")} | PACKAGES
-    assert sorted(named) == sorted(modules - {"__init__"})
+def test_every_module_has_its_place_and_its_line():
+    names = order()
+    packages = {name.split(".")[0] for name in names if "." in name}
+    parts = [path.relative_to(PACKAGE).with_suffix("").parts for path in FILES]
+    there = {listed(each, names) for each in parts}
+    assert there == set(names)
+    missing = {each for each in parts if each[0] in packages and listed(each, names) == each[0]}
+    assert missing == {(package, "__init__") for package in packages}
+    lines = re.findall(r"^\* `([\w.]+)`: \w", (ROOT / "CONTRIBUTING.md").read_text(), re.M)
+    assert sorted(lines) == sorted(there - packages)
 
 
 def test_no_module_is_longer_than_a_sitting():

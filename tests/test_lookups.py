@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from minigpt_lab.lookups import COMPONENTS, Magnitudes, read_sweep, threshold_range
+from minigpt_lab.studies.lookups import COMPONENTS, Magnitudes, read_sweep, threshold_range
 
 
 def test_shares_are_those_counted_by_hand(tiny_statistics):

@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 
 import minigpt_lab as lab
-from minigpt_lab import matrix
 from minigpt_lab.ledger import Ledger
+from minigpt_lab.studies import matrix
 
 NAMES = ("tiny-law", "tiny-games")
 SMALL = {"test_tokens": 512, "seq_len": 64}

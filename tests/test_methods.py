@@ -10,7 +10,7 @@ import minigpt_lab as lab
 from minigpt_lab import figures
 from minigpt_lab.criteria import CRITERIA
 from minigpt_lab.families import Anatomy
-from minigpt_lab.methods import (
+from minigpt_lab.studies.methods import (
     Method,
     method_comparison,
     method_overlap,
@@ -60,7 +60,7 @@ def test_cells_are_those_of_the_functions(compared, tiny):
 
 def test_finished_cells_are_not_measured_again(compared, tiny, monkeypatch):
     plans, table, folder, texts = compared
-    monkeypatch.setattr("minigpt_lab.methods.perplexity", None)
+    monkeypatch.setattr("minigpt_lab.studies.methods.perplexity", None)
     again = method_comparison(*tiny, plans, texts, 256, 64, out_dir=folder)
     assert again.equals(table)
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from minigpt_lab.experiments import run_notebook
-from minigpt_lab.parameters import notebook_names, smoke_cases
-from minigpt_lab.records import read_record
+from minigpt_lab.experiments.parameters import notebook_names, smoke_cases
+from minigpt_lab.experiments.records import read_record
+from minigpt_lab.experiments.runs import run_notebook
 
 EXPECTED = Path(__file__).parent / "expected"
 CASES = smoke_cases()

@@ -9,9 +9,10 @@ import pytest
 from test_domains import passage
 
 import minigpt_lab as lab
-from minigpt_lab import parameters, questions
-from minigpt_lab.passages import near_duplicates, sentences
-from minigpt_lab.questions import Question, Questions, read_questions
+from minigpt_lab.domains import questions
+from minigpt_lab.domains.passages import near_duplicates, sentences
+from minigpt_lab.domains.questions import Question, Questions, read_questions
+from minigpt_lab.experiments import parameters
 
 BUILT = lab.domain_names(tiny=True) + ["games", "translation"]
 

@@ -11,8 +11,16 @@ import pandas as pd
 import pytest
 
 from minigpt_lab import __main__ as command_line
-from minigpt_lab import experiments, parameters
-from minigpt_lab.records import RECORD, SCHEMA, better, read_record, results, write_record
+from minigpt_lab import experiments
+from minigpt_lab.experiments import parameters
+from minigpt_lab.experiments.records import (
+    RECORD,
+    SCHEMA,
+    better,
+    read_record,
+    results,
+    write_record,
+)
 
 RUN = {
     "notebook": "03_contextual_pruning", "status": "completed", "smoke": False,

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 import minigpt_lab as lab
-from minigpt_lab import adapters, training
+from minigpt_lab.recovery import adapters, training
 
 SMALL = {"seq_len": 64, "eval_every": 1024, "tokens": 4096, "eval_characters": 3000}
 
@@ -215,7 +215,7 @@ def test_a_full_disk_stops_clearly_and_is_resumed(tmp_path, pruned, tiny, tiny_d
     script.write_text(f"""
 import resource, signal, sys, warnings
 import minigpt_lab as lab
-from minigpt_lab import training
+from minigpt_lab.recovery import training
 real, calls = training.perplexity, []
 def full(*arguments):
     calls.append(1)

@@ -16,8 +16,9 @@ import nbformat
 import pytest
 
 from minigpt_lab import __main__ as command_line
-from minigpt_lab import experiments, grids, sweeps
-from minigpt_lab.records import RECORD, read_record, results, write_record
+from minigpt_lab import experiments
+from minigpt_lab.experiments import grids, sweeps
+from minigpt_lab.experiments.records import RECORD, read_record, results, write_record
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 

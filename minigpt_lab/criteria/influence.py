@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from ..domains import unpadded
 from ..families import Anatomy
 from ..runtime import check_token_ids, inference
-from ..tokens import unpadded
 
 
 def block_influence(

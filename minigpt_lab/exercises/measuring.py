@@ -8,10 +8,9 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
-from ..answers import Answers
-from ..domains import Part
+from ..domains import Part, Question
+from ..evaluation import Answers
 from ..plan import PruningPlan
-from ..questions import Question
 from .checking import exercise
 from .verdicts import Count, Members, Name, Number, Share
 

@@ -30,7 +30,7 @@ def layer_losses(losses: pd.DataFrame, caption: str = "") -> Figure:
     Parameters
     ----------
     losses : pandas.DataFrame
-        From `minigpt_lab.ablations.layer_losses`: columns ``site, units, share, choice,
+        From `minigpt_lab.studies.ablations.layer_losses`: columns ``site, units, share, choice,
         compensated, loss``; several draws are their mean, in their range.
     caption : str
         Model, layer, calibration.
@@ -69,7 +69,7 @@ def one_layer_curves(table: pd.DataFrame, caption: str = "") -> Figure:
     Parameters
     ----------
     table : pandas.DataFrame
-        From `minigpt_lab.ablations.one_layer_at_a_time`: columns ``layer, ratio, text,
+        From `minigpt_lab.studies.ablations.one_layer_at_a_time`: columns ``layer, ratio, text,
         perplexity_ratio``.
     caption : str
         Model, calibration, protocol.
@@ -103,8 +103,8 @@ def layer_budgets(layers: pd.DataFrame, caption: str = "") -> Figure:
     Parameters
     ----------
     layers : pandas.DataFrame
-        From `minigpt_lab.ablations.slimgpt_variants`: columns ``variant`` (the allocation's name),
-        ``site, layer, units, removed, cost, error``.
+        From `minigpt_lab.studies.ablations.slimgpt_variants`: columns ``variant`` (the allocation's
+        name), ``site, layer, units, removed, cost, error``.
     caption : str
         Model, calibration, ratio.
     """
@@ -141,7 +141,7 @@ def variant_dots(table: pd.DataFrame, caption: str = "", title: str = "") -> Fig
     Parameters
     ----------
     table : pandas.DataFrame
-        From `minigpt_lab.ablations.slimgpt_variants`: columns ``variant, compensated, text,
+        From `minigpt_lab.studies.ablations.slimgpt_variants`: columns ``variant, compensated, text,
         perplexity, low, high``. A cut that is not compensated is hollow.
     caption : str
         Model, calibration, protocol.

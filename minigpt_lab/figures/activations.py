@@ -320,7 +320,8 @@ def calibration_curve(stability: pd.DataFrame, caption: str = "") -> Figure:
     Parameters
     ----------
     stability : pandas.DataFrame
-        From `minigpt_lab.analysis.calibration_stability`: ``domain, tokens, jaccard, chance``.
+        From `minigpt_lab.studies.analysis.calibration_stability`: columns ``domain, tokens,
+        jaccard, chance``.
     caption : str
         Model, rule.
     """

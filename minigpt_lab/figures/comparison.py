@@ -152,7 +152,7 @@ def method_curves(table: pd.DataFrame, caption: str = "") -> Figure:
     Parameters
     ----------
     table : pandas.DataFrame
-        From `minigpt_lab.methods.method_comparison`: columns ``method, sites, stored, text,
+        From `minigpt_lab.studies.methods.method_comparison`: columns ``method, sites, stored, text,
         perplexity, low, high``; rows of the method ``dense`` give the level to compare with.
     caption : str
         Model, calibration, protocol.

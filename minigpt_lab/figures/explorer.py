@@ -17,8 +17,8 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image
 
-from ..lookups import COMPONENTS, Magnitudes, Reading
 from ..sizes import Size
+from ..studies import COMPONENTS, Magnitudes, Reading
 from .style import COMPONENT_STYLE, PART_STYLE, STYLE, colour, log_ticks
 
 _UNITS = {

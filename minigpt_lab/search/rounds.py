@@ -22,13 +22,13 @@ from transformers import PreTrainedModel
 
 from ..allocation import unit_counts, unit_steps
 from ..compensation import Solver
+from ..domains import unpadded
 from ..ledger import Ledger
 from ..offloading import is_offloaded
 from ..runtime import fingerprint
 from ..schedules import Group
 from ..shards import Shards
 from ..statistics import tokens_hash
-from ..tokens import unpadded
 from .budgets import Budget, Budgets
 from .descent import Descent
 from .trials import Trials

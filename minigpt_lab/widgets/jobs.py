@@ -10,9 +10,9 @@ import ipywidgets
 from IPython.display import HTML
 from transformers import PreTrainedTokenizerBase
 
+from ..domains import excerpt
 from ..evaluation import perplexity
 from ..surgery import shrink
-from ..tokens import excerpt
 from .base import alarm, size_words
 from .pruning import RatioExplorer, ThresholdExplorer
 

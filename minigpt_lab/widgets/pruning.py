@@ -15,12 +15,12 @@ from transformers import PreTrainedModel
 from ..allocation import plan_from_scores
 from ..criteria import Scores
 from ..figures import ThresholdPicture, cut_heatmap, png_bytes
-from ..lookups import COMPONENTS, Magnitudes, read_sweep, threshold_range
 from ..plan import PruningPlan
 from ..planning import contextual_plan
 from ..schedules import ALLOCATIONS
 from ..sizes import Size
 from ..statistics import Statistics
+from ..studies import COMPONENTS, Magnitudes, read_sweep, threshold_range
 from .base import Explorer, Page, size_words
 
 ABSOLUTE, RELATIVE = "absolute ε", "share of each layer"

@@ -17,9 +17,10 @@ import torch
 from filelock import FileLock
 from transformers import PreTrainedModel
 
-from .assets import first_line
-from .domains import Domain
-from .ledger import content_hash
+from ..assets import first_line
+from ..domains import Domain
+from ..ledger import content_hash
+from ..runtime import fingerprint, label
 from .parameters import (
     CIRCUMSTANCES,
     absolute,
@@ -29,7 +30,6 @@ from .parameters import (
     smoke_parameters,
 )
 from .records import RECORD, read_record, surroundings, write_record
-from .runtime import fingerprint, label
 
 _started = time.time()  # of the kernel, to all practical purposes
 

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from .domains import Part, check_part
-from .vocabulary import merge_table, protected_tokens
+from ..vocabulary import merge_table, protected_tokens
+from .domain import Part, check_part
 
 SEPARATOR = "\n\n"
 

@@ -17,8 +17,8 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .runtime import check_token_ids
-from .tokens import window_prefix
+from ..domains import window_prefix
+from ..runtime import check_token_ids
 
 
 @dataclass(frozen=True)

@@ -16,21 +16,20 @@ import pandas as pd
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .allocation import plan_from_scores
+from ..allocation import plan_from_scores
+from ..criteria import CRITERIA, Scores, bias_compensated, score
+from ..domains import Domain, Part, excerpt
+from ..efficiency import peak_memory
+from ..evaluation import perplexity
+from ..ledger import Ledger, content_hash
+from ..plan import PruningPlan
+from ..recovery import recover
+from ..runtime import fingerprint
+from ..sizes import model_size
+from ..slimgpt import slimgpt
+from ..statistics import Statistics, tokens_hash
+from ..surgery import shrink
 from .analysis import set_overlap
-from .criteria import CRITERIA, Scores, bias_compensated, score
-from .domains import Domain, Part
-from .efficiency import peak_memory
-from .evaluation import perplexity
-from .ledger import Ledger, content_hash
-from .plan import PruningPlan
-from .recovery import recover
-from .runtime import fingerprint
-from .sizes import model_size
-from .slimgpt import slimgpt
-from .statistics import Statistics, tokens_hash
-from .surgery import shrink
-from .tokens import excerpt
 
 #: What a cut may take from: name to the sites that are scored.
 KINDS = {"ffn": ("ffn",), "attention": ("attention",), "both": ("ffn", "attention")}
@@ -260,7 +259,7 @@ def method_overlap(plans: Plans, sites: str, ratio: float) -> pd.DataFrame:
     Returns
     -------
     pandas.DataFrame
-        As `minigpt_lab.analysis.set_overlap` gives it; a method agrees with itself wholly.
+        As `set_overlap` gives it; a method agrees with itself wholly.
     """
     removed = {
         name: [~flags for site in KINDS[sites] for flags in plan.stays(site)]

@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 import pandas as pd
 
-from .statistics import Statistics
+from ..statistics import Statistics
 
 #: What a threshold can act on, in the order of the controls.
 COMPONENTS = ("linear", "activation", "embedding")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .assets import fetch, members, packages, remembered
+from ..assets import fetch, members, packages, remembered
 from .passages import CJK, count_words, cut, near_duplicates, sentences, split_words
 from .sources import plain
 

@@ -12,19 +12,18 @@ import pandas as pd
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .assets import nearest
-from .criteria import score
-from .domains import Part
-from .evaluation import perplexity
-from .families import weight_axis
-from .ledger import Ledger, content_hash
-from .plan import PruningPlan
-from .planning import contextual_plan
-from .runtime import fingerprint
-from .sizes import model_size
-from .statistics import Statistics
-from .surgery import masked
-from .tokens import excerpt
+from ..assets import nearest
+from ..criteria import score
+from ..domains import Part, excerpt
+from ..evaluation import perplexity
+from ..families import weight_axis
+from ..ledger import Ledger, content_hash
+from ..plan import PruningPlan
+from ..planning import contextual_plan
+from ..runtime import fingerprint
+from ..sizes import model_size
+from ..statistics import Statistics
+from ..surgery import masked
 
 #: The thresholds that Mini-GPTs' grid tries (arXiv 2312.12682).
 PAPER_EPSILONS = (1e-5, 1e-3, 1e-1)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from .assets import DATA, nearest
+from ..assets import DATA, nearest
 
 NOTEBOOKS = DATA.parent / "notebooks"
 SMOKE = NOTEBOOKS / "smoke.yaml"

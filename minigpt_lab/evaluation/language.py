@@ -12,10 +12,9 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .domains import Part
-from .runtime import check_token_ids, inference
-from .tokens import encoded, excerpt, window_prefix
-from .vocabulary import tokenizer_for
+from ..domains import Part, encoded, excerpt, window_prefix
+from ..runtime import check_token_ids, inference
+from ..vocabulary import tokenizer_for
 
 
 @dataclass(frozen=True)

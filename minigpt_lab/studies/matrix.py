@@ -17,19 +17,18 @@ import pandas as pd
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .allocation import plan_from_scores
+from ..allocation import plan_from_scores
+from ..criteria import score
+from ..domains import Domain, Part, excerpt, tokenize
+from ..evaluation import perplexity
+from ..ledger import Ledger, content_hash
+from ..plan import PruningPlan
+from ..recovery import recover
+from ..runtime import fingerprint
+from ..sizes import model_size
+from ..statistics import collect_statistics
+from ..surgery import shrink
 from .analysis import set_overlap
-from .criteria import score
-from .domains import Domain, Part
-from .evaluation import perplexity
-from .ledger import Ledger, content_hash
-from .plan import PruningPlan
-from .recovery import recover
-from .runtime import fingerprint
-from .sizes import model_size
-from .statistics import collect_statistics
-from .surgery import shrink
-from .tokens import excerpt, tokenize
 
 #: Cuts that no domain has chosen: all domains together, random units, smallest weights.
 CONTROLS = ("mix", "random", "magnitude")
@@ -119,7 +118,7 @@ def kept_overlap(plans: Plans) -> pd.DataFrame:
     Returns
     -------
     pandas.DataFrame
-        As `minigpt_lab.analysis.set_overlap` gives it; cuts with a single draw are left out.
+        As `set_overlap` gives it; cuts with a single draw are left out.
     """
     kept: dict[str, list] = {}
     for (cut, _), plan in plans.items():

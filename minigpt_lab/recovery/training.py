@@ -18,9 +18,9 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 from transformers.utils import logging
 
-from .assets import first_line
+from ..assets import first_line
+from ..evaluation import perplexity
 from .checkpoints import STATE, begin_run, has_ended, last_whole, resume_run, slim
-from .evaluation import perplexity
 
 
 class _DiskTrouble(Exception):

@@ -15,23 +15,22 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .compensation import Problem, Solver, problem, solve
-from .domains import Part
-from .efficiency import timed
-from .elimination import full_precision
-from .evaluation import generate, perplexity
-from .families import Anatomy
-from .hessians import damped_inverse, refit
-from .layerwise import LayerPass, enter
-from .ledger import Ledger, content_hash
-from .plan import PruningPlan
-from .runtime import fingerprint, inference
-from .search import Search
-from .shards import Shards
-from .sizes import model_size
-from .slimgpt import slimgpt
-from .statistics import tokens_hash
-from .tokens import excerpt, tokenize, unpadded
+from ..compensation import Problem, Solver, problem, solve
+from ..domains import Part, excerpt, tokenize, unpadded
+from ..efficiency import timed
+from ..elimination import full_precision
+from ..evaluation import generate, perplexity
+from ..families import Anatomy
+from ..hessians import damped_inverse, refit
+from ..layerwise import LayerPass, enter
+from ..ledger import Ledger, content_hash
+from ..plan import PruningPlan
+from ..runtime import fingerprint, inference
+from ..search import Search
+from ..shards import Shards
+from ..sizes import model_size
+from ..slimgpt import slimgpt
+from ..statistics import tokens_hash
 
 #: SlimGPT's dense model: perplexity of LLaMA-7B on WikiText2 in windows of 128.
 PUBLISHED_DENSE = 12.63

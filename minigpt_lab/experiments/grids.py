@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .assets import nearest
+from ..assets import nearest
 from .parameters import (
     absolute,
     check_parameters,

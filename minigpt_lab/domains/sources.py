@@ -1,7 +1,7 @@
 """Texts as they come: the declared sources of a shipped domain, a user's own files, the hub.
 
 A reader turns one source into documents (whole texts, in a fixed order). What a document is, and
-where it ends up, is decided in `domains`.
+where it ends up, is decided in `domain`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from .assets import DATA, fetch, first_line, hub_in_reach, members, nearest, packages
+from ..assets import DATA, fetch, first_line, hub_in_reach, members, nearest, packages
 
 SPOKEN = {
     "text", "dynamic_line", "yes", "no", "offer", "accepted", "rejected", "advice", "inquire",

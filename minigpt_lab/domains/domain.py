@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 from transformers import PreTrainedTokenizerBase
 
-from .assets import DATA, nearest, packages, read_toml, remembered
+from ..assets import DATA, nearest, packages, read_toml, remembered
 from .passages import PASSAGE_WORDS, count_words, cut, near_duplicates
 from .questions import Questions, read_questions
 from .sources import FILES, QUESTIONS, read_hub, read_path, read_source
@@ -63,7 +63,7 @@ class Domain:
     dropped : int
         Passages left out because they nearly repeat an earlier one.
     question_sources : tuple of dict
-        Where `questions` are read from (see `minigpt_lab.questions.read_questions`).
+        Where `questions` are read from (see `minigpt_lab.domains.questions.read_questions`).
     checked : bool
         The parts are known to be disjoint (they come from the cache): do not compare them again.
 

@@ -16,10 +16,10 @@ import pandas as pd
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..domains import Question
+from ..runtime import inference
+from ..vocabulary import tokenizer_for
 from .continuations import Packed, branch_losses, longest, pack
-from .questions import Question
-from .runtime import inference
-from .vocabulary import tokenizer_for
 
 #: Each score of a choice, from its row in `Answers.frame`. The highest wins of `HIGHEST`, else the
 #: lowest.

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .assets import nearest
+from ..assets import nearest
 from .records import read_records
 
 #: What one perplexity can be compared with: same model, same windows of the same text. The labels

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from ..figures import pareto_front, png_bytes
 from .comparisons import measurements, pareto, select
-from .figures import pareto_front, png_bytes
 from .records import read_records, results, varying
 
 _STYLE = """

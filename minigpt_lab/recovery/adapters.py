@@ -12,8 +12,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from .assets import nearest
-from .families import Anatomy, weight_axis
+from ..assets import nearest
+from ..families import Anatomy, weight_axis
 
 
 def adapter_targets(model: PreTrainedModel, wanted: Sequence[str] | None) -> list[str]:

@@ -23,14 +23,13 @@ from transformers import (
     set_seed,
 )
 
+from ..domains import Domain, excerpt, tokenize
+from ..ledger import content_hash
+from ..runtime import fingerprint
+from ..vocabulary import tokenizer_for
 from .adapters import adapted, adapter_targets
 from .checkpoints import run_folder
-from .domains import Domain
-from .ledger import content_hash
-from .runtime import fingerprint
-from .tokens import excerpt, tokenize
 from .training import KitTrainer, StopTraining
-from .vocabulary import tokenizer_for
 
 #: Peak learning rate by method, unless one is given.
 LEARNING_RATES = {"full": 5e-5, "lora": 2e-4}

@@ -23,11 +23,11 @@ import pandas as pd
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-from .assets import first_line
-from .experiments import is_finished, run_once
+from ..assets import first_line
 from .grids import Grid, run_id
 from .parameters import NOTEBOOKS, find_notebook
 from .records import cell, read_record, surroundings, varying, write_record
+from .runs import is_finished, run_once
 
 EXECUTORS = ("local", "ray")
 _RETRIES = 5  # of a run whose Ray node died
@@ -45,7 +45,7 @@ def sweep(
     Parameters
     ----------
     grid : Grid
-        From `minigpt_lab.grids.read_grid`.
+        From `minigpt_lab.experiments.grids.read_grid`.
     out_dir : str or path, optional
         Sweep folder; by default ``runs/sweeps/NAME``, of a smoke grid ``runs/smoke/sweeps/NAME``.
         On Ray every node must see it under the same path.

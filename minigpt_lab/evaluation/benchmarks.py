@@ -15,9 +15,9 @@ from pathlib import Path
 import pandas as pd
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .assets import first_line, hub_in_reach
-from .runtime import inference
-from .vocabulary import tokenizer_for
+from ..assets import first_line, hub_in_reach
+from ..runtime import inference
+from ..vocabulary import tokenizer_for
 
 # lm-eval and all it brings along takes seconds to import: it is imported where it is used.
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from .assets import staged
+from ..assets import staged
 
 #: What a run was begun with, beside its checkpoints.
 RUN = "run.json"

@@ -14,17 +14,17 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .domains import Domain
-from .evaluation import perplexity
-from .families import Anatomy
-from .ledger import Ledger, content_hash
-from .plan import PruningPlan, whole
-from .runtime import fingerprint
-from .schedules import allocation_name
-from .sizes import model_size
-from .slimgpt import slimgpt
-from .statistics import tokens_hash
-from .surgery import shrink
+from ..domains import Domain
+from ..evaluation import perplexity
+from ..families import Anatomy
+from ..ledger import Ledger, content_hash
+from ..plan import PruningPlan, whole
+from ..runtime import fingerprint
+from ..schedules import allocation_name
+from ..sizes import model_size
+from ..slimgpt import slimgpt
+from ..statistics import tokens_hash
+from ..surgery import shrink
 
 
 def smallest_within(

@@ -1,0 +1,25 @@
+"""Notebooks as experiments: run with parameters, swept over grids, recorded and compared."""
+
+from .grids import read_grid
+from .parameters import find_notebook, notebook_names, parameters_cell
+from .records import read_record, results, varying
+from .reports import write_report
+from .runs import is_finished, record, run_notebook, run_once
+from .sweeps import EXECUTORS, sweep
+
+__all__ = [
+    "EXECUTORS",
+    "find_notebook",
+    "is_finished",
+    "notebook_names",
+    "parameters_cell",
+    "read_grid",
+    "read_record",
+    "record",
+    "results",
+    "run_notebook",
+    "run_once",
+    "sweep",
+    "varying",
+    "write_report",
+]
