@@ -3,7 +3,8 @@
 ``python tests/benchmarks/slimgpt_quality.py`` calibrates on 8,192 tokens of law and prints held-out
 perplexity on law and on a text it knows nothing of (``--other FILE``; by default the games domain),
 windows of 1,024, without any fine-tuning. With ``--budgets`` it compares ways to spread a cut of
-half of the decoder over the layers (half an hour on one thread, most of it the search).
+half of the decoder over the layers, key/value groups or single heads leaving attention (three
+quarters of an hour on one thread, most of it the two searches).
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 import minigpt_lab as lab
+from minigpt_lab.families import ATTENTION_UNITS
 
 TOKENS, SEQ_LEN, TEST_TOKENS = 8_192, 1_024, 4_096
 SHORT = 256  # calibration windows where budgets are compared
 HALF = 81_448_128  # parameters, half of the decoder's gone
 RATIOS = (0.2, 0.3, 0.5)
+ALLOCATIONS = ("uniform", "log-increase", "search")
 PAPER = {"damp": 0.01, "damping": "mean", "error": "slimgpt"}  # as SlimGPT's code does
 VARIANTS = {
     "SlimGPT, damped by its features": {},
@@ -70,8 +73,9 @@ def sizes(model, tokenizer, law) -> Iterator[tuple[str, PreTrainedModel]]:
 def budgets(model, tokenizer, law) -> Iterator[tuple[str, PreTrainedModel]]:
     """Heads and channels, half of the decoder's parameters, over the layers in several ways."""
     batches = list(lab.tokenize(law.calibration, tokenizer, SHORT, TOKENS))
-    for allocation in ("uniform", "log-increase", "search"):
-        yield allocation, lab.slimgpt(model, batches, parameters=HALF, allocation=allocation)[0]
+    for units, allocation in itertools.product(ATTENTION_UNITS, ALLOCATIONS):
+        how = {"units": units, "allocation": allocation}
+        yield f"{allocation}, {units}", lab.slimgpt(model, batches, parameters=HALF, **how)[0]
 
 
 if __name__ == "__main__":
