@@ -121,7 +121,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
     grid = read_grid(arguments.grid)
     given = (arguments.out, arguments.jobs, arguments.executor, arguments.address)
     table = sweep(grid, *given)
-    print(table.fillna("").to_string(index=False, float_format=_digits))
+    print(_blank(table).to_string(index=False, float_format=_digits))
     counts = table["status"].value_counts()
     print(", ".join(f"{count} {status}" for status, count in counts.items()), table.attrs["folder"])
     return int("failed" in counts)
@@ -144,8 +144,13 @@ def _results(arguments: argparse.Namespace) -> None:
         return
     last = ["metric", "value", "better", *(["error"] if frame["error"].notna().any() else [])]
     known = frame.columns.difference(["run", "commit", "finished", "seconds", "protocol", *last])
-    shown = frame[["run", *varying(frame, list(known)), *last]].fillna("")
+    shown = _blank(frame[["run", *varying(frame, list(known)), *last]])
     print(shown.to_string(index=False, float_format=_digits))
+
+
+def _blank(frame: pd.DataFrame) -> pd.DataFrame:
+    """A frame to print, nothing where a value is missing."""
+    return frame.astype(object).where(frame.notna(), "")
 
 
 def _report(arguments: argparse.Namespace) -> None:

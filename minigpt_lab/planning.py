@@ -10,7 +10,7 @@ from numbers import Real
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .criteria.units import attention_site
+from .criteria import attention_site
 from .families import Anatomy
 from .plan import PruningPlan, whole
 from .statistics import Statistics

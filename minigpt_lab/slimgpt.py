@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from .allocation import leaving_parameters, one_target, prunable, removed_shares, unit_counts
 from .assets import nearest
 from .compensation import Solver, carry_out, problem, solve
-from .criteria.units import chosen_sites
+from .criteria import chosen_sites
 from .elimination import full_precision
 from .families import Anatomy
 from .layerwise import LayerPass, enter

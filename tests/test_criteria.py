@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -161,6 +164,41 @@ def test_unknown_names_get_the_nearest(model):
         lab.score("random", random_model("opt"), units="balanced_heads")
     with pytest.raises(ValueError, match="needs batches"):
         lab.score("contextual", model)
+
+
+def test_every_file_with_a_criterion_is_imported():
+    files = Path(lab.criteria.__file__).parent.glob("*.py")
+    written = [re.findall(r'^@criterion\("(.+)"\)', path.read_text(), re.M) for path in files]
+    assert sorted(itertools.chain(*written)) == sorted(lab.CRITERIA)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (None, "gives None; expected one array per layer for each of"),
+        ({"ffn": []}, r"gives \['ffn'\]; expected .* \['ffn', 'attention'\]"),
+        ({"ffn": [[0]], "attention": [[0]]}, "ffn scores of 1 layers; expected 3"),
+        ({"ffn": [[0]] * 3, "attention": []}, r"ffn .*shape \(1,\) in layer 0; .* its \d+ units"),
+    ],
+)
+def test_scores_for_other_units_are_refused(model, given, message):
+    lab.criterion("short")(lambda *_, sites: given)
+    try:
+        with pytest.raises(ValueError, match=f"short .*{message}"):
+            lab.score("short", model)
+    finally:
+        del lab.CRITERIA["short"]
+
+
+def test_scores_may_be_lists(model):
+    lab.criterion("listed")(
+        lambda model, *_, sites: {s: [[*range(n)] for n in Anatomy(model).units(s)] for s in sites}
+    )
+    try:
+        scores = lab.score("listed", model)
+        assert lab.plan_from_scores(model, scores, 0.25, allocation="global-standardised")
+    finally:
+        del lab.CRITERIA["listed"]
 
 
 def test_scores_that_are_no_numbers_are_refused(model):

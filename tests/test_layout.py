@@ -27,33 +27,52 @@ def listed(parts: tuple[str, ...], names: list[str]) -> str:
     return dotted if dotted in names else parts[0]
 
 
+def module(path: Path) -> tuple[str, ...]:
+    """Where in the package a file is."""
+    return path.relative_to(PACKAGE).with_suffix("").parts
+
+
 def imported(path: Path) -> set[tuple[str, ...]]:
     """Modules of the package that a file imports anywhere in it."""
     found = set()
-    package = path.relative_to(PACKAGE).parts[:-1]
+    package = module(path)[:-1]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
-            module = tuple(node.module.split(".")) if node.module else ()
-            full = package[: len(package) - node.level + 1] + module
-            found |= {full} if node.module else {(*full, alias.name) for alias in node.names}
+            full = package[: len(package) - node.level + 1]
+            if node.module:
+                found.add((*full, *node.module.split(".")))
+            else:
+                found |= {(*full, alias.name) for alias in node.names}
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            absolute = [node.module] if isinstance(node, ast.ImportFrom) else []
+            absolute = absolute or [alias.name for alias in node.names]
+            inside = [name for name in absolute if name.split(".")[0] == PACKAGE.name]
+            assert not inside, f"{path} imports {inside[0]} by its absolute name"
     return found
 
 
 def test_imports_go_one_way():
     names = order()
     for path in FILES:
-        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        parts = module(path)
         own = listed(parts, names)
         before = {*names[: names.index(own)], *([own] if len(parts) > 1 else [])}
-        assert {listed(each, names) for each in imported(path)} <= before, path
+        behind = {listed(each, names) for each in imported(path)} - before
+        assert not behind, f"{path} imports {behind}, which do not stand before {own}"
+
+
+def test_other_modules_use_what_a_package_names():
+    for path in FILES:
+        past = [each for each in imported(path) if each[0] != module(path)[0] and len(each) > 1]
+        assert not past, f"{path} imports {past}, past the __init__ of its package"
 
 
 def test_every_module_has_its_place_and_its_line():
     names = order()
     packages = {name.split(".")[0] for name in names if "." in name}
-    parts = [path.relative_to(PACKAGE).with_suffix("").parts for path in FILES]
+    parts = [module(path) for path in FILES]
     there = {listed(each, names) for each in parts}
-    assert there == set(names)
+    assert sorted(names) == sorted(there)
     missing = {each for each in parts if each[0] in packages and listed(each, names) == each[0]}
     assert missing == {(package, "__init__") for package in packages}
     lines = re.findall(r"^\* `([\w.]+)`: \w", (ROOT / "CONTRIBUTING.md").read_text(), re.M)

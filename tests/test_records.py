@@ -21,6 +21,7 @@ from minigpt_lab.experiments.records import (
     results,
     write_record,
 )
+from minigpt_lab.experiments.runs import is_finished
 
 RUN = {
     "notebook": "03_contextual_pruning", "status": "completed", "smoke": False,
@@ -59,7 +60,7 @@ def test_unreadable_records_are_one_line_and_left_out(case, tmp_path):
     write_record(tmp_path / "whole", RUN)
     with pytest.warns(UserWarning, match=f"left out: .*{line}"):
         assert set(results(tmp_path)["run"]) == {"whole"}
-    assert not experiments.is_finished(tmp_path / "broken")
+    assert not is_finished(tmp_path / "broken")
 
 
 def test_results_are_tidy_and_know_which_way_is_better(tmp_path):

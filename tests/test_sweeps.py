@@ -19,6 +19,7 @@ from minigpt_lab import __main__ as command_line
 from minigpt_lab import experiments
 from minigpt_lab.experiments import grids, sweeps
 from minigpt_lab.experiments.records import RECORD, read_record, results, write_record
+from minigpt_lab.experiments.runs import is_finished
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 
@@ -338,7 +339,7 @@ def test_ray_completes_every_run_once_though_a_node_dies(small, tmp_path):
         cluster.shutdown()
     assert sweep.returncode == 0 and "6 completed" in printed, printed
     assert ends(tmp_path) == [f"end {number}" for number in range(1, 7)]
-    assert len([run for run in (tmp_path / "s").iterdir() if experiments.is_finished(run)]) == 6
+    assert len([run for run in (tmp_path / "s").iterdir() if is_finished(run)]) == 6
 
 
 def test_a_finished_run_is_not_run_again(tmp_path, small):

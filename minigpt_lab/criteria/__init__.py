@@ -5,13 +5,16 @@ from .fluctuation import bias_compensated
 from .influence import block_influence
 from .scores import CRITERIA, Scores, criterion, score
 from .sensitivity import MINI_LLM
+from .units import attention_site, chosen_sites
 
 __all__ = [
     "CRITERIA",
     "MINI_LLM",
     "Scores",
+    "attention_site",
     "bias_compensated",
     "block_influence",
+    "chosen_sites",
     "contextual",
     "criterion",
     "fluctuation",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from transformers import PreTrainedModel
 
 from ..assets import cache_folder, nearest, staged
-from ..families import SITES
+from ..families import SITES, Anatomy
 from ..ledger import content_hash
 from ..runtime import fingerprint, label, require_weights
 from ..statistics import Statistics, tokens_hash
@@ -109,13 +109,22 @@ class Scores:
         return cls(values=values, **header)
 
 
-#: Criteria by name. Each is ``(model, batches, statistics=None, *, sites, **options)`` and returns
-#: site to one array ``[unit]`` per layer.
+#: Criteria by name; see `criterion` for what they are.
 CRITERIA: dict[str, Callable[..., dict[str, list[np.ndarray]]]] = {}
 
 
 def criterion(name: str) -> Callable:
-    """Register a function as a criterion under `name` (decorator)."""
+    """Register a function as a criterion (decorator).
+
+    The function takes ``(model, batches=None, statistics=None, *, sites, **options)`` and returns
+    for each of the sites one array ``[unit]`` per layer; ``Anatomy(model).units(site)`` is how
+    many units every layer has. The lowest scores leave first.
+
+    Parameters
+    ----------
+    name : str
+        What `score` knows it by.
+    """
 
     def register(function: Callable) -> Callable:
         CRITERIA[name] = function
@@ -166,8 +175,8 @@ def score(
     ------
     ValueError
         If the criterion, a site or a kind of units is unknown, the model has but one query head
-        per group to remove in balance, a criterion lacks its data, the model is quantised, or a
-        score is not finite.
+        per group to remove in balance, a criterion lacks its data, the model is quantised, or the
+        criterion does not give every unit a finite score.
     RuntimeError
         If the criterion changed the model.
     """
@@ -185,14 +194,36 @@ def score(
     values = CRITERIA[name](model, batches, statistics, sites=sites, **options)
     if fingerprint(model) != facts["model_hash"]:
         raise RuntimeError(f"the {name} criterion changed the model's weights")
-    for site, layers in values.items():
-        for layer, found in enumerate(layers):
-            if not np.isfinite(found).all():
-                raise ValueError(f"{name} gives NaN or infinite {site} scores in layer {layer}")
-    scores = Scores(name, values, **facts)
+    scores = Scores(name, _checked(name, model, sites, values), **facts)
     if path is not None:
         scores.save(path)
     return scores
+
+
+def _checked(name: str, model: PreTrainedModel, sites: tuple[str, ...], values: object) -> dict:
+    """What a criterion gave, as arrays: one finite number for every unit of the sites."""
+    if not isinstance(values, Mapping) or {*values} != {*sites}:
+        given = [*values] if isinstance(values, Mapping) else values
+        raise ValueError(
+            f"the {name} criterion gives {given!r}; expected one array per layer for each of "
+            f"{[*sites]}"
+        )
+    arrays = {site: [np.asarray(layer) for layer in values[site]] for site in sites}
+    for site, layers in arrays.items():
+        totals = Anatomy(model).units(site)
+        if len(layers) != len(totals):
+            raise ValueError(
+                f"{name} gives {site} scores of {len(layers)} layers; expected {len(totals)}"
+            )
+        for layer, (found, total) in enumerate(zip(layers, totals, strict=True)):
+            if found.shape != (total,):
+                raise ValueError(
+                    f"{name} gives {site} scores of shape {found.shape} in layer {layer}; expected "
+                    f"one for each of its {total} units"
+                )
+            if not np.isfinite(found).all():
+                raise ValueError(f"{name} gives NaN or infinite {site} scores in layer {layer}")
+    return arrays
 
 
 def _refuse_quantised(model: PreTrainedModel) -> None:

@@ -191,6 +191,11 @@ def load_domains(names_or_paths: Iterable[str | os.PathLike]) -> list[Domain]:
 
     Results are kept by a domain's name, and that of a file or folder is its last part.
 
+    Parameters
+    ----------
+    names_or_paths : iterable of str or path
+        Each as `load_domain` takes it.
+
     Raises
     ------
     ValueError
@@ -226,7 +231,13 @@ def check_part(texts: object) -> None:
 
 
 def domain_names(tiny: bool = False) -> list[str]:
-    """Names of the shipped domains: the six real ones, or the project's own short texts."""
+    """Names of the shipped domains.
+
+    Parameters
+    ----------
+    tiny : bool
+        The project's own short texts instead of the six real domains.
+    """
     names = read_toml(DATA / "domains.toml")
     return [name for name in names if name.startswith("tiny-") == tiny]
 
@@ -238,6 +249,17 @@ def make_domain(
     """Cut documents into passages, drop near-duplicates and deal the rest into four parts.
 
     With 40 documents or more every document falls into one part whole; with fewer, passages do.
+
+    Parameters
+    ----------
+    name : str
+        What its parts and results are called.
+    documents : iterable of str
+        Texts of any length.
+    title, licence, attribution : str, optional
+        What it is and who may use it.
+    question_sources : iterable of dict, optional
+        Where multiple-choice questions are read from; by default they are made of the test part.
 
     Raises
     ------

@@ -57,6 +57,13 @@ def count_tokens(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> np
     """How often each token occurs in passages, ``[vocabulary]``; needs no model.
 
     For `contextual_plan`, which should know more of a domain's words than a short pass sees.
+
+    Parameters
+    ----------
+    texts : Part or iterable of str
+        Passages.
+    tokenizer : transformers.PreTrainedTokenizerBase
+        What cuts them.
     """
     counts = np.zeros(len(tokenizer), dtype=np.int64)
     for ids, _ in encoded(texts, tokenizer):

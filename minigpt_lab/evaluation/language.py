@@ -232,6 +232,15 @@ def generate(
 ) -> str:
     """Greedy continuation of a prompt, without the prompt.
 
+    Parameters
+    ----------
+    model, tokenizer
+        A causal language model, and its tokenizer (that of the dense model will do).
+    prompt : str
+        What it is to continue.
+    max_new_tokens : int
+        Length of the continuation, unless the model ends it.
+
     Raises
     ------
     ValueError

@@ -4,13 +4,12 @@ from .grids import read_grid
 from .parameters import find_notebook, notebook_names, parameters_cell
 from .records import read_record, results, varying
 from .reports import write_report
-from .runs import is_finished, record, run_notebook, run_once
+from .runs import record, run_notebook, run_once
 from .sweeps import EXECUTORS, sweep
 
 __all__ = [
     "EXECUTORS",
     "find_notebook",
-    "is_finished",
     "notebook_names",
     "parameters_cell",
     "read_grid",

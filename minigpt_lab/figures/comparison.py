@@ -45,7 +45,8 @@ def pareto_front(table: pd.DataFrame, size: str = "stored", caption: str = "") -
     ----------
     table : pandas.DataFrame
         Columns ``model, protocol, text, domain, method, perplexity, perplexity_ratio, front``
-        (bool), and the one named by `size`, as `minigpt_lab.comparisons` makes them.
+        (bool), and the one named by `size`, as `minigpt_lab.experiments.comparisons`
+        makes them.
     size : {"stored", "nonzero"}
         The column of sizes, in parameters.
     caption : str

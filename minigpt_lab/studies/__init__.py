@@ -1,4 +1,4 @@
-"""What the notebooks ask, as functions that end in tidy frames."""
+"""What the notebooks ask of the modules before: many cuts, texts or sizes beside each other."""
 
 from .analysis import activation_frame
 from .lookups import COMPONENTS, Magnitudes, Reading, read_sweep, threshold_range
