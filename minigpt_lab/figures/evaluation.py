@@ -187,7 +187,7 @@ def perplexity_and_accuracy(table: pd.DataFrame, caption: str = "") -> Figure:
             axis.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": tint, "lw": 1.6})
         for place, variant in zip(places, rows["variant"], strict=True):
             axis.plot(*place, color=tint, ms=6, marker=look(variant, variants, VARIANT_STYLE)[1])
-    axis.margins(x=0.14)  # for the names
+    axis.margins(x=0.14, y=0.1)  # for the names
     _name_ends(axis, table.groupby("domain", sort=False).last())
     axis.axhline(0, color="black", lw=0.8)
     axis.axvline(1, color="black", lw=0.8)
