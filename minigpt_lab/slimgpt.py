@@ -116,7 +116,8 @@ def slimgpt(
         If the target cannot be met or an option is out of range, a hidden state is not finite (its
         layer is named), or `out_dir` holds a run of other arguments.
     """
-    options, before = _made(Solver, solver), fingerprint(model)
+    options = _made(Solver, solver, inspect.signature(slimgpt).parameters)
+    before = fingerprint(model)
     if is_offloaded(model) and not inplace:
         raise ValueError(
             "the model's weights wait outside its device: there is no room for a second copy of "
@@ -133,7 +134,7 @@ def slimgpt(
     searches = isinstance(allocation, str) and allocation == "search" and counts is None
     if search is not None and not searches:
         raise ValueError('search has options but nothing is searched: add allocation="search"')
-    settings = asdict(_made(Search, search or {}))
+    searching = _made(Search, search or {})
     if searches or out_dir is not None:
         batches = list(batches)
     finished = None if out_dir is None else Finished(out_dir)
@@ -144,12 +145,12 @@ def slimgpt(
     if searches:
         to_leave = leaving_parameters(model, groups, ratio, parameters, ratio_of)
         if finished:
-            finished.require({"search": {**settings, "leave": to_leave}})
+            finished.require({"search": {**asdict(searching), "leave": to_leave}})
         found, history = search_counts(
-            mini, batches, groups, to_leave, multiple_of, options, Search(**settings),
+            mini, batches, groups, to_leave, multiple_of, options, searching,
             offload=offload, out_dir=out_dir, progress=progress,
         )  # fmt: skip
-        origin["search"] = {**settings, **summary(history)}
+        origin["search"] = {**asdict(searching), **summary(history)}
     elif counts is None:
         found = unit_counts(
             model, groups, ratio, parameters, allocation, ratio_of, multiple_of, even_out=True
@@ -234,15 +235,14 @@ def _room(anatomy: Anatomy, layer: int, options: Solver) -> Iterator[None]:
         ) from error
 
 
-def _made(kind: type, fields: Mapping[str, object]):
-    """A dataclass from keywords, of which none may be unknown."""
+def _made(kind: type, fields: Mapping[str, object], others: Iterable[str] = ()):
+    """A dataclass from keywords, of which none may be unknown; `others` may have been meant."""
     if not isinstance(fields, Mapping):
         raise ValueError(f"{kind.__name__.lower()} is {fields!r}; expected options by their names")
     known = [field.name for field in dataclass_fields(kind)]
-    own = [*inspect.signature(slimgpt).parameters] if kind is Solver else []
     for name in fields:
         if name not in known:
-            raise ValueError(f"unknown option {name!r}; {nearest(name, known + own)}")
+            raise ValueError(f"unknown option {name!r}; {nearest(name, [*known, *others])}")
     return kind(**fields)
 
 

@@ -17,6 +17,15 @@ import minigpt_lab as lab
 from minigpt_lab.families import ALL_SITES, Anatomy
 
 
+@pytest.fixture(autouse=True)
+def _registry():
+    """Criteria that a test adds go when it ends."""
+    before = dict(lab.CRITERIA)
+    yield
+    lab.CRITERIA.clear()
+    lab.CRITERIA.update(before)
+
+
 def test_magnitude_is_the_sum_over_a_units_weights():
     model = random_model("llama")
     values = lab.score("magnitude", model, norm="l1").values
@@ -144,13 +153,10 @@ def test_a_users_criterion_joins_the_registry(model):
     def ascending(model, batches=None, statistics=None, *, sites):
         return {site: [np.arange(n) for n in Anatomy(model).units(site)] for site in sites}
 
-    try:
-        scores = lab.score("first-units-first", model, sites=("ffn",))
-        plan = lab.plan_from_scores(model, scores, ratio=0.25)
-        channels = Anatomy(model).units("ffn")[0]
-        assert plan.keep["ffn"] == [list(range(channels // 4, channels))] * 3
-    finally:
-        del lab.CRITERIA["first-units-first"]
+    scores = lab.score("first-units-first", model, sites=("ffn",))
+    plan = lab.plan_from_scores(model, scores, ratio=0.25)
+    channels = Anatomy(model).units("ffn")[0]
+    assert plan.keep["ffn"] == [list(range(channels // 4, channels))] * 3
 
 
 def test_unknown_names_get_the_nearest(model):
@@ -183,22 +189,16 @@ def test_every_file_with_a_criterion_is_imported():
 )
 def test_scores_for_other_units_are_refused(model, given, message):
     lab.criterion("short")(lambda *_, sites: given)
-    try:
-        with pytest.raises(ValueError, match=f"short .*{message}"):
-            lab.score("short", model)
-    finally:
-        del lab.CRITERIA["short"]
+    with pytest.raises(ValueError, match=f"short .*{message}"):
+        lab.score("short", model)
 
 
 def test_scores_may_be_lists(model):
     lab.criterion("listed")(
         lambda model, *_, sites: {s: [[*range(n)] for n in Anatomy(model).units(s)] for s in sites}
     )
-    try:
-        scores = lab.score("listed", model)
-        assert lab.plan_from_scores(model, scores, 0.25, allocation="global-standardised")
-    finally:
-        del lab.CRITERIA["listed"]
+    scores = lab.score("listed", model)
+    assert lab.plan_from_scores(model, scores, 0.25, allocation="global-standardised")
 
 
 def test_scores_that_are_no_numbers_are_refused(model):
@@ -206,11 +206,8 @@ def test_scores_that_are_no_numbers_are_refused(model):
     def lost(model, batches=None, statistics=None, *, sites):
         return {site: [np.full(n, np.nan) for n in Anatomy(model).units(site)] for site in sites}
 
-    try:
-        with pytest.raises(ValueError, match="lost gives NaN"):
-            lab.score("lost", model)
-    finally:
-        del lab.CRITERIA["lost"]
+    with pytest.raises(ValueError, match="lost gives NaN"):
+        lab.score("lost", model)
 
 
 def test_a_criterion_that_changes_the_model_is_refused(model):
@@ -220,11 +217,8 @@ def test_a_criterion_that_changes_the_model_is_refused(model):
             next(model.parameters())[0] += 1
         return {}
 
-    try:
-        with pytest.raises(RuntimeError, match="vandal criterion changed"):
-            lab.score("vandal", model)
-    finally:
-        del lab.CRITERIA["vandal"]
+    with pytest.raises(RuntimeError, match="vandal criterion changed"):
+        lab.score("vandal", model)
 
 
 def test_saved_scores_are_the_same_and_know_their_model(
@@ -259,20 +253,17 @@ def test_the_cache_finds_the_same_question_only(tmp_path, model, probe):
         batches = ({"input_ids": rows} for rows in [tokens])  # read once, yet hashed and used
         return lab.score("counted", model, batches, sites=sites, cache=tmp_path, **options)
 
-    try:
-        first, second = ask(), ask()
-        assert len(passes) == 1 and first.frame().equals(second.frame())
-        assert first.n_tokens == probe.numel()
-        ask(power=2), ask(probe + 1), ask(sites=("attention",))
-        assert len(passes) == 4
-        with torch.no_grad():
-            next(model.parameters()).mul_(2)
-        ask()
-        assert len(passes) == 5
-        lab.score("counted", model, sites=("ffn",))
-        assert len(passes) == 6 and len(list(tmp_path.iterdir())) == 5
-    finally:
-        del lab.CRITERIA["counted"]
+    first, second = ask(), ask()
+    assert len(passes) == 1 and first.frame().equals(second.frame())
+    assert first.n_tokens == probe.numel()
+    ask(power=2), ask(probe + 1), ask(sites=("attention",))
+    assert len(passes) == 4
+    with torch.no_grad():
+        next(model.parameters()).mul_(2)
+    ask()
+    assert len(passes) == 5
+    lab.score("counted", model, sites=("ffn",))
+    assert len(passes) == 6 and len(list(tmp_path.iterdir())) == 5
 
 
 def test_quantised_models_are_refused(model):

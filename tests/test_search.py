@@ -21,7 +21,7 @@ from minigpt_lab.elimination import eliminate, eliminations
 from minigpt_lab.families import Anatomy, weight_axis
 from minigpt_lab.hessians import damped_inverse, refit
 from minigpt_lab.schedules import Group
-from minigpt_lab.search import STARTS, Search, rounds, search_counts, trials
+from minigpt_lab.search import Search, rounds, search_counts, trials
 from minigpt_lab.search.budgets import Budgets
 from minigpt_lab.search.descent import Descent
 from minigpt_lab.search.supernet import Level, supernet
@@ -322,7 +322,7 @@ def test_a_round_gains_on_where_it_starts(tiny, batches):
     groups = groups_of(model)
     leave = leaving_parameters(model, groups, 0.5, None, "decoder") + 0.25
     counts, history = search_counts(model, batches, groups, leave, search=search, progress=False)
-    starts = history[history["stage"].isin(STARTS)]
+    starts = history[history["stage"].isin(rounds.STARTS)]
     later = history.drop(starts.index)
     assert starts["enough"].all()  # whatever part of a parameter is asked for
     assert later["stage"].tolist() == [f"step {n}" for n in (8, 15, 23, 30)]

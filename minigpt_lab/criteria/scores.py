@@ -209,8 +209,9 @@ def _checked(name: str, model: PreTrainedModel, sites: tuple[str, ...], values: 
             f"{[*sites]}"
         )
     arrays = {site: [np.asarray(layer) for layer in values[site]] for site in sites}
+    anatomy = Anatomy(model)
     for site, layers in arrays.items():
-        totals = Anatomy(model).units(site)
+        totals = anatomy.units(site)
         if len(layers) != len(totals):
             raise ValueError(
                 f"{name} gives {site} scores of {len(layers)} layers; expected {len(totals)}"

@@ -22,9 +22,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..assets import staged
+from ..assets import DATA, staged
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = DATA.parent
 RECORD = "record.json"
 SCHEMA = 2  # of a record's keys; 1 had none of schema, data, seed, smoke
 _PACKAGES = ("minigpt-lab", "torch", "transformers", "datasets", "peft", "numpy", "pandas")

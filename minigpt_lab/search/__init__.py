@@ -5,6 +5,6 @@ how far its predictions then are from the dense ones and what every group's next
 `descent` moves by that, and `rounds` is the search.
 """
 
-from .rounds import STARTS, Search, search_counts, summary
+from .rounds import Search, search_counts, summary
 
-__all__ = ["STARTS", "Search", "search_counts", "summary"]
+__all__ = ["Search", "search_counts", "summary"]

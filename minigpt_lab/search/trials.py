@@ -62,7 +62,8 @@ class Trials:
     def slopes(self, window: int, below: Budget, budget: Budget) -> np.ndarray:
         """What it would rise by from level to level, judged by one window ``[group]``."""
         recipe = [self.recipe, budget, below, window]
-        return np.array(self.ledger.get(recipe, lambda: self._sloped(*recipe[1:]))["rises"])
+        found = self.ledger.get(recipe, lambda: self._sloped(budget, below, window))
+        return np.array(found["rises"])
 
     def _supernet(self, budget: Budget) -> Supernet:
         if self.net is None:
