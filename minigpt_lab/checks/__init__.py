@@ -1,0 +1,44 @@
+"""Checks of arguments, declared beside the signature: ``@checked(ratio=Number(above=0, below=1))``.
+
+A check takes an argument's name and value and gives the value in the form that the function works
+with (numbers of NumPy and torch become Python's), or refuses it in one sentence: what it is, what
+is allowed, what to do.
+"""
+
+from .objects import Batches, Device, Model, Texts, Tokenizer, check_batch, checked
+from .values import (
+    Flag,
+    Function,
+    Instance,
+    Integer,
+    InvalidArgument,
+    ListOf,
+    Location,
+    Number,
+    OneOf,
+    Text,
+    plain,
+    refuse,
+)
+
+__all__ = [
+    "Batches",
+    "Device",
+    "Flag",
+    "Function",
+    "Instance",
+    "Integer",
+    "InvalidArgument",
+    "ListOf",
+    "Location",
+    "Model",
+    "Number",
+    "OneOf",
+    "Text",
+    "Texts",
+    "Tokenizer",
+    "check_batch",
+    "checked",
+    "plain",
+    "refuse",
+]

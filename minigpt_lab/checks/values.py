@@ -1,0 +1,298 @@
+"""Checks of plain values: numbers, flags, choices, paths, lists."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral, Real
+
+import numpy as np
+import torch
+
+from ..assets import nearest
+
+
+class InvalidArgument(ValueError, TypeError):
+    """An argument of the wrong type or out of range."""
+
+
+def refuse(name: str, value: object, expected: str, remedy: str = "") -> InvalidArgument:
+    """The error of an argument: its name and value, what is expected, what to do."""
+    return InvalidArgument(
+        f"{name} is {_shown(value)}; expected {expected}{remedy and '; '}{remedy}"
+    )
+
+
+def _shown(value: object) -> str:
+    """A value in at most 60 characters; arrays, models and the like by their kind."""
+    if isinstance(value, torch.Tensor | np.ndarray) and value.ndim:
+        return f"a {type(value).__name__} of shape {[*value.shape]}"
+    if isinstance(value, torch.nn.Module) or not _is_plain(value):
+        return f"a {type(value).__name__}"
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _is_plain(value: object) -> bool:
+    kinds = (str, bytes, Real, Sequence, Mapping, set, os.PathLike, torch.Tensor, torch.dtype)
+    return value is None or isinstance(value, (*kinds, np.ndarray, np.generic, torch.device, type))
+
+
+def plain(value: object) -> object:
+    """A scalar of NumPy or torch as Python's; everything else as it is."""
+    if isinstance(value, torch.Tensor | np.ndarray) and value.ndim == 0:
+        return value.item()
+    return value.item() if isinstance(value, np.generic) else value
+
+
+class Check:
+    """What an argument may be.
+
+    Parameters
+    ----------
+    expected : str
+        In words, for the error.
+    remedy : str
+        What to do instead, if that is not clear from `expected`.
+    """
+
+    expected = "something else"
+    remedy = ""
+
+    def __call__(self, name: str, value: object) -> object:
+        """The value as the function takes it.
+
+        Raises
+        ------
+        InvalidArgument
+            If it is not allowed.
+        """
+        taken = self.take(value)
+        if taken is REFUSED:
+            raise refuse(name, value, self.expected, self.remedy)
+        return taken
+
+    def take(self, value: object) -> object:
+        """The value in the form that the function works with, or `REFUSED`."""
+        raise NotImplementedError
+
+    def __or__(self, other: Check | None) -> Check:
+        return AnyOf(self, Nothing() if other is None else other)
+
+
+class _Refused:
+    """The answer of a check that refuses; no value of a user."""
+
+
+REFUSED = _Refused()
+
+
+class AnyOf(Check):
+    """One of several checks; the first that takes the value."""
+
+    def __init__(self, *checks: Check):
+        self.checks = checks
+        self.expected = " or ".join(check.expected for check in checks)
+        self.remedy = next((check.remedy for check in checks if check.remedy), "")
+
+    def take(self, value):
+        """Ask one after the other."""
+        return next(
+            (t for t in (check.take(value) for check in self.checks) if t is not REFUSED), REFUSED
+        )
+
+
+class Nothing(Check):
+    """None."""
+
+    expected = "None"
+
+    def take(self, value):
+        """Only None."""
+        return None if value is None else REFUSED
+
+
+class Number(Check):
+    """A real number in a range; finite, unless `low` or `high` is infinite itself.
+
+    Parameters
+    ----------
+    low, high : float, optional
+        Least and greatest value.
+    above, below : float, optional
+        The same, excluded.
+    """
+
+    kind = "number"
+
+    def __init__(self, low=None, high=None, above=None, below=None):
+        self.low, self.high, self.above, self.below = low, high, above, below
+        bounds = [
+            (f"above {above}", above), (f"of at least {low}", low),
+            (f"below {below}", below), (f"of at most {high}", high),
+        ]  # fmt: skip
+        limits = " and ".join(words for words, bound in bounds if bound is not None)
+        self.expected = f"a {self.kind} {limits}".strip()
+
+    def take(self, value):
+        """A Python number in range."""
+        value = self.number(plain(value))
+        if (
+            value is REFUSED
+            or math.isnan(value)
+            or (math.isinf(value) and value not in (self.low, self.high))
+        ):
+            return REFUSED
+        inside = (
+            (self.low is None or value >= self.low)
+            and (self.high is None or value <= self.high)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )
+        return value if inside else REFUSED
+
+    def number(self, value):
+        """A real number that is no truth value."""
+        return value if isinstance(value, Real) and not isinstance(value, bool) else REFUSED
+
+
+class Integer(Number):
+    """A whole number in a range; ``1e4`` is one."""
+
+    kind = "whole number"
+
+    def __init__(self, low=None, high=None):
+        super().__init__(low, high)
+
+    def number(self, value):
+        """An integer, or a float that is one."""
+        value = super().number(value)
+        if value is REFUSED or isinstance(value, Integral):
+            return value
+        return int(value) if float(value).is_integer() else REFUSED
+
+
+class Flag(Check):
+    """True or False."""
+
+    expected = "True or False"
+
+    def take(self, value):
+        """A truth value, also NumPy's."""
+        value = plain(value)
+        return value if isinstance(value, bool) else REFUSED
+
+
+class OneOf(Check):
+    """One of a few strings.
+
+    Parameters
+    ----------
+    choices : iterable of str
+        Read anew at every call: a registry may grow.
+    """
+
+    def __init__(self, choices: Iterable[str]):
+        self.choices = choices
+
+    @property
+    def expected(self) -> str:
+        """The choices."""
+        return f"one of {', '.join(map(repr, self.choices))}"
+
+    def __call__(self, name, value):
+        """Also offer what was probably meant."""
+        if self.take(value) is REFUSED and isinstance(value, str):
+            close = nearest(value, [*self.choices])
+            remedy = close if close.startswith("did") else ""
+            raise refuse(name, value, self.expected, remedy)
+        return super().__call__(name, value)
+
+    def take(self, value):
+        """The string itself."""
+        return value if isinstance(value, str) and value in self.choices else REFUSED
+
+
+class Text(Check):
+    """A string."""
+
+    expected = "a string"
+
+    def take(self, value):
+        """Any string, also NumPy's."""
+        return str(value) if isinstance(value, str) else REFUSED
+
+
+class Location(Check):
+    """A path."""
+
+    expected = "a path (str or os.PathLike)"
+
+    def take(self, value):
+        """A string that is not empty, or a path."""
+        return (
+            value
+            if isinstance(value, os.PathLike) or (isinstance(value, str) and value)
+            else REFUSED
+        )
+
+
+class ListOf(Check):
+    """A sequence whose items another check takes; the function gets a tuple.
+
+    Parameters
+    ----------
+    item : Check
+        For every item.
+    least : int
+        Items needed.
+    """
+
+    def __init__(self, item: Check, least: int = 0):
+        self.item, self.least = item, least
+        self.expected = f"a list, each item {item.expected}"
+        if least:
+            self.expected += f", with at least {least}"
+
+    def take(self, value):
+        """A tuple of what the items are taken as."""
+        if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+            return REFUSED
+        if isinstance(value, torch.Tensor | np.ndarray):
+            value = value.tolist() if value.ndim == 1 else [REFUSED]
+        items = tuple(self.item.take(item) for item in value)
+        return (
+            REFUSED if len(items) < self.least or any(item is REFUSED for item in items) else items
+        )
+
+
+class Function(Check):
+    """Something to be called."""
+
+    expected = "a function"
+
+    def take(self, value):
+        """Any callable."""
+        return value if callable(value) else REFUSED
+
+
+class Instance(Check):
+    """An object of a class.
+
+    Parameters
+    ----------
+    kind : type
+        The class.
+    remedy : str
+        Where to get one.
+    """
+
+    def __init__(self, kind: type, remedy: str = ""):
+        self.kind, self.remedy = kind, remedy
+        article = "an" if kind.__name__[0] in "AEIOU" else "a"
+        self.expected = f"{article} {kind.__name__}"
+
+    def take(self, value):
+        """The object itself."""
+        return value if isinstance(value, self.kind) else REFUSED
