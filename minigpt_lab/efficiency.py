@@ -14,10 +14,16 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .checks import Integer, Model, Tokenizer, checked
+from .guards import restoring
 from .runtime import inference, label
 from .sizes import model_size
 
 
+@checked(
+    model=Model(), tokenizer=Tokenizer(), dense=Model() | None, seq_len=Integer(1),
+    new_tokens=Integer(1), batch_size=Integer(1), repeats=Integer(1),
+)  # fmt: skip
 def efficiency(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -60,9 +66,6 @@ def efficiency(
         If a count is below 1 or the prompt and the new tokens do not fit the model.
     """
     counts = {"seq_len": seq_len, "new_tokens": new_tokens, "batch_size": batch_size}
-    for name, value in {**counts, "repeats": repeats}.items():
-        if value < 1:
-            raise ValueError(f"{name} is {value}; expected at least 1")
     models = ({"dense": dense} if dense is not None else {}) | {"model": model}
     for subject in models.values():
         room = getattr(subject.config, "max_position_embeddings", None)
@@ -176,14 +179,20 @@ def macs_per_token(model: PreTrainedModel, ids: torch.Tensor) -> float:
 
     With eager attention: the counter does not see into a CPU's fused attention.
     """
+    with _eager(model), inference(model), FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, use_cache=False)
+    return counter.get_total_flops() / 2 / ids.numel()
+
+
+@restoring
+def _eager(model: PreTrainedModel) -> Iterator[None]:
+    """Within: attention as written out in Python."""
     before = model.config._attn_implementation
-    model.set_attn_implementation("eager")
     try:
-        with inference(model), FlopCounterMode(display=False) as counter:
-            model(input_ids=ids, use_cache=False)
+        model.set_attn_implementation("eager")
+        yield
     finally:
         model.set_attn_implementation(before)
-    return counter.get_total_flops() / 2 / ids.numel()
 
 
 def _facts(model, dense, ids: torch.Tensor, working: float) -> dict:

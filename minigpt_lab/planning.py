@@ -14,7 +14,7 @@ from .criteria import attention_site
 from .families import Anatomy
 from .plan import PruningPlan, whole
 from .statistics import Statistics
-from .vocabulary import close_over_merges, merge_table, protected_tokens
+from .vocabulary import close_over_merges, merge_table, protected_tokens, require_byte_pairs
 
 COMPONENTS = ("linear_input", "linear_output", "activation", "embedding")
 
@@ -264,17 +264,20 @@ def _without_removed(stay: dict, zero: dict) -> dict[str, dict[str, list[int]]]:
 
 def _staying_tokens(model, statistics, tokenizer, counts, epsilon) -> list[int]:
     rows = len(statistics.token_counts)
-    if len(counts) > rows:
+    if counts[rows:].any():  # a tokenizer may have special tokens besides, which no text uses
         raise ValueError(f"token_counts has {len(counts)} entries, the vocabulary {rows}")
-    counts = np.pad(counts, (0, rows - len(counts)))  # models pad their vocabulary
+    counts = np.pad(counts[:rows], (0, max(0, rows - len(counts))))  # models pad their vocabulary
     protected, merges = statistics.protected, statistics.merges
     if tokenizer is not None:
+        require_byte_pairs(tokenizer)
         protected, merges = protected_tokens(tokenizer), merge_table(tokenizer)
     if not len(protected) or not len(merges):
         raise ValueError(
-            "epsilon_embedding needs a byte-pair tokenizer's merges: collect the statistics on "
-            "batches from tokenize(), or pass tokenizer=…"
+            "epsilon_embedding needs the merges of a byte-pair (BPE) tokenizer, and the statistics "
+            "know of none: collect them on batches from tokenize(), or pass tokenizer=…; Unigram, "
+            "WordPiece and word-level vocabularies cannot be trimmed, leave epsilon_embedding out"
         )
+    protected, merges = protected[protected < rows], merges[(merges < rows).all(1)]
     kept = counts / max(1, counts.sum()) > epsilon
     kept[protected] = True
     kept[_config_tokens(model)] = True

@@ -104,12 +104,14 @@ def check_token_ids(model: PreTrainedModel, input_ids: torch.Tensor) -> None:
         Naming the offending id or length and the legal range.
     """
     rows = model.get_input_embeddings().weight.shape[0]
+    if input_ids.numel() == 0:
+        raise ValueError(f"input_ids of shape {[*input_ids.shape]} hold no token; give at least one")
     low, high = int(input_ids.min()), int(input_ids.max())
     if low < 0 or high >= rows:
         raise ValueError(
             f"token id {low if low < 0 else high} is outside the model's vocabulary (0 to "
-            f"{rows - 1}): the tokenizer does not belong to this model; use the pair that "
-            "load_model returns"
+            f"{rows - 1}): the text uses a special token that this model has no row for, or the "
+            "tokenizer does not belong to it; use the pair that load_model returns"
         )
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest is not None and input_ids.shape[1] > longest:

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from itertools import pairwise
 from weakref import WeakKeyDictionary
 
 import numpy as np
-from tokenizers import Tokenizer
+import tokenizers
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from .checks import Integer, InvalidArgument, ListOf, Model, Tokenizer, checked
 
 #: Where a trimmed tokenizer keeps the original ids of its tokens; saved and loaded with it.
 _ORIGINAL = "minigpt_lab_original_ids"
@@ -59,8 +62,30 @@ def _model(tokenizer: PreTrainedTokenizerBase) -> dict | None:
     return model if model.get("type") == "BPE" else None
 
 
-def _pairs(model: dict) -> list[tuple[str, str]]:
-    return [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
+def require_byte_pairs(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer whose vocabulary cannot be trimmed.
+
+    Raises
+    ------
+    InvalidArgument
+        Naming the kind of its vocabulary.
+    """
+    if _model(tokenizer) is not None:
+        return
+    kind = "of a Python tokenizer"
+    if tokenizer.is_fast:
+        kind = type(tokenizer.backend_tokenizer.model).__name__
+    raise InvalidArgument(
+        f"the vocabulary of {type(tokenizer).__name__} is {kind}, which cannot be trimmed; "
+        "expected byte pairs (BPE) with their merges; leave epsilon_embedding out"
+    )
+
+
+def _merges(model: dict) -> list[tuple[str, str, str]]:
+    """Merges as tokens: left, right and result."""
+    inner = model.get("continuing_subword_prefix") or ""
+    pairs = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+    return [(a, b, a + b.removeprefix(inner)) for a, b in pairs]
 
 
 def merge_table(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
@@ -69,7 +94,7 @@ def merge_table(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     if model is None:
         return np.zeros((0, 3), dtype=np.int64)
     ids = model["vocab"]
-    rows = [(ids[a], ids[b], ids[a + b]) for a, b in _pairs(model) if a + b in ids]
+    rows = [tuple(ids[t] for t in merge) for merge in _merges(model) if {*merge} <= ids.keys()]
     return np.array(rows, dtype=np.int64).reshape(-1, 3)
 
 
@@ -81,11 +106,16 @@ def protected_tokens(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
         bytes_ = {f"<0x{value:02X}>" for value in range(256)}
         if not model.get("byte_fallback"):
             level = "ByteLevel" in tokenizer.backend_tokenizer.to_str()
-            bytes_ = (
-                set(ByteLevel.alphabet()) if level else {t for t in model["vocab"] if len(t) == 1}
-            )
+            bytes_ = set(ByteLevel.alphabet()) if level else _single(model)
         keep |= {model["vocab"][token] for token in bytes_ if token in model["vocab"]}
     return np.array(sorted(keep), dtype=np.int64)
+
+
+def _single(model: dict) -> set[str]:
+    """Tokens of one character, at any place in a word."""
+    inner = model.get("continuing_subword_prefix") or ""
+    last = model.get("end_of_word_suffix") or ""
+    return {t for t in model["vocab"] if len(t.removeprefix(inner).removesuffix(last)) == 1}
 
 
 def close_over_merges(kept: np.ndarray, merges: np.ndarray) -> np.ndarray:
@@ -112,6 +142,7 @@ def close_over_merges(kept: np.ndarray, merges: np.ndarray) -> np.ndarray:
     return kept
 
 
+@checked(tokenizer=Tokenizer(), kept=ListOf(Integer(0), least=1))
 def trim_tokenizer(
     tokenizer: PreTrainedTokenizerBase, kept: np.ndarray | list[int]
 ) -> PreTrainedTokenizerFast:
@@ -131,18 +162,16 @@ def trim_tokenizer(
     Raises
     ------
     ValueError
-        If the tokenizer is not a byte-pair encoding.
+        If the tokenizer is not a byte-pair encoding, or `kept` is not ascending.
     """
+    if any(a >= b for a, b in pairwise(kept)):
+        raise InvalidArgument("kept is not ascending; expected each id once, in ascending order")
     return _renumbered(tokenizer, {int(old): new for new, old in enumerate(kept)})
 
 
 def _renumbered(tokenizer: PreTrainedTokenizerBase, new: dict[int, int]) -> PreTrainedTokenizerFast:
     """A tokenizer with the tokens of `new` (old id to new id) only."""
-    if _model(tokenizer) is None:
-        raise ValueError(
-            f"the vocabulary of {type(tokenizer).__name__} cannot be trimmed: only fast byte-pair "
-            "(BPE) tokenizers can; leave epsilon_embedding out"
-        )
+    require_byte_pairs(tokenizer)
     original = tokenizer.init_kwargs.get(_ORIGINAL)
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     added = [token for token in spec["added_tokens"] if token["id"] in new]
@@ -150,14 +179,13 @@ def _renumbered(tokenizer: PreTrainedTokenizerBase, new: dict[int, int]) -> PreT
     vocab = {**spec["model"]["vocab"], **{token["content"]: token["id"] for token in added}}
     vocab = {token: new[old] for token, old in vocab.items() if old in new}
     spec["model"]["vocab"] = vocab
-    spec["model"]["merges"] = [
-        [a, b] for a, b in _pairs(spec["model"]) if a in vocab and b in vocab and a + b in vocab
-    ]
+    merges = _merges(spec["model"])
+    spec["model"]["merges"] = [[a, b] for a, b, both in merges if {a, b, both} <= vocab.keys()]
     spec["added_tokens"] = [{**token, "id": new[token["id"]]} for token in added]
     _renumber_post_processor(spec.get("post_processor"), new)
     return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(spec)),
-        **tokenizer.special_tokens_map,
+        tokenizer_object=tokenizers.Tokenizer.from_str(json.dumps(spec)),
+        **{name: token for name, token in tokenizer.special_tokens_map.items() if token in vocab},
         **{_ORIGINAL: [original[old] if original else old for old in sorted(new, key=new.get)]},
         model_max_length=tokenizer.model_max_length,
         padding_side=tokenizer.padding_side,
@@ -181,12 +209,14 @@ def _renumber_post_processor(node: object, new: dict[int, int]) -> None:
                 _renumber_post_processor(value, new)
 
 
+@checked(model=Model(hold=False), tokenizer=Tokenizer())
 def tokenizer_for(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> PreTrainedTokenizerBase:
     """The tokenizer that fits a model: trimmed if the model's vocabulary is, else as given.
 
-    A model whose tokens were cut (once or more) takes the tokenizer of any stage before.
+    A model whose tokens were cut (once or more) takes the tokenizer of any stage before. A special
+    token for which the model has no row is no obstacle: only a text that uses it is refused.
 
     Raises
     ------
@@ -197,8 +227,8 @@ def tokenizer_for(
     original = tokenizer.init_kwargs.get(_ORIGINAL)
     if original is not None and len(original) == wanted.size:
         original = None  # this very tokenizer is what the model began with
-    if original is None:  # models pad their vocabulary by a few rows, never by a tenth
-        fits = 0.9 * wanted.size <= len(tokenizer) <= wanted.size
+    if original is None:
+        fits = _fits(tokenizer, model, wanted.size)
     else:
         fits = set(wanted.allowed) <= set(original)
     if not fits:
@@ -215,6 +245,16 @@ def tokenizer_for(
         fitted = _renumbered(tokenizer, {ids[old]: rows[old] for old in wanted.allowed})
         known = _fitted[tokenizer] = (wanted, fitted)
     return known[1]
+
+
+def _fits(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, rows: int) -> bool:
+    """Whether a whole vocabulary can be that of a model with so many rows."""
+    special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    if any(token >= rows for token in tokenizer.get_vocab().values() if token not in special):
+        return False
+    # Models pad their vocabulary by a few rows; by more only if both come from one place.
+    names = {tokenizer.name_or_path, model.config._name_or_path} - {""}
+    return len(tokenizer) >= 0.9 * rows or len(names) < 2
 
 
 # The last tokenizer fitted to each: a sweep asks for the same one at every point.

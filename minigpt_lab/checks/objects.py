@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..guards import in_use
-from .values import REFUSED, Check, Instance, InvalidArgument, refuse
+from .values import REFUSED, AnyOf, Check, Instance, InvalidArgument, refuse
 
 
 def checked(**checks: Check) -> Callable:
@@ -43,9 +43,7 @@ def checked(**checks: Check) -> Callable:
                 if name in bound.arguments:
                     bound.arguments[name] = check(name, bound.arguments[name])
             models = [
-                value
-                for name, value in bound.arguments.items()
-                if isinstance(checks.get(name), Model) and checks[name].hold and value is not None
+                value for name, value in bound.arguments.items() if _holds(checks.get(name), value)
             ]
             with in_use(*models):
                 return function(*bound.args, **bound.kwargs)
@@ -53,6 +51,13 @@ def checked(**checks: Check) -> Callable:
         return call
 
     return decorate
+
+
+def _holds(check: Check | None, value: object) -> bool:
+    """Whether a value is a model that the call holds."""
+    options = check.checks if isinstance(check, AnyOf) else [check]
+    wanted = any(isinstance(option, Model) and option.hold for option in options)
+    return wanted and isinstance(value, PreTrainedModel)
 
 
 class Model(Instance):

@@ -96,6 +96,11 @@ class AnyOf(Check):
         self.expected = " or ".join(check.expected for check in checks)
         self.remedy = next((check.remedy for check in checks if check.remedy), "")
 
+    def __call__(self, name, value):
+        """As the first check that takes it says."""
+        taker = next((check for check in self.checks if check.take(value) is not REFUSED), None)
+        return taker(name, value) if taker else super().__call__(name, value)
+
     def take(self, value):
         """Ask one after the other."""
         return next(

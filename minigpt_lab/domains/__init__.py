@@ -10,20 +10,24 @@ from .domain import (
     make_domain,
 )
 from .questions import Question
-from .tokens import count_tokens, encoded, excerpt, tokenize, unpadded, window_prefix
+from .running import common_beginning, encode, running_text, token_ids, window_prefix
+from .tokens import count_tokens, excerpt, tokenize, unpadded
 
 __all__ = [
     "Domain",
     "Part",
     "Question",
     "check_disjoint",
+    "common_beginning",
     "count_tokens",
     "domain_names",
-    "encoded",
+    "encode",
     "excerpt",
     "load_domain",
     "load_domains",
     "make_domain",
+    "running_text",
+    "token_ids",
     "tokenize",
     "unpadded",
     "window_prefix",

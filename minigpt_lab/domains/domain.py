@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from ..assets import DATA, nearest, packages, read_toml, remembered
 from .passages import PASSAGE_WORDS, count_words, cut, near_duplicates
 from .questions import Questions, read_questions
+from .running import token_ids
 from .sources import FILES, QUESTIONS, read_hub, read_path, read_source
 
 #: Share of the words that each part gets.
@@ -122,12 +123,7 @@ class Domain:
                 "characters": sum(map(len, part)),
             }
             if tokenizer is not None:
-                row["tokens"] = sum(
-                    map(
-                        len,
-                        tokenizer(list(part), add_special_tokens=False, verbose=False)["input_ids"],
-                    )
-                )
+                row["tokens"] = len(token_ids(part, tokenizer))
             rows.append({**row, "licence": self.licence})
         return pd.DataFrame(rows)
 
@@ -216,18 +212,6 @@ def load_domains(names_or_paths: Iterable[str | os.PathLike]) -> list[Domain]:
             )
         found.append(domain)
     return found
-
-
-def check_part(texts: object) -> None:
-    """Refuse a whole domain where one of its parts is wanted.
-
-    Raises
-    ------
-    TypeError
-        If `texts` is a `Domain`.
-    """
-    if isinstance(texts, Domain):
-        raise TypeError(f"{texts.name!r} is a Domain; pass one of its parts, e.g. domain.test")
 
 
 def domain_names(tiny: bool = False) -> list[str]:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ..checks import Integer, InvalidArgument, Texts, Tokenizer, check_batch, checked
 from ..vocabulary import merge_table, protected_tokens
-from .domain import Part, check_part
-
-SEPARATOR = "\n\n"
+from .domain import Part
+from .running import SEPARATOR, as_passages, token_ids, window_prefix
 
 
 class Batches(list):
@@ -22,6 +24,7 @@ class Batches(list):
     merges: np.ndarray
     protected: np.ndarray
 
+    @checked(count=Integer(1))
     def draws(self, count: int = 2) -> list[Batches]:
         """Draws of disjoint text and equal length: consecutive stretches of the windows.
 
@@ -33,7 +36,7 @@ class Batches(list):
             If there are fewer windows than draws.
         """
         rows = torch.cat([batch["input_ids"] for batch in self])
-        if not 1 <= count <= len(rows):
+        if count > len(rows):
             raise ValueError(
                 f"{len(rows)} window(s) of {rows.shape[1]} tokens cannot give {count} draws; take "
                 "more tokens or a shorter seq_len"
@@ -43,34 +46,29 @@ class Batches(list):
         return [_batches(part, size, *known) for part in rows[: count * length].split(length)]
 
 
-def encoded(
-    passages: Iterable[str], tokenizer: PreTrainedTokenizerBase
-) -> Iterator[tuple[list[int], int]]:
-    """Token ids and characters of each passage, with the separator that ends it."""
-    check_part(passages)
-    for passage in passages:
-        text = passage + SEPARATOR
-        yield tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], len(text)
-
-
+@checked(texts=Texts(), tokenizer=Tokenizer())
 def count_tokens(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """How often each token occurs in passages, ``[vocabulary]``; needs no model.
+    """How often each token occurs in running text, ``[vocabulary]``; needs no model.
 
     For `contextual_plan`, which should know more of a domain's words than a short pass sees.
 
     Parameters
     ----------
-    texts : Part or iterable of str
-        Passages.
+    texts : Part, str or iterable of str
+        Passages, joined as in `tokenize`.
     tokenizer : transformers.PreTrainedTokenizerBase
         What cuts them.
     """
-    counts = np.zeros(len(tokenizer), dtype=np.int64)
-    for ids, _ in encoded(texts, tokenizer):
-        counts += np.bincount(ids, minlength=len(counts))
-    return counts
+    ids = np.array(token_ids(texts, tokenizer), dtype=np.int64)
+    return np.bincount(ids, minlength=len(tokenizer))
 
 
+_BUDGET = Integer(2) | None
+
+
+@checked(
+    texts=Texts(), tokenizer=Tokenizer() | None, max_tokens=_BUDGET, max_characters=_BUDGET
+)
 def excerpt(
     texts: Part | Sequence[str],
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -84,43 +82,51 @@ def excerpt(
 
     Parameters
     ----------
-    texts : Part or sequence of str
+    texts : Part, str or sequence of str
         Passages.
     tokenizer : transformers.PreTrainedTokenizerBase, optional
         What counts the tokens.
     max_tokens, max_characters : int, optional
-        Budgets; None is no limit.
+        Budgets for the passages joined by blank lines; None is no limit.
 
     Raises
     ------
     ValueError
-        If a budget is below 2 or there is no text.
+        If a budget is below 2, there is no text, or nothing to count tokens with.
     """
-    check_part(texts)
-    for name, value in (("max_tokens", max_tokens), ("max_characters", max_characters)):
-        if value is not None and value < 2:
-            raise ValueError(f"{name} is {value}; expected at least 2, or None for no limit")
-    if not any(passage.strip() for passage in texts):
+    passages = as_passages(texts)
+    if max_tokens is not None and tokenizer is None:
+        raise InvalidArgument("tokenizer is None; expected one to count max_tokens with")
+    if not any(passage.strip() for passage in passages):
         raise ValueError(f"{texts if isinstance(texts, Part) else 'the text'} is empty")
-    tokens = characters = count = 0
-    for passage in texts:
-        characters += len(passage)
-        if max_tokens is not None:
-            tokens += len(tokenizer(passage + SEPARATOR, add_special_tokens=False)["input_ids"])
-        over = tokens > (max_tokens or tokens) or characters > (max_characters or characters)
-        if count and over:
-            break
-        count += 1
-    chosen = tuple(texts[:count])
+    count = len(passages)
+    if max_characters is not None:
+        lengths = accumulate(len(passage) + len(SEPARATOR) for passage in passages)
+        fitting = (length - len(SEPARATOR) <= max_characters for length in lengths)
+        count = max(1, sum(fitting))
+    if max_tokens is not None:
+        count = _within(passages[:count], tokenizer, max_tokens)
+    chosen = tuple(passages[:count])
     return Part(texts.domain, texts.name, chosen) if isinstance(texts, Part) else chosen
 
 
-def window_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """``[bos]`` for tokenizers that begin every text with it, else nothing."""
-    bos = tokenizer.bos_token_id
-    return [bos] if bos is not None and tokenizer("a")["input_ids"][0] == bos else []
+def _within(passages: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> int:
+    """How many first passages have at most so many tokens together; at least one."""
+
+    def size(count: int) -> int:
+        return len(token_ids(passages[:count], tokenizer, max_tokens + 1))
+
+    above = 1  # doubled until over the budget, then halved: the rest of a long text is not read
+    while above < len(passages) and size(above) <= max_tokens:
+        above *= 2
+    counts = range(above // 2, min(above, len(passages)) + 1)
+    return max(1, counts[0] + bisect_right(counts, max_tokens, key=size) - 1)
 
 
+@checked(
+    texts=Texts(), tokenizer=Tokenizer(), seq_len=Integer(1), max_tokens=Integer(1) | None,
+    batch_size=Integer(1),
+)  # fmt: skip
 def tokenize(
     texts: Part | Sequence[str] | str,
     tokenizer: PreTrainedTokenizerBase,
@@ -128,7 +134,7 @@ def tokenize(
     max_tokens: int | None = None,
     batch_size: int = 8,
 ) -> Batches:
-    """Pack passages, separated by a blank line, into full windows of tokens.
+    """Pack passages into full windows of tokens: joined by blank lines, encoded once, cut.
 
     Parameters
     ----------
@@ -152,33 +158,29 @@ def tokenize(
     Raises
     ------
     ValueError
-        If the text or `max_tokens` is less than one window, or a number is not positive.
+        If the text or `max_tokens` is less than one window.
     """
     prefix = window_prefix(tokenizer)
-    for name, value in (("seq_len", seq_len - len(prefix)), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}; expected a positive number")
-    if max_tokens is not None and max_tokens < 1:
-        raise ValueError(f"max_tokens is {max_tokens}; expected a positive number or None")
+    if seq_len <= len(prefix):
+        raise ValueError(
+            f"seq_len is {seq_len}; expected more than the {len(prefix)} token(s) that this "
+            "tokenizer puts before every text"
+        )
     if max_tokens is not None and max_tokens < seq_len:
         raise ValueError(
             f"max_tokens is {max_tokens}, less than one window of seq_len={seq_len}; give "
             f"{seq_len} or more, or a shorter seq_len"
         )
     step = seq_len - len(prefix)
-    limit = float("inf") if max_tokens is None else max_tokens // seq_len * step
-    ids: list[int] = []
-    for tokens, _ in encoded([texts] if isinstance(texts, str) else texts, tokenizer):
-        ids += tokens
-        if len(ids) >= limit:
-            break
-    count = min(len(ids), limit) // step
+    limit = None if max_tokens is None else max_tokens // seq_len * step
+    ids = token_ids(texts, tokenizer, limit)
+    count = len(ids) // step
     if count == 0:
         raise ValueError(
             f"{texts if isinstance(texts, Part) else 'the text'} has {len(ids)} tokens, less than "
             f"one window of seq_len={seq_len}; give more text or a shorter seq_len"
         )
-    windows = torch.tensor(ids[: int(count) * step]).reshape(-1, step)
+    windows = torch.tensor(ids[: count * step]).reshape(-1, step)
     windows = torch.cat([torch.tensor([prefix] * len(windows), dtype=torch.long), windows], 1)
     source = str(texts) if isinstance(texts, Part) else "text"
     merges, protected = merge_table(tokenizer), protected_tokens(tokenizer)
@@ -202,16 +204,14 @@ def unpadded(batches: Iterable[dict[str, torch.Tensor]]) -> Iterator[torch.Tenso
 
     Raises
     ------
+    InvalidArgument
+        If a batch is none.
     ValueError
         If nothing is left.
     """
     found = False
-    for batch in batches:
-        if not isinstance(batch, Mapping) or "input_ids" not in batch:
-            raise ValueError(
-                f"a batch is {type(batch).__name__} {str(batch)[:40]!r}; expected a mapping with "
-                "input_ids [batch, token], as tokenize(text, tokenizer) gives them"
-            )
+    for place, batch in enumerate(batches):
+        check_batch(f"batches[{place}]", batch)
         ids, mask = batch["input_ids"], batch.get("attention_mask")
         whole = mask is None or bool(mask.all())
         for part in (

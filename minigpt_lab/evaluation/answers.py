@@ -16,6 +16,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..checks import Flag, Instance, Integer, ListOf, Model, OneOf, Tokenizer, checked
 from ..domains import Question
 from ..runtime import inference
 from ..vocabulary import tokenizer_for
@@ -148,6 +149,19 @@ class Comparison:
         )
 
 
+class _Asked(ListOf):
+    """Questions; at least one."""
+
+    remedy = "pass e.g. domain.questions (a short test part may yield none)"
+
+    def __init__(self):
+        super().__init__(Instance(Question), least=1)
+
+
+@checked(
+    model=Model(), tokenizer=Tokenizer(), questions=_Asked(), score=OneOf(SCORES),
+    style=OneOf(STYLES), seq_len=Integer(1) | None, batch_size=Integer(1), progress=Flag(),
+)  # fmt: skip
 def answer_questions(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -188,18 +202,10 @@ def answer_questions(
 
     Raises
     ------
-    TypeError
-        If something else than questions is given.
     ValueError
         If there are no questions, an option is unknown, a choice has no tokens or does not fit,
         tokenizer and model do not belong together, or the model answers with NaN.
     """
-    for name, value, known in (("score", score, SCORES), ("style", style, STYLES)):
-        if value not in known:
-            raise ValueError(f"{name} is {value!r}; expected one of {', '.join(known)}")
-    _check(questions)
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}; expected 1 or more")
     tokenizer = tokenizer_for(model, tokenizer)
     packed = []
     for number, question in enumerate(questions):
@@ -223,15 +229,6 @@ def answer_questions(
             )
         rows += _rows(number, question, entry, losses[number], score)
     return Answers(pd.DataFrame(rows), tuple(questions), score, style)
-
-
-def _check(questions: Sequence[Question]) -> None:
-    if not isinstance(questions, Sequence) or not all(isinstance(q, Question) for q in questions):
-        raise TypeError(
-            f"expected a sequence of Question, got {questions!r:.80}; pass e.g. domain.questions"
-        )
-    if not questions:
-        raise ValueError("there are no questions to answer; a short test part may yield none")
 
 
 def _texts(question: Question, style: str) -> tuple[str, list[str]]:
@@ -267,6 +264,10 @@ def _rows(
     return [{**row, "picked": row is best} for row in rows]
 
 
+_ANSWERS = Instance(Answers, "answer_questions gives them")
+
+
+@checked(first=_ANSWERS, second=_ANSWERS)
 def compare_answers(first: Answers, second: Answers) -> Comparison:
     """Compare two models' answers to the same questions, question by question.
 
@@ -325,6 +326,10 @@ def _newcombe(both: int, won: int, lost: int, n: int) -> tuple[float, float]:
     return difference - ends[0], difference + ends[1]
 
 
+@checked(
+    model=Model(), tokenizer=Tokenizer(), questions=_Asked(), score=OneOf(SCORES),
+    style=OneOf(STYLES),
+)  # fmt: skip
 def position_bias(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -348,7 +353,6 @@ def position_bias(
         if the position did not matter), ``asked`` (rotations), and ``mean_accuracy`` over all
         rotations, the same in every row.
     """
-    _check(questions)
     turned = [q.rotated(k) for q in questions for k in range(len(q.choices))]
     frame = answer_questions(model, tokenizer, turned, score, style, **options).frame
     frame["unbiased"] = 1 / frame.groupby("question")["choice"].transform("size")

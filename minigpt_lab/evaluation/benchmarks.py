@@ -16,12 +16,19 @@ import pandas as pd
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..assets import first_line, hub_in_reach
+from ..checks import Integer, ListOf, Location, Model, Tokenizer, checked
+from ..domains import encode
 from ..runtime import inference
 from ..vocabulary import tokenizer_for
 
 # lm-eval and all it brings along takes seconds to import: it is imported where it is used.
 
 
+@checked(
+    model=Model(), tokenizer=Tokenizer(), tasks=Location() | ListOf(Location(), least=1),
+    num_fewshot=Integer(0) | None, limit=Integer(1) | None, batch_size=Integer(1),
+    include_path=Location() | None, seed=Integer(0),
+)  # fmt: skip
 def benchmark(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -68,19 +75,12 @@ def benchmark(
     OSError
         If a task's dataset is neither in reach nor in the local cache.
     """
-    for name, value, least in (
-        ("num_fewshot", num_fewshot, 0), ("limit", limit, 1), ("batch_size", batch_size, 1)
-    ):  # fmt: skip
-        if value is not None and value < least:
-            raise ValueError(f"{name} is {value}; expected at least {least}")
     words = tokenizer_for(model, tokenizer)
     with _quiet(), _offline_unless_in_reach(), inference(model):
         from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
 
         manager, names = _resolved(tasks, include_path)
-        # a copy: lm-eval gives a tokenizer without padding some
-        harness = HFLM(pretrained=model, tokenizer=copy.deepcopy(words), batch_size=batch_size)
+        harness = _harness()(pretrained=model, batch_size=batch_size, **_completed(words, model))
         try:
             found = simple_evaluate(
                 harness,
@@ -102,6 +102,52 @@ def benchmark(
                 "call left a copy; use a task over local files"
             ) from error
     return _table(found)
+
+
+def _completed(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> dict:
+    """A copy of a tokenizer, with the special tokens that lm-eval cannot do without.
+
+    Texts begin after its first or last token of a text, or where it has neither after a line break.
+    """
+    words, rows = copy.deepcopy(tokenizer), model.get_input_embeddings().weight.shape[0]
+    known = [
+        token for token in (words.bos_token_id, words.eos_token_id)
+        if token is not None and token < rows
+    ]  # fmt: skip
+    begin = (known or encode("\n", words)["input_ids"][-1:] or [0])[0]
+    if words.eos_token_id is None:
+        words.add_special_tokens({"eos_token": "<|endoftext|>"})  # which the model never gives
+    if words.pad_token_id is None or words.pad_token_id >= rows:
+        words.pad_token = words.convert_ids_to_tokens(begin)
+    return {"tokenizer": words, "prefix_token_id": begin}
+
+
+@functools.cache
+def _harness() -> type:
+    """lm-eval's wrapper of a model, mended for texts that are scored from their first token on."""
+    from lm_eval.models.huggingface import HFLM
+
+    class Harness(HFLM):
+        """With one beginning-of-text token before a whole text, not two."""
+
+        rolling = False
+
+        def loglikelihood_rolling(self, requests, disable_tqdm=False):
+            """Score whole texts; the token that they begin with is put in front of them here."""
+            self.rolling = True
+            try:
+                return super().loglikelihood_rolling(requests, disable_tqdm)
+            finally:
+                self.rolling = False
+
+        def tok_encode(self, string, add_special_tokens=None, **options):
+            """Leave that token out where it would be there twice, and the second one scored."""
+            if not self.rolling:
+                return super().tok_encode(string, add_special_tokens, **options)
+            ids = super().tok_encode(string, False, **options)
+            return ids[1:] if ids[:1] == [self.prefix_token_id] else ids
+
+    return Harness
 
 
 def _resolved(tasks, include_path: str | os.PathLike | None) -> tuple:

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..domains import window_prefix
+from ..domains import common_beginning, encode, window_prefix
 from ..runtime import check_token_ids
 
 
@@ -70,8 +70,8 @@ def pack(
     texts = [prompt, *(f"{prompt} {follow}" for follow in follows)]
     # The space belongs to the continuation, which may also change the prompt's last token: it
     # starts where its tokens part from those of the prompt alone.
-    alone, *whole = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    parts = [_common(alone, tokens) for tokens in whole]
+    alone, *whole = (encode(text, tokenizer)["input_ids"] for text in texts)
+    parts = [common_beginning(alone, tokens) for tokens in whole]
     for follow, part, tokens in zip(follows, parts, whole, strict=True):
         if part == len(tokens):
             raise ValueError(f"its choice {follow!r} has no tokens in this tokenizer")
@@ -89,12 +89,6 @@ def pack(
         starts.append(len(ids) + part - shared)
         ids = ids + tokens[shared:]
     return Packed(ids, size, tuple(branches), tuple(starts), cut)
-
-
-def _common(first: list[int], second: list[int]) -> int:
-    """Length of the beginning that two lists share."""
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
 def branch_losses(model: PreTrainedModel, group: list[Packed]) -> list[np.ndarray]:

@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from torch.nn import functional
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..domains import Part, encoded, excerpt, window_prefix
+from ..checks import Flag, Integer, InvalidArgument, Model, Text, Texts, Tokenizer, checked
+from ..domains import Part, excerpt, running_text, token_ids, window_prefix
+from ..guards import restoring
 from ..runtime import check_token_ids, inference
 from ..vocabulary import tokenizer_for
 
@@ -30,18 +32,21 @@ class Perplexity:
     tokens : int
         Tokens scored.
     bits_per_character : float
-        Comparable between tokenizers, which `value` is not.
+        ``log2(value) * tokens / characters``; comparable between tokenizers, which `value` is not.
     bits_low, bits_high : float
         Its 95 % interval.
     characters : int
-        Characters of the text.
+        Characters of the tokens scored, blank lines between passages included.
     seq_len, stride : int
         Window length, and tokens by which windows advance.
     text : str
         Which text.
     passages : numpy.ndarray
-        Per passage: sum of negative log-likelihoods (nats), tokens scored, characters
-        ``[passage, 3]``; for paired comparisons on the same text.
+        Per passage: sum of negative log-likelihoods (nats), tokens scored, their characters
+        ``[passage, 3]``; for paired comparisons on the same text. A blank line counts with the
+        passage that it follows.
+    chunked : bool
+        Measured as papers' code does (see `perplexity`).
     """
 
     value: float
@@ -56,6 +61,7 @@ class Perplexity:
     stride: int
     text: str
     passages: np.ndarray = field(repr=False, compare=False)
+    chunked: bool = False
 
     def __float__(self) -> float:
         return self.value
@@ -69,7 +75,8 @@ class Perplexity:
     @property
     def protocol(self) -> str:
         """How it was measured, to be written beside the number."""
-        return f"{self.tokens:,} tokens, windows of {self.seq_len}, stride {self.stride}"
+        whole = ", whole windows only" if self.chunked else ""
+        return f"{self.tokens:,} tokens, windows of {self.seq_len}, stride {self.stride}{whole}"
 
     def row(self) -> dict:
         """The numbers as one row of a table."""
@@ -81,6 +88,11 @@ class Perplexity:
         }  # fmt: skip
 
 
+@checked(
+    model=Model(), tokenizer=Tokenizer(), texts=Texts(), seq_len=Integer(2),
+    stride=Integer(1) | None, max_characters=Integer(2) | None, max_tokens=Integer(2) | None,
+    batch_size=Integer(1), n_bootstrap=Integer(1), seed=Integer(0), chunked=Flag(), progress=Flag(),
+)  # fmt: skip
 def perplexity(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -93,13 +105,15 @@ def perplexity(
     n_bootstrap: int = 1000,
     seed: int = 0,
     progress: bool = False,
+    chunked: bool = False,
 ) -> Perplexity:
     """Perplexity of a model on text it was not fitted to.
 
-    Passages are joined by blank lines and cut into windows; a token is scored once, in the first
-    window that reaches it, given the tokens before it in that window. The first token of the text
-    (and, with non-overlapping windows, of each window) has no context and is not scored, unless the
-    tokenizer begins every text with a token of its own.
+    Passages are joined by blank lines, encoded once and cut into windows; a token is scored once,
+    in the first window that reaches it, given the tokens before it in that window. The first token
+    of the text (and, with non-overlapping windows, of each window) has no context and is not
+    scored, unless the tokenizer begins every text with a token of its own: then each window begins
+    with that token, and all of the text is scored.
 
     Parameters
     ----------
@@ -122,6 +136,11 @@ def perplexity(
         Resamples of the interval, and their seed.
     progress : bool
         Show a progress bar.
+    chunked : bool
+        As the code of GPTQ, LLM-Pruner and others does (see `PERPLEXITY_PRESETS`): what the
+        tokenizer begins texts with stands once, before the whole text; windows do not overlap, the
+        first token of each is not scored, and the shorter last one is left out. `max_tokens` then
+        counts the model's own tokens, to the token.
 
     Returns
     -------
@@ -134,26 +153,39 @@ def perplexity(
         belong together, or the model answers with NaN.
     """
     stride = seq_len if stride is None else stride
-    if seq_len < 2 or not 1 <= stride <= seq_len:
-        raise ValueError(f"seq_len={seq_len}, stride={stride}; expected 1 ≤ stride ≤ seq_len ≥ 2")
-    passages = [texts] if isinstance(texts, str) else texts
-    passages = excerpt(passages, tokenizer, max_tokens, max_characters)
+    if stride > seq_len or (chunked and stride < seq_len):
+        raise InvalidArgument(
+            f"stride={stride}, seq_len={seq_len}; expected a stride of at most seq_len, and of no "
+            "other length with chunked=True; leave stride out"
+        )
+    passages = excerpt(texts, tokenizer, None if chunked else max_tokens, max_characters)
     tokenizer = tokenizer_for(model, tokenizer)
-    ids, passage, characters = _encode(passages, tokenizer)
-    if len(ids) < 2:
-        raise ValueError(f"{_name(texts)} has {len(ids)} token(s); at least 2 are needed")
     prefix = window_prefix(tokenizer)
-    losses, scored = np.zeros(len(ids)), np.zeros(len(ids), bool)
+    limit = None if max_tokens is None or not chunked else max(0, max_tokens - len(prefix))
+    running = running_text(passages, tokenizer, limit)
+    ids, passage, characters = running.ids, running.passage, running.characters
+    if chunked:  # the prefix is text like any other, of no characters
+        ids = prefix + ids
+        passage, characters = (np.pad(x, (len(prefix), 0)) for x in (passage, characters))
+        prefix = []
     length = seq_len - len(prefix)
-    windows = list(_windows(len(ids), length, max(1, stride - len(prefix))))
+    needed = seq_len if chunked else 2 - min(len(prefix), 1)
+    if len(ids) < needed or length < 1:
+        raise ValueError(
+            f"{_name(texts)} has {len(ids)} token(s); at least {needed} are needed, in windows of "
+            f"more than {len(prefix)}: give more text or another seq_len"
+        )
+    losses, scored = np.zeros(len(ids)), np.zeros(len(ids), bool)
+    windows = list(_windows(len(ids), length, min(stride, length)))
     full = [window for window in windows if window[1] - window[0] == length]
     groups = [full[i : i + batch_size] for i in range(0, len(full), batch_size)]
-    groups += [[window] for window in windows[len(full) :]]  # the shorter tail, by itself
+    if not chunked:
+        groups += [[window] for window in windows[len(full) :]]  # the shorter tail, by itself
     with inference(model):
         for group in tqdm(groups, desc="perplexity", unit="batch", disable=not progress):
             rows = torch.tensor([prefix + ids[start:stop] for start, stop, _ in group])
             check_token_ids(model, rows)
-            nll = _token_losses(model, rows.to(model.device))[:, len(prefix) - 1 if prefix else 0 :]
+            nll = _token_losses(model, rows.to(model.device))[:, max(len(prefix) - 1, 0) :]
             for row, (start, stop, fresh) in zip(nll.cpu().double().numpy(), group, strict=True):
                 first = start if prefix else start + 1
                 begin = max(first, fresh)
@@ -168,6 +200,7 @@ def perplexity(
         axis=1,
     )
     value, bits = _ratios(table.sum(0))
+    bits = bits if table[:, 2].any() else math.nan
     draws = np.random.default_rng(seed).integers(len(table), size=(n_bootstrap, len(table)))
     bounds = np.quantile(_ratios(table[draws].sum(1).T), [0.025, 0.975], axis=1)
     if len(table) == 1:  # one passage says nothing about others
@@ -175,8 +208,8 @@ def perplexity(
     return Perplexity(
         value=float(value), low=float(bounds[0, 0]), high=float(bounds[1, 0]),
         tokens=int(scored.sum()), bits_per_character=float(bits), bits_low=float(bounds[0, 1]),
-        bits_high=float(bounds[1, 1]), characters=sum(map(len, passages)), seq_len=seq_len,
-        stride=stride, text=_name(texts), passages=table,
+        bits_high=float(bounds[1, 1]), characters=int(table[:, 2].sum()), seq_len=seq_len,
+        stride=stride, text=_name(texts), passages=table, chunked=chunked,
     )  # fmt: skip
 
 
@@ -189,19 +222,6 @@ def _ratios(sums: np.ndarray) -> np.ndarray:
 
 def _name(texts: Part | Sequence[str] | str) -> str:
     return str(texts) if isinstance(texts, Part) else "text"
-
-
-def _encode(passages, tokenizer) -> tuple[list[int], np.ndarray, np.ndarray]:
-    """Token ids, the passage of each token, and its share of the passage's characters."""
-    ids: list[int] = []
-    passage, share = [], []
-    for index, (tokens, characters) in enumerate(encoded(passages, tokenizer)):
-        ids += tokens
-        passage.append(np.full(len(tokens), index))
-        share.append(np.full(len(tokens), characters / max(1, len(tokens))))
-    if not ids:
-        raise ValueError("the text is empty")
-    return ids, np.concatenate(passage), np.concatenate(share)
 
 
 def _windows(total: int, length: int, stride: int) -> Iterator[tuple[int, int, int]]:
@@ -224,6 +244,7 @@ def _token_losses(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     return losses.view(len(ids), -1)
 
 
+@checked(model=Model(), tokenizer=Tokenizer(), prompt=Text(), max_new_tokens=Integer(1))
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -231,6 +252,9 @@ def generate(
     max_new_tokens: int = 40,
 ) -> str:
     """Greedy continuation of a prompt, without the prompt.
+
+    Always the likeliest token, until the model's end-of-text token: beams, penalties and whatever
+    else a model's generation settings ask for are not used.
 
     Parameters
     ----------
@@ -247,21 +271,44 @@ def generate(
         If the prompt is empty, or longer than the model can continue.
     """
     tokenizer = tokenizer_for(model, tokenizer)
-    encoding = tokenizer(prompt, return_tensors="pt").to(model.device)
-    if encoding["input_ids"].shape[1] == 0:
-        raise ValueError("the prompt is empty; give at least one character")
-    check_token_ids(model, encoding["input_ids"])
-    length = encoding["input_ids"].shape[1] + max_new_tokens
-    longest = getattr(model.config, "max_position_embeddings", length)
+    text = token_ids(prompt, tokenizer)
+    if not text:
+        raise InvalidArgument(
+            f"prompt is {prompt!r:.60}, which is empty in this tokenizer; give at least one character"
+        )
+    ids = torch.tensor([window_prefix(tokenizer) + text])
+    length = ids.shape[1] + max_new_tokens
+    longest = getattr(model.config, "max_position_embeddings", None) or length
     if length > longest:
-        raise ValueError(
+        raise InvalidArgument(
             f"prompt and continuation would be {length} tokens, this model takes {longest}; "
             "shorten one of them"
         )
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    with inference(model):
-        output = model.generate(
-            input_ids=encoding["input_ids"], attention_mask=encoding["attention_mask"],
-            max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad,
-        )  # fmt: skip
-    return tokenizer.decode(output[0, encoding["input_ids"].shape[1] :], skip_special_tokens=True)
+    check_token_ids(model, ids)
+    ids = ids.to(model.device)
+    with inference(model), _greedy(model, max_new_tokens):
+        output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids))
+    # A piece by itself may be decoded otherwise (without its first space): decode both, and cut.
+    before, whole = (
+        tokenizer.decode(tokens, skip_special_tokens=True)
+        for tokens in (ids[0], output[0])
+    )
+    if whole.startswith(before):
+        return whole[len(before) :]
+    return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+@restoring
+def _greedy(model: PreTrainedModel, max_new_tokens: int) -> Iterator[None]:
+    """Within: nothing of the model's own generation settings counts but its end of text."""
+    own = model.generation_config
+    end = own.eos_token_id if own.eos_token_id is not None else model.config.eos_token_id
+    ends = end if isinstance(end, list) else [end]
+    model.generation_config = GenerationConfig(
+        do_sample=False, num_beams=1, max_new_tokens=max_new_tokens,
+        eos_token_id=end, pad_token_id=next(iter(ends), None) or 0,
+    )  # fmt: skip
+    try:
+        yield
+    finally:
+        model.generation_config = own

@@ -126,8 +126,10 @@ class KitTrainer(Trainer):
     def _measure(self) -> dict[str, float]:
         """Perplexity on every text."""
         tokenizer, texts, seq_len = self.measured
+        adapted = getattr(self.model, "get_base_model", None)  # the model within peft's wrapper
+        model = adapted() if adapted else self.model
         found = {
-            f"eval_{name}": perplexity(self.model, tokenizer, text, seq_len).value
+            f"eval_{name}": perplexity(model, tokenizer, text, seq_len).value
             for name, text in texts.items()
         }
         return {**found, "eval_seconds": time.time() - self.began}

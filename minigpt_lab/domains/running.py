@@ -1,0 +1,180 @@
+"""Running text: passages joined, encoded once, and where each token lies.
+
+A model sees text in one piece. What a tokenizer makes of a blank line, and of what comes before and
+after it, it makes only there: no passage is ever encoded by itself.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+#: Stands between two passages; it counts with the passage that it follows.
+SEPARATOR = "\n\n"
+_MARGIN = 64  # least tokens between those that are taken and the end of what was encoded
+
+
+@dataclass(frozen=True)
+class RunningText:
+    """Tokens of running text.
+
+    Parameters
+    ----------
+    ids : list of int
+        As the tokenizer gives them for the joined text, without special tokens.
+    passage : numpy.ndarray
+        The passage in which each token begins, ``[token]``.
+    characters : numpy.ndarray
+        Characters that each token adds to the text before it, ``[token]``: they sum to the length
+        of the text. Of the tokens that spell one character in bytes, the first counts.
+    """
+
+    ids: list[int]
+    passage: np.ndarray
+    characters: np.ndarray
+
+
+def as_passages(texts: Sequence[str] | str) -> Sequence[str]:
+    """Passages; a string is one."""
+    return [texts] if isinstance(texts, str) else texts
+
+
+def encode(text: str, tokenizer: PreTrainedTokenizerBase, **options) -> dict:
+    """A text as the tokenizer encodes it, whole and without special tokens."""
+    return tokenizer(
+        text, add_special_tokens=False, truncation=False, padding=False, verbose=False, **options
+    )
+
+
+def token_ids(
+    texts: Sequence[str] | str, tokenizer: PreTrainedTokenizerBase, limit: int | None = None
+) -> list[int]:
+    """Token ids of passages as running text.
+
+    Parameters
+    ----------
+    texts : sequence of str, or str
+        Passages.
+    tokenizer : transformers.PreTrainedTokenizerBase
+        What encodes them.
+    limit : int, optional
+        Take the first so many tokens; no more text is read than they need.
+    """
+    return _encoded(texts, tokenizer, limit)[1]["input_ids"][:limit]
+
+
+def running_text(
+    texts: Sequence[str] | str, tokenizer: PreTrainedTokenizerBase, limit: int | None = None
+) -> RunningText:
+    """Passages as running text, with the place of every token.
+
+    Parameters
+    ----------
+    texts, tokenizer, limit
+        As for `token_ids`.
+
+    Returns
+    -------
+    RunningText
+    """
+    passages, encoding = _encoded(texts, tokenizer, limit, offsets=tokenizer.is_fast)
+    ids = encoding["input_ids"]
+    text = SEPARATOR.join(passages)
+    lengths = [len(passage) + len(SEPARATOR) for passage in passages]
+    begins = np.cumsum([0, *lengths[:-1]])  # of the passages, in characters
+    if tokenizer.is_fast:
+        offsets = np.array(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2)
+        starts, ends = np.maximum.accumulate(offsets).T
+        passage = np.searchsorted(begins, starts, side="right") - 1
+        # A token adds what the one before it has not reached; text that no token stands for
+        # counts with the next token, but never with that of another passage.
+        edges = np.maximum(np.append(0, ends[:-1]), begins[passage])
+    else:
+        counts = _tokens_before(passages, ids, tokenizer)
+        passage = np.repeat(np.arange(len(passages)), np.diff([*counts, len(ids)]))
+        # A tokenizer without offsets: a passage's tokens share its characters evenly.
+        stops = [*begins[1:], len(text)]
+        edges = np.concatenate(
+            [
+                np.linspace(begin, stop, size, endpoint=False).astype(np.int64)
+                for begin, stop, size in zip(begins, stops, np.bincount(passage), strict=False)
+            ]
+            or [np.zeros(0, dtype=np.int64)]
+        )
+    edges[:1] = 0
+    characters = np.diff(np.append(edges, len(text)))
+    return RunningText(ids[:limit], passage[:limit], characters[:limit])
+
+
+def _encoded(
+    texts: Sequence[str] | str, tokenizer, limit: int | None, offsets: bool = False
+) -> tuple[Sequence[str], dict]:
+    """As many first passages as `limit` tokens need, and their encoding."""
+    passages = as_passages(texts)
+    options = {"return_offsets_mapping": True} if offsets else {}
+    count = len(passages)
+    if limit is not None:
+        reach = list(accumulate(len(passage) + len(SEPARATOR) for passage in passages))
+        count = bisect_left(reach, 6 * (limit + _MARGIN)) + 2
+    while True:
+        part = passages[:count]
+        found = encode(SEPARATOR.join(part), tokenizer, **options)
+        if len(part) == len(passages):
+            return part, found
+        # What follows changes the tokens near the end: the last passage does not count.
+        last = len(encode(part[-1], tokenizer)["input_ids"])
+        if len(found["input_ids"]) - max(last, _MARGIN) >= limit:
+            return part, found
+        count *= 2
+
+
+def _tokens_before(
+    passages: Sequence[str], ids: list[int], tokenizer: PreTrainedTokenizerBase
+) -> list[int]:
+    """Tokens that begin before each passage, for a tokenizer without offsets."""
+    pieces = [passage + SEPARATOR for passage in passages[:-1]]
+    alone = [encode(text, tokenizer)["input_ids"] for text in [*pieces, *passages[-1:]]]
+    if [token for piece in alone for token in piece] == ids:  # no token crosses
+        return [0, *accumulate(map(len, alone[:-1]))]
+    counts, text = [0], ""
+    for piece in pieces:
+        text += piece
+        before = encode(text, tokenizer)["input_ids"]
+        common = common_beginning(before, ids)
+        # Where they part, a token of the whole text reaches over: it begins before.
+        counts.append(common if common == len(before) else min(common + 1, len(ids)))
+    return counts
+
+
+def common_beginning(first: Sequence[int], second: Sequence[int]) -> int:
+    """Length of the beginning that two lists share."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
+
+
+def window_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids that the tokenizer puts before every text: ``[bos]`` for some, nothing for most."""
+    around = _as_given("", tokenizer)
+    if not around:
+        return []
+    # What stands around a text may be in front of it, behind it, or both: ask with a text.
+    special = set(tokenizer.all_special_ids)
+    for token in range(len(tokenizer)):
+        text = "" if token in special else tokenizer.decode([token])
+        bare = encode(text, tokenizer)["input_ids"] if text.strip() else []
+        if bare and not special & {*bare}:
+            whole = _as_given(text, tokenizer)
+            for before in range(len(whole) - len(bare) + 1):
+                if whole[before : before + len(bare)] == bare:
+                    return whole[:before]
+    return around[:1] if around[0] == tokenizer.bos_token_id else []
+
+
+def _as_given(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """A text's ids with the special tokens that the tokenizer puts around it."""
+    return tokenizer(text, truncation=False, padding=False, verbose=False)["input_ids"]
