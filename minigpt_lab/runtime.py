@@ -105,7 +105,9 @@ def check_token_ids(model: PreTrainedModel, input_ids: torch.Tensor) -> None:
     """
     rows = model.get_input_embeddings().weight.shape[0]
     if input_ids.numel() == 0:
-        raise ValueError(f"input_ids of shape {[*input_ids.shape]} hold no token; give at least one")
+        raise ValueError(
+            f"input_ids of shape {[*input_ids.shape]} hold no token; give at least one"
+        )
     low, high = int(input_ids.min()), int(input_ids.max())
     if low < 0 or high >= rows:
         raise ValueError(

@@ -179,10 +179,13 @@ def test_text_before_every_token_is_kept_whole(tiny):
 def test_bad_input_is_named(tiny, tiny_domain, monkeypatch):
     model, tokenizer = tiny
     for arguments, words in (
-        ({"score": "ppl"}, "score is 'ppl'; expected one of perplexity, logprob, paper"),
-        ({"style": "letter"}, "style is 'letter'"),
-        ({"questions": ()}, "there are no questions"),
-        ({"batch_size": 0}, "batch_size=0"),
+        ({"score": "ppl"}, "score is 'ppl'; expected one of 'perplexity', 'logprob', 'paper'"),
+        ({"style": "letter"}, "style is 'letter'; .*did you mean 'letters'"),
+        ({"questions": ()}, r"questions is \(\); expected .* at least 1"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"batch_size": None}, "batch_size is None"),
+        ({"seq_len": -1}, "seq_len is -1"),
+        ({"progress": 1}, "progress is 1; expected True or False"),
         ({"seq_len": 3}, "question 0 .*no token is left before its choices.*limit 3"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -192,14 +195,16 @@ def test_bad_input_is_named(tiny, tiny_domain, monkeypatch):
             lab.answer_questions(model, tokenizer, wrong)
         with pytest.raises(TypeError, match="pass e.g. domain.questions"):
             lab.position_bias(model, tokenizer, wrong)
+    with pytest.raises(TypeError, match="second is 0.5; expected an Answers; answer_questions"):
+        lab.compare_answers(answered([True]), 0.5)
     many = lab.Question("Which?", tuple(map(str, range(30))), 0)
     with pytest.raises(ValueError, match="30 choices, more than letters"):
         lab.answer_questions(model, tokenizer, [many], style="letters")
     with pytest.raises(ValueError, match="do not belong together"):
         lab.answer_questions(random_model("llama"), tokenizer, ITEMS)
 
-    def no_tokens(texts, **_):
-        return {"input_ids": [[5, 6]] * len(texts)}
+    def no_tokens(text, **_):
+        return {"input_ids": [5, 6]}
 
     monkeypatch.setattr(continuations, "window_prefix", lambda tokenizer: [])
     with pytest.raises(ValueError, match="choice 'a' has no tokens"):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import socket
 
 import pandas as pd
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 import minigpt_lab as lab
 
@@ -161,6 +163,55 @@ def test_what_is_not_there_is_named(tiny, task, tmp_path, monkeypatch):
             lab.benchmark(model, tokenizer, tasks)
     with pytest.raises(FileNotFoundError, match="is no folder"):
         lab.benchmark(model, tokenizer, "endings", include_path=tmp_path / "none")
-    for name in ("limit", "batch_size"):
-        with pytest.raises(ValueError, match=f"{name} is 0; expected at least 1"):
-            lab.benchmark(model, tokenizer, task, **{name: 0})
+    for name, value in (
+        ("limit", 0), ("limit", 0.1), ("batch_size", 0), ("num_fewshot", -1), ("seed", -1),
+        ("tasks", None), ("tasks", []), ("include_path", 3), ("tokenizer", None),
+    ):  # fmt: skip
+        given = {"model": model, "tokenizer": tokenizer, "tasks": task, name: value}
+        with pytest.raises(ValueError, match=f"{name} is .*; expected "):
+            lab.benchmark(**given)
+
+
+ROLLING = (
+    TASK.split("training_split")[0]
+    + """
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{{{question}}}}"
+metric_list:
+  - metric: bits_per_byte
+metadata:
+  version: 1
+"""
+)
+
+
+@pytest.mark.parametrize("begins", [False, True])
+@pytest.mark.parametrize("special", ["all", "none", "a pad too many"])
+def test_a_whole_text_begins_once(tiny, task, items, begins, special):
+    """Bits per byte by hand: every token after one that begins the text, none besides."""
+    model, tokenizer = copy.deepcopy(tiny)
+    path = task.parent / f"rolling_{begins}_{special[0]}.yaml"
+    path.write_text(ROLLING.format(name=path.stem, folder=task.parent))
+    first = tokenizer.bos_token_id
+    if begins:
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", first)]
+        )
+    if special == "none":
+        tokenizer.bos_token = tokenizer.eos_token = tokenizer.pad_token = None
+        first = tokenizer("\n", add_special_tokens=False)["input_ids"][-1]
+    elif special == "a pad too many":
+        tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    bits, size = 0.0, 0
+    for item in items[8:]:
+        ids = [first, *tokenizer(item["question"], add_special_tokens=False)["input_ids"]]
+        with torch.no_grad():
+            bits += model(input_ids=(row := torch.tensor([ids])), labels=row).loss.item() * (
+                len(ids) - 1
+            )
+        size += len(item["question"].encode())
+    found = lab.benchmark(model, tokenizer, path, batch_size=3)
+    assert found["value"].item() == pytest.approx(bits / math.log(2) / size, rel=1e-5)
+    assert lab.benchmark(model, tokenizer, task, limit=3)["n"].tolist() == [3, 3]

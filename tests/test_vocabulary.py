@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 from conftest import random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizer_kinds import TEXT, model_of, tokenizer_of
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 import minigpt_lab as lab
 from minigpt_lab.vocabulary import close_over_merges, merge_table, protected_tokens
@@ -100,3 +105,105 @@ def test_counts_decide_what_leaves(tiny, tiny_domain, tiny_statistics):
 def test_a_foreign_tokenizer_is_refused(tiny, tiny_domain):
     with pytest.raises(ValueError, match="do not belong together"):
         lab.perplexity(random_model("llama"), tiny[1], tiny_domain.test, 32)
+
+
+BYTE_PAIRS = ("byte-level", "prefix space", "full stop and newlines", "one word")
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("kind", BYTE_PAIRS)
+def test_kept_tokens_are_those_of_the_dense_tokenizer(kind, bos, tiny_domain):
+    dense, text = tokenizer_of(kind, bos), "\n\n".join([*tiny_domain.test[:3], "Ünïcode 😀 ."])
+    ids = dense(text)["input_ids"]
+    everything = lab.trim_tokenizer(dense, range(len(dense)))
+    assert everything(text)["input_ids"] == ids
+    mask = np.zeros(len(dense), bool)
+    mask[[*ids, *protected_tokens(dense)]] = True
+    kept = np.flatnonzero(close_over_merges(mask, merge_table(dense)))
+    trimmed = lab.trim_tokenizer(dense, kept)
+    assert len(trimmed) == len(kept) < len(dense)
+    assert kept[trimmed(text)["input_ids"]].tolist() == ids
+
+
+@pytest.mark.parametrize(
+    "marks", [{"continuing_subword_prefix": "##"}, {"end_of_word_suffix": "_"}]
+)
+def test_words_whose_parts_are_marked(marks, tiny_domain):
+    made = Tokenizer(models.BPE(**marks, unk_token="?"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.train_from_iterator(
+        [TEXT], trainers.BpeTrainer(vocab_size=300, special_tokens=["?"], **marks)
+    )
+    dense, text = PreTrainedTokenizerFast(tokenizer_object=made, unk_token="?"), tiny_domain.test[0]
+    merges = merge_table(dense)
+    assert len(merges) == 300 - len(protected_tokens(dense))
+    ids = dense(text)["input_ids"]
+    mask = np.zeros(len(dense), bool)
+    mask[[*ids, *protected_tokens(dense)]] = True
+    kept = np.flatnonzero(close_over_merges(mask, merges))
+    assert len(kept) < len(dense)
+    assert kept[lab.trim_tokenizer(dense, kept)(text)["input_ids"]].tolist() == ids
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("Unigram", "is Unigram, which"), ("WordPiece", "is WordPiece, which"),
+        ("characters", "is WordLevel, which"), ("Python", "is of a Python tokenizer, which"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_trimmed_is_named(kind, words, tiny_domain):
+    tokenizer = tokenizer_of(kind)
+    model = model_of(tokenizer)
+    batches = lab.tokenize(tiny_domain.calibration, tokenizer, 24, 240)
+    found = lab.collect_statistics(model, batches, progress=False)
+    with pytest.raises(ValueError, match=words):
+        lab.trim_tokenizer(tokenizer, range(9))
+    with pytest.raises(ValueError, match=words):
+        lab.contextual_plan(model, found, epsilon_embedding=0.0, tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="Unigram, WordPiece and word-level .* cannot be trimmed"):
+        lab.contextual_plan(model, found, epsilon_embedding=0.0)
+
+
+def test_a_special_token_without_a_row_is_no_obstacle(tiny, tiny_domain, tiny_statistics, tmp_path):
+    """Gemma 3's tokenizer has one for images, and the text models no row for it."""
+    model, own = tiny
+    tokenizer = copy.deepcopy(own)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<image>"], "pad_token": "<padding>"})
+    assert len(tokenizer) == len(own) + 2
+    counts = lab.count_tokens(tiny_domain.train, tokenizer)
+    plans = []
+    for words in (own, tokenizer):
+        batches = lab.tokenize(tiny_domain.calibration, words, 64, 512)
+        found = lab.collect_statistics(model, batches, progress=False)
+        for options in ({}, {"token_counts": counts}, {"token_counts": counts, "tokenizer": words}):
+            plans.append(lab.contextual_plan(model, found, epsilon_embedding=0.0, **options))
+    assert [plan.vocabulary for plan in plans[:3]] == [plan.vocabulary for plan in plans[3:]]
+    mini = lab.shrink(model, plans[-1])
+    reloaded = lab.load_model(lab.save_model(mini, tokenizer, tmp_path / "mini"), device="cpu")
+    for subject in (model, mini):
+        one, other = (
+            lab.perplexity(subject, words, tiny_domain.test, 64) for words in (own, tokenizer)
+        )
+        assert one == other
+    assert lab.perplexity(*reloaded, tiny_domain.test, 64).value == pytest.approx(other.value)
+    assert len(reloaded[1]) == len(mini.get_input_embeddings().weight)
+    for call in (lab.perplexity, lab.generate):
+        with pytest.raises(ValueError, match="uses a special token that this model has no row for"):
+            call(model, tokenizer, "A picture of a court: <image>")
+
+
+def test_a_model_may_have_many_more_rows(tiny_domain):
+    """A vocabulary of characters under a config's default size; not a foreign tokenizer."""
+    words = copy.deepcopy(tokenizer_of("characters"))
+    model = model_of(tokenizer_of("byte-level"))
+    assert lab.perplexity(model, words, tiny_domain.test[:2], 24).tokens > 100
+    words.name_or_path, model.config._name_or_path = "somewhere", "elsewhere"
+    with pytest.raises(ValueError, match="do not belong together"):
+        lab.tokenizer_for(model, words)
+
+
+@pytest.mark.parametrize("kept", [[], [3, 3], [5, 4], [-1], None, "12"])
+def test_kept_tokens_are_checked(words, kept):
+    with pytest.raises(ValueError, match="kept is "):
+        lab.trim_tokenizer(words, kept)

@@ -144,10 +144,13 @@ def _tokens_before(
     counts, text = [0], ""
     for piece in pieces:
         text += piece
-        before = encode(text, tokenizer)["input_ids"]
-        common = common_beginning(before, ids)
-        # Where they part, a token of the whole text reaches over: it begins before.
-        counts.append(common if common == len(before) else min(common + 1, len(ids)))
+        # The last place at which the text so far is encoded as in the whole: a token ends there.
+        # If that is before the passage's end, the next token begins there and reaches over.
+        for stop in range(len(text), -1, -1):
+            before = encode(text[:stop], tokenizer)["input_ids"]
+            if before == ids[: len(before)]:
+                counts.append(len(before) + (stop < len(text)))
+                break
     return counts
 
 

@@ -66,9 +66,7 @@ def count_tokens(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> np
 _BUDGET = Integer(2) | None
 
 
-@checked(
-    texts=Texts(), tokenizer=Tokenizer() | None, max_tokens=_BUDGET, max_characters=_BUDGET
-)
+@checked(texts=Texts(), tokenizer=Tokenizer() | None, max_tokens=_BUDGET, max_characters=_BUDGET)
 def excerpt(
     texts: Part | Sequence[str],
     tokenizer: PreTrainedTokenizerBase | None = None,

@@ -274,7 +274,8 @@ def generate(
     text = token_ids(prompt, tokenizer)
     if not text:
         raise InvalidArgument(
-            f"prompt is {prompt!r:.60}, which is empty in this tokenizer; give at least one character"
+            f"prompt is {prompt!r:.60}, which has no token; expected at least one that the "
+            "tokenizer knows"
         )
     ids = torch.tensor([window_prefix(tokenizer) + text])
     length = ids.shape[1] + max_new_tokens
@@ -290,8 +291,7 @@ def generate(
         output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids))
     # A piece by itself may be decoded otherwise (without its first space): decode both, and cut.
     before, whole = (
-        tokenizer.decode(tokens, skip_special_tokens=True)
-        for tokens in (ids[0], output[0])
+        tokenizer.decode(tokens, skip_special_tokens=True) for tokens in (ids[0], output[0])
     )
     if whole.startswith(before):
         return whole[len(before) :]
