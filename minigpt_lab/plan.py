@@ -6,7 +6,6 @@ predicts a model's size without touching a weight.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable
@@ -18,9 +17,10 @@ import numpy as np
 import pandas as pd
 from transformers import PreTrainedModel
 
-from .assets import staged
+from .checks import Location, checked
 from .families import ALL_SITES, SITES, Anatomy, weight_axis
 from .sizes import Size, layer_parameters, token_parameters
+from .storage import Damaged, kept, located, read_json, write_json
 
 _HASH = re.compile(r"\b[0-9a-f]{64}\b")  # shown by its first digits
 
@@ -254,13 +254,22 @@ class PruningPlan:
         except TypeError as error:
             raise ValueError(f"this is no pruning plan: {error}") from error
 
+    @checked(path=Location())
     def save(self, path: str | os.PathLike) -> Path:
-        """Write the plan as JSON; returns the path."""
-        with staged(Path(path)) as staging:
-            staging.write_text(json.dumps(self.to_dict()), encoding="utf-8")
-        return Path(path)
+        """Write the plan as JSON; returns the path.
+
+        Raises
+        ------
+        FileExistsError
+            If `path` holds something else than a plan: it is left alone.
+        OSError
+            If it cannot be written.
+        """
+        kept(path, _read_fields, ".json")
+        return write_json(located(path), self.to_dict())
 
     @classmethod
+    @checked(path=Location())
     def load(cls, path: str | os.PathLike) -> PruningPlan:
         """Read a plan that `save` wrote.
 
@@ -269,10 +278,18 @@ class PruningPlan:
         ValueError
             If the file is not one.
         """
-        try:
-            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is no pruning plan: {error}") from error
+        return cls.from_dict(_read_fields(Path(path)))
+
+
+def _read_fields(path: Path) -> dict:
+    """A plan's fields from its file, their values as they stand there."""
+    try:
+        data = read_json(path)
+    except Damaged as error:
+        raise Damaged(f"{path} is no pruning plan: {error}") from error
+    if not isinstance(data, dict) or not {"model_hash", "units", "keep"} <= data.keys():
+        raise ValueError(f"{path} is no pruning plan: it holds something else")
+    return data
 
 
 def _check_subset(chosen: list[int], total: int, what: str) -> None:

@@ -8,15 +8,23 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
-from .assets import staged
 from .biases import give_bias
 from .families import Anatomy
 from .shards import Shards
+from .storage import (
+    Damaged,
+    explained,
+    folder_to_write,
+    kept,
+    read_json,
+    remove_empty,
+    write_json,
+)
+from .tensor_files import SUFFIX, is_of, read_tensors, write_tensors
 
 STATE = "state.json"
+_KIND = "finished"  # layers, of the files beside it
 
 #: How a run differs, where the name in its recipe is none that a caller gave.
 _WORDS = {
@@ -30,20 +38,40 @@ _WORDS = {
 class Finished:
     """Layers that are done, and the hidden states behind them.
 
+    Files that are damaged are set aside, and the run begins anew.
+
     Parameters
     ----------
     folder : str or path
         Made if need be.
+
+    Raises
+    ------
+    FileExistsError
+        If a file in it has the name of one of ours and is something else: it is left alone.
+    OSError
+        If it cannot be made or written.
     """
 
     def __init__(self, folder: str | os.PathLike):
-        self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        state = self.folder / STATE
-        found = json.loads(state.read_text(encoding="utf-8")) if state.is_file() else {}
+        self.folder = folder_to_write(folder)
+        with explained(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        found = kept(self.folder / STATE, _read_state, ".json") or {}
         self.found: dict[str, object] | None = found.get("recipe")
         self.layers: list[dict[str, dict]] = found.get("layers", [])  # site to {"kept", "error"}
         self.recipe: dict[str, object] = {}
+        for path in _tensor_files(self.folder):
+            if not is_of(path, _KIND):
+                raise FileExistsError(
+                    f"{path} exists and is of no run; it is left alone: choose another folder"
+                )
+        needed = [self._weights(layer) for layer, cuts in enumerate(self.layers) if cuts]
+        missing = [path for path in needed if kept(path, _read, SUFFIX) is None]
+        hidden = self._hidden(len(self.layers))
+        waits = found.get("hidden", hidden.exists())
+        if missing or (waits and kept(hidden, _read, SUFFIX) is None):
+            self.found, self.layers = None, []
 
     def require(self, facts: Mapping[str, object]) -> None:
         """Refuse to go on with a run of another recipe; each part of it as soon as it is known.
@@ -75,13 +103,13 @@ class Finished:
         """Bring hidden states to where the run had come."""
         path = self._hidden(len(self.layers))
         if path.is_file():
-            for window, states in load_file(path).items():
+            for window, states in _read(path).items():
                 hidden[int(window)] = states.to(hidden[int(window)].device)
 
     def restore(self, anatomy: Anatomy, layer: int) -> dict[str, dict]:
         """Cut a finished layer of the dense model again; returns what `add` was given."""
         cuts = self.layers[layer]
-        tensors = load_file(self._weights(layer)) if cuts else {}
+        tensors = _read(self._weights(layer)) if cuts else {}
         for site, cut in cuts.items():
             module = anatomy.module(layer, anatomy.family.consumes[site])
             anatomy.rebuild(site, layer, cut["kept"])
@@ -118,14 +146,15 @@ class Finished:
         }
         try:
             if tensors:
-                _save(tensors, self._weights(layer))
-            if depth < len(anatomy.layers):
-                _save({str(window): hidden[window] for window in hidden}, self._hidden(depth))
+                write_tensors(self._weights(layer), _KIND, {}, tensors)
+            waits = depth < len(anatomy.layers)
+            if waits:
+                states = {str(window): hidden[window] for window in hidden}
+                write_tensors(self._hidden(depth), _KIND, {}, states)
             self.layers.append(dict(cuts))
-            with staged(self.folder / STATE) as staging:
-                state = {"recipe": self.recipe, "layers": self.layers}
-                staging.write_text(json.dumps(state), encoding="utf-8")
-        except (OSError, SafetensorError) as error:
+            state = {"recipe": self.recipe, "layers": self.layers, "hidden": waits}
+            write_json(self.folder / STATE, state)
+        except OSError as error:
             raise OSError(
                 f"layer {layer} could not be written to {self.folder} ({error}); the layers "
                 "before it are kept: make room and call again with the same arguments"
@@ -139,6 +168,27 @@ class Finished:
         return self.folder / f"hidden-{depth}.safetensors"
 
 
-def _save(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    with staged(path) as staging:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, staging)
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    return read_tensors(path, _KIND)[1]
+
+
+def _read_state(path: Path) -> dict:
+    state = read_json(path)
+    if not isinstance(state, dict) or not state.keys() >= {"recipe", "layers"}:
+        raise ValueError(f"{path} is no state of a run: it holds something else")
+    if not isinstance(state["recipe"], dict) or not isinstance(state["layers"], list):
+        raise Damaged(f"{path} is no readable state of a run")
+    return state
+
+
+def discard(folder: str | os.PathLike) -> None:
+    """Remove what `slimgpt` keeps in a folder of its own, and the folder if that was all."""
+    folder = Path(folder)
+    tensors = [path for path in _tensor_files(folder) if is_of(path, _KIND)]
+    for path in (folder / STATE, folder / "search.jsonl", *tensors):
+        path.unlink(missing_ok=True)
+    remove_empty(folder)
+
+
+def _tensor_files(folder: Path) -> list[Path]:
+    return [*folder.glob(f"layer-*{SUFFIX}"), *folder.glob(f"hidden-*{SUFFIX}")]

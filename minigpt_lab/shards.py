@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 import weakref
 from collections.abc import Iterator, MutableMapping
@@ -12,7 +11,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from .assets import nearest
+from .checks import Location, OneOf, checked
+from .storage import Scratch, explained, folder_to_write
 
 PLACES = ("device", "cpu", "disk")
 
@@ -24,21 +24,22 @@ class Shards(MutableMapping):
     ----------
     place : {"device", "cpu", "disk"}
         Where they wait. ``"cpu"`` uses pinned memory beside a CUDA device, so that copies overlap
-        with the computation; ``"disk"`` a temporary folder, removed with the mapping.
+        with the computation; ``"disk"`` a temporary folder, removed with the mapping (after a kill,
+        by the next call).
     folder : str or path, optional
         In which to make that folder; by default the system's.
     """
 
+    @checked(place=OneOf(PLACES), folder=Location() | None)
     def __init__(self, place: str = "device", folder: str | os.PathLike | None = None):
-        if place not in PLACES:
-            raise ValueError(f"unknown place {place!r}; {nearest(place, list(PLACES))}")
         self.place, self.folder = place, folder
         self._kept: dict[int, torch.Tensor | Path] = {}
         self._devices: dict[int, torch.device] = {}
         self._disk: Path | None = None
         if place == "disk":
-            self._disk = Path(tempfile.mkdtemp(prefix="shards-", dir=folder))
-            weakref.finalize(self, shutil.rmtree, self._disk, ignore_errors=True)
+            scratch = Scratch(folder_to_write(folder or tempfile.gettempdir()), "shards")
+            self._disk = scratch.path
+            weakref.finalize(self, scratch.close)
 
     def __setitem__(self, key: int, tensor: torch.Tensor) -> None:
         self._devices[key] = tensor.device
@@ -49,7 +50,8 @@ class Shards(MutableMapping):
             tensor = tensor.cpu()
         elif self.place == "disk":
             path = self._disk / f"{key}.safetensors"
-            save_file({"tensor": tensor.contiguous()}, path)
+            with explained(path):
+                save_file({"tensor": tensor.contiguous()}, path)
             tensor = path
         self._kept[key] = tensor
 

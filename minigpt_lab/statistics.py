@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -18,16 +17,21 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .assets import staged
+from .checks import Location, checked
 from .families import Anatomy, weight_axis
 from .runtime import check_token_ids, fingerprint, inference, label, padded, require_weights
+from .storage import Damaged, kept, returned_anyway
+from .tensor_files import SUFFIX, read_tensors, write_tensors
 
+#: Fields of `Statistics` beside the sums, in a file's header and among its tensors.
+_HEADER = (
+    "activations", "layer_of", "n_tokens", "model_hash", "model_name", "domain", "content_hash",
+)  # fmt: skip
+_ARRAYS = ("token_counts", "merges", "protected")
 _BLOCK = 256  # rows of activations summed at once
 Key = tuple[str, str]  # (module name, "input" or "output")
 
@@ -171,24 +175,27 @@ class Statistics:
         """
         require_weights(model, self.model_hash, f"these statistics of {self.model_name}")
 
+    @checked(path=Location())
     def save(self, path: str | os.PathLike) -> Path:
-        """Write everything into one safetensors file; returns its path."""
+        """Write everything into one safetensors file; returns its path.
+
+        Raises
+        ------
+        FileExistsError
+            If `path` holds something else than statistics: it is left alone.
+        OSError
+            If it cannot be written.
+        """
         tensors = {f"{module}|{side}": table for (module, side), table in self.sums.items()}
-        for name in ("token_counts", "merges", "protected"):
-            tensors[f"|{name}"] = getattr(self, name)
-        header = {
-            name: getattr(self, name)
-            for name in (
-                "activations", "layer_of", "n_tokens", "model_hash", "model_name", "domain",
-                "content_hash",
-            )
-        }  # fmt: skip
-        order = [f"{module}|{side}" for module, side in self.sums]
-        with staged(Path(path)) as staging:
-            save_file(tensors, staging, {"statistics": json.dumps({**header, "order": order})})
-        return Path(path)
+        tensors |= {f"|{name}": getattr(self, name) for name in _ARRAYS}
+        header = {name: getattr(self, name) for name in _HEADER} | {
+            "order": [f"{module}|{side}" for module, side in self.sums]
+        }
+        arrays = {name: torch.from_numpy(np.array(table)) for name, table in tensors.items()}
+        return write_tensors(path, "statistics", header, arrays)
 
     @classmethod
+    @checked(path=Location())
     def load(cls, path: str | os.PathLike) -> Statistics:
         """Read a file that `save` wrote.
 
@@ -197,19 +204,14 @@ class Statistics:
         ValueError
             If the file is not one, or is damaged.
         """
+        header, tensors = read_tensors(Path(path), "statistics")
         try:
-            with safe_open(path, framework="numpy") as file:
-                header = json.loads((file.metadata() or {})["statistics"])
-                sums = {
-                    tuple(key.rsplit("|", 1)): file.get_tensor(key) for key in header.pop("order")
-                }
-                arrays = {
-                    name: file.get_tensor(f"|{name}")
-                    for name in ("token_counts", "merges", "protected")
-                }
-        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is no readable statistics file ({error})") from error
-        return cls(sums=sums, **header, **arrays)
+            order = [tuple(key.rsplit("|", 1)) for key in header.pop("order")]
+            sums = {key: tensors["|".join(key)].numpy() for key in order}
+            arrays = {name: tensors[f"|{name}"].numpy() for name in _ARRAYS}
+            return cls(sums=sums, **header, **arrays)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise Damaged(f"{path} is no readable statistics file ({error})") from error
 
 
 class _Collector:
@@ -307,7 +309,8 @@ def collect_statistics(
         `tokenize` returns also brings the domain's name and the tokenizer's merges.
     path : str or path, optional
         A file to keep them in: it is read instead if it holds the same model on the same tokens,
-        and written otherwise. `batches` must then be a list.
+        and written otherwise; a damaged one is set aside, anything else refused. A full disk only
+        warns. `batches` must then be a list.
     progress : bool
         Show a progress bar.
 
@@ -320,8 +323,8 @@ def collect_statistics(
     ValueError
         If there are no tokens, a token id is out of range, or an activation is not finite.
     """
-    if path is not None and Path(path).is_file():
-        known = Statistics.load(path)
+    known = None if path is None else kept(path, Statistics.load, SUFFIX)
+    if known is not None:
         merges = getattr(batches, "merges", known.merges)
         same_text = known.content_hash == tokens_hash(batches)
         if (
@@ -369,7 +372,8 @@ def collect_statistics(
         content_hash=content.hexdigest(),
     )
     if path is not None:
-        found.save(path)
+        with returned_anyway("the statistics are"):
+            found.save(path)
     return found
 
 

@@ -16,7 +16,7 @@ from test_surgery import logits, random_plan
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import minigpt_lab as lab
-from minigpt_lab import assets, models, runtime
+from minigpt_lab import assets, models, runtime, saving
 from minigpt_lab.families import Anatomy
 from minigpt_lab.sizes import dense_parameters
 
@@ -175,14 +175,14 @@ def test_saving_replaces_models_only_and_leaves_no_halves(tmp_path, tokenizer, m
     def broken(*_args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(models, "_compare_reloaded", broken)
+    monkeypatch.setattr(saving, "_compare_reloaded", broken)
     with pytest.raises(KeyboardInterrupt):
         lab.save_model(model, tokenizer, tmp_path / "new")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "mini", "thesis"]
 
 
 def test_a_difference_after_reloading_is_an_error(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(models, "load_model", lambda *_, **__: (random_model("llama", 1), None))
+    monkeypatch.setattr(saving, "load_model", lambda *_, **__: (random_model("llama", 1), None))
     with pytest.raises(RuntimeError, match="differs from the one in memory"):
         lab.save_model(random_model("llama"), tokenizer, tmp_path / "mini")
     assert not (tmp_path / "mini").exists()
@@ -291,22 +291,6 @@ def test_the_fingerprint_sees_weights_and_config():
     other = random_model("llama")
     other.config.rms_norm_eps = 0.1
     assert runtime.fingerprint(other) != before
-
-
-def test_an_interrupted_replacement_keeps_the_old(tmp_path, monkeypatch):
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "old").touch()
-    real = models.Path.replace
-
-    def replace(self, target):
-        if self.name == "new":
-            raise KeyboardInterrupt
-        return real(self, target)
-
-    monkeypatch.setattr(models.Path, "replace", replace)
-    with pytest.raises(KeyboardInterrupt), assets.staged(tmp_path / "folder") as staging:
-        staging.mkdir()
-    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["old"]
 
 
 def test_an_unwritable_cache_is_named(tmp_path, monkeypatch):

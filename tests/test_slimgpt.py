@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 import minigpt_lab as lab
-from minigpt_lab import compensation, resumption
+from minigpt_lab import compensation, tensor_files
 from minigpt_lab.elimination import ERRORS, SCHEDULES, eliminate, group_schedule
 from minigpt_lab.families import ATTENTION_UNITS, Anatomy
 from minigpt_lab.hessians import second_moments
@@ -259,7 +259,7 @@ def test_an_interrupted_run_goes_on_where_it_was(name, tmp_path, monkeypatch):
 def test_a_full_disk_keeps_what_is_done(tmp_path, monkeypatch):
     model, batches = random_model("llama"), windows()
     arguments = {"ratio": 0.3, "progress": False}
-    real, calls = resumption.save_file, []
+    real, calls = tensor_files.save_file, []
 
     def full(*args):
         calls.append(args)
@@ -267,10 +267,10 @@ def test_a_full_disk_keeps_what_is_done(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         return real(*args)
 
-    monkeypatch.setattr(resumption, "save_file", full)
+    monkeypatch.setattr(tensor_files, "save_file", full)
     with pytest.raises(OSError, match=r"layer 1 could not be written.*No space left.*make room"):
         lab.slimgpt(model, batches, **arguments, out_dir=tmp_path)
-    monkeypatch.setattr(resumption, "save_file", real)
+    monkeypatch.setattr(tensor_files, "save_file", real)
     found, _ = lab.slimgpt(model, batches, **arguments, out_dir=tmp_path)
     assert same(found, lab.slimgpt(model, batches, **arguments)[0])
 
@@ -396,7 +396,7 @@ def test_a_broken_layer_is_named():
         ({"ratio": 0.2, "bias": "refited"}, "did you mean 'refit'"),
         ({"ratio": 0.2, "damping": "meen"}, "did you mean 'mean'"),
         ({"ratio": 0.2, "error": "exat"}, "did you mean 'exact'"),
-        ({"ratio": 0.2, "offload": "gpu"}, "unknown place 'gpu'"),
+        ({"ratio": 0.2, "offload": "gpu"}, "is 'gpu'; expected one of 'device', 'cpu', 'disk'"),
         ({"ratio": 0.2, "keep_layers": (2, 1)}, "leaves nothing"),
         ({"ratio": 0.2, "keep_layers": 1}, "keep_layers is 1; expected how many at either end"),
         ({"ratio": 0.2, "multiple_of": "4"}, "multiple_of is '4'"),

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ..assets import nearest
+from ..storage import UnusablePath, located
 
 
 class InvalidArgument(ValueError, TypeError):
@@ -230,17 +231,20 @@ class Text(Check):
 
 
 class Location(Check):
-    """A path."""
+    """A path; a leading ``~`` is the home folder, as in a shell."""
 
     expected = "a path (str or os.PathLike)"
 
     def take(self, value):
         """A string that is not empty, or a path."""
-        return (
-            value
-            if isinstance(value, os.PathLike) or (isinstance(value, str) and value)
-            else REFUSED
-        )
+        if not isinstance(value, str | os.PathLike) or not value:
+            return REFUSED
+        try:
+            found = located(value)
+        except UnusablePath:
+            return REFUSED
+        # text stays as it is written: "tiny-opt" may be a name, and a slash at its end says folder
+        return os.path.expanduser(value) if isinstance(value, str) else found  # noqa: PTH111
 
 
 class ListOf(Check):

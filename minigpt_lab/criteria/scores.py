@@ -11,15 +11,17 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+import torch
 from transformers import PreTrainedModel
 
-from ..assets import cache_folder, nearest, staged
+from ..assets import cache_folder, nearest
+from ..checks import Location, checked
 from ..families import SITES, Anatomy
 from ..ledger import content_hash
 from ..runtime import fingerprint, label, require_weights
 from ..statistics import Statistics, tokens_hash
+from ..storage import Damaged, folder_to_write, kept, returned_anyway
+from ..tensor_files import SUFFIX, read_tensors, write_tensors
 from .units import chosen_sites
 
 
@@ -75,20 +77,28 @@ class Scores:
         """
         require_weights(model, self.model_hash, f"these {self.criterion} scores")
 
+    @checked(path=Location())
     def save(self, path: str | os.PathLike) -> Path:
-        """Write everything into one safetensors file; returns its path."""
+        """Write everything into one safetensors file; returns its path.
+
+        Raises
+        ------
+        FileExistsError
+            If `path` holds something else than scores: it is left alone.
+        OSError
+            If it cannot be written.
+        """
         tensors = {
-            f"{site}|{layer}": np.ascontiguousarray(values)
+            f"{site}|{layer}": torch.from_numpy(np.array(values))
             for site, layers in self.values.items()
             for layer, values in enumerate(layers)
         }
         header = {key: value for key, value in vars(self).items() if key != "values"}
         layers = {site: len(found) for site, found in self.values.items()}
-        with staged(Path(path)) as staging:
-            save_file(tensors, staging, {"scores": json.dumps({**header, "layers": layers})})
-        return Path(path)
+        return write_tensors(path, "scores", {**header, "layers": layers}, tensors)
 
     @classmethod
+    @checked(path=Location())
     def load(cls, path: str | os.PathLike) -> Scores:
         """Read a file that `save` wrote; options come back as JSON has them (lists for tuples).
 
@@ -97,16 +107,15 @@ class Scores:
         ValueError
             If the file is not one, or is damaged.
         """
+        header, tensors = read_tensors(Path(path), "scores")
         try:
-            with safe_open(path, framework="numpy") as file:
-                header = json.loads((file.metadata() or {})["scores"])
-                values = {
-                    site: [file.get_tensor(f"{site}|{layer}") for layer in range(count)]
-                    for site, count in header.pop("layers").items()
-                }
-        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is no readable scores file ({error})") from error
-        return cls(values=values, **header)
+            values = {
+                site: [tensors[f"{site}|{layer}"].numpy() for layer in range(count)]
+                for site, count in header.pop("layers").items()
+            }
+            return cls(values=values, **header)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise Damaged(f"{path} is no readable scores file ({error})") from error
 
 
 #: Criteria by name; see `criterion` for what they are.
@@ -164,6 +173,7 @@ def score(
     cache : bool or path
         A folder to keep the scores in, found again by a hash of the model's weights, the tokens,
         the criterion (its code too), the sites and the options; True for the kit's cache folder.
+        A damaged file is set aside; a full disk only warns.
     **options
         The criterion's own options.
 
@@ -189,14 +199,25 @@ def score(
     batches = batches if batches is None or isinstance(batches, list) else list(batches)
     facts = {"model_hash": fingerprint(model), "options": options, **_text(batches, statistics)}
     path = _cached(cache, name, sites, facts)
-    if path is not None and path.is_file():
-        return Scores.load(path)
+
+    def load(path: Path) -> Scores:
+        found = Scores.load(path)
+        try:
+            _checked(name, model, sites, found.values)
+        except ValueError as error:
+            raise Damaged(f"{path} holds other scores than it should ({error})") from error
+        return found
+
+    known = None if path is None else kept(path, load, SUFFIX)
+    if known is not None:
+        return known
     values = CRITERIA[name](model, batches, statistics, sites=sites, **options)
     if fingerprint(model) != facts["model_hash"]:
         raise RuntimeError(f"the {name} criterion changed the model's weights")
     scores = Scores(name, _checked(name, model, sites, values), **facts)
     if path is not None:
-        scores.save(path)
+        with returned_anyway("the scores are"):
+            scores.save(path)
     return scores
 
 
@@ -244,7 +265,7 @@ def _cached(cache, name: str, sites: tuple[str, ...], facts: dict) -> Path | Non
         code = inspect.getsource(CRITERIA[name])
     except OSError:  # typed at a prompt: no telling whether it is still the same
         return None
-    folder = cache_folder() / "scores" if cache is True else Path(cache)
+    folder = cache_folder() / "scores" if cache is True else folder_to_write(cache)
     key = content_hash([json.dumps([name, code, list(sites), facts], sort_keys=True)])
     return folder / f"{name}-{key[:16]}.safetensors"
 

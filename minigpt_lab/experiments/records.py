@@ -22,7 +22,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..assets import DATA, staged
+from ..assets import DATA
+from ..storage import kept, read_json, remove_empty, staged
 
 ROOT = DATA.parent
 RECORD = "record.json"
@@ -51,12 +52,58 @@ def write_record(folder: Path, content: Mapping[str, object]) -> Path:
     """Write a run's record under the current schema, whole or not at all.
 
     Numbers that are not finite become null, what JSON does not know becomes text.
+
+    Raises
+    ------
+    FileExistsError
+        If a file of that name is there that is no record: it is left alone.
     """
+    kept(folder / RECORD, own_record, ".json")
+    plain = _json({**content, "schema": SCHEMA})
+    text = json.dumps(plain, indent=1, sort_keys=True, ensure_ascii=False)
     with staged(folder / RECORD) as staging:
-        plain = _json({**content, "schema": SCHEMA})
-        text = json.dumps(plain, indent=1, sort_keys=True, ensure_ascii=False)
         staging.write_text(text, encoding="utf-8")
     return folder / RECORD
+
+
+def own_record(path: Path) -> dict:
+    """A record that some version of the package wrote.
+
+    Raises
+    ------
+    ValueError
+        If the file is something else or damaged.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict) or not {"schema", "notebook"} & content.keys():
+        raise ValueError(f"{path} is no record of a run")
+    return content
+
+
+def own_files(folder: Path) -> set[str]:
+    """Files (paths from the folder) that a run wrote into its folder, as far as it says."""
+    try:
+        listed = own_record(folder / RECORD).get("files")
+    except (ValueError, OSError):
+        return set()
+    listed = map(str, listed) if isinstance(listed, list) else ()
+    return {*files_below(folder)} & {RECORD, *listed}
+
+
+def files_below(folder: Path) -> list[str]:
+    """Paths of all files in a folder, from the folder."""
+    there = [path for path in folder.rglob("*") if path.is_file() or path.is_symlink()]
+    return sorted(path.relative_to(folder).as_posix() for path in there)
+
+
+def discard_run(folder: Path) -> None:
+    """Remove a run's files, and its folder if that was all."""
+    for name in own_files(folder):
+        (folder / name).unlink(missing_ok=True)
+        for parent in (folder / name).parents:
+            if parent == folder.parent:
+                break
+            remove_empty(parent)
 
 
 def _json(value: object) -> object:

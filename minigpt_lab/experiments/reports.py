@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..figures import pareto_front, png_bytes
+from ..storage import file_to_write, located, staged
 from .comparisons import measurements, pareto, select
 from .records import read_records, results, varying
 
@@ -19,6 +20,7 @@ table { border-collapse: collapse; font-size: 13px; display: block; overflow-x: 
 th, td { padding: 2px 10px; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
 th { text-align: left; } img { max-width: 100%; } .note { color: #555; }
 """
+_GENERATOR = '<meta name="generator" content="minigpt_lab">'
 _SHOWN = (
     "run", "domain", "method", "stored", "stored_ratio", "perplexity", "low", "high",
     "perplexity_ratio", "front",
@@ -52,8 +54,13 @@ def write_report(
     ------
     ValueError
         If there is no such folder, or no run in it.
+    FileExistsError
+        If ``report.html`` in it is another page; with `path` given, a file there is replaced.
     """
-    folder = Path(folder)
+    folder = located(folder)
+    given, path = bool(path), file_to_write(path or folder / "report.html")
+    if path.exists() and not given and _GENERATOR not in path.read_text("utf-8", "replace"):
+        raise FileExistsError(f"{path} is no report of runs; name another file for it (--out)")
     runs = [
         (place, content)
         for place, content in read_records(folder, everything=True)
@@ -74,12 +81,12 @@ def write_report(
         *_circumstances([content for _, content in runs]),
     ]
     page = "\n".join(
-        ['<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">',
+        ['<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">', _GENERATOR,
          f"<title>{html.escape(name)}</title><style>{_STYLE}</style></head><body>",
          *body, "</body></html>\n"]
     )  # fmt: skip
-    path = Path(path or folder / "report.html")
-    path.write_text(page, encoding="utf-8")
+    with staged(path) as staging:
+        staging.write_text(page, encoding="utf-8")
     return path
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import itertools
 import os
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -21,6 +20,7 @@ from ..assets import first_line
 from ..domains import Domain
 from ..ledger import content_hash
 from ..runtime import fingerprint, label
+from ..storage import file_to_write, folder_to_write, kept, read_json, staged
 from .parameters import (
     CIRCUMSTANCES,
     absolute,
@@ -29,7 +29,15 @@ from .parameters import (
     find_notebook,
     smoke_parameters,
 )
-from .records import RECORD, read_record, surroundings, write_record
+from .records import (
+    RECORD,
+    files_below,
+    own_files,
+    own_record,
+    read_record,
+    surroundings,
+    write_record,
+)
 
 _started = time.time()  # of the kernel, to all practical purposes
 
@@ -71,7 +79,11 @@ def run_notebook(
     notebook, given = _prepared(name, parameters, smoke)
     runs = Path.cwd() / "runs"
     home = runs / "smoke" if smoke else runs
-    folder = Path(out_dir).resolve() if out_dir else _new_folder(home / notebook.stem)
+    if out_dir:
+        folder = folder_to_write(out_dir).resolve()
+        _require_no_other(folder / notebook.name)
+    else:
+        folder = _new_folder(home / notebook.stem)
     reason = _execute(notebook, given, folder, smoke)
     if reason and not out_dir:
         folder = folder.replace(_new_folder(runs / "failed" / notebook.stem))
@@ -109,7 +121,9 @@ def run_once(
         As `run_notebook`.
     """
     notebook, given = _prepared(name, parameters, smoke)
-    folder = Path(folder).resolve()
+    folder = folder_to_write(folder).resolve()
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / RECORD).is_file():
+        raise FileExistsError(f"{folder} holds something that is no run; choose another folder")
     scratch = folder.parent / ".unfinished" / folder.name
     lock = folder.parent / ".locks" / folder.name
     lock.parent.mkdir(parents=True, exist_ok=True)
@@ -118,11 +132,19 @@ def run_once(
             return folder
         reason = _execute(notebook, given, scratch, smoke)
         final = folder.parent / "failed" / folder.name if reason else folder
-        final.parent.mkdir(exist_ok=True)
-        shutil.rmtree(final, ignore_errors=True)
-        scratch.replace(final)
+        install_run(scratch, final)
     _raise(reason, notebook, final)
     return final
+
+
+def install_run(scratch: Path, final: Path) -> None:
+    """Give a run its name; files of an earlier one there go, a user's are kept."""
+    if final.is_dir():
+        with staged(final, own_files) as staging:
+            scratch.replace(staging)
+    else:
+        final.parent.mkdir(exist_ok=True)
+        scratch.replace(final)
 
 
 def is_finished(folder: Path) -> bool:
@@ -163,6 +185,7 @@ def _execute(notebook: Path, parameters: dict, folder: Path, smoke: bool) -> str
 
     started, reason = time.time(), None
     folder.mkdir(parents=True, exist_ok=True)
+    kept(folder / RECORD, own_record, ".json")  # or it is none of ours
     (folder / RECORD).unlink(missing_ok=True)  # of an earlier run, should this one be killed
     known = default_parameters(notebook)
     circumstances = {"out_dir": str(folder), "interactive": False}
@@ -205,9 +228,26 @@ def _execute(notebook: Path, parameters: dict, folder: Path, smoke: bool) -> str
         }  # fmt: skip
     content["parameters"] |= parameters
     content |= {"status": "failed" if reason else "completed", "error": reason, "smoke": smoke}
-    content |= {"wall_seconds": round(time.time() - started, 1)}
+    content |= {"wall_seconds": round(time.time() - started, 1), "files": files_below(folder)}
     write_record(folder, content | {"seed": content["parameters"].get("seed")})
     return reason
+
+
+def _require_no_other(path: Path) -> None:
+    """Refuse to write an executed notebook over one that no run wrote: the user's own.
+
+    Raises
+    ------
+    FileExistsError
+        If there is such a notebook.
+    """
+    if file_to_write(path).exists():
+        content = read_json(path) if path.stat().st_size else {}
+        facts = content.get("metadata") if isinstance(content, dict) else None
+        if not isinstance(facts, dict) or "papermill" not in facts:
+            raise FileExistsError(
+                f"{path} would be replaced by the executed notebook; choose another folder (--out)"
+            )
 
 
 def _beside(notebook: Path, default: object) -> object:
@@ -254,8 +294,8 @@ def record(
     parameters = {name: namespace[name] for name in known if name not in CIRCUMSTANCES}
     folder = Path(str(namespace["out_dir"]))
     for name, table in (tables or {}).items():
-        folder.mkdir(parents=True, exist_ok=True)
-        table.to_csv(folder / f"{name}.csv", index=False)
+        with staged(file_to_write(folder / f"{name}.csv")) as staging:
+            table.to_csv(staging, index=False)
     content = {
         "notebook": notebook,
         "status": "completed",

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -24,10 +23,19 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from ..assets import first_line
+from ..storage import folder_to_write
 from .grids import Grid, run_id
 from .parameters import NOTEBOOKS, find_notebook
-from .records import cell, read_record, surroundings, varying, write_record
-from .runs import is_finished, run_once
+from .records import (
+    cell,
+    discard_run,
+    files_below,
+    read_record,
+    surroundings,
+    varying,
+    write_record,
+)
+from .runs import install_run, is_finished, run_once
 
 EXECUTORS = ("local", "ray")
 _RETRIES = 5  # of a run whose Ray node died
@@ -76,13 +84,13 @@ def sweep(
             f"executor {executor!r}, jobs {jobs}; expected one of {EXECUTORS}, a positive number"
         )
     home = Path("runs/smoke/sweeps" if grid.smoke else "runs/sweeps")
-    folder = Path(out_dir or home / grid.name).resolve()
+    folder = folder_to_write(out_dir or home / grid.name).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
         skipped = {run for run in grid.runs if is_finished(folder / run)}
         todo = [run for run in grid.runs if run not in skipped]
         for run in todo:
-            shutil.rmtree(folder / "failed" / run, ignore_errors=True)  # it gets another chance
+            discard_run(folder / "failed" / run)  # it gets another chance
         if executor == "ray" and todo:
             work = _on_ray(grid, todo, folder, address)
         else:
@@ -139,9 +147,8 @@ def _outcome(grid: Grid, run: str, folder: Path, words: str) -> dict:
         "status": "failed", "error": words, "smoke": grid.smoke, **surroundings(time.time()),
     }  # fmt: skip
     if scratch.is_dir():  # the notebook as far as it came
-        failed.parent.mkdir(exist_ok=True)
-        scratch.replace(failed)
-    write_record(failed, content)
+        install_run(scratch, failed)
+    write_record(failed, content | {"files": files_below(failed) if failed.is_dir() else []})
     return content
 
 

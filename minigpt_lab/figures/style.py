@@ -11,7 +11,6 @@ import io
 import os
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
@@ -23,6 +22,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
+
+from ..storage import file_to_write, located, staged
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "h")  # what grey print tells apart
@@ -220,10 +221,16 @@ def save_figure(figure: Figure, path: str | os.PathLike, data: pd.DataFrame) -> 
     matplotlib.figure.Figure
         The figure, so that a notebook cell shows it.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = located(path)
+    stem = path.stem if path.suffix in (".png", ".svg", ".csv") else path.name  # "ratio-0.5"
+    png, svg, csv = (
+        file_to_write(path.with_name(f"{stem}.{kind}")) for kind in ("png", "svg", "csv")
+    )
     with mpl.rc_context({**STYLE, "svg.hashsalt": "minigpt_lab"}):
-        figure.savefig(path.with_suffix(".png"), metadata={"Software": None})
-        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
-    data.to_csv(path.with_suffix(".csv"), index=False)
+        with staged(png) as staging:
+            figure.savefig(staging, metadata={"Software": None})
+        with staged(svg) as staging:
+            figure.savefig(staging, metadata={"Date": None})
+    with staged(csv) as staging:
+        data.to_csv(staging, index=False)
     return figure

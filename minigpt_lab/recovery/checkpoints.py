@@ -1,8 +1,8 @@
 """The folder of a training run: what it was begun with, and which of its checkpoints are whole.
 
 A call may be killed at any moment, also while a checkpoint is written. The Trainer writes
-``trainer_state.json`` last: a checkpoint without it, or with a file that cannot be read, is
-removed.
+``trainer_state.json`` last: of a checkpoint without it, or with a file that cannot be read, what
+the Trainer wrote is removed. Copies with other names (``checkpoint-64-backup``) are a user's.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
+import re
 import tempfile
 import zipfile
 from collections.abc import Iterator
@@ -18,12 +18,29 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from ..assets import staged
+from ..storage import (
+    Scratch,
+    clear_scratch,
+    explained,
+    folder_to_write,
+    kept,
+    read_json,
+    remove_empty,
+    write_json,
+)
 
 #: What a run was begun with, beside its checkpoints.
 RUN = "run.json"
 STATE = "trainer_state.json"
 OPTIMIZER = "optimizer.pt"
+_RUN_FIELDS = ("facts", "start")
+_NAME = re.compile(r"checkpoint-([0-9]+)")
+#: Files of a checkpoint.
+_WRITTEN = re.compile(
+    r"(adapter_)?model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|(adapter_|generation_)?config\.json"
+    r"|(optimizer|scheduler|scaler)\.pt|rng_state(_\d+)?\.pth|training_args\.bin"
+    r"|trainer_state\.json|README\.md"
+)
 
 
 @contextlib.contextmanager
@@ -36,8 +53,10 @@ def run_folder(out_dir: str | os.PathLike | None) -> Iterator[Path]:
         If several processes train together and no folder is given for all of them.
     """
     if out_dir is not None:
-        folder = Path(out_dir).resolve()
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = folder_to_write(out_dir).resolve()
+        with explained(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        clear_scratch(folder)
         yield folder
         return
     processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -46,14 +65,13 @@ def run_folder(out_dir: str | os.PathLike | None) -> Iterator[Path]:
             f"out_dir is None, but {processes} processes train together (torchrun); give a folder "
             "that all of them see"
         )
-    with tempfile.TemporaryDirectory() as scratch:
-        yield Path(scratch)
+    with Scratch(Path(tempfile.gettempdir()), "recover") as scratch:
+        yield scratch.path
 
 
 def begin_run(folder: Path, facts: dict, start: dict) -> None:
     """Note what a run is and where it started, for the call that resumes it."""
-    with staged(folder / RUN) as staging:
-        staging.write_text(json.dumps({"facts": facts, "start": start}, indent=1))
+    write_json(folder / RUN, {"facts": facts, "start": start}, indent=1)
 
 
 def resume_run(folder: Path, facts: dict) -> dict | None:
@@ -62,15 +80,18 @@ def resume_run(folder: Path, facts: dict) -> dict | None:
     Raises
     ------
     ValueError
-        If the folder holds another run: facts differ, or it has checkpoints and no ``run.json``.
+        If the folder holds another run: facts differ, or it has checkpoints and no readable
+        ``run.json``.
+    FileExistsError
+        If its ``run.json`` is something else.
     """
-    if not (folder / RUN).is_file():
-        if list(_checkpoints(folder)):
+    run = kept(folder / RUN, _read_run, ".json")
+    if run is None:
+        if _checkpoints(folder):
             raise ValueError(
                 f"{folder} holds checkpoints of something else (no {RUN}); choose another out_dir"
             )
         return None
-    run = json.loads((folder / RUN).read_text())
     here = json.loads(json.dumps(facts))  # tuples become lists, as they did on disk
     there = run["facts"]
     differing = [key for key in {**there, **here} if there.get(key) != here.get(key)]
@@ -83,19 +104,43 @@ def resume_run(folder: Path, facts: dict) -> dict | None:
     return run["start"]
 
 
+def _read_run(path: Path) -> dict:
+    run = read_json(path)
+    if not isinstance(run, dict) or not all(isinstance(run.get(k), dict) for k in _RUN_FIELDS):
+        raise ValueError(f"{path} is no run of recover: it holds something else")
+    return run
+
+
 def last_whole(folder: Path) -> Path | None:
     """The last checkpoint that can be resumed from; later ones are broken and removed.
 
     That of the best state must be whole too: it is what a run ends with.
     """
-    for checkpoint in sorted(_checkpoints(folder), key=_step, reverse=True):
+    for checkpoint in reversed(_checkpoints(folder)):
         if is_whole(checkpoint):
             state = json.loads((checkpoint / STATE).read_text())
             resumable = has_ended(state) or (checkpoint / OPTIMIZER).is_file()
             if resumable and is_whole(folder / f"checkpoint-{state['best_global_step']}"):
                 return checkpoint
-        shutil.rmtree(checkpoint)
+        discard_checkpoint(checkpoint)
     return None
+
+
+def rotate(folder: Path, best: str | None) -> None:
+    """Keep two checkpoints: the last, and that of the best state or the one before."""
+    earlier = _checkpoints(folder)[:-1]
+    other = [path for path in earlier if best is not None and path.name == Path(best).name]
+    for checkpoint in earlier:
+        if checkpoint not in (other or earlier[-1:]):
+            discard_checkpoint(checkpoint)
+
+
+def discard_checkpoint(checkpoint: Path) -> None:
+    """Remove what the Trainer wrote into a checkpoint, and the folder if that was all."""
+    for path in checkpoint.glob("*"):
+        if _WRITTEN.fullmatch(path.name) and not path.is_dir():
+            path.unlink(missing_ok=True)
+    remove_empty(checkpoint)
 
 
 def has_ended(state: dict) -> bool:
@@ -105,7 +150,7 @@ def has_ended(state: dict) -> bool:
 
 def slim(folder: Path) -> None:
     """Drop what only resuming needs, two thirds of the bytes, from a run that has ended."""
-    checkpoints = sorted(_checkpoints(folder), key=_step)
+    checkpoints = _checkpoints(folder)
     if checkpoints and has_ended(json.loads((checkpoints[-1] / STATE).read_text())):
         for checkpoint in checkpoints:
             (checkpoint / OPTIMIZER).unlink(missing_ok=True)
@@ -113,7 +158,7 @@ def slim(folder: Path) -> None:
 
 def is_whole(checkpoint: Path) -> bool:
     """Whether the files that a state needs are there, and every file can be read to its end."""
-    found = {path.name: path for path in checkpoint.glob("*")}
+    found = {p.name: p for p in checkpoint.glob("*") if _WRITTEN.fullmatch(p.name) and p.is_file()}
     weights = {"model.safetensors", "adapter_model.safetensors", "model.safetensors.index.json"}
     generators = [name for name in found if name.startswith("rng_state")]
     if not ({STATE, "scheduler.pt"} <= set(found) and weights & set(found)):
@@ -134,9 +179,7 @@ def is_whole(checkpoint: Path) -> bool:
     return bool(generators)
 
 
-def _checkpoints(folder: Path) -> Iterator[Path]:
-    return folder.glob("checkpoint-[0-9]*")
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
+def _checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints of the run in a folder, by their steps; no copies that a user made of them."""
+    found = [p for p in folder.glob("checkpoint-*") if _NAME.fullmatch(p.name) and p.is_dir()]
+    return sorted(found, key=lambda path: int(_NAME.fullmatch(path.name)[1]))

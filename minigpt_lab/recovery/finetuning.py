@@ -221,7 +221,7 @@ def _arguments(folder: Path, device: str, **options) -> TrainingArguments:
         use_cpu=device == "cpu",
         eval_strategy="steps",
         save_strategy="steps",
-        save_total_limit=2,
+        save_total_limit=None,  # see `rotate` of our checkpoints
         metric_for_best_model="eval_perplexity",
         greater_is_better=False,
         include_num_input_tokens_seen="all",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import shutil
 import time
 import warnings
 from collections.abc import Iterator
@@ -20,7 +19,16 @@ from transformers.utils import logging
 
 from ..assets import first_line
 from ..evaluation import perplexity
-from .checkpoints import STATE, begin_run, has_ended, last_whole, resume_run, slim
+from .checkpoints import (
+    STATE,
+    begin_run,
+    discard_checkpoint,
+    has_ended,
+    last_whole,
+    resume_run,
+    rotate,
+    slim,
+)
 
 
 class _DiskTrouble(Exception):
@@ -175,12 +183,14 @@ class KitTrainer(Trainer):
         troubles = filter(None, gather_object([self.trouble and first_line(self.trouble)]))
         if reason := next(troubles, None):
             if self.is_world_process_zero():
-                shutil.rmtree(folder, ignore_errors=True)
+                discard_checkpoint(folder)
             raise _DiskTrouble(
                 f"stopped: {folder} could not be written ({reason}); is the disk full? The best "
                 "state so far is in the model; make room and repeat the call to go on from the "
                 "checkpoint before"
             )
+        if self.is_world_process_zero():  # the Trainer's own rotation removes a user's copies too
+            rotate(folder.parent, self.state.best_model_checkpoint)
 
 
 @contextlib.contextmanager

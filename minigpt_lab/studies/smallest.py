@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,6 +18,7 @@ from ..evaluation import perplexity
 from ..families import Anatomy
 from ..ledger import Ledger, content_hash
 from ..plan import PruningPlan, whole
+from ..resumption import discard
 from ..runtime import fingerprint
 from ..schedules import allocation_name
 from ..sizes import model_size
@@ -162,7 +162,7 @@ def smallest_within(
         mini, plan = made[best] if best in made else cut(best)
     for ratio in rows if out_dir is not None else ():
         if ratio != best:
-            shutil.rmtree(_folder(out_dir, ratio, recipe), ignore_errors=True)
+            discard(_folder(out_dir, ratio, recipe))
     return mini, plan, curve
 
 
