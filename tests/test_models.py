@@ -267,7 +267,9 @@ def test_unknown_names_are_offered_the_nearest(tmp_path, monkeypatch):
         lab.load_model(tmp_path)
     with pytest.raises(FileNotFoundError, match="no model 'tiny-llama'"):
         lab.load_model(models.Path("tiny-llama"))  # a path is a folder, never a name
-    with pytest.raises(ValueError, match="unknown dtype 'float33'"):
+    with pytest.raises(
+        ValueError, match="dtype is 'float33'; expected a type of weights: 'float32'"
+    ):
         lab.load_model("tiny-llama", dtype="float33")
 
 
