@@ -163,7 +163,7 @@ def _check_stored_type(folder: Path, dtype: torch.dtype) -> None:
     if dtype not in COMPUTED:
         raise UnfitFolder(
             f"{folder} is stored as {str(dtype).removeprefix('torch.')}; expected float32, "
-            "bfloat16, float16 or float64: give dtype='float32', or load the checkpoint it was made from"
+            "bfloat16, float16 or float64: give dtype='float32', or load what it was made from"
         )
 
 
