@@ -25,7 +25,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from .biases import give_bias
 from .checks import COMPUTED
-from .families import ALL_SITES, Anatomy
+from .families import Anatomy
 from .plan import PruningPlan
 from .vocabulary import TrimmedVocabulary
 from .weightfiles import (
@@ -44,6 +44,7 @@ from .weightfiles import (
 SIDECAR = "minigpt_lab.json"
 FORMAT = 1
 _MOST_TOKENS = 2**24
+_MOST_UNITS = 2**20  # of the dense model; of today's largest fewer than 2**17
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
@@ -203,7 +204,11 @@ def _shrunk(
     tensors = _unwrapped(tensors)
     model = _on_meta(config, stored)
     anatomy = Anatomy(model)
-    widths = _checked_widths(folder, sidecar.get("widths"), len(anatomy.layers), tensors)
+    dense = anatomy.layer_widths()
+    most = max(max(counts) for counts in dense.values())
+    if most > _MOST_UNITS:
+        raise damaged(folder, f"config.json asks for layers of {most:,} units")
+    widths = _checked_widths(folder, sidecar.get("widths"), dense)
     anatomy.set_units({site: [list(range(n)) for n in counts] for site, counts in widths.items()})
     for _, name, module in anatomy.linears():
         if module.bias is None and f"{name}.bias" in tensors:
@@ -219,21 +224,24 @@ def _shrunk(
     return model
 
 
-def _checked_widths(
-    folder: Path, widths: object, layers: int, tensors: Mapping
-) -> dict[str, list[int]]:
-    """Units per layer and site, none more than a tensor of the files is long."""
-    longest = max((max(shape, default=0) for shape, _ in tensors.values()), default=0)
+def _checked_widths(folder: Path, widths: object, dense: dict) -> dict[str, list[int]]:
+    """Units per layer and site, none more than the dense model has."""
     whole = (
         isinstance(widths, dict)
-        and set(widths) == set(ALL_SITES)
-        and all(isinstance(counts, list) and len(counts) == layers for counts in widths.values())
-        and all(type(n) is int and 0 < n <= longest for n in sum(widths.values(), []))
+        and widths.keys() == dense.keys()
+        and all(
+            isinstance(counts, list)
+            and len(counts) == len(dense[site])
+            and all(
+                type(n) is int and 0 < n <= most
+                for n, most in zip(counts, dense[site], strict=True)
+            )
+            for site, counts in widths.items()
+        )
     )
     if not whole:
-        raise damaged(
-            folder, f"{SIDECAR}: widths are not {', '.join(ALL_SITES)} with {layers} numbers each"
-        )
+        shapes = {site: f"{counts[:3]}…" for site, counts in dense.items()}
+        raise damaged(folder, f"{SIDECAR}: widths are not numbers of at most {shapes}")
     return widths
 
 

@@ -112,21 +112,25 @@ def _merged(folder: Path, base: PreTrainedModel, shapes: dict[str, list[int]]) -
     """The base with the adapter's changes in its weights; its logits are those of peft."""
     from peft import PeftModel, get_peft_model_state_dict
 
+    tables = [f"{name}." for name, module in base.named_modules() if _is_table(base, module)]
     with warnings.catch_warnings():  # what peft warns of is refused here
         warnings.simplefilter("ignore")
         adapted = PeftModel.from_pretrained(base, folder).eval()
-        known = get_peft_model_state_dict(adapted, save_embedding_layers=True)
+    if not hasattr(adapted, "merge_and_unload"):
+        kind = adapted.active_peft_config.peft_type.value
+        raise UnfitFolder(
+            f"the adapter in {folder} is of type {kind}, which changes no weights and so cannot be "
+            "merged; expected LoRA"
+        )
+    known = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     wanted = {name.removeprefix("base_model.model.") for name in known}
-    tables = {f"{name}.weight" for name, module in base.named_modules() if _is_table(base, module)}
+    extra = [n for n in shapes.keys() - wanted if not n.startswith(tuple(tables))]
     for odd, words in (
-        (wanted - shapes.keys() - tables, "lacks"),
-        (shapes.keys() - wanted - tables, "has, for no layer of its base,"),
+        (wanted - shapes.keys(), "lacks"),
+        (extra, "has, for no layer of its base,"),
     ):
         if odd:
             raise damaged(folder, f"the adapter {words} {len(odd)} weights: {listed(sorted(odd))}")
-    if not hasattr(adapted, "merge_and_unload"):
-        kind = adapted.active_peft_config.peft_type.value
-        raise UnfitFolder(f"the adapter in {folder} is of type {kind}, which cannot be merged")
     probe = _probe(adapted)
     expected = adapted(input_ids=probe, use_cache=False).logits
     _separate_tables(adapted)

@@ -119,6 +119,10 @@ def _open(name_or_path: str | os.PathLike, dtype: str | torch.dtype, above: tupl
             f"{folder} is a file; expected the folder that holds it, with config.json and "
             "*.safetensors"
         )
+    if isinstance(name_or_path, os.PathLike) or folder.is_absolute() or name.startswith("."):
+        near = nearest(folder.name, sorted(p.name for p in folder.parent.glob("*/")))
+        offer = f"; {near}" if near.startswith("did") else ""
+        raise FileNotFoundError(f"no model {name!r}: there is no such folder{offer}")
     return _load_hub(name, dtype)
 
 

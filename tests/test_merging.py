@@ -174,7 +174,7 @@ def test_an_adapter_that_lacks_weights_is_refused(tmp_path, words, part):
     save_file({k: v for k, v in whole.items() if part not in k}, file)
     refused(folder, r"the adapter lacks \d+ weights: ")
     name = next(iter(whole))
-    save_file({**whole, f"{name}.more": whole[name]}, file)
+    save_file({**whole, f"{name}.more": whole[name].clone()}, file)
     refused(folder, r"for no layer of its base, 1 weights")
 
 

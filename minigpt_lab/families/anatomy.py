@@ -245,7 +245,8 @@ class Anatomy:
         """
         for site, layers in keep.items():
             for layer, units in enumerate(layers):
-                if units != list(range(self._count(site, layer))):
+                count = self._count(site, layer)
+                if len(units) != count or units != list(range(count)):
                     self.rebuild(site, layer, units)
 
     @torch.no_grad()
