@@ -86,7 +86,7 @@ def weight_files(folder: Path) -> list[Path]:
             why = f"{listed(missing)} of {len(shards)} shards not there"
             raise damaged(folder, why, "copy or download them again")
         return [folder / name for name in shards]
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted(p for p in folder.glob("*.safetensors") if p.is_file())
     if not files:
         others = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
         raise damaged(
