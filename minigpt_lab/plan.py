@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from .assets import staged
 from .checks import Integer, Items, Location, Model, Number, OneOf, Table, Text, checked
-from .families import ALL_SITES, SITES, Anatomy, Projection, weight_axis
+from .families import ALL_SITES, ATTENTION_UNITS, SITES, Anatomy, weight_axis
 from .sizes import Size, layer_parameters, token_parameters
 
 _INDICES = Items(Integer(0))
@@ -144,6 +144,13 @@ class PruningPlan:
                 f"the plan is for a vocabulary of {self.vocabulary_size}, the model has {rows}: "
                 "apply it to the model it was made for"
             )
+        flag = anatomy.family.all_heads
+        heads = [n for site in ATTENTION_UNITS.values() for n in self.removed.get(site, ())]
+        if any(heads) and getattr(model.config, flag or "_", False):
+            raise ValueError(
+                f"the plan removes heads, which this model cannot do without as its config has "
+                f"{flag}=True; load it with that set to false (the same products, in one piece)"
+            )
         modules = {name: module for _, name, module in anatomy.linears()}
         for name in (*self.zero, *self.shift, *self.neurons):
             if name not in modules:
@@ -242,7 +249,8 @@ class PruningPlan:
             for side in sides.keys() & _AXES.keys():
                 dead[name][side][sides[side]] = True
         for site, layer, units in self._cut(anatomy):
-            for projection in _makers(anatomy, site):
+            # of a gated FFN the one that feeds the activation
+            for projection in anatomy.family.produces[site][: 1 if site == "ffn" else None]:
                 block = "gate" if "gate" in projection.blocks else None
                 total = self.units[site][layer]
                 rows = anatomy.positions(projection, units, total, block, layer)
@@ -382,12 +390,6 @@ def _check_subset(chosen: list[int], total: int, what: str) -> None:
             f"the plan keeps {chosen[:5]}… of {total} {what}: expected at least one, ascending, "
             "without repeats, in range"
         )
-
-
-def _makers(anatomy: Anatomy, site: str) -> tuple[Projection, ...]:
-    """Projections whose output a unit is; of a gated FFN the one that feeds the activation."""
-    made = anatomy.family.produces[site]
-    return made[:1] if site == "ffn" else made
 
 
 def whole(anatomy: Anatomy, sites: Iterable[str] = SITES) -> dict[str, list[list[int]]]:

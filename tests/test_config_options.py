@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from conftest import CONFIGS, random_model
 from test_surgery import logits, random_plan
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BloomConfig
 
 import minigpt_lab as lab
-from minigpt_lab.families import ALL_SITES, Anatomy
+from minigpt_lab.families import Anatomy
 
 PROBE = torch.randint(3, 20, (2, 12), generator=torch.Generator().manual_seed(1))
 _SLIDING = ["full_attention", "sliding_attention", "sliding_attention"]
@@ -73,7 +71,7 @@ OPTIONS = {
     ],
     "bloom": [
         {"apply_residual_connection_post_layernorm": True},
-        {"pretraining_tp": 2, "slow_but_exact": True}, {"tie_word_embeddings": False},
+        {"pretraining_tp": 2}, {"tie_word_embeddings": False},
     ],
 }  # fmt: skip
 TABLE = [(family, options) for family, listed in OPTIONS.items() for options in listed]
@@ -95,28 +93,42 @@ def test_every_option_is_pruned_counted_saved_and_loaded(
     model = random_model(family).double()
     counts = Anatomy(model).layer_widths()
     uniform = {site: [[*range(n - (n > 1))] for n in widths] for site, widths in counts.items()}
-    plans = [random_plan(model, seed, vocabulary=False) for seed in (1, 2)]
-    plans.append(lab.PruningPlan("", counts, uniform))
-    for place, plan in enumerate(plans):
+    plans = {"uneven": random_plan(model, 1, False), "even": lab.PruningPlan("", counts, uniform)}
+    for name, plan in plans.items():
         with lab.masked(model, plan):
             masked = logits(model, PROBE)
         mini = lab.shrink(model, plan)
         torch.testing.assert_close(logits(mini, PROBE), masked, atol=1e-6, rtol=1e-6)
         assert plan.predicted_size(model) == lab.model_size(mini, model)
-        folder = lab.save_model(mini, words, tmp_path / f"{place}")
+        portable = name == "even"
+        folder = lab.save_model(mini, words, tmp_path / name, portable)
         again, _ = lab.load_model(folder, device="cpu")
-        assert torch.equal(logits(again, PROBE), logits(mini, PROBE))
-        assert Anatomy(again).layer_widths() == Anatomy(mini).layer_widths()
-        portable = lab.save_model(mini, words, tmp_path / f"portable{place}", portable=True)
-        plain = AutoModelForCausalLM.from_pretrained(portable).double()
-        torch.testing.assert_close(logits(plain, PROBE), masked, atol=1e-6, rtol=1e-6)
-        assert set(Anatomy(plain).layer_widths()) == set(ALL_SITES)
+        # what is computed anew in double differs from what was cast to it (Gemma's √hidden)
+        torch.testing.assert_close(logits(again, PROBE), masked, atol=1e-4, rtol=1e-4)
+        if portable:
+            plain = AutoModelForCausalLM.from_pretrained(folder).double()
+            torch.testing.assert_close(logits(plain, PROBE), masked, atol=1e-4, rtol=1e-4)
+        else:
+            assert Anatomy(again).layer_widths() == Anatomy(mini).layer_widths()
     plan = random_plan(model, 3)
     kept = torch.tensor(plan.vocabulary)
     places = PROBE % len(kept)
     with lab.masked(model, plan):
         masked = logits(model, kept[places])[..., kept]
-    mini = lab.shrink(copy.deepcopy(model), plan)
+    mini = lab.shrink(model, plan)
     torch.testing.assert_close(logits(mini, places), masked, atol=1e-6, rtol=1e-6)
-    again, _ = lab.load_model(lab.save_model(mini, words, tmp_path / "fewer"), device="cpu")
-    assert torch.equal(logits(again, places), logits(mini, places))
+
+
+def test_heads_stay_where_attention_computes_with_all_of_them(monkeypatch):
+    config = BloomConfig(**{**CONFIGS["bloom"].to_dict(), "slow_but_exact": True})
+    config.pretraining_tp = 2
+    monkeypatch.setitem(CONFIGS, "bloom", config)
+    model = random_model("bloom")
+    plan = lab.PruningPlan("", {"attention": [4] * 3}, {"attention": [[0, 1]] * 3})
+    with pytest.raises(ValueError, match=r"removes heads, .* slow_but_exact=True; load it with"):
+        lab.shrink(model, plan)
+    narrow = lab.PruningPlan("", {"ffn": [128] * 3}, {"ffn": [[*range(50)]] * 3})
+    with lab.masked(model, narrow):
+        masked = logits(model, PROBE)
+    mini = lab.shrink(model, narrow)
+    torch.testing.assert_close(logits(mini, PROBE), masked, atol=1e-4, rtol=1e-4)
