@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,11 +17,26 @@ import numpy as np
 import pandas as pd
 from transformers import PreTrainedModel
 
-from .checks import Location, checked
-from .families import ALL_SITES, SITES, Anatomy, weight_axis
+from .checks import Integer, Items, Location, Model, Number, OneOf, Table, Text, checked
+from .families import ALL_SITES, ATTENTION_UNITS, SITES, Anatomy, weight_axis
 from .sizes import Size, layer_parameters, token_parameters
 from .storage import Damaged, kept, located, read_json, write_json
 
+_INDICES = Items(Integer(0))
+_SIDES = OneOf(["input", "output", "bias"])
+_NEURONS = OneOf(["input", "output", "bias", "activation"])
+_FIELDS = {
+    "model_hash": Text(),
+    "units": Table(OneOf(ALL_SITES), Items(Integer(1))),
+    "keep": Table(OneOf(ALL_SITES), Items(_INDICES)),
+    "zero": Table(Text(), Table(_SIDES, _INDICES)),
+    "vocabulary_size": Integer(0),
+    "vocabulary": _INDICES | None,
+    "origin": Table(Text()),
+    "shift": Table(Text(), Items(Number())),
+    "neurons": Table(Text(), Table(_NEURONS, _INDICES)),
+}
+_AXES = {"input": "input", "output": "output", "bias": "output"}
 _HASH = re.compile(r"\b[0-9a-f]{64}\b")  # shown by its first digits
 
 
@@ -52,6 +67,15 @@ class PruningPlan:
     shift : dict
         Linear layer's name to what is added to its bias, one number per output; a layer without a
         bias gets one.
+    neurons : dict
+        Linear layer's name to ``{"input": […], "output": […], "bias": […], "activation": […]}``:
+        what thresholds cut, before the units that this leaves without effect are removed. Only
+        the paper's count (`paper_zeros`) asks for it.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If a field is of another type, an index out of range, or a number not finite.
     """
 
     model_hash: str
@@ -62,8 +86,11 @@ class PruningPlan:
     vocabulary: list[int] | None = None
     origin: dict = field(default_factory=dict)
     shift: dict[str, list[float]] = field(default_factory=dict)
+    neurons: dict[str, dict[str, list[int]]] = field(default_factory=dict)
 
     def __post_init__(self):
+        for name, check in _FIELDS.items():
+            object.__setattr__(self, name, check(f"the plan's {name}", getattr(self, name)))
         if set(self.keep) - set(self.units) or set(self.units) - set(ALL_SITES):
             got = f"{[*self.units]}, {[*self.keep]}"
             raise ValueError(f"a plan is for sites {ALL_SITES}; got {got}")
@@ -92,6 +119,7 @@ class PruningPlan:
             for total, units in zip(self.units[site], self.keep[site], strict=True)
         ]
 
+    @checked(model=Model(hold=False))
     def require(self, model: PreTrainedModel) -> Anatomy:
         """The model's anatomy, if the plan fits the model's shape.
 
@@ -115,10 +143,24 @@ class PruningPlan:
                 f"the plan is for a vocabulary of {self.vocabulary_size}, the model has {rows}: "
                 "apply it to the model it was made for"
             )
+        flag = anatomy.family.all_heads
+        heads = [n for site in ATTENTION_UNITS.values() for n in self.removed.get(site, ())]
+        if any(heads) and getattr(model.config, flag or "_", False):
+            raise ValueError(
+                f"the plan removes heads, which this model cannot do without as its config has "
+                f"{flag}=True; load it with that set to false (the same products, in one piece)"
+            )
         modules = {name: module for _, name, module in anatomy.linears()}
-        for name, sides in self.zero.items():
+        for name in (*self.zero, *self.shift, *self.neurons):
+            if name not in modules:
+                raise ValueError(
+                    f"the plan names {name!r}, which is no linear layer of the model's decoder: "
+                    "apply it to the model it was made for"
+                )
+        for name, sides in (*self.zero.items(), *self.neurons.items()):
             for side, features in sides.items():
-                axis = weight_axis(modules[name], "input" if side == "input" else "output")
+                reads = side in ("input", "activation")
+                axis = weight_axis(modules[name], "input" if reads else "output")
                 if (
                     features
                     and not 0 <= min(features) <= max(features) < modules[name].weight.shape[axis]
@@ -133,6 +175,7 @@ class PruningPlan:
                 )
         return anatomy
 
+    @checked(model=Model(hold=False))
     def predicted_size(self, model: PreTrainedModel) -> Size:
         """What `surgery.shrink` would make of `model`, from shapes alone.
 
@@ -175,7 +218,66 @@ class PruningPlan:
             tokens = self.vocabulary_size - len(self.vocabulary)
             gone += tokens * token_parameters(model)
         stored = dense - gone
-        return Size(stored, stored - zeroed, dense, layers_stored, layers_dense)
+        paper = dense - self.paper_zeros(model)
+        return Size(stored, stored - zeroed, dense, layers_stored, layers_dense, paper)
+
+    @checked(model=Model(hold=False))
+    def paper_zeros(self, model: PreTrainedModel) -> int:
+        """Weights that the code of Mini-GPTs sets to zero, where this plan cuts.
+
+        It removes nothing. An activation that is cut costs the row (and bias) of the linear layer
+        before it (in gated FFNs, which that code does not know, of the gate); the column of the
+        layer behind it still counts. Linear inputs and outputs are zeroed as they fall under the
+        threshold, tokens in embedding and head but not in the head's bias. In plans that were not
+        made by thresholds, the units that leave are taken for what is cut: channels as
+        activations, heads as outputs of the projections that make them.
+
+        Parameters
+        ----------
+        model : transformers.PreTrainedModel
+            The one that the plan was made for.
+        """
+        anatomy = self.require(model)
+        modules = {name: module for _, name, module in anatomy.linears()}
+        dead = {
+            name: {side: np.zeros(module.weight.shape[weight_axis(module, axis)], bool)
+                   for side, axis in _AXES.items()}
+            for name, module in modules.items()
+        }  # fmt: skip
+        for name, sides in (self.neurons or self.zero).items():
+            for side in sides.keys() & _AXES.keys():
+                dead[name][side][sides[side]] = True
+        for site, layer, units in self._cut(anatomy):
+            # of a gated FFN the one that feeds the activation
+            for projection in anatomy.family.produces[site][: 1 if site == "ffn" else None]:
+                block = "gate" if "gate" in projection.blocks else None
+                total = self.units[site][layer]
+                rows = anatomy.positions(projection, units, total, block, layer)
+                for side in ("output", "bias"):
+                    dead[anatomy.name(layer, projection)][side][rows] = True
+        zeros = 0
+        for name, module in modules.items():
+            rows, columns, bias = (~dead[name][side] for side in ("output", "input", "bias"))
+            zeros += module.weight.numel() - int(rows.sum()) * int(columns.sum())
+            zeros += 0 if module.bias is None else int((~bias).sum())
+        if self.vocabulary is not None:
+            tables = [model.get_input_embeddings()]
+            if not anatomy.head_is_tied():
+                tables.append(model.get_output_embeddings())
+            gone = self.vocabulary_size - len(self.vocabulary)
+            zeros += gone * sum(table.weight.shape[1] for table in tables)
+        return zeros
+
+    def _cut(self, anatomy: Anatomy) -> Iterator[tuple[str, int, list[int]]]:
+        """Site, layer and units that were cut as such: by their activation, or by a score."""
+        reader = anatomy.family.consumes["ffn"]
+        for layer in range(len(anatomy.layers)):
+            if self.neurons:
+                units = self.neurons.get(anatomy.name(layer, reader), {}).get("activation", [])
+                yield "ffn", layer, units
+                continue
+            for site, layers in self.keep.items():
+                yield site, layer, np.setdiff1d(np.arange(self.units[site][layer]), layers[layer])
 
     def staying_features(self, anatomy: Anatomy) -> dict[tuple[str, str], np.ndarray]:
         """``(module, side)`` to a mask of the features that stay, where units leave."""
@@ -247,7 +349,7 @@ class PruningPlan:
         Raises
         ------
         ValueError
-            If a field is missing or unknown, or the units are out of range.
+            If a field is missing, unknown or of another type, or the units are out of range.
         """
         try:
             return cls(**data)

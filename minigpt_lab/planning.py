@@ -112,7 +112,8 @@ def contextual_plan(
         vocabulary=vocabulary,
         origin=origin,
     )
-    return replace(plan, zero=_without_removed(plan.staying_features(anatomy), zero))
+    left = _without_removed(plan.staying_features(anatomy), zero)
+    return replace(plan, zero=left, neurons=_all_cut_neurons(zero, cut))
 
 
 def _check_epsilon(name: str, value: float | None) -> None:
@@ -260,6 +261,14 @@ def _without_removed(stay: dict, zero: dict) -> dict[str, dict[str, list[int]]]:
             if len(left):
                 found.setdefault(name, {})[side] = np.sort(left).tolist()
     return found
+
+
+def _all_cut_neurons(zero: dict, cut: dict) -> dict[str, dict[str, list[int]]]:
+    """Everything that fell under a threshold, also in units that leave."""
+    sides = {name: dict(cuts) for name, cuts in zero.items()}
+    for name, neurons in cut.get("activation", {}).items():
+        sides.setdefault(name, {})["activation"] = neurons
+    return _without_removed({}, sides)
 
 
 def _staying_tokens(model, statistics, tokenizer, counts, epsilon) -> list[int]:

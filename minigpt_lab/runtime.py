@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import inspect
 import json
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .checks import Model, Text, checked
 from .offloading import weights
 from .sizes import dense_parameters
 
@@ -25,6 +27,7 @@ def default_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+@checked(model=Model(hold=False))
 def label(model: PreTrainedModel) -> str:
     """The model's name for captions and records, with its origin and how much was cut from it."""
     origin = getattr(model.config, "minigpt_lab_origin", None)
@@ -51,34 +54,76 @@ def inference(model: nn.Module) -> Iterator[nn.Module]:
             module.training = flag
 
 
+@contextlib.contextmanager
+def settings_saved_as_they_are(model: PreTrainedModel) -> Iterator[None]:
+    """Let transformers save generation settings that it would refuse, such as a temperature unused.
+
+    It saves those that a model came with whatever they are, but none that were changed since (a
+    trimmed vocabulary changes the numbers of special tokens).
+    """
+    settings = getattr(model, "generation_config", None)
+    if settings is not None:
+        model.generation_config = copy.deepcopy(settings)
+        model.generation_config._original_object_hash = hash(settings)
+    try:
+        yield
+    finally:
+        if settings is not None:
+            model.generation_config = settings
+
+
 # Config fields that say nothing about what the model computes.
 _CIRCUMSTANCES = {
     "_name_or_path", "transformers_version", "minigpt_lab_origin", "architectures", "use_cache",
     "dtype",
 }  # fmt: skip
+_KNOWN = 4  # hashes kept per model: of its weights, and of those of a few masks
 _fingerprints: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
+@checked(model=Model())
 def fingerprint(model: PreTrainedModel) -> str:
     """SHA-256 of a model's config and weights (names, types, shapes, bytes).
 
-    Kept until a weight changes, so that repeated calls cost nothing. Changes behind autograd's
-    back (``weight.data.mul_(2)``) go unseen; change weights under ``torch.no_grad`` instead.
+    Kept until the config or a weight changes, so that repeated calls cost a sum over the weights.
+    Seen are changes through autograd's eyes (under ``torch.no_grad``) and, by that sum, nearly all
+    behind its back (``weight.data.mul_(2)``); not seen are those that only reorder a weight's
+    values through ``.data``, or change weights that are offloaded.
+
+    A call waits while another thread uses the model, so it never sees the weights under its mask.
     """
-    state = dict(model.named_parameters())
-    version = tuple((k, p.data_ptr(), p._version, p.dtype, p.shape) for k, p in state.items())
-    known = _fingerprints.get(model)
-    if known is None or known[0] != version:
-        facts = {k: v for k, v in model.config.to_dict().items() if k not in _CIRCUMSTANCES}
-        digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
+    facts = {k: v for k, v in model.config.to_dict().items() if k not in _CIRCUMSTANCES}
+    config = json.dumps(facts, sort_keys=True, default=str)
+    version = config, *((k, *_version(p)) for k, p in model.named_parameters())
+    known = _fingerprints.setdefault(model, {})
+    if version not in known:
+        digest = hashlib.sha256(config.encode())
         for key, parameter in weights(model):
             digest.update(f"{key} {parameter.dtype} {tuple(parameter.shape)}".encode())
             content = parameter.detach().cpu().contiguous().view(torch.uint8)
             digest.update(memoryview(content.numpy()).cast("B"))
-        known = _fingerprints[model] = (version, digest.hexdigest())
-    return known[1]
+        known[version] = digest.hexdigest()
+        while len(known) > _KNOWN:
+            del known[next(iter(known))]
+    known[version] = known.pop(version)  # the least recently asked for goes first
+    return known[version]
 
 
+_WHOLE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _version(parameter: torch.Tensor) -> tuple:
+    """What changes with a parameter: counted by autograd, or seen in a sum over its bits."""
+    about = parameter.data_ptr(), parameter._version, parameter.dtype, parameter.shape
+    if parameter.is_meta:
+        return about
+    values = parameter.detach().flatten()
+    size = values.element_size()
+    kind = torch.int64 if values.numel() * size % 8 == 0 else _WHOLE[size]  # 20 times as fast
+    return *about, int(values.view(kind).sum(dtype=torch.int64))  # wraps around: exact in any order
+
+
+@checked(model=Model(), model_hash=Text(), measured=Text())
 def require_weights(model: PreTrainedModel, model_hash: str, measured: str) -> None:
     """Refuse a model that is not the one something was measured on.
 

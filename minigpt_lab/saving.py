@@ -12,8 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .biases import given_parameters
 from .checks import Flag, Location, Model, Tokenizer, checked
 from .families import Anatomy
-from .models import FORMAT, SIDECAR, load_model
-from .runtime import inference
+from .loading import FORMAT, SIDECAR
+from .models import load_model
+from .runtime import inference, settings_saved_as_they_are
 from .storage import Damaged, UnusablePath, folder_to_write, read_json, staged, write_json
 from .vocabulary import tokenizer_for
 
@@ -83,7 +84,8 @@ def save_model(
     stored = _padded(model) if portable else model
     with staged(final, _written) as staging:
         # names as in memory: a layer's own widths leave no loader but ours, which knows no others
-        stored.save_pretrained(staging, max_shard_size="1TB", save_original_format=False)
+        with settings_saved_as_they_are(stored):
+            stored.save_pretrained(staging, max_shard_size="1TB", save_original_format=False)
         tokenizer_for(model, tokenizer).save_pretrained(staging)
         sidecar = {
             "format": FORMAT,

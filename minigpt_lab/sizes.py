@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import pandas as pd
 from transformers import PreTrainedModel
 
 from .biases import given_parameters
+from .checks import Model, Text, checked
 from .families import SITES, Anatomy
 
 
 @dataclass(frozen=True)
 class Size:
-    """Parameters of a model, counted in the three ways that must not be confused.
+    """Parameters of a model, counted in the ways that must not be confused.
 
     Parameters
     ----------
     stored : int
         Parameters on disk and in memory.
     nonzero : int
-        Stored parameters that are not zero (what the Mini-GPTs paper reports).
+        Stored parameters that are not zero.
     dense : int
         Parameters of the model before pruning.
     layers_stored, layers_dense : int
         Parameters inside the decoder layers, after and before.
+    paper_nonzero : int, optional
+        Parameters that the code of the Mini-GPTs paper, which removes none, would count as not
+        zero: a channel that is cut costs a row of the first projection, and the column of the
+        second still counts. Only a plan knows it (`PruningPlan.predicted_size`).
     """
 
     stored: int
@@ -32,6 +37,7 @@ class Size:
     dense: int
     layers_stored: int
     layers_dense: int
+    paper_nonzero: int | None = field(default=None, compare=False)
 
     @property
     def layer_ratio(self) -> float:
@@ -47,18 +53,24 @@ class Size:
                     "stored_ratio": self.stored / self.dense,
                     "nonzero_ratio": self.nonzero / self.dense,
                     "layer_ratio": self.layer_ratio,
+                    "paper_nonzero_ratio": self.paper_nonzero and self.paper_nonzero / self.dense,
                 }
             ]
         )
 
     def __str__(self) -> str:
+        paper = ""
+        if self.paper_nonzero is not None:
+            share = self.paper_nonzero / self.dense
+            paper = f"; {self.paper_nonzero:,} ({share:.1%}) as Mini-GPTs counts"
         return (
             f"stored {self.stored:,} ({self.stored / self.dense:.1%}), non-zero {self.nonzero:,} "
             f"({self.nonzero / self.dense:.1%}) of {self.dense:,}; "
-            f"{self.layer_ratio:.1%} of the decoder layers"
+            f"{self.layer_ratio:.1%} of the decoder layers{paper}"
         )
 
 
+@checked(model=Model(), dense=Model() | None)
 def model_size(model: PreTrainedModel, dense: PreTrainedModel | None = None) -> Size:
     """Count a model's parameters as they are; tied weights count once.
 
@@ -100,6 +112,7 @@ def dense_parameters(model: PreTrainedModel) -> int:
     return total + (tokens - rows) * token_parameters(model)
 
 
+@checked(model=Model(hold=False))
 def describe(model: PreTrainedModel) -> pd.DataFrame:
     """What can be pruned on this model.
 
@@ -167,6 +180,7 @@ def _span(values: list[int]) -> str:
     return str(low) if low == high else f"{low}–{high}"
 
 
+@checked(model=Model(), variant=Text())
 def budget(model: PreTrainedModel, variant: str) -> pd.DataFrame:
     """Where a model's stored parameters are: ``variant, part, parameters``."""
     anatomy = Anatomy(model)

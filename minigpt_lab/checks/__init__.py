@@ -5,35 +5,51 @@ with (numbers of NumPy and torch become Python's), or refuses it in one sentence
 is allowed, what to do.
 """
 
-from .objects import Batches, Device, Model, Texts, Tokenizer, check_batch, checked
+from .objects import (
+    COMPUTED,
+    Batches,
+    Device,
+    Dtype,
+    Model,
+    Texts,
+    Tokenizer,
+    check_batch,
+    checked,
+)
 from .values import (
     Flag,
     Function,
     Instance,
     Integer,
     InvalidArgument,
+    Items,
     ListOf,
     Location,
     Number,
     OneOf,
+    Table,
     Text,
     plain,
     refuse,
 )
 
 __all__ = [
+    "COMPUTED",
     "Batches",
     "Device",
+    "Dtype",
     "Flag",
     "Function",
     "Instance",
     "Integer",
     "InvalidArgument",
+    "Items",
     "ListOf",
     "Location",
     "Model",
     "Number",
     "OneOf",
+    "Table",
     "Text",
     "Texts",
     "Tokenizer",

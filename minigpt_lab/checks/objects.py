@@ -123,6 +123,17 @@ class Device(Check):
         return REFUSED
 
 
+class Dtype(Check):
+    """A type of weights that can be computed with, by its name or as torch has it."""
+
+    expected = "a type of weights: 'float32', 'bfloat16', 'float16' or 'float64'"
+
+    def take(self, value):
+        """A `torch.dtype`."""
+        found = getattr(torch, value, None) if isinstance(value, str) else value
+        return found if isinstance(found, torch.dtype) and found in COMPUTED else REFUSED
+
+
 class Texts(Check):
     """A part of a domain, a string, or several; never a whole domain."""
 

@@ -31,7 +31,7 @@ def _shown(value: object) -> str:
         return f"a {type(value).__name__} of shape {[*value.shape]}"
     if isinstance(value, torch.nn.Module) or not _is_plain(value):
         return f"a {type(value).__name__}"
-    text = repr(value)
+    text = " ".join(repr(value).split())
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
@@ -273,6 +273,49 @@ class ListOf(Check):
         items = tuple(self.item.take(item) for item in value)
         return (
             REFUSED if len(items) < self.least or any(item is REFUSED for item in items) else items
+        )
+
+
+class Items(ListOf):
+    """As `ListOf`, for data that goes to JSON: the function gets a list."""
+
+    def take(self, value):
+        """A list; long ones of whole numbers are checked by their extremes."""
+        if isinstance(self.item, Integer) and isinstance(value, list) and value:
+            ends = (min(value), max(value)) if {*map(type, value)} == {int} else (REFUSED,)
+            if all(self.item.take(end) is not REFUSED for end in ends):
+                return value
+        taken = super().take(value)
+        return taken if taken is REFUSED else list(taken)
+
+
+class Table(Check):
+    """A mapping whose keys and values other checks take; the function gets a dictionary.
+
+    Parameters
+    ----------
+    key : Check
+        For every key.
+    value : Check, optional
+        For every value; anything by default.
+    """
+
+    def __init__(self, key: Check, value: Check | None = None):
+        self.key, self.value = key, value
+        self.expected = f"a dictionary, each key {key.expected}"
+        if value is not None:
+            self.expected += f", each value {value.expected}"
+
+    def take(self, value):
+        """A dictionary of what keys and values are taken as."""
+        if not isinstance(value, Mapping):
+            return REFUSED
+        keys = [self.key.take(key) for key in value]
+        values = [each if self.value is None else self.value.take(each) for each in value.values()]
+        return (
+            REFUSED
+            if any(each is REFUSED for each in (*keys, *values))
+            else dict(zip(keys, values, strict=True))
         )
 
 

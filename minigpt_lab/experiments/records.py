@@ -37,7 +37,7 @@ _FACTS = (  # of a run, in the table of all
 #: Which direction of a metric is better, by the first pattern that its name holds.
 _BETTER = (
     (r"accuracy|\b(won|surely|beats_mix)\b", "higher"),
-    (r"\b(bits|perplexity|loss|validation|test|stored|nonzero|size|layers|recovery_tokens)\b|share",
+    (r"\b(bits|perplexity|loss|validation|test|stored|nonzero|paper_nonzero|size|layers|recovery_tokens)\b|share",
      "lower"),
     (r"^(pruned|recovered) .+ on .+", "lower"),  # perplexity of a cut on a text
 )  # fmt: skip

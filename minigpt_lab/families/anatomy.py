@@ -16,7 +16,7 @@ from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from .architectures import ALL_SITES, FAMILIES, SITES, Projection
-from .layers import own_share, set_attribute
+from .layers import moved, own_share, set_attribute
 
 _PLAIN = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -245,7 +245,8 @@ class Anatomy:
         """
         for site, layers in keep.items():
             for layer, units in enumerate(layers):
-                if units != list(range(self._count(site, layer))):
+                count = self._count(site, layer)
+                if len(units) != count or units != list(range(count)):
                     self.rebuild(site, layer, units)
 
     @torch.no_grad()
@@ -289,10 +290,10 @@ class Anatomy:
         source, target = (np.concatenate([x.ravel() for x in parts]) for parts in (source, target))
         width = self._width(projection, *after)
         where = weight_axis(module, side)
-        module.weight = _moved(module.weight, where, source, target, width)
+        module.weight = moved(module.weight, where, source, target, width)
         if side == "output":
             if module.bias is not None:
-                module.bias = _moved(module.bias, 0, source, target, width)
+                module.bias = moved(module.bias, 0, source, target, width)
             setattr(module, "nf" if isinstance(module, Conv1D) else "out_features", width)
         else:
             setattr(module, "nx" if isinstance(module, Conv1D) else "in_features", width)
@@ -345,15 +346,36 @@ class Anatomy:
             }
             if "query" in counts[0] and fields:
                 fields["head_dim"] = self.head_dim
-            if all(count == counts[0] for count in counts) and _accepts(self.model.config, fields):
+            if all(count == counts[0] for count in counts) and self._holds(fields):
                 for name, value in fields.items():
                     setattr(self.model.config, name, value)
 
+    def _holds(self, fields: dict[str, int]) -> bool:
+        """Whether the config can take these values, and describes the model's other weights too.
+
+        Llama's wants hidden size % heads == 0; Phi's normalises as many features of a head as
+        hidden size / heads.
+        """
+        config = self.model.config
+        try:
+            plain = self._plain(type(config).from_dict({**config.to_dict(), **fields}))
+        except (ValueError, StrictDataclassError):
+            return False
+        coupled = {id(self.module(0, p).weight) for site in SITES for p, _ in self.coupled(site)}
+        there = dict(plain.layers[0].named_parameters())
+        return all(
+            weight.shape == there[name].shape
+            for name, weight in self.layers[0].named_parameters()
+            if name in there and name.endswith("weight") and id(weight) not in coupled
+        )
+
+    def _plain(self, config: PretrainedConfig) -> Anatomy:
+        with torch.device("meta"), no_init_weights():
+            return Anatomy(type(self.model)(copy.deepcopy(config)))
+
     def config_widths(self) -> dict[str, list[int]]:
         """`layer_widths` of what plain transformers builds from the config."""
-        with torch.device("meta"), no_init_weights():
-            plain = type(self.model)(copy.deepcopy(self.model.config))
-        return Anatomy(plain).layer_widths()
+        return self._plain(self.model.config).layer_widths()
 
     def activation_keeps_zero(self) -> bool:
         """Whether the FFN's activation maps 0 to 0, so a channel whose input is cut is dead."""
@@ -373,24 +395,3 @@ class Anatomy:
         """Whether the output head shares its weight with the token embedding."""
         head = self.model.get_output_embeddings()
         return head is None or head.weight is self.model.get_input_embeddings().weight
-
-
-def _moved(
-    tensor: torch.Tensor, axis: int, source: np.ndarray, target: np.ndarray, width: int
-) -> nn.Parameter:
-    """Copy slices `source` of an axis to places `target` of a new one, zero elsewhere."""
-    shape = list(tensor.shape)
-    shape[axis] = width
-    new = tensor.new_zeros(shape)
-    source, target = (torch.as_tensor(index, device=tensor.device) for index in (source, target))
-    new.index_copy_(axis, target, tensor.index_select(axis, source))
-    return nn.Parameter(new, requires_grad=tensor.requires_grad)
-
-
-def _accepts(config: PretrainedConfig, fields: dict[str, int]) -> bool:
-    """Whether the config class takes these values (Llama's wants hidden size % heads == 0)."""
-    try:
-        type(config).from_dict({**config.to_dict(), **fields})
-    except (ValueError, StrictDataclassError):
-        return False
-    return True

@@ -74,6 +74,9 @@ class Family:
         ``[batch * heads, …]``, such as ALiBi's slopes: each layer is to use those of its own heads.
     soft_cap : str
         Config field with the soft cap of the logits.
+    all_heads : str
+        Config flag under which attention computes with the dense model's width: with it no head
+        may leave.
     """
 
     layers: str = "model.layers"
@@ -84,6 +87,7 @@ class Family:
     attributes: dict[str, str] = field(default_factory=dict)
     per_head: str = ""
     soft_cap: str = ""
+    all_heads: str = ""
 
     def __post_init__(self):
         heads = [p for p in self.produces["attention"] if "query" in p.blocks]
@@ -189,6 +193,7 @@ _BLOOM = Family(
     activation="mlp.gelu_impl",
     attributes={"self_attention.num_heads": "query", "self_attention.hidden_size": "features"},
     per_head="alibi",
+    all_heads="slow_but_exact",
 )
 
 #: Supported architectures by transformers' ``model_type``.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PretrainedConfig
@@ -49,3 +50,15 @@ def own_share(argument: str, layer: nn.Module, args: tuple, kwargs: dict) -> tup
     by_head = whole.unflatten(0, (len(args[0]), -1))
     own = by_head.index_select(1, layer.surviving_heads).flatten(0, 1)
     return args, {**kwargs, argument: own}
+
+
+def moved(
+    tensor: torch.Tensor, axis: int, source: np.ndarray, target: np.ndarray, width: int
+) -> nn.Parameter:
+    """Copy slices `source` of an axis to places `target` of a new one, zero elsewhere."""
+    shape = list(tensor.shape)
+    shape[axis] = width
+    new = tensor.new_zeros(shape)
+    source, target = (torch.as_tensor(index, device=tensor.device) for index in (source, target))
+    new.index_copy_(axis, target, tensor.index_select(axis, source))
+    return nn.Parameter(new, requires_grad=tensor.requires_grad)

@@ -1,0 +1,231 @@
+"""A model's folder before it is loaded: what its files hold, beside what its config asks for.
+
+Nothing is allocated for what a JSON file claims: the headers of the weight files say what is there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import re
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+#: Put before the names of weights by torch.compile, DDP, FSDP and activation checkpointing.
+WRAPPERS = r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+
+_PLAIN = {"F64", "F32", "F16", "BF16"}
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_MOST = 100_000  # of what libraries build one by one
+
+
+class UnfitFolder(ValueError):
+    """A model's folder that cannot be loaded: one sentence says why."""
+
+
+def damaged(folder: Path | str, why: str, remedy: str = "save it again") -> UnfitFolder:
+    """The error of a folder: its name, what is wrong, what to do."""
+    return UnfitFolder(f"{folder} is damaged or incomplete ({why}); {remedy}")
+
+
+@contextlib.contextmanager
+def reading(folder: Path | str) -> Iterator[None]:
+    """Errors of the libraries that read a folder as one sentence; their log stays quiet."""
+    log = logging.getLogger("transformers.modeling_utils")
+    level = log.level
+    log.setLevel(logging.ERROR)  # what is missing is said by our error
+    try:
+        yield
+    except UnfitFolder:
+        raise
+    except Exception as error:
+        words = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, RecursionError):
+            words = "a JSON file is nested too deeply"
+        raise damaged(folder, words if len(words) <= 240 else f"{words[:240]}…") from error
+    finally:
+        log.setLevel(level)
+
+
+def read_object(path: Path) -> dict:
+    """The object in a JSON file."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise damaged(path, "its JSON is nested too deeply") from error
+    except (ValueError, OSError) as error:
+        raise damaged(path.parent, f"{path.name}: {error}") from error
+    if not isinstance(found, dict):
+        raise damaged(path.parent, f"{path.name} holds a {type(found).__name__}, not an object")
+    return found
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that transformers reads a folder's weights from.
+
+    Raises
+    ------
+    UnfitFolder
+        If there are none, or a shard is missing.
+    """
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    if index.is_file():
+        wanted = read_object(index).get("weight_map")
+        if not isinstance(wanted, dict):
+            raise damaged(folder, f"{index.name} has no weight_map")
+        shards = sorted({Path(str(name)).name for name in wanted.values()})
+        missing = [name for name in shards if not (folder / name).is_file()]
+        if missing:
+            why = f"{listed(missing)} of {len(shards)} shards not there"
+            raise damaged(folder, why, "copy or download them again")
+        return [folder / name for name in shards]
+    files = sorted(p for p in folder.glob("*.safetensors") if p.is_file())
+    if not files:
+        others = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
+        raise damaged(
+            folder,
+            "it holds no *.safetensors" + (f", but {listed(others)}" if others else ""),
+            "pickled weights are never opened, as they can run code: save it again with "
+            "save_pretrained, which writes safetensors",
+        )
+    return files
+
+
+def stored_tensors(folder: Path) -> dict[str, tuple[list[int], str]]:
+    """Name to shape and type of every tensor in a folder's weight files, from their headers.
+
+    Raises
+    ------
+    UnfitFolder
+        If a file is not there, or a weight is quantised.
+    """
+    found = {}
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 (no mapping)
+                entry = opened.get_slice(name)
+                found[name] = entry.get_shape(), entry.get_dtype()
+    odd = [
+        name for name, (_, kind) in found.items() if name.endswith("weight") and kind not in _PLAIN
+    ]
+    if odd:
+        raise UnfitFolder(
+            f"{folder} holds weights of type {found[odd[0]][1]} ({listed(odd)}); expected float32, "
+            "bfloat16, float16 or float64: load the checkpoint it was made from, or dequantise it"
+        )
+    return found
+
+
+def check_config(folder: Path, config: Mapping, tensors: Collection[str]) -> None:
+    """Refuse a config that asks for code, or for more parts than there are tensors.
+
+    Raises
+    ------
+    UnfitFolder
+        Naming the entry.
+    """
+    for name, value in config.items():
+        if "attn_implementation" in name and "/" in str(value):
+            raise UnfitFolder(
+                f"{folder / 'config.json'}: {name} is {value!r}, code from the hub, which is never "
+                "run; remove the entry"
+            )
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            continue
+        if name in _LAYERS and not value <= len(tensors):
+            raise damaged(
+                folder,
+                f"config.json asks for {value} layers, the files hold {len(tensors)} tensors",
+            )
+        if name in ("num_labels", "extra_ids") and not value <= _MOST:
+            raise damaged(folder, f"{name} is {value} in config.json")
+
+
+def check_fit(
+    folder: Path | str, model: nn.Module, tensors: Mapping[str, tuple[list[int], str]]
+) -> None:
+    """Refuse weights that are not a model's, before memory is allocated for them.
+
+    Parameters
+    ----------
+    folder : str or path
+        For the error.
+    model : torch.nn.Module
+        On the meta device.
+    tensors : mapping
+        Of `stored_tensors`.
+
+    Raises
+    ------
+    UnfitFolder
+        If the model has more parameters than the files hold, or computes more numbers at its start
+        than it has parameters.
+    """
+    held = sum(torch.Size(shape).numel() for shape, _ in tensors.values())
+    needed = sum(parameter.numel() for parameter in model.parameters())
+    if needed > held:
+        names = {re.sub(WRAPPERS, "", name): shape for name, (shape, _) in tensors.items()}
+        prefix = getattr(model, "base_model_prefix", "")
+        missing, odd = [], []
+        for name, parameter in model.named_parameters():
+            shape = names.get(name, names.get(name.removeprefix(f"{prefix}.")))
+            if shape is None:
+                missing.append(name)
+            elif [*parameter.shape] != [*shape]:
+                odd.append((name, shape, parameter.shape))
+        refuse_unfit(folder, missing, (), odd)
+        raise damaged(
+            folder, f"config.json asks for {needed:,} parameters, the files hold {held:,}"
+        )
+    computed = sum(buffer.numel() for buffer in model.buffers())
+    if computed > max(needed, 2**24):
+        raise damaged(folder, f"config.json asks for {computed:,} numbers beside the weights")
+
+
+def refuse_unfit(
+    folder: Path | str,
+    missing: Collection[str],
+    unexpected: Collection[str],
+    mismatched: Collection[tuple[str, Collection[int], Collection[int]]],
+) -> None:
+    """Refuse weights that are missing, belong to no layer, or have another shape.
+
+    Raises
+    ------
+    UnfitFolder
+        Naming the first few and how many there are.
+    """
+    if not (missing or unexpected or mismatched):
+        return
+    parts = []
+    if missing:
+        parts.append(f"{_weights(missing)} missing: {listed(sorted(missing))}")
+    if mismatched:
+        name, stored, wanted = min(mismatched)
+        parts.append(
+            f"{len(mismatched)} of another shape: {name} is {[*stored]}, by config.json {[*wanted]}"
+        )
+    if unexpected:
+        parts.append(f"{_weights(unexpected)} of no layer: {listed(sorted(unexpected))}")
+    raise damaged(
+        folder,
+        "; ".join(parts),
+        "save it again, or use the config.json that was saved with these weights",
+    )
+
+
+def _weights(names: Collection[str]) -> str:
+    return "1 weight is" if len(names) == 1 else f"{len(names)} weights are"
+
+
+def listed(names: Collection[str], most: int = 3) -> str:
+    """The first few names."""
+    names = list(names)
+    return ", ".join(names[:most]) + ("" if len(names) <= most else ", …")
