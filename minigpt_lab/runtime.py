@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import inspect
 import json
+import random
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .guards import in_use, restoring
 from .offloading import weights
 from .sizes import dense_parameters
 
@@ -38,17 +40,41 @@ def label(model: PreTrainedModel) -> str:
     return f"{name}, cut to {left:.1%} of its parameters"
 
 
-@contextlib.contextmanager
+@restoring
 def inference(model: nn.Module) -> Iterator[nn.Module]:
-    """Evaluation mode without gradients; every module's training flag is put back on leaving."""
-    training = {module: module.training for module in model.modules()}
-    model.eval()
+    """Evaluation mode without gradients; the model is held, and its training flags come back."""
+    with in_use(model):
+        training = {module: module.training for module in model.modules()}
+        try:
+            model.eval()
+            with torch.no_grad():
+                yield model
+        finally:
+            for module, flag in training.items():
+                module.training = flag
+
+
+@restoring
+def generators_kept() -> Iterator[None]:
+    """The global generators of random, NumPy and torch go on afterwards as if nothing had drawn."""
+    python, cpu = random.getstate(), torch.get_rng_state()
+    numpy = np.random.get_state()  # noqa: NPY002 - others draw from it
+    first = torch.initial_seed()
+    began = torch.cuda.is_initialized()
+    cuda = torch.cuda.get_rng_state_all() if began else []
+    mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
     try:
-        with torch.no_grad():
-            yield model
+        yield
     finally:
-        for module, flag in training.items():
-            module.training = flag
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+        if not began:  # what had been seeded then, not what was since
+            torch.cuda.manual_seed_all(first)
+        torch.set_rng_state(cpu)
+        if began:
+            torch.cuda.set_rng_state_all(cuda)
+        if mps is not None:
+            torch.mps.set_rng_state(mps)
 
 
 # Config fields that say nothing about what the model computes.
