@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, set_seed
 
 from .guards import in_use, restoring
 from .offloading import weights
@@ -55,8 +55,8 @@ def inference(model: nn.Module) -> Iterator[nn.Module]:
 
 
 @restoring
-def generators_kept() -> Iterator[None]:
-    """The global generators of random, NumPy and torch go on afterwards as if nothing had drawn."""
+def seeded(seed: int) -> Iterator[None]:
+    """Seed the global generators of random, NumPy and torch; they go on afterwards as before."""
     python, cpu = random.getstate(), torch.get_rng_state()
     numpy = np.random.get_state()  # noqa: NPY002 - others draw from it
     first = torch.initial_seed()
@@ -64,6 +64,7 @@ def generators_kept() -> Iterator[None]:
     cuda = torch.cuda.get_rng_state_all() if began else []
     mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
     try:
+        set_seed(seed)
         yield
     finally:
         random.setstate(python)
