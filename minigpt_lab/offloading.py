@@ -6,7 +6,6 @@ weights are in host memory or on disk and come in for each call.
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +15,8 @@ from accelerate import cpu_offload, disk_offload
 from accelerate.hooks import remove_hook_from_module
 from accelerate.utils import set_module_tensor_to_device
 from torch import nn
+
+from .guards import restoring
 
 
 def is_offloaded(module: nn.Module) -> bool:
@@ -39,7 +40,7 @@ def execution_device(module: nn.Module) -> torch.device:
     return torch.device(next(hook.execution_device for hook in hooks if hook is not None))
 
 
-@contextlib.contextmanager
+@restoring
 def present(layer: nn.Module, folder: str | os.PathLike | None = None) -> Iterator[None]:
     """A layer with all its weights on its device while inside, where they may change.
 
@@ -76,9 +77,11 @@ def present(layer: nn.Module, folder: str | os.PathLike | None = None) -> Iterat
         remove_hook_from_module(module)
         for name, value in values.items():
             set_module_tensor_to_device(module, name, device, value=value)
-    yield
-    if folder is None:
-        cpu_offload(layer, device)
-    else:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        disk_offload(layer, os.fspath(folder), device)
+    try:
+        yield
+    finally:
+        if folder is None:
+            cpu_offload(layer, device)
+        else:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            disk_offload(layer, os.fspath(folder), device)
