@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import json
@@ -54,28 +55,28 @@ def inference(model: nn.Module) -> Iterator[nn.Module]:
                 module.training = flag
 
 
+class GlobalGenerators:
+    """The generators that all threads share; one call at a time may seed them."""
+
+
+_GENERATORS = GlobalGenerators()
+
+
 @restoring
 def seeded(seed: int) -> Iterator[None]:
     """Seed the global generators of random, NumPy and torch; they go on afterwards as before."""
-    python, cpu = random.getstate(), torch.get_rng_state()
-    numpy = np.random.get_state()  # noqa: NPY002 - others draw from it
-    first = torch.initial_seed()
-    began = torch.cuda.is_initialized()
-    cuda = torch.cuda.get_rng_state_all() if began else []
-    mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
-    try:
+    with in_use(_GENERATORS), contextlib.ExitStack() as undo:
+        undo.callback(random.setstate, random.getstate())
+        undo.callback(np.random.set_state, np.random.get_state())  # noqa: NPY002
+        undo.callback(torch.set_rng_state, torch.get_rng_state())
+        if torch.cuda.is_initialized():
+            undo.callback(torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all())
+        else:  # what was seeded before it begins, not what was here
+            undo.callback(torch.cuda.manual_seed_all, torch.initial_seed())
+        if torch.backends.mps.is_available():
+            undo.callback(torch.mps.set_rng_state, torch.mps.get_rng_state())
         set_seed(seed)
         yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
-        if not began:  # what had been seeded then, not what was since
-            torch.cuda.manual_seed_all(first)
-        torch.set_rng_state(cpu)
-        if began:
-            torch.cuda.set_rng_state_all(cuda)
-        if mps is not None:
-            torch.mps.set_rng_state(mps)
 
 
 # Config fields that say nothing about what the model computes.
