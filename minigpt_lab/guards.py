@@ -66,12 +66,15 @@ _deferred = _Deferred()
 class _Restoring(contextlib._GeneratorContextManager):
     """A generator's context manager that Ctrl-C interrupts only inside the ``with`` block."""
 
+    entered = False
+
     def __enter__(self):
         _deferred.begin()
+        self.entered = True
         try:
             value = super().__enter__()
         except BaseException:
-            _deferred.end()
+            self._ended()
             raise
         if _due():
             interrupt = KeyboardInterrupt()
@@ -83,9 +86,14 @@ class _Restoring(contextlib._GeneratorContextManager):
         try:
             return super().__exit__(*exception)
         finally:
-            _deferred.end()
+            self._ended()
             if _due():
                 raise KeyboardInterrupt
+
+    def _ended(self) -> None:
+        if self.entered:  # and not left twice
+            self.entered = False
+            _deferred.end()
 
 
 _TRANSITIONS = {_Restoring.__enter__.__code__, _Restoring.__exit__.__code__}
