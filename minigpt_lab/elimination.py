@@ -8,13 +8,13 @@ of SlimGPT's column loop (arXiv 2412.18110, algorithm 1).
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from .assets import nearest
+from .guards import restoring
 from .hessians import damped_inverse, refit
 
 Schedule = Callable[[int, int], int]  # (removed so far, to remove) -> size of the next group
@@ -276,7 +276,7 @@ def _quadratic(weight: torch.Tensor, hessian: torch.Tensor) -> float:
     return float(((weight @ hessian) * weight).sum())
 
 
-@contextlib.contextmanager
+@restoring
 def full_precision() -> Iterator[None]:
     """float32 products in float32 while inside (CUDA's TF32 keeps ten bits of each factor)."""
     before = torch.get_float32_matmul_precision()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -13,8 +12,11 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from .assets import nearest
+from .checks import Batches, Flag, Model, checked, refuse
 from .domains import unpadded
 from .families import Anatomy
+from .guards import hooked, restoring, unchanged
 from .runtime import check_token_ids, inference
 
 _BLOCK = 256  # tokens whose logits exist at once
@@ -70,6 +72,7 @@ def _capped(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
+@checked(model=Model(), batches=Batches(), squares=Flag(), checkpointing=Flag())
 def collect_gradients(
     model: PreTrainedModel,
     batches: Iterable[dict[str, torch.Tensor]],
@@ -100,7 +103,9 @@ def collect_gradients(
     ValueError
         If there are no tokens, or an activation or a gradient is not finite.
     """
-    modules = {name: model.get_submodule(name) for name in names}
+    if torch.is_inference_mode_enabled():
+        raise ValueError("gradients are asked for inside torch.inference_mode(); call it outside")
+    modules = linear_modules(model, names)
     mean, square = (
         {name: torch.zeros_like(m.weight, dtype=torch.float32) for name, m in modules.items()}
         if wanted
@@ -116,7 +121,7 @@ def collect_gradients(
 
     n_windows = 0
     layers = Anatomy(model).layers if checkpointing else []
-    with _gradients_of(model, modules, keep), _checkpointed(layers):
+    with _gradients_of(model, modules, keep, layers):
         for ids in unpadded(batches):
             for window in ids.split(1):
                 loss = window_losses(model, window).sum()
@@ -132,46 +137,43 @@ def collect_gradients(
     return Gradients(mean, square, n_windows)
 
 
-@contextlib.contextmanager
+def linear_modules(model: PreTrainedModel, names: Iterable[str]) -> dict[str, nn.Module]:
+    """Linear layers of the decoder by their full names.
+
+    Raises
+    ------
+    InvalidArgument
+        For a name that is none of them.
+    """
+    known = {name: module for _, name, module in Anatomy(model).linears()}
+    wanted = [*names] if isinstance(names, Iterable) and not isinstance(names, str) else [names]
+    for name in wanted or [None]:
+        if not isinstance(name, str) or name not in known:
+            expected = "full names of linear layers of the decoder"
+            raise refuse("names", name, expected, nearest(str(name), known))
+    return {name: known[name] for name in wanted}
+
+
+@restoring
 def _gradients_of(
     model: PreTrainedModel,
     modules: Mapping[str, nn.Module],
     keep: Callable[[str, nn.Parameter], None],
+    checkpointed: Iterable[nn.Module],
 ) -> Iterator[None]:
     """Evaluation mode in which just these weights have gradients, handed over one by one."""
-    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    handles = []
-    try:
-        with inference(model), torch.enable_grad():
-            for parameter, _, _ in before:
-                parameter.requires_grad_(False)
-                parameter.grad = None
-            for name, module in modules.items():
-                module.weight.requires_grad_(True)
-                hook = partial(keep, name)
-                handles.append(module.weight.register_post_accumulate_grad_hook(hook))
+    with unchanged(model), inference(model), torch.enable_grad():
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        registrations = []
+        for name, module in modules.items():
+            register = module.weight.requires_grad_(True).register_post_accumulate_grad_hook
+            registrations.append(partial(register, partial(keep, name)))
+        for layer in checkpointed:  # transformers' own needs training mode, and so dropout
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        with hooked(*registrations):
             yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for parameter, required, gradient in before:
-            parameter.requires_grad_(required)
-            parameter.grad = gradient
-
-
-@contextlib.contextmanager
-def _checkpointed(layers: Iterable[nn.Module]) -> Iterator[None]:
-    """Gradient checkpointing per layer; transformers' own needs training mode, and so dropout."""
-    forwards = [(layer, layer.__dict__.get("forward")) for layer in layers]
-    for layer, _ in forwards:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-    try:
-        yield
-    finally:
-        for layer, own in forwards:
-            del layer.forward
-            if own is not None:
-                layer.forward = own
 
 
 def refuse_non_finite(model: PreTrainedModel, ids: torch.Tensor) -> None:
@@ -189,11 +191,9 @@ def refuse_non_finite(model: PreTrainedModel, ids: torch.Tensor) -> None:
                 raise ValueError(f"{name} has NaN or infinite values at its {side}")
 
     linears = Anatomy(model).linears()
-    handles = [module.register_forward_hook(partial(hook, name)) for _, name, module in linears]
-    try:
-        with torch.no_grad():
-            model.base_model(input_ids=ids.to(model.device), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
+    hooks = [
+        partial(module.register_forward_hook, partial(hook, name)) for _, name, module in linears
+    ]
+    with torch.no_grad(), hooked(*hooks):
+        model.base_model(input_ids=ids.to(model.device), use_cache=False)
     raise ValueError("the loss is NaN or infinite: check the norms, the embedding and the head")

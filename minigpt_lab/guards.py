@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import signal
 import sys
 import threading
@@ -11,27 +12,11 @@ import weakref
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-_locks: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+_POLL = 0.1  # seconds between two looks at a model that is in use
+_told = threading.local()
+_turns: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 _making = threading.Lock()
-
-
-@contextlib.contextmanager
-def in_use(*models: object) -> Iterator[None]:
-    """Hold models for this thread; a call of another thread that needs one of them waits.
-
-    The thread that holds a model may call further functions on it.
-
-    Parameters
-    ----------
-    *models : torch.nn.Module
-        Repeats count once.
-    """
-    with _making:
-        locks = {id(model): _locks.setdefault(model, threading.RLock()) for model in models}
-    with contextlib.ExitStack() as held:
-        for _, lock in sorted(locks.items()):  # one order for all threads: none waits in a circle
-            held.enter_context(lock)
-        yield
+_waiting: dict[threading.Thread, _Turn] = {}
 
 
 class _Deferred:
@@ -60,6 +45,12 @@ class _Deferred:
             signal.signal(signal.SIGINT, self.handle)
         self.contexts += 1
 
+    def raise_pending(self) -> None:
+        """Raise what was put off, where a context waits before it has changed anything."""
+        if self.pending and threading.current_thread() is threading.main_thread():
+            self.pending = False
+            raise KeyboardInterrupt
+
     def end(self) -> None:
         """Give the signal back with the last context; raise what was put off."""
         if threading.current_thread() is not threading.main_thread() or self.contexts == 0:
@@ -75,12 +66,15 @@ _deferred = _Deferred()
 class _Restoring(contextlib._GeneratorContextManager):
     """A generator's context manager that Ctrl-C interrupts only inside the ``with`` block."""
 
+    entered = False
+
     def __enter__(self):
         _deferred.begin()
+        self.entered = True
         try:
             value = super().__enter__()
         except BaseException:
-            _deferred.end()
+            self._ended()
             raise
         if _due():
             interrupt = KeyboardInterrupt()
@@ -92,9 +86,14 @@ class _Restoring(contextlib._GeneratorContextManager):
         try:
             return super().__exit__(*exception)
         finally:
-            _deferred.end()
+            self._ended()
             if _due():
                 raise KeyboardInterrupt
+
+    def _ended(self) -> None:
+        if self.entered:  # and not left twice
+            self.entered = False
+            _deferred.end()
 
 
 _TRANSITIONS = {_Restoring.__enter__.__code__, _Restoring.__exit__.__code__}
@@ -130,3 +129,176 @@ def restoring(function: Callable) -> Callable:
         return _Restoring(function, args, options)
 
     return helper
+
+
+class _Turn:
+    """Whose turn it is with one model: a thread may take it again, another one waits."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self.lock = threading.Lock()
+        self.owner: threading.Thread | None = None
+        self.depth = 0
+
+    def take(self) -> None:
+        """Wait until nobody else holds it; Ctrl-C and what `when_waiting` was given end that."""
+        me = threading.current_thread()
+        if self.owner is not me:
+            self._wait(me)
+            self.owner = me
+        self.depth += 1
+
+    def give(self) -> None:
+        """Undo one `take`."""
+        self.depth -= 1
+        if self.depth == 0:
+            self.owner = None
+            self.lock.release()
+
+    def _wait(self, me: threading.Thread) -> None:
+        _waiting[me] = self
+        try:
+            waited = 0.0
+            while not self.lock.acquire(timeout=_POLL if waited else 0.02):
+                _deferred.raise_pending()
+                waited += _POLL
+                getattr(_told, "call", _say)(self.name, waited)
+                self._refuse_for_ever(me)
+        finally:
+            del _waiting[me]
+
+    def _refuse_for_ever(self, me: threading.Thread) -> None:
+        """Raise a RuntimeError where waiting would never end."""
+        owner, seen = self.owner, set()
+        if owner is not None and not owner.is_alive():
+            raise RuntimeError(
+                f"the {self.name} is held by a thread that has ended inside a with block (masked, "
+                "for instance); load the model anew"
+            )
+        while owner in _waiting and owner not in seen:
+            seen.add(owner)
+            owner = _waiting[owner].owner
+        if owner is me:
+            raise RuntimeError(
+                f"two threads wait for each other's models (here for the {self.name}); let one "
+                "finish before the other begins"
+            )
+
+
+def _say(name: str, waited: float) -> None:
+    """Say once, after two seconds, why nothing happens."""
+    if waited - _POLL < 2 <= waited:
+        logging.getLogger(__name__).warning(
+            "waiting: the %s is used by another thread (a widget's job, say)", name
+        )
+
+
+def when_waiting(call: Callable[[str, float], None]) -> None:
+    """Call this, in this thread, about ten times a second while it waits for a model.
+
+    Parameters
+    ----------
+    call : callable
+        Takes the model's kind and the seconds waited so far; an exception ends the wait.
+    """
+    _told.call = call
+
+
+def waits_for_me(thread: threading.Thread) -> bool:
+    """Whether another thread waits for a model that this one holds."""
+    turn = _waiting.get(thread)
+    return turn is not None and turn.owner is threading.current_thread()
+
+
+@restoring
+def in_use(*models: object) -> Iterator[None]:
+    """Hold models for this thread; a call of another thread that needs one of them waits.
+
+    The thread that holds a model may call further functions on it.
+
+    Parameters
+    ----------
+    *models : torch.nn.Module
+        Repeats count once.
+
+    Raises
+    ------
+    RuntimeError
+        If the wait would never end: two threads wait for each other, or a thread ended without
+        leaving its ``with`` block.
+    """
+    with _making:
+        turns = {id(m): _turns.setdefault(m, _Turn(type(m).__name__)) for m in models}
+    with contextlib.ExitStack() as held:
+        for _, turn in sorted(turns.items()):  # one order for all threads: none waits in a circle
+            turn.take()
+            held.callback(turn.give)
+        yield
+
+
+class Snapshot:
+    """What a model is made of, by reference: modules, parameters, attributes, hooks, flags.
+
+    Values of parameters are not copied: `restore` puts back which tensors a model has, not what is
+    written into them.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Its configs (``config``, ``generation_config``) belong to it.
+    """
+
+    def __init__(self, model):
+        configs = [getattr(model, name, None) for name in ("config", "generation_config")]
+        self.owners = [
+            (owner, {name: (value, _entries(value)) for name, value in vars(owner).items()})
+            for owner in [*model.modules(), *configs]
+            if owner is not None
+        ]
+        self.parameters = [(each, each.requires_grad, each.grad) for each in model.parameters()]
+
+    def restore(self) -> None:
+        """Make the model what it was; may be called again."""
+        for owner, attributes in self.owners:
+            own = vars(owner)
+            for name in own.keys() - attributes.keys():
+                del own[name]
+            for name, (value, entries) in attributes.items():
+                if entries is not None:  # the same dict: handles of hooks refer to it
+                    value.clear()
+                    value.update(entries)
+                own[name] = value
+        for parameter, required, gradient in self.parameters:
+            parameter.requires_grad_(required)
+            parameter.grad = gradient
+
+
+def _entries(value: object) -> dict | set | None:
+    """A copy of what a dict or set holds."""
+    return value.copy() if isinstance(value, dict | set) else None
+
+
+@restoring
+def unchanged(model) -> Iterator[Snapshot]:
+    """Hold a model, and put back what it is made of on leaving (see `Snapshot`)."""
+    with in_use(model):
+        before = Snapshot(model)
+        try:
+            yield before
+        finally:
+            before.restore()
+
+
+@restoring
+def hooked(*registrations: Callable[[], object]) -> Iterator[None]:
+    """Have hooks for as long as the block runs.
+
+    Parameters
+    ----------
+    *registrations : callable
+        ``partial(module.register_forward_hook, hook)`` and the like: gives a handle to remove.
+    """
+    with contextlib.ExitStack() as handles:
+        for register in registrations:
+            handles.callback(register().remove)
+        yield

@@ -6,11 +6,11 @@ SparseGPT, arXiv 2301.00774). Here it is the mean over tokens, without the facto
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from .assets import nearest
 from .domains import unpadded
 from .families import Anatomy, weight_axis
+from .guards import hooked, restoring
 from .plan import PruningPlan
 from .runtime import check_token_ids, fingerprint, inference, require_weights
 
@@ -53,7 +54,7 @@ class Hessians:
         require_weights(model, self.model_hash, "these Hessians")
 
 
-@contextlib.contextmanager
+@restoring
 def second_moments(modules: dict[str, nn.Module]) -> Iterator[dict[str, torch.Tensor]]:
     """Sums of ``x xᵀ`` over every token that enters linear layers while inside, by their names.
 
@@ -78,12 +79,11 @@ def second_moments(modules: dict[str, nn.Module]) -> Iterator[dict[str, torch.Te
 
         return add
 
-    handles = [module.register_forward_pre_hook(hook(name)) for name, module in modules.items()]
+    hooks = [partial(each.register_forward_pre_hook, hook(name)) for name, each in modules.items()]
     try:
-        yield sums
+        with hooked(*hooks):
+            yield sums
     finally:
-        for handle in handles:
-            handle.remove()
         sums |= {name: sums[source] for name, source in shared.items() if source in sums}
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from .domains import unpadded
 from .families import SITES, Anatomy
+from .guards import hooked, restoring
 from .offloading import execution_device
 from .runtime import check_token_ids, inference
 from .shards import Shards
@@ -83,9 +84,7 @@ def enter(
         calls[-1].append({k: v for k, v in kwargs.items() if k != "hidden_states"})
         return (states, None) if wraps else states
 
-    with inference(model), contextlib.ExitStack() as stack:
-        for layer in Anatomy(model).layers:
-            stack.enter_context(replaced(layer, record))
+    with inference(model), _all_replaced(Anatomy(model).layers, record):
         for ids in unpadded(batches):
             check_token_ids(model, ids)
             calls.append([])
@@ -149,18 +148,16 @@ class LayerPass:
 
     def run(self, window: int, until: str | None = None) -> torch.Tensor:
         """The layer's output for one window, from what is known of it already."""
-        with contextlib.ExitStack() as stack:
-            attend = partial(self._attend, window, until == "ffn")
-            stack.enter_context(replaced(self.attention, attend))
-            if window in self.read["ffn"]:
-                states = self._take("ffn", window)
-                for module in self.producers:  # their outputs are not read: pass anything through
-                    stack.enter_context(replaced(module, lambda _forward, states: states))
-                hook = self.readers["ffn"].register_forward_pre_hook(lambda *_: (states,))
-                stack.callback(hook.remove)
-            if until is not None:
-                hook = self.readers[until].register_forward_pre_hook(_stop)
-                stack.callback(hook.remove)
+        attend, hooks, passed = partial(self._attend, window, until == "ffn"), [], ()
+        if window in self.read["ffn"]:
+            states = self._take("ffn", window)
+            reader, passed = self.readers["ffn"], self.producers
+            hooks.append(partial(reader.register_forward_pre_hook, lambda *_: (states,)))
+        if until is not None:
+            hooks.append(partial(self.readers[until].register_forward_pre_hook, _stop))
+        # outputs of the producers are not read: pass anything through
+        through = _all_replaced(passed, lambda _forward, states: states)
+        with replaced(self.attention, attend), through, hooked(*hooks):
             # not layer(…): what its hooks do to the arguments was done when they were recorded
             found = self.layer.forward(self.hidden[window], **self.arguments[window])
         return found[0] if isinstance(found, tuple) else found
@@ -198,7 +195,7 @@ def _stop(_module: nn.Module, args: tuple) -> None:
     raise _Reached(args[0])
 
 
-@contextlib.contextmanager
+@restoring
 def replaced(module: nn.Module, forward: Callable) -> Iterator[None]:
     """Let a module do something else while inside: ``forward(its own forward, …)``."""
     own = module.__dict__.get("forward")
@@ -209,3 +206,12 @@ def replaced(module: nn.Module, forward: Callable) -> Iterator[None]:
         del module.forward
         if own is not None:
             module.forward = own
+
+
+@restoring
+def _all_replaced(modules: Iterable[nn.Module], forward: Callable) -> Iterator[None]:
+    """The same in several modules."""
+    with contextlib.ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(replaced(module, forward))
+        yield

@@ -7,15 +7,18 @@ import copy
 import hashlib
 import inspect
 import json
+import random
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, set_seed
 
 from .checks import Model, Text, checked
+from .guards import in_use, restoring
 from .offloading import weights
 from .sizes import dense_parameters
 
@@ -41,20 +44,45 @@ def label(model: PreTrainedModel) -> str:
     return f"{name}, cut to {left:.1%} of its parameters"
 
 
-@contextlib.contextmanager
+@restoring
 def inference(model: nn.Module) -> Iterator[nn.Module]:
-    """Evaluation mode without gradients; every module's training flag is put back on leaving."""
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield model
-    finally:
-        for module, flag in training.items():
-            module.training = flag
+    """Evaluation mode without gradients; the model is held, and its training flags come back."""
+    with in_use(model):
+        training = {module: module.training for module in model.modules()}
+        try:
+            model.eval()
+            with torch.no_grad():
+                yield model
+        finally:
+            for module, flag in training.items():
+                module.training = flag
 
 
-@contextlib.contextmanager
+class GlobalGenerators:
+    """The generators that all threads share; one call at a time may seed them."""
+
+
+_GENERATORS = GlobalGenerators()
+
+
+@restoring
+def seeded(seed: int) -> Iterator[None]:
+    """Seed the global generators of random, NumPy and torch; they go on afterwards as before."""
+    with in_use(_GENERATORS), contextlib.ExitStack() as undo:
+        undo.callback(random.setstate, random.getstate())
+        undo.callback(np.random.set_state, np.random.get_state())  # noqa: NPY002
+        undo.callback(torch.set_rng_state, torch.get_rng_state())
+        if torch.cuda.is_initialized():
+            undo.callback(torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all())
+        else:  # what was seeded before it begins, not what was here
+            undo.callback(torch.cuda.manual_seed_all, torch.initial_seed())
+        if torch.backends.mps.is_available():
+            undo.callback(torch.mps.set_rng_state, torch.mps.get_rng_state())
+        set_seed(seed)
+        yield
+
+
+@restoring
 def settings_saved_as_they_are(model: PreTrainedModel) -> Iterator[None]:
     """Let transformers save generation settings that it would refuse, such as a temperature unused.
 

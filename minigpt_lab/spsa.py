@@ -7,7 +7,6 @@ kept as one number per direction.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -18,10 +17,20 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .checks import Batches, Flag, Integer, ListOf, Model, Number, OneOf, checked
 from .domains import unpadded
 from .families import SITES, Anatomy
-from .gradients import Gradients, collect_gradients, refuse_non_finite, window_losses
+from .gradients import (
+    Gradients,
+    collect_gradients,
+    linear_modules,
+    refuse_non_finite,
+    window_losses,
+)
+from .guards import hooked, restoring
 from .runtime import inference
+
+_SITES = ListOf(OneOf(SITES), 1)
 
 
 @dataclass(frozen=True)
@@ -61,6 +70,10 @@ class Estimate:
         return dot / np.sqrt(ours * theirs)
 
 
+@checked(
+    model=Model(), batches=Batches(), eps=Number(above=0),
+    n_draws=Integer(1), per_sample=Flag(), seed=Integer(0),
+)  # fmt: skip
 def estimate_gradients(
     model: PreTrainedModel,
     batches: Iterable[dict[str, torch.Tensor]],
@@ -102,9 +115,7 @@ def estimate_gradients(
     ValueError
         If there are no tokens, an option is out of range, or a loss is not finite.
     """
-    if not 0 < eps < float("inf") or n_draws < 1:
-        raise ValueError(f"eps={eps}, n_draws={n_draws}; expected a number above 0 and at least 1")
-    modules = {name: model.get_submodule(name) for name in names}
+    modules = linear_modules(model, names)
     windows = list(unpadded(batches))
     groups = [[row] for ids in windows for row in ids.split(1)] if per_sample else [windows]
     coefficients = []
@@ -136,31 +147,33 @@ def _direction(seed: int, draw: int, place: int, like: torch.Tensor) -> torch.Te
     return torch.randn(like.shape, generator=generator, device=like.device)
 
 
-@contextlib.contextmanager
+@restoring
 def _perturbed(modules: dict[str, nn.Module], seed: int, draw: int, step: float) -> Iterator[None]:
     """While a layer runs, its weight is ``W + step · z``."""
     kept: dict[nn.Module, torch.Tensor] = {}
 
     def shift(place: int, module: nn.Module, _args: tuple) -> None:
-        kept[module] = module.weight.detach().clone()
-        module.weight.add_(_direction(seed, draw, place, module.weight), alpha=step)
+        kept[module] = module.weight.data  # the tensor itself: it is never written to
+        moved = module.weight.detach().clone()
+        module.weight.data = moved.add_(_direction(seed, draw, place, moved), alpha=step)
 
     def restore(module: nn.Module, *_: object) -> None:
-        module.weight.copy_(kept.pop(module))
+        module.weight.data = kept[module]
+        del kept[module]
 
-    handles = []
+    hooks = []
     for place, module in enumerate(modules.values()):
-        handles.append(module.register_forward_pre_hook(partial(shift, place)))
-        handles.append(module.register_forward_hook(restore))
+        hooks.append(partial(module.register_forward_pre_hook, partial(shift, place)))
+        hooks.append(partial(module.register_forward_hook, restore))
     try:
-        yield
+        with hooked(*hooks):
+            yield
     finally:
-        for handle in handles:
-            handle.remove()
         for module in list(kept):  # interrupted between the two
             restore(module)
 
 
+@checked(model=Model(), batches=Batches(), sites=_SITES, checkpointing=Flag())
 def gradient_cosine(
     model: PreTrainedModel,
     batches: Iterable[dict[str, torch.Tensor]],
@@ -189,6 +202,10 @@ def gradient_cosine(
     return estimate.cosine(collect_gradients(model, batches, names, checkpointing=checkpointing))
 
 
+@checked(
+    model=Model(), batches=Batches(), directions=ListOf(Integer(1), 1), seeds=Integer(1),
+    sites=_SITES,
+)  # fmt: skip
 def cosine_curve(
     model: PreTrainedModel,
     batches: Iterable[dict[str, torch.Tensor]],

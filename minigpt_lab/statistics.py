@@ -7,11 +7,11 @@ activation. The same pass keeps the mean and the second moment, which the other 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from .checks import Location, checked
 from .families import Anatomy, weight_axis
+from .guards import hooked, restoring
 from .runtime import check_token_ids, fingerprint, inference, label, padded, require_weights
 from .storage import Damaged, kept, returned_anyway
 from .tensor_files import SUFFIX, read_tensors, write_tensors
@@ -238,16 +239,11 @@ class _Collector:
         }
         self._last: tuple[torch.Tensor, str] | None = None
 
-    @contextlib.contextmanager
+    @restoring
     def hooks(self) -> Iterator[None]:
-        handles = [
-            module.register_forward_hook(self._hook(name)) for name, module in self.modules.items()
-        ]
-        try:
+        modules = self.modules.items()
+        with hooked(*(partial(each.register_forward_hook, self._hook(n)) for n, each in modules)):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _hook(self, name: str):
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import weakref
 from collections.abc import Iterator
 
 import numpy as np
@@ -16,14 +17,25 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .biases import give_bias, take_bias
+from .checks import Instance, Model, checked
 from .families import Anatomy, weight_axis
+from .guards import in_use, restoring
+from .offloading import is_offloaded
 from .plan import PruningPlan
 from .vocabulary import TrimmedVocabulary
 
+_PLAN = Instance(PruningPlan, "pass it after the model: shrink(model, plan), masked(model, plan)")
+_masks: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model to the masks on it
 
-@contextlib.contextmanager
+
+@checked(plan=_PLAN, model=Model(hold=False))
+@restoring
 def masked(model: PreTrainedModel, plan: PruningPlan) -> Iterator[PreTrainedModel]:
-    """Zero everything that a plan cuts; put every weight back, bit for bit, on leaving.
+    """Zero everything that a plan cuts; every weight is its old self, bit for bit, on leaving.
+
+    The tensors that a plan cuts are put aside, untouched, and the model computes with zeroed copies
+    of them: memory holds the cut tensors twice. What is written into those copies is lost on
+    leaving: train a shrunk model, not a masked one.
 
     Removed tokens get a logit of minus infinity: zeroed rows would get 0, which is not unlikely
     (the reference code of Mini-GPTs leaves it there).
@@ -31,7 +43,8 @@ def masked(model: PreTrainedModel, plan: PruningPlan) -> Iterator[PreTrainedMode
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        Changed inside the ``with`` block only, also if that ends in an exception.
+        Changed inside the ``with`` block only, however that ends. Other threads wait for it
+        meanwhile.
     plan : PruningPlan
         A plan that fits the model.
 
@@ -44,52 +57,88 @@ def masked(model: PreTrainedModel, plan: PruningPlan) -> Iterator[PreTrainedMode
     ------
     ValueError, TypeError
         If the plan does not fit the model, or is none.
+    RuntimeError
+        On leaving, if a mask that was put on later has not been left yet; all masks down to this
+        one are then taken off.
     """
+    with in_use(model):
+        mask, masks = contextlib.ExitStack(), _masks.setdefault(model, [])
+        masks.append(mask)
+        try:
+            # in inference mode the copies could not be computed with outside of it
+            with torch.inference_mode(False), torch.no_grad():
+                _zero(model, plan, mask)
+            yield model
+        finally:
+            _take_off(mask, masks)
+
+
+def _zero(model: PreTrainedModel, plan: PruningPlan, undo: contextlib.ExitStack) -> None:
+    """Put a mask on; what takes it off again stands in `undo` before anything is changed."""
     anatomy = _fitting(model, plan)
-    cap = anatomy.soft_cap()
-    saved: list[tuple[torch.Tensor, int, torch.Tensor, torch.Tensor]] = []
-    given: list[nn.Module] = []
-    vocabulary = getattr(model, "trimmed_vocabulary", None)
-    hook = None
-    try:
-        for tensor, axis, features in _cuts(anatomy, plan):
-            index = torch.as_tensor(features, device=tensor.device)
-            saved.append((tensor, axis, index, tensor.detach().index_select(axis, index)))
-            with torch.no_grad():
-                tensor.index_fill_(axis, index, 0)
-        for module, shift in _shifts(model, plan):
-            if module.bias is None:
-                give_bias(module)
-                given.append(module)
-            else:
-                index = torch.arange(len(shift), device=module.bias.device)
-                saved.append((module.bias, 0, index, module.bias.detach().clone()))
-            with torch.no_grad():
-                module.bias.add_(shift)
-        if plan.vocabulary is not None:
-            head = model.get_output_embeddings()
-            hook = head.register_forward_hook(_forbid(plan, head.weight.device, cap))
-            anatomy.set_soft_cap(None)  # it would make minus infinity finite; the hook applies it
-            model.trimmed_vocabulary = TrimmedVocabulary.of(model).cut(plan.vocabulary, mask=True)
-        yield model
-    finally:
-        model.trimmed_vocabulary = vocabulary
-        if hook is not None:
-            hook.remove()
-            anatomy.set_soft_cap(cap)
-        with torch.no_grad():
-            for tensor, axis, index, values in reversed(saved):
-                tensor.index_copy_(axis, index, values)
-        for module in given:
-            take_bias(module)
+    own: set[nn.Parameter] = set()  # parameters that have a copy already; tied ones are one
+
+    def copied(parameter: nn.Parameter) -> nn.Parameter:
+        if parameter not in own:
+            own.add(parameter)
+            undo.callback(_put, parameter, parameter.data)
+            parameter.data = parameter.detach().clone()
+        return parameter
+
+    for parameter, axis, features in _cuts(anatomy, plan):
+        index = torch.as_tensor(features, device=parameter.device)
+        copied(parameter).index_fill_(axis, index, 0)
+    for module, shift in _shifts(model, plan):
+        if module.bias is None:
+            give_bias(module)
+            undo.callback(take_bias, module)
+        else:
+            copied(module.bias)
+        module.bias.add_(shift)
+    if plan.vocabulary is not None:
+        head, cap = model.get_output_embeddings(), anatomy.soft_cap()
+        undo.callback(head.register_forward_hook(_forbid(plan, head.weight.device, cap)).remove)
+        undo.callback(anatomy.set_soft_cap, cap)
+        anatomy.set_soft_cap(None)  # it would make minus infinity finite; the hook applies it
+        trimmed = TrimmedVocabulary.of(model).cut(plan.vocabulary, mask=True)
+        before = vars(model).copy()
+        undo.callback(_put_attribute, model, "trimmed_vocabulary", before)
+        model.trimmed_vocabulary = trimmed
+
+
+def _put(parameter: nn.Parameter, tensor: torch.Tensor) -> None:
+    """Give a parameter its own tensor back, wherever the model has been moved meanwhile."""
+    parameter.data = tensor.to(parameter.device, parameter.dtype)
+
+
+def _put_attribute(model: PreTrainedModel, name: str, before: dict) -> None:
+    vars(model).pop(name, None)
+    if name in before:
+        vars(model)[name] = before[name]
+
+
+def _take_off(mask: contextlib.ExitStack, masks: list[contextlib.ExitStack]) -> None:
+    """Take off a mask, and first those that were put on after it."""
+    if mask not in masks:
+        return  # one below it was left first
+    place = masks.index(mask)
+    gone, masks[place:] = masks[place:], []
+    with contextlib.ExitStack() as undo:  # whatever one of them raises, the others are undone
+        for each in gone:
+            undo.push(each)
+    if len(gone) > 1:
+        raise RuntimeError(
+            f"a mask was left while {len(gone) - 1} later on the same model had not been; leave "
+            "masks in the reverse of the order in which they were entered (all are off now)"
+        )
 
 
 def _fitting(model: PreTrainedModel, plan: PruningPlan) -> Anatomy:
     """The anatomy of a model that a plan fits."""
-    if not isinstance(plan, PruningPlan):
-        raise TypeError(
-            f"plan is a {type(plan).__name__}; expected a PruningPlan, after the model: "
-            "shrink(model, plan), masked(model, plan)"
+    if is_offloaded(model):
+        raise ValueError(
+            "the model's weights wait outside its device, where no plan reaches them; load it "
+            "without offloading (device_map=None)"
         )
     return plan.require(model)
 
@@ -150,6 +199,7 @@ def _forbid(plan: PruningPlan, device: torch.device, cap: float | None):
     return hook
 
 
+@checked(plan=_PLAN, model=Model())
 @torch.no_grad()
 def shrink(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
     """A new model without the units and tokens that a plan removes.
@@ -213,7 +263,7 @@ def _trim_vocabulary(model: PreTrainedModel, kept: list[int]) -> None:
     model.config.vocab_size = len(kept)
     if hasattr(model, "vocab_size"):
         model.vocab_size = len(kept)
-    for config in (model.config, model.generation_config):
+    for config in filter(None, (model.config, model.generation_config)):
         for name, value in config.to_dict().items():
             if name.endswith("_token_id") and value is not None:
                 listed = isinstance(value, list)

@@ -247,9 +247,11 @@ def test_a_training_step_works_after_shrinking(model, probe):
 def test_arguments_in_the_wrong_order_are_named():
     model = random_model("llama")
     plan = random_plan(model, 9)
-    with pytest.raises(TypeError, match=r"a LlamaForCausalLM; expected a PruningPlan, after the"):
+    with pytest.raises(
+        TypeError, match=r"a LlamaForCausalLM; expected a PruningPlan; pass it after"
+    ):
         lab.shrink(plan, model)
-    with pytest.raises(TypeError, match="plan is a dict; expected a"), lab.masked(model, {}):
+    with pytest.raises(TypeError, match="plan is {}; expected a"), lab.masked(model, {}):
         pass
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
 import pandas as pd
 import torch
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 
 from ..domains import unpadded
 from ..families import Anatomy
+from ..guards import hooked
 from ..runtime import check_token_ids, inference
 
 
@@ -54,18 +56,14 @@ def block_influence(
 
         return add
 
-    handles = [
-        layer.register_forward_hook(hook(index), with_kwargs=True)
+    hooks = [
+        partial(layer.register_forward_hook, hook(index), with_kwargs=True)
         for index, layer in enumerate(anatomy.layers)
     ]
-    try:
-        with inference(model):
-            for ids in unpadded(batches):
-                check_token_ids(model, ids)
-                n_tokens += ids.numel()
-                model.base_model(input_ids=ids.to(model.device), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with inference(model), hooked(*hooks):
+        for ids in unpadded(batches):
+            check_token_ids(model, ids)
+            n_tokens += ids.numel()
+            model.base_model(input_ids=ids.to(model.device), use_cache=False)
     influence = [1 - total / n_tokens for total in sums]
     return pd.DataFrame({"layer": range(len(influence)), "influence": influence})

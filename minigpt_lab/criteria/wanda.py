@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import torch
 
 from ..families import Anatomy, weight_axis
+from ..guards import hooked, restoring, unchanged
 from ..layerwise import walk
 from .scores import criterion
 from .units import by_input, input_norms, known_statistics, per_feature, unit_scores
@@ -61,7 +62,6 @@ def _sequential_norms(model, batches, sites, ratio: float) -> dict[str, np.ndarr
     """Input norms of every consumer, each layer reading what the pruned layers before it write."""
     anatomy, norms = Anatomy(model), {}
     widths = {site: anatomy.units(site) for site in sites}
-    zeroed: list[tuple[torch.Tensor, int, torch.Tensor, torch.Tensor]] = []
 
     def visit(layer: int, forward) -> None:
         consumers = {site: anatomy.family.consumes[site] for site in sites}
@@ -80,19 +80,15 @@ def _sequential_norms(model, batches, sites, ratio: float) -> dict[str, np.ndarr
             features = anatomy.positions(consumers[site], lowest, total, layer=layer)
             index = torch.as_tensor(features, device=module.weight.device)
             axis = weight_axis(module, "input")
-            zeroed.append((module.weight, axis, index, module.weight.index_select(axis, index)))
-            module.weight.index_fill_(axis, index, 0)
+            zeroed = module.weight.detach().index_fill(axis, index, 0)
+            module.weight = torch.nn.Parameter(zeroed, requires_grad=False)
 
-    try:
+    with unchanged(model):  # its own weights come back, untouched
         walk(model, batches, visit)
-    finally:
-        with torch.no_grad():
-            for weight, axis, index, values in zeroed:
-                weight.index_copy_(axis, index, values)
     return norms
 
 
-@contextlib.contextmanager
+@restoring
 def _squares(modules: dict[str, torch.nn.Module]) -> Iterator[dict[str, np.ndarray]]:
     """Sums of squares of every input feature that the modules read while inside."""
     sums: dict[str, np.ndarray] = {}
@@ -104,9 +100,6 @@ def _squares(modules: dict[str, torch.nn.Module]) -> Iterator[dict[str, np.ndarr
 
         return add
 
-    handles = [module.register_forward_pre_hook(hook(site)) for site, module in modules.items()]
-    try:
+    hooks = [partial(each.register_forward_pre_hook, hook(site)) for site, each in modules.items()]
+    with hooked(*hooks):
         yield sums
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import logging
@@ -18,7 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..assets import first_line, hub_in_reach
 from ..checks import Integer, ListOf, Location, Model, Tokenizer, checked
 from ..domains import encode
-from ..runtime import inference
+from ..guards import restoring
+from ..runtime import inference, seeded
 from ..vocabulary import tokenizer_for
 
 # lm-eval and all it brings along takes seconds to import: it is imported where it is used.
@@ -76,7 +76,7 @@ def benchmark(
         If a task's dataset is neither in reach nor in the local cache.
     """
     words = tokenizer_for(model, tokenizer)
-    with _quiet(), _offline_unless_in_reach(), inference(model):
+    with _quiet(), _offline_unless_in_reach(), inference(model), seeded(seed):
         from lm_eval import simple_evaluate
 
         manager, names = _resolved(tasks, include_path)
@@ -231,7 +231,7 @@ def _table(found: dict) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-@contextlib.contextmanager
+@restoring
 def _quiet() -> Iterator[None]:
     """Without lm-eval's warnings that a model in memory was given, and of defaults it uses."""
     logger = logging.getLogger("lm_eval")
@@ -243,7 +243,7 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-@contextlib.contextmanager
+@restoring
 def _offline_unless_in_reach() -> Iterator[None]:
     """Use what the cache holds, at once: the hub's client retries for half a minute."""
     import datasets

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from ..assets import nearest
 from ..families import Anatomy, weight_axis
+from ..guards import Snapshot, in_use, restoring, unchanged
 
 
 def adapter_targets(model: PreTrainedModel, wanted: Sequence[str] | None) -> list[str]:
@@ -49,11 +50,71 @@ def _fits(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
 
 
-@contextlib.contextmanager
+class Trainable:
+    """A model that is being trained, and what it would be if training ended now.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        The model itself, with whatever is put into it for training.
+    module : torch.nn.Module
+        What to train: the model, or adapters around it.
+    before : Snapshot
+        Of the model before it was made ready.
+    sources : mapping
+        Each parameter that training changes to what its new value comes from.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        module: nn.Module,
+        before: Snapshot,
+        sources: Mapping[nn.Parameter, nn.Parameter | nn.Module],
+    ):
+        self.model, self.module = model, module
+        self.before, self.sources = before, sources
+        self.improved = True
+
+    def values(self) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
+        """Parameters and their new values in the type they are stored in, one after another."""
+        for parameter, source in self.sources.items():
+            if isinstance(source, nn.Parameter):
+                value = source.detach()
+            else:  # W + (alpha / r) B A, in float32
+                delta = source.get_delta_weight("default").detach()
+                value = parameter.detach().to(_wide(parameter)) + delta
+            yield parameter, value.to(parameter.dtype)
+
+    @restoring
+    def given_back(self) -> Iterator[PreTrainedModel]:
+        """The plain model with its new weights, rounded to how they are stored, while inside."""
+        training = Snapshot(self.model)
+        with contextlib.ExitStack() as undo:
+            undo.callback(training.restore)
+            for parameter, value in self.values():
+                waiting = parameter.data.cpu()  # on the CPU the tensor itself
+                undo.callback(_put, parameter, waiting, parameter.device)
+                parameter.data = value
+            self.before.restore()
+            yield self.model
+
+
+def _put(parameter: nn.Parameter, tensor: torch.Tensor, device: torch.device) -> None:
+    parameter.data = tensor.to(device)
+
+
+@restoring
 def adapted(
     model: PreTrainedModel, names: Sequence[str] | None = None, **lora
-) -> Iterator[nn.Module]:
-    """The model made ready to train, and made plain again on leaving.
+) -> Iterator[Trainable]:
+    """The model made ready to train; on leaving it is plain again, with its new weights.
+
+    All weights are trained in copies in float32 at least, whatever type they are stored in: steps
+    smaller than half a unit in the last place would be lost in bfloat16, and gradients in float16.
+    Adapters are in float32 too; the weights below them stay as stored, except float16. If the block
+    ends in an exception, or `Trainable.improved` is False, the weights are the old ones, bit for
+    bit.
 
     Parameters
     ----------
@@ -66,43 +127,66 @@ def adapted(
 
     Yields
     ------
-    torch.nn.Module
-        What to train.
+    Trainable
     """
-    gradients = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    training, use_cache = model.training, model.config.use_cache
-    try:
-        if names is None:
-            # checkpoints with the names in memory: the Trainer knows no others when it reads one,
-            # and passes over what it does not know
-            names_kept = functools.partial(model.save_pretrained, save_original_format=False)
-            model.save_pretrained = names_kept
-            try:
-                with _zeros_kept(model):
-                    yield model
-            finally:
-                del model.save_pretrained
-            return
-        with warnings.catch_warnings():  # peft asks transformers by a name that it now warns of
-            warnings.simplefilter("ignore", FutureWarning)
-            transposed = weight_axis(model.get_submodule(names[0]), "output") == 1
-            config = LoraConfig(target_modules=list(names), fan_in_fan_out=transposed, **lora)
-            peft = get_peft_model(model, config)
-        # checkpoints without embeddings: peft asks the hub whether a pruned one has changed
-        peft.save_pretrained = functools.partial(peft.save_pretrained, save_embedding_layers=False)
-        try:
+    half = any(parameter.dtype == torch.float16 for parameter in model.parameters())
+    with in_use(model):
+        with unchanged(model) as before:
+            if names is None:
+                module, sources = model, _replace_by_copies(model)
+                _keep_zeros(sources.values())
+                # checkpoints with the names in memory: the Trainer knows no others when it reads
+                # one, and passes over what it does not know
+                model.save_pretrained = functools.partial(
+                    model.save_pretrained, save_original_format=False
+                )
+            else:
+                stored = [model.get_submodule(name).weight for name in names]
+                if half:
+                    _replace_by_copies(model)
+                module = _with_adapters(model, names, **lora)
+                sources = dict(zip(stored, map(model.get_submodule, names), strict=True))
+            training = Trainable(model, module, before, sources)
+            yield training
+        if training.improved:
             with torch.no_grad():
-                for name in names:
-                    _spare_zeros(model.get_submodule(name))
-            yield peft
-        finally:
-            peft.merge_and_unload()
-    finally:
-        for parameter in model.parameters():
-            parameter.requires_grad_(gradients.get(parameter, True))
-        model.train(training)
-        model.activation_checkpointing_disable()
-        model.config.use_cache = use_cache
+                for parameter, value in training.values():
+                    parameter.copy_(value)
+
+
+def _wide(tensor: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _replace_by_copies(model: PreTrainedModel) -> dict[nn.Parameter, nn.Parameter]:
+    """Put copies in float32 at least in the place of all parameters; tied ones stay tied."""
+    copies: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                if parameter not in copies:
+                    copy = parameter.detach().to(_wide(parameter), copy=True)
+                    copies[parameter] = nn.Parameter(copy)
+                module._parameters[name] = copies[parameter]
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_floating_point():
+                module._buffers[name] = buffer.to(_wide(buffer))
+    return copies
+
+
+def _with_adapters(model: PreTrainedModel, names: Sequence[str], **lora) -> nn.Module:
+    """Put LoRA adapters around linear layers of the model."""
+    with warnings.catch_warnings():  # peft asks transformers by a name that it now warns of
+        warnings.simplefilter("ignore", FutureWarning)
+        transposed = weight_axis(model.get_submodule(names[0]), "output") == 1
+        config = LoraConfig(target_modules=list(names), fan_in_fan_out=transposed, **lora)
+        peft = get_peft_model(model, config)
+    # checkpoints without embeddings: peft asks the hub whether a pruned one has changed
+    peft.save_pretrained = functools.partial(peft.save_pretrained, save_embedding_layers=False)
+    with torch.no_grad():
+        for name in names:
+            _spare_zeros(model.get_submodule(name))
+    return peft
 
 
 def _spare_zeros(layer: nn.Module) -> None:
@@ -119,19 +203,10 @@ def _spare_zeros(layer: nn.Module) -> None:
             factor.register_hook(lambda grad, mask=mask: grad.masked_fill(mask, 0))
 
 
-@contextlib.contextmanager
-def _zeros_kept(model: PreTrainedModel) -> Iterator[None]:
+def _keep_zeros(parameters: Iterable[nn.Parameter]) -> None:
     """No gradient for weights that are zero; decoupled weight decay leaves zeros alone."""
-    handles = []
-    for parameter in model.parameters():
-        if parameter.requires_grad and parameter.dim() == 2:
+    for parameter in parameters:
+        if parameter.dim() == 2:
             zero = parameter.detach() == 0
             if zero.any():
-                handles.append(
-                    parameter.register_hook(lambda grad, zero=zero: grad.masked_fill(zero, 0))
-                )
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+                parameter.register_hook(lambda grad, zero=zero: grad.masked_fill(zero, 0))

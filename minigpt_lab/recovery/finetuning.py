@@ -8,7 +8,6 @@ disjoint: train, validation, test.
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,12 +19,25 @@ from transformers import (
     PreTrainedTokenizerBase,
     TrainerState,
     TrainingArguments,
-    set_seed,
 )
 
+from ..checks import (
+    Flag,
+    Instance,
+    Integer,
+    ListOf,
+    Location,
+    Model,
+    Number,
+    OneOf,
+    Text,
+    Tokenizer,
+    checked,
+)  # fmt: skip
 from ..domains import Domain, excerpt, tokenize
 from ..ledger import content_hash
-from ..runtime import fingerprint
+from ..offloading import is_offloaded
+from ..runtime import fingerprint, seeded
 from ..vocabulary import tokenizer_for
 from .adapters import adapted, adapter_targets
 from .checkpoints import run_folder
@@ -34,7 +46,21 @@ from .training import KitTrainer, StopTraining
 #: Peak learning rate by method, unless one is given.
 LEARNING_RATES = {"full": 5e-5, "lora": 2e-4}
 
+_DOMAIN = Instance(
+    Domain,
+    "pass all of it, e.g. load_domain('law'): it is trained on one part and judged on another",
+)
 
+
+@checked(
+    model=Model(), tokenizer=Tokenizer(), domain=_DOMAIN, method=OneOf(LEARNING_RATES),
+    epochs=Number(above=0), tokens=Integer(1) | None, learning_rate=Number(above=0) | None,
+    stop_at=Number(above=0) | None, other=_DOMAIN | None, eval_every=Integer(1),
+    eval_characters=Integer(1), patience=Integer(1), seq_len=Integer(2), batch_size=Integer(1),
+    accumulation=Integer(1), warmup=Number(0), checkpointing=Flag(), rank=Integer(1),
+    alpha=Number(above=0), dropout=Number(0, below=1), targets=ListOf(Text(), 1) | None,
+    out_dir=Location() | None, seed=Integer(0, 2**32 - 1), progress=Flag(),
+)  # fmt: skip
 def recover(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -66,7 +92,16 @@ def recover(
     Weights that are zero stay zero (with LoRA: rows and columns of zeros). The best state by
     validation perplexity is kept, after Ctrl-C, a diverged loss or lost patience too; a run that
     only harms changes nothing. Packed windows, AdamW, gradient clipping at 1, linear warm-up,
-    cosine decay, bfloat16 where CUDA has it.
+    cosine decay, products in bfloat16 where CUDA has it.
+
+    Weights stored in bfloat16 or float16 are trained as float32 and rounded at the end; every
+    evaluation measures the model as it would be given back: adapters merged, weights rounded. An
+    exception leaves the model as it was, bit for bit.
+
+    Memory: training all weights takes 16 bytes for each (float32 copy, gradient, Adam's two
+    moments) beside the model as stored. Adapters take that for their own weights only; weights
+    stored in float16 are then trained through as float32, and an evaluation holds the adapted
+    weights a second time, in host memory.
 
     Under ``torchrun`` the processes train one model together, with an `out_dir` that all of them
     see; every process ends with the same weights and the same history.
@@ -74,7 +109,7 @@ def recover(
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        Shrunk, masked or dense; its weights are changed.
+        Shrunk or dense; its weights are changed. All are trained, whatever their `requires_grad`.
     tokenizer : transformers.PreTrainedTokenizerBase
         The model's tokenizer, or the original one of a trimmed model.
     domain : Domain
@@ -125,9 +160,10 @@ def recover(
     pandas.DataFrame
         One row per evaluation, the first before training: ``step, tokens, epoch, train_loss,
         perplexity, other_perplexity, seconds``. Its ``attrs`` say why it stopped (``"stopped"``:
-        finished, recovered, patience, interrupted, diverged, or disk if a checkpoint could not be
-        written), where it was best (``"best_step"``) and, if it recovered, after how many tokens
-        and epochs (``"recovery_tokens"``, ``"recovery_epochs"``).
+        finished, recovered, patience, interrupted, diverged (NaN, or a hundred times worse than
+        both the start and a guess), or disk if a checkpoint could not be written), where it was
+        best (``"best_step"``) and, if it recovered, after how many tokens and epochs
+        (``"recovery_tokens"``, ``"recovery_epochs"``).
 
     Raises
     ------
@@ -137,14 +173,13 @@ def recover(
     TypeError
         If a part of a domain is given, or its name, instead of the domain.
     """
-    for name, given in (("domain", domain), ("other", other)):
-        if not isinstance(given, Domain) and (given is not None or name == "domain"):
-            raise TypeError(
-                f"{name} is {given!r:.60}; expected a whole Domain, e.g. load_domain('law'): it is "
-                "trained on one part and judged on another"
-            )
-    if method not in LEARNING_RATES:
-        raise ValueError(f"unknown method {method!r}; expected one of {sorted(LEARNING_RATES)}")
+    if is_offloaded(model):
+        raise ValueError(
+            "the model's weights wait outside its device, and training changes them all; load it "
+            "without offloading (device_map=None)"
+        )
+    if targets is not None and method != "lora":
+        raise ValueError(f"targets are for method='lora', this is {method!r}; leave them out")
     rate = LEARNING_RATES[method] if learning_rate is None else learning_rate
     settings = {
         "epochs": epochs, "tokens": tokens, "learning_rate": rate, "stop_at": stop_at,
@@ -152,15 +187,6 @@ def recover(
         "seq_len": seq_len, "batch_size": batch_size, "accumulation": accumulation, "rank": rank,
         "alpha": alpha,
     }  # fmt: skip
-    for name, value in settings.items():
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{name} is {value}; expected a number above 0")
-    if not 0 <= warmup < math.inf:
-        raise ValueError(f"warmup is {warmup}; expected updates, or a share of them below 1")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout is {dropout}; expected at least 0 and below 1")
-    if targets is not None and method != "lora":
-        raise ValueError(f"targets are for method='lora', this is {method!r}; leave them out")
     names = adapter_targets(model, targets) if method == "lora" else None
     words = tokenizer_for(model, tokenizer)
     batches = tokenize(domain.train, words, seq_len, tokens)
@@ -177,8 +203,8 @@ def recover(
         "model": fingerprint(model)[:16], "training text": _digest(rows.tolist()),
         "validation text": _digest([list(text) for text in texts.values()]),
     }  # fmt: skip
-    set_seed(seed)  # the adapters begin at random
-    with run_folder(out_dir) as folder, adapted(model, names, **lora) as trained:
+    # the adapters begin at random
+    with seeded(seed), run_folder(out_dir) as folder, adapted(model, names, **lora) as subject:
         arguments = _arguments(
             folder,
             model.device.type,
@@ -195,7 +221,7 @@ def recover(
         arguments.eval_steps = max(1, round(eval_every / (windows * seq_len)))
         arguments.save_steps = arguments.logging_steps = arguments.eval_steps
         trainer = KitTrainer(
-            model=trained,
+            subject=subject,
             args=arguments,
             train_dataset=[{"input_ids": row, "labels": row} for row in rows],
             eval_dataset=[{}],  # asked for, never read: see KitTrainer.evaluate

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import time
@@ -10,7 +9,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
+import numpy as np
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
@@ -19,6 +18,8 @@ from transformers.utils import logging
 
 from ..assets import first_line
 from ..evaluation import perplexity
+from ..guards import restoring
+from .adapters import Trainable
 from .checkpoints import (
     STATE,
     begin_run,
@@ -35,6 +36,8 @@ class _DiskTrouble(Exception):
     """A checkpoint could not be written."""
 
 
+#: Times worse than before training, and than a guess among all tokens: it has diverged.
+ABSURD = 100
 #: What a full disk raises while json, torch and safetensors write.
 _WRITING = (OSError, RuntimeError, SafetensorError)
 
@@ -44,18 +47,22 @@ class KitTrainer(Trainer):
 
     Parameters
     ----------
+    subject : Trainable
+        What is trained.
     measured : tuple
         Tokenizer, texts by name (``"perplexity"`` first), and `seq_len` of an evaluation.
     **options
         Of `transformers.Trainer`.
     """
 
-    def __init__(self, measured: tuple, **options):
-        super().__init__(**options)
+    def __init__(self, subject: Trainable, measured: tuple, **options):
+        super().__init__(model=subject.module, **options)
+        self.subject = subject
         self.remove_callback(PrinterCallback)
         self.measured = measured
         self.began = time.time()
         self.trouble: Exception | None = None
+        self.absurd = math.inf
 
     def run(self, folder: Path, facts: dict, progress: bool) -> tuple[str, dict]:
         """Train, or resume, and put the best state back.
@@ -90,12 +97,10 @@ class KitTrainer(Trainer):
             ended = has_ended(dataclasses.asdict(state))
         level = facts["stop_at"]
         if level is not None and start["eval_perplexity"] <= level:
+            self.subject.improved = False
             return "recovered", start
-        weights = {
-            name: parameter.detach().cpu().clone()
-            for name, parameter in self.model.named_parameters()
-            if parameter.requires_grad
-        }
+        vocabulary = self.subject.model.get_input_embeddings().weight.shape[0]
+        self.absurd = ABSURD * max(start["eval_perplexity"], vocabulary)
         why = "finished"
         if ended:
             self.state = state
@@ -105,9 +110,7 @@ class KitTrainer(Trainer):
             slim(folder)
         best = folder / f"checkpoint-{self.state.best_global_step}"
         if not (self.state.best_metric or math.inf) < start["eval_perplexity"]:
-            with torch.no_grad():
-                for name, value in weights.items():
-                    self.model.get_parameter(name).copy_(value)
+            self.subject.improved = False
         elif (best / STATE).is_file():  # else not written: the model still is in its best state
             self.state.best_model_checkpoint = str(best)
             self._load_best_model()
@@ -132,14 +135,14 @@ class KitTrainer(Trainer):
         return gather_object([value])[0]
 
     def _measure(self) -> dict[str, float]:
-        """Perplexity on every text."""
+        """Perplexity on every text of the model as it would be given back now."""
         tokenizer, texts, seq_len = self.measured
-        adapted = getattr(self.model, "get_base_model", None)  # the model within peft's wrapper
-        model = adapted() if adapted else self.model
-        found = {
-            f"eval_{name}": perplexity(model, tokenizer, text, seq_len).value
-            for name, text in texts.items()
-        }
+        diverged = np.errstate(over="ignore", invalid="ignore")  # what becomes of it is seen later
+        with self.subject.given_back() as model, diverged:
+            found = {
+                f"eval_{name}": perplexity(model, tokenizer, text, seq_len).value
+                for name, text in texts.items()
+            }
         return {**found, "eval_seconds": time.time() - self.began}
 
     def evaluate(self, *_args, **_options) -> dict[str, float]:
@@ -149,12 +152,16 @@ class KitTrainer(Trainer):
         except ValueError as error:  # the texts were fine before training: the model gives NaN
             metrics = FloatingPointError(str(error))
         metrics = self._agreed(metrics)
+        if not isinstance(metrics, Exception) and not math.isfinite(metrics["eval_perplexity"]):
+            metrics = FloatingPointError("the perplexity is infinite")
         if isinstance(metrics, Exception):
             raise metrics
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
+        if metrics["eval_perplexity"] > self.absurd:
+            raise FloatingPointError("the loss has diverged")
         return metrics
 
     def save_model(self, *args, **options) -> None:
@@ -193,7 +200,7 @@ class KitTrainer(Trainer):
             rotate(folder.parent, self.state.best_model_checkpoint)
 
 
-@contextlib.contextmanager
+@restoring
 def _quiet() -> Iterator[None]:
     """Without a bar per file, or a warning that checkpoints of the same second look alike."""
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

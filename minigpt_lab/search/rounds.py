@@ -12,7 +12,6 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
 
 import numpy as np
 import pandas as pd
@@ -21,6 +20,17 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..allocation import unit_counts, unit_steps
+from ..checks import (
+    Batches,
+    Flag,
+    Instance,
+    Integer,
+    ListOf,
+    Location,
+    Model,
+    Number,
+    checked,
+)  # fmt: skip
 from ..compensation import Solver
 from ..domains import unpadded
 from ..ledger import Ledger
@@ -31,6 +41,7 @@ from ..shards import Shards
 from ..statistics import tokens_hash
 from .budgets import Budget, Budgets
 from .descent import Descent
+from .supernet import supernet
 from .trials import Trials
 
 #: Allocations that a search starts from: the better one; its first supernet is calibrated on what
@@ -69,18 +80,19 @@ class Search:
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("levels", "rounds", "steps"):
-            value = getattr(self, name)
-            if not isinstance(value, Integral) or value < 1:
-                raise ValueError(f"search: {name} is {value!r}; expected a whole number, 1 or more")
-        for name in ("share", "rate"):
-            value = getattr(self, name)
-            if not isinstance(value, Real) or not 0 < value <= 1:
-                raise ValueError(f"search: {name} is {value!r}; expected a number in (0, 1]")
-        if not isinstance(self.seed, Integral) or self.seed < 0:
-            raise ValueError(f"search: seed is {self.seed!r}; expected a whole number, 0 or more")
+        share = Number(above=0, high=1)
+        for name, check in {
+            "levels": Integer(1), "rounds": Integer(1), "steps": Integer(1), "share": share,
+            "rate": share, "seed": Integer(0),
+        }.items():  # fmt: skip
+            object.__setattr__(self, name, check(f"search: {name}", getattr(self, name)))
 
 
+@checked(
+    model=Model(), batches=Batches(), groups=ListOf(Instance(Group), 1), leave=Number(),
+    options=Instance(Solver) | None, search=Instance(Search) | None, out_dir=Location() | None,
+    progress=Flag(),
+)  # fmt: skip
 def search_counts(
     model: PreTrainedModel,
     batches: Iterable[dict[str, torch.Tensor]],
@@ -168,9 +180,10 @@ def search_counts(
             budgets = Budgets.around(starts.values(), groups, steps, search.levels, leave)
             begin = {name: budgets.budget(counts) for name, counts in starts.items()}
             base = next(iter(begin.values()))
-            build = (others, groups, budgets.counts, base, options, offload, progress)
+            build = (others, groups, base, options, offload, progress)
             recipe = {**facts, "counts": budgets.counts, "base": base}
-            with Trials(model, chosen, recipe, build, Shards(offload), ledger) as trials:
+            with supernet(model, groups, budgets.counts, offload) as net:
+                trials = Trials(model, chosen, recipe, net, build, Shards(offload), ledger)
                 rows = list(_descend(trials, budgets, begin, search, turn, bar.update))
             best = min((row for row in rows if row["enough"]), key=lambda row: row["kl"])
             bar.set_postfix(kl=f"{best['kl']:.3f}")

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from ..compensation import Problem, Solver, bias_shift, problem, solve_levels
 from ..elimination import full_precision
 from ..families import Anatomy, weight_axis
+from ..guards import restoring, unchanged
 from ..layerwise import LayerPass, enter
 from ..runtime import inference
 from ..schedules import Group
@@ -137,7 +138,7 @@ class Supernet:
             rises.append(rise.to(value.device))
         return float(value.detach()), np.array(torch.stack(rises).tolist())
 
-    @contextlib.contextmanager
+    @restoring
     def _asked(self) -> Iterator[list[tuple[nn.Parameter, nn.Parameter | None]]]:
         """Every projection's weight and bias, to be differentiated."""
         pairs = []
@@ -169,26 +170,49 @@ class Supernet:
         return group * max(map(len, self.counts)) + level
 
 
-@contextlib.contextmanager
+@restoring
 def supernet(
     model: PreTrainedModel,
-    windows: Sequence[torch.Tensor],
     groups: Sequence[Group],
     counts: Sequence[Sequence[int]],
-    base: Budget,
-    options: Solver,
     offload: str = "device",
-    progress: bool = True,
 ) -> Iterator[Supernet]:
-    """Find every level in one walk; on leaving, the model is what it was, bit for bit.
+    """A model as a supernet; on leaving it is what it was, bit for bit. `find_levels` fills it.
 
     Parameters
     ----------
     model : transformers.PreTrainedModel
         A supported causal language model.
+    groups, counts, offload
+        See `Supernet`.
+    """
+    net = Supernet(Anatomy(model), groups, counts, offload)
+    with unchanged(model), inference(model), full_precision():
+        model.requires_grad_(False)  # `slopes` asks for the gradients that it needs
+        yield net
+
+
+def find_levels(
+    model: PreTrainedModel,
+    net: Supernet,
+    windows: Sequence[torch.Tensor],
+    groups: Sequence[Group],
+    base: Budget,
+    options: Solver,
+    offload: str = "device",
+    progress: bool = True,
+) -> None:
+    """Find every level of every group in one walk.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        That of the supernet.
+    net : Supernet
+        Filled.
     windows : sequence of torch.Tensor
         Calibration tokens ``[window, token]``.
-    groups, counts, offload
+    groups, offload
         See `Supernet`.
     base : tuple of int
         The level of every group that the layers behind it are calibrated on.
@@ -202,21 +226,7 @@ def supernet(
     ValueError
         If a hidden state is not finite (its layer is named).
     """
-    net = Supernet(Anatomy(model), groups, counts, offload)
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        model.requires_grad_(False)  # `slopes` asks for the gradients that it needs
-        with inference(model), full_precision():
-            _walk(model, windows, net, groups, base, options, Shards(offload), progress)
-            yield net
-    finally:
-        for group in range(len(groups)):  # all: an interrupt may come between set and noted
-            net.set(group, 0)
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-
-
-def _walk(model, windows, net, groups, base, options, hidden: Shards, progress) -> None:
+    hidden = Shards(offload)
     anatomy, calls = Anatomy(model), enter(model, [{"input_ids": ids} for ids in windows], hidden)
     last = max(group.layer for group in groups)
     for layer in tqdm(range(last + 1), "supernet", unit="layer", disable=not progress):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 
 import numpy as np
@@ -13,11 +12,11 @@ from transformers import PreTrainedModel
 from ..ledger import Ledger, content_hash
 from ..shards import Shards
 from .budgets import Budget
-from .supernet import Supernet, supernet
+from .supernet import Supernet, find_levels
 
 
 class Trials:
-    """Measures budgets on some tokens; a supernet is built only if one is not known already.
+    """Measures budgets on some tokens; levels are found only if one is not known already.
 
     Parameters
     ----------
@@ -25,8 +24,10 @@ class Trials:
         What is measured, and the tokens ``[window, token]`` on which.
     recipe : dict
         What the measurements depend on, beside the budget.
+    net : Supernet
+        Filled when something is to be measured.
     build : tuple
-        Arguments of `supernet` after the model.
+        Arguments of `find_levels` after the supernet.
     dense : Shards
         Where the dense predictions wait.
     ledger : Ledger
@@ -38,22 +39,16 @@ class Trials:
         model: PreTrainedModel,
         chosen: list[torch.Tensor],
         recipe: dict,
+        net: Supernet,
         build: tuple,
         dense: Shards,
         ledger: Ledger,
     ):
-        self.model, self.chosen, self.build = model, chosen, build
+        self.model, self.chosen, self.net, self.build = model, chosen, net, build
         self.dense, self.ledger = dense, ledger
         self.recipe = content_hash([json.dumps(recipe, sort_keys=True)])
         self.tokens = sum(ids.numel() for ids in chosen)
-        self.net: Supernet | None = None
-        self.stack = contextlib.ExitStack()
-
-    def __enter__(self) -> Trials:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.stack.close()
+        self.ready = False
 
     def divergence(self, budget: Budget) -> float:
         """Mean KL divergence of a token's predictions from the dense ones, in nats."""
@@ -66,8 +61,8 @@ class Trials:
         return np.array(found["rises"])
 
     def _supernet(self, budget: Budget) -> Supernet:
-        if self.net is None:
-            self.net = self.stack.enter_context(supernet(self.model, *self.build))
+        if not self.ready:
+            find_levels(self.model, self.net, *self.build)
             self.net.set_all((0,) * len(budget))
             for index in range(len(self.chosen)):
                 # float16 is the finer the more likely a token is, and so the more it counts
@@ -77,6 +72,7 @@ class Trials:
                         "the model's own predictions are not finite: check its weights"
                     )
                 self.dense[index] = predictions.half()
+            self.ready = True
         self.net.set_all(budget)
         return self.net
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import html
 import threading
 from collections.abc import Callable
+from functools import partial
 
 import ipywidgets
 from IPython.display import HTML
 from transformers import PreTrainedTokenizerBase
 
+from ..checks import Integer, Texts, Tokenizer, checked
 from ..domains import excerpt
 from ..evaluation import perplexity
+from ..guards import hooked, waits_for_me, when_waiting
 from ..surgery import shrink
 from .base import alarm, size_words
 from .pruning import RatioExplorer, ThresholdExplorer
@@ -24,7 +27,8 @@ class Cancelled(Exception):
 class ModelJob:
     """A button for what needs a model: runs in the background, can be cancelled.
 
-    If the work fails or is cancelled, the last result stays and the reason stands below it.
+    If the work fails or is cancelled, the last result stays and the reason stands below it. A model
+    that a cell is using is waited for, and the line below the bar says so.
 
     Parameters
     ----------
@@ -67,16 +71,34 @@ class ModelJob:
         self._thread.start()
 
     def wait(self) -> None:
-        """Return when the work has ended."""
-        if self._thread is not None:
-            self._thread.join()
+        """Return when the work has ended.
+
+        Raises
+        ------
+        RuntimeError
+            If it waits for a model that this thread holds: inside `masked`, say.
+        """
+        while self._thread is not None and self._thread.is_alive():
+            self._thread.join(0.1)
+            if waits_for_me(self._thread):
+                self._stop.set()
+                raise RuntimeError(
+                    f"the job {self.button.description!r} waits for a model that this cell holds; "
+                    "leave the with block (masked, say) first"
+                )
 
     def _tick(self, done: float) -> None:
         if self._stop.is_set():
             raise Cancelled
-        self.progress.value = min(done, 1.0)
+        self.progress.value, self.state.value = min(done, 1.0), "running …"
+
+    def _waits(self, name: str, _seconds: float) -> None:
+        if self._stop.is_set():
+            raise Cancelled
+        self.state.value = f"waiting: the {html.escape(name)} is in use …"
 
     def _run(self) -> None:
+        when_waiting(self._waits)
         try:
             self.result.value = html.escape(self.work(self._tick))
             self.state.value, self.progress.value = "", 1.0
@@ -88,6 +110,7 @@ class ModelJob:
             self.button.disabled, self.cancel.disabled = False, True
 
 
+@checked(tokenizer=Tokenizer(), texts=Texts(), max_tokens=Integer(2), seq_len=Integer(2))
 def perplexity_job(
     explorer: ThresholdExplorer | RatioExplorer,
     tokenizer: PreTrainedTokenizerBase,
@@ -122,8 +145,8 @@ def perplexity_job(
             calls += 1
             tick((calls - 1) / batches)
 
-        mini.register_forward_pre_hook(count)
-        found = perplexity(mini, tokenizer, held_out, seq_len, max_characters=None)
+        with hooked(partial(mini.register_forward_pre_hook, count)):
+            found = perplexity(mini, tokenizer, held_out, seq_len, max_characters=None)
         return f"{size_words(plan.predicted_size(explorer.model))}: {found}"
 
     return ModelJob("measure perplexity", work)
