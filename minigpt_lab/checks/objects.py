@@ -152,7 +152,8 @@ class Texts(Check):
         """A string, or a sequence of them (other iterables become a list)."""
         if isinstance(value, str):
             return value
-        if isinstance(value, bytes | Mapping) or not isinstance(value, Iterable):
+        odd = bytes | Mapping | torch.Tensor
+        if isinstance(value, odd) or not isinstance(value, Iterable):
             return REFUSED
         value = value if isinstance(value, Sequence) else list(value)
         return value if all(isinstance(text, str) for text in value) else REFUSED

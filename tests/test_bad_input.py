@@ -1,0 +1,230 @@
+"""Whatever a public function is given, it works with it or refuses it in one sentence."""
+
+import inspect
+import traceback
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import minigpt_lab as lab
+
+PACKAGE = Path(lab.__file__).resolve().parent
+
+
+class Odd:
+    """Of no use to anything."""
+
+    def __repr__(self):
+        return "<odd>"
+
+
+def bad_values(domain) -> dict[str, object]:
+    """What people pass by mistake, by what it is."""
+    ids = torch.tensor([[5, 6, 7, 8]])
+    return {
+        "None": None,
+        "a word": "purple",
+        "nothing said": "",
+        "bytes": b"text",
+        "minus one": -1,
+        "zero": 0,
+        "a half": 0.5,
+        "NaN": float("nan"),
+        "infinity": float("inf"),
+        "True": True,
+        "numpy's minus three": np.int64(-3),
+        "torch's NaN": torch.tensor(float("nan")),
+        "an array": np.array([0.5, 2.0]),
+        "a complex number": 1j,
+        "an empty list": [],
+        "a list of None": [None],
+        "a mapping": {"a": 1},
+        "a missing file": Path("no/such/file.txt"),
+        "a Domain": domain,
+        "one batch": {"input_ids": ids},
+        "ids of one dimension": [{"input_ids": ids[0]}],
+        "ids out of range": [{"input_ids": ids + 10**6}],
+        "ids of floats": [{"input_ids": ids.float()}],
+        "a mask of twos": [{"input_ids": ids, "attention_mask": ids * 0 + 2}],
+        "a function": lambda *_: -5,
+        "an object": Odd(),
+        "a module": torch.nn.Linear(2, 2),
+    }
+
+
+@pytest.fixture(scope="module")
+def things(tmp_path_factory):
+    """Small things of every kind that public functions take."""
+    model, tokenizer = lab.load_model("tiny-llama", device="cpu")
+    domain = lab.load_domain("tiny-law")
+    batches = lab.tokenize(domain.calibration, tokenizer, seq_len=32, max_tokens=128)
+    statistics = lab.collect_statistics(model, batches, progress=False)
+    scores = lab.score("magnitude", model)
+    plan = lab.contextual_plan(model, statistics, quantile=0.2)
+    names = ["model.layers.0.mlp.down_proj"]
+    questions = domain.questions[:2]
+    answers = lab.answer_questions(model, tokenizer, questions)
+    hessians = lab.collect_hessians(model, batches, down_projections(model), progress=False)
+    return {
+        "model": model, "tokenizer": tokenizer, "domain": domain, "batches": batches,
+        "statistics": statistics, "scores": scores, "plan": plan, "names": names,
+        "questions": questions, "answers": answers, "hessians": hessians,
+        "folder": tmp_path_factory.mktemp("out"),
+    }  # fmt: skip
+
+
+def down_projections(model) -> list[str]:
+    return [name for name, _ in model.named_modules() if name.endswith("mlp.down_proj")]
+
+
+def calls(t: dict) -> dict[str, dict]:
+    """Arguments with which every public function runs, in well under a second if it can."""
+    pair = {"model": t["model"], "tokenizer": t["tokenizer"]}
+    read = {"model": t["model"], "batches": t["batches"]}
+    test, domains = lab.excerpt(t["domain"].test, max_characters=600), [t["domain"]]
+    return {
+        "answer_questions": {
+            **pair, "questions": t["questions"], "score": "logprob", "style": "cloze",
+            "seq_len": 128, "batch_size": 2, "progress": False,
+        },
+        "benchmark": {**pair, "tasks": "no_such_task", "num_fewshot": 0, "limit": 1,
+                      "batch_size": 1, "include_path": None, "seed": 0},
+        "bias_compensated": {"model": t["model"], "plan": t["plan"], "statistics": t["statistics"]},
+        "block_influence": read,
+        "check_disjoint": {"parts": {"a": ("one text",), "b": ("another one",)}},
+        "collect_hessians": {**read, "names": t["names"], "progress": False},
+        "collect_statistics": {**read, "path": None, "progress": False},
+        "compare_answers": {"first": t["answers"], "second": t["answers"]},
+        "contextual_plan": {
+            "model": t["model"], "statistics": t["statistics"], "epsilon_linear": 0.001,
+            "epsilon_activation": 0.01, "epsilon_embedding": 0.0, "quantile": None,
+            "tokenizer": t["tokenizer"], "token_counts": None, "units": "kv_group",
+        },
+        "count_tokens": {"texts": test, "tokenizer": t["tokenizer"]},
+        "criterion": {"name": "a_name_of_a_test"},
+        "describe": {"model": t["model"]},
+        "domain_matrix": {
+            **pair, "domains": domains, "plans": {("tiny-law", 0): t["plan"]}, "test_tokens": 64,
+            "seq_len": 32, "recovery_tokens": 0, "recovery_draws": 1, "recover_on": "mix",
+            "n_bootstrap": 10, "seed": 0, "out_dir": None,
+        },
+        "domain_names": {"tiny": True},
+        "domain_plans": {
+            **pair, "domains": domains, "ratio": 0.3, "draws": 1, "calibration_tokens": 64,
+            "seq_len": 32, "sites": ("ffn",), "out_dir": None,
+        },
+        "efficiency": {**pair, "dense": None, "seq_len": 16, "new_tokens": 2, "batch_size": 1,
+                       "repeats": 1},
+        "excerpt": {"texts": test, "tokenizer": t["tokenizer"], "max_tokens": 64,
+                    "max_characters": 100},
+        "generate": {**pair, "prompt": "The court", "max_new_tokens": 2},
+        "gradient_cosine": {**read, "sites": ("ffn",), "checkpointing": False, "eps": 1e-3,
+                            "n_draws": 1, "per_sample": False, "seed": 0},
+        "label": {"model": t["model"]},
+        "load_domain": {"name_or_path": "tiny-law", "column": None, "online": False},
+        "load_domains": {"names_or_paths": ["tiny-law"]},
+        "load_model": {"name_or_path": "tiny-llama", "dtype": "auto", "device": "cpu"},
+        "make_domain": {"name": "mine", "documents": list(test) * 1, "title": "", "licence": "",
+                        "attribution": "", "question_sources": ()},
+        "model_size": {"model": t["model"], "dense": None},
+        "perplexity": {
+            **pair, "texts": test, "seq_len": 32, "stride": 16, "max_characters": 300,
+            "max_tokens": 64, "batch_size": 2, "n_bootstrap": 10, "seed": 0, "progress": False,
+        },
+        "plan_from_scores": {
+            "model": t["model"], "scores": t["scores"], "ratio": 0.2, "parameters": None,
+            "threshold": None, "allocation": "uniform", "ratio_of": "units", "keep_layers": (0, 0),
+            "multiple_of": 1,
+        },
+        "position_bias": {**pair, "questions": t["questions"], "score": "logprob",
+                          "style": "letters"},
+        "recover": {
+            **pair, "domain": t["domain"], "method": "lora", "epochs": 0.1, "tokens": 32,
+            "learning_rate": 1e-4, "stop_at": None, "other": None, "eval_every": 32,
+            "eval_characters": 200, "patience": 1, "seq_len": 16, "batch_size": 1,
+            "accumulation": 1, "warmup": 0.0, "checkpointing": False, "rank": 2, "alpha": 2,
+            "dropout": 0.0, "targets": ["q_proj"], "out_dir": None, "seed": 0, "progress": False,
+        },
+        "save_model": {**pair, "path": t["folder"] / "saved", "portable": False},
+        "score": {
+            "name": "magnitude", "model": t["model"], "batches": t["batches"], "statistics": None,
+            "sites": ("ffn",), "units": "kv_group", "cache": False,
+        },
+        "shrink": {"model": t["model"], "plan": t["plan"]},
+        "slimgpt": {
+            **read, "ratio": 0.2, "parameters": None, "sites": ("ffn",), "units": "kv_group",
+            "allocation": "uniform", "ratio_of": "units", "keep_layers": (0, 0), "multiple_of": 1,
+            "counts": None, "search": None, "inplace": False, "offload": "device", "out_dir": None,
+            "progress": False, "error": "exact", "damp": 0.3, "damping": "feature", "bias": "keep",
+            "schedule": "paper",
+        },
+        "smallest_within": {
+            **read, "domain": t["domain"], "increase": 0.5, "tokenizer": None, "most": 0.5,
+            "tolerance": 0.4, "seq_len": 32, "max_tokens": 64, "out_dir": None, "progress": False,
+        },
+        "tokenize": {"texts": test, "tokenizer": t["tokenizer"], "seq_len": 16, "max_tokens": 64,
+                     "batch_size": 2},
+        "tokenizer_for": pair,
+        "trim_tokenizer": {"tokenizer": t["tokenizer"], "kept": list(range(len(t["tokenizer"])))},
+        "weight_compensated": {"model": t["model"], "plan": t["plan"], "hessians": t["hessians"],
+                               "damp": 0.01},
+    }  # fmt: skip
+
+
+FUNCTIONS = sorted(
+    name
+    for name in lab.__all__
+    if inspect.isfunction(getattr(lab, name)) and name not in ("check", "masked")
+)
+
+
+def raw(error: BaseException) -> str:
+    """Why an error is no sentence of ours; empty if it is one."""
+    place = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
+    if PACKAGE not in place.parents:
+        return f"raised in {place.name}"
+    if not isinstance(error, ValueError | TypeError | OSError | RuntimeError):
+        return f"is a {type(error).__name__}"
+    text = str(error)
+    return "is no sentence" if "\n" in text or not 15 < len(text) < 500 else ""
+
+
+def run(name: str, arguments: dict) -> str:
+    try:
+        getattr(lab, name)(**arguments)
+    except Exception as error:
+        why = raw(error)
+        return why and f"{type(error).__name__} {why}: {str(error)[:120]!r}"
+    return ""
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_every_argument_of_every_function(name, things, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    valid, complaints = calls(things)[name], []
+    for argument in valid:
+        for what, value in bad_values(things["domain"]).items():
+            complaint = run(name, {**valid, argument: value})
+            if complaint:
+                complaints.append(f"{argument}={what}: {complaint}")
+    assert not complaints, "\n" + "\n".join(complaints)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_numbers_of_numpy_and_torch_are_numbers(name, things, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    valid = calls(things)[name]
+
+    def as_numpy(value):
+        return {int: np.int64, float: np.float64, bool: np.bool_}.get(type(value), lambda v: v)(
+            value
+        )
+
+    def as_torch(value):
+        return torch.tensor(value) if type(value) in (int, float) else value
+
+    expected = run(name, valid)
+    for form in (as_numpy, as_torch):
+        assert run(name, {k: form(v) for k, v in valid.items()}) == expected
