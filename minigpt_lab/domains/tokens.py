@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 
@@ -13,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from ..checks import Integer, InvalidArgument, Texts, Tokenizer, check_batch, checked
 from ..vocabulary import merge_table, protected_tokens
 from .domain import Part
-from .running import SEPARATOR, as_passages, token_ids, window_prefix
+from .running import SEPARATOR, as_passages, running_text, token_ids, window_prefix
 
 
 class Batches(list):
@@ -111,14 +110,19 @@ def excerpt(
 def _within(passages: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> int:
     """How many first passages have at most so many tokens together; at least one."""
 
-    def size(count: int) -> int:
-        return len(token_ids(passages[:count], tokenizer, max_tokens + 1))
+    def fit(count: int) -> bool:
+        return len(token_ids(passages[:count], tokenizer, max_tokens + 1)) <= max_tokens
 
-    above = 1  # doubled until over the budget, then halved: the rest of a long text is not read
-    while above < len(passages) and size(above) <= max_tokens:
-        above *= 2
-    counts = range(above // 2, min(above, len(passages)) + 1)
-    return max(1, counts[0] + bisect_right(counts, max_tokens, key=size) - 1)
+    begun = running_text(passages, tokenizer, max_tokens + 1).passage
+    if len(begun) <= max_tokens:
+        return len(passages)
+    count = int(begun[-1])  # passages before the one that the first token too many begins in
+    # What follows a passage may change its last tokens: count it as it ends the text.
+    while fit(count + 1):
+        count += 1
+    while count > 1 and not fit(count):
+        count -= 1
+    return max(1, count)
 
 
 @checked(
