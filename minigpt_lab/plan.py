@@ -19,8 +19,9 @@ from transformers import PreTrainedModel
 
 from .checks import Location, checked
 from .families import ALL_SITES, SITES, Anatomy, weight_axis
+from .locations import located
 from .sizes import Size, layer_parameters, token_parameters
-from .storage import Damaged, kept, located, read_json, write_json
+from .storage import Damaged, kept, read_json, write_json
 
 _HASH = re.compile(r"\b[0-9a-f]{64}\b")  # shown by its first digits
 

@@ -12,9 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .biases import given_parameters
 from .checks import Flag, Location, Model, Tokenizer, checked
 from .families import Anatomy
+from .locations import UnusablePath, folder_to_write
 from .models import FORMAT, SIDECAR, load_model
 from .runtime import inference
-from .storage import Damaged, UnusablePath, folder_to_write, read_json, staged, write_json
+from .storage import Damaged, read_json, staged, write_json
 from .vocabulary import tokenizer_for
 
 
