@@ -27,7 +27,8 @@ from .experiments import (
     varying,
     write_report,
 )
-from .storage import file_to_write, staged
+from .locations import file_to_write
+from .storage import staged
 
 DEFAULT = "03_contextual_pruning"  # what `run` runs unasked
 _FACTS = ("notebook", "status", "smoke", "model", "device")  # shown where they differ

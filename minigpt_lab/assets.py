@@ -26,12 +26,12 @@ from urllib.request import getproxies
 
 from platformdirs import user_cache_path
 
+from .locations import located
 from .storage import (
     Damaged,
     Scratch,
     explained,
     kept,
-    located,
     not_written,
     read_json,
     returned_anyway,

@@ -9,7 +9,8 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .storage import Damaged, explained, file_to_read, file_to_write, kept, returned_anyway
+from .locations import file_to_read, file_to_write
+from .storage import Damaged, explained, kept, make_folder, returned_anyway
 
 
 class Ledger:
@@ -53,7 +54,7 @@ class Ledger:
                 # a line of its own, also after one that was cut off
                 line = "\n" + json.dumps({"key": key, "found": self.found[key]})
                 with returned_anyway("a result is"), explained(self.path):
-                    self.path.parent.mkdir(parents=True, exist_ok=True)
+                    make_folder(self.path.parent)
                     with self.path.open("a", encoding="utf-8") as file:
                         file.write(line)
         return self.found[key]

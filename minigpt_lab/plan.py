@@ -19,8 +19,9 @@ from transformers import PreTrainedModel
 
 from .checks import Integer, Items, Location, Model, Number, OneOf, Table, Text, checked
 from .families import ALL_SITES, ATTENTION_UNITS, SITES, Anatomy, weight_axis
+from .locations import located
 from .sizes import Size, layer_parameters, token_parameters
-from .storage import Damaged, kept, located, read_json, write_json
+from .storage import Damaged, kept, read_json, write_json
 
 _INDICES = Items(Integer(0))
 _SIDES = OneOf(["input", "output", "bias"])

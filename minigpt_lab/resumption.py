@@ -11,16 +11,9 @@ import torch
 
 from .biases import give_bias
 from .families import Anatomy
+from .locations import folder_to_write
 from .shards import Shards
-from .storage import (
-    Damaged,
-    explained,
-    folder_to_write,
-    kept,
-    read_json,
-    remove_empty,
-    write_json,
-)
+from .storage import Damaged, kept, make_folder, read_json, remove_empty, write_json
 from .tensor_files import SUFFIX, is_of, read_tensors, write_tensors
 
 STATE = "state.json"
@@ -55,20 +48,19 @@ class Finished:
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = folder_to_write(folder)
-        with explained(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         found = kept(self.folder / STATE, _read_state, ".json") or {}
         self.found: dict[str, object] | None = found.get("recipe")
         self.layers: list[dict[str, dict]] = found.get("layers", [])  # site to {"kept", "error"}
         self.recipe: dict[str, object] = {}
-        for path in _tensor_files(self.folder):
+        needed = [self._weights(layer) for layer, cuts in enumerate(self.layers) if cuts]
+        hidden = self._hidden(len(self.layers))
+        for path in {*_tensor_files(self.folder)} - {*needed, hidden}:
             if not is_of(path, _KIND):
                 raise FileExistsError(
                     f"{path} exists and is of no run; it is left alone: choose another folder"
                 )
-        needed = [self._weights(layer) for layer, cuts in enumerate(self.layers) if cuts]
         missing = [path for path in needed if kept(path, _read, SUFFIX) is None]
-        hidden = self._hidden(len(self.layers))
         waits = found.get("hidden", hidden.exists())
         if missing or (waits and kept(hidden, _read, SUFFIX) is None):
             self.found, self.layers = None, []

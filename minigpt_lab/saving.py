@@ -13,9 +13,10 @@ from .biases import given_parameters
 from .checks import Flag, Location, Model, Tokenizer, checked
 from .families import Anatomy
 from .loading import FORMAT, SIDECAR
+from .locations import UnusablePath, folder_to_write
 from .models import load_model
 from .runtime import inference, settings_saved_as_they_are
-from .storage import Damaged, UnusablePath, folder_to_write, read_json, staged, write_json
+from .storage import Damaged, read_json, staged, write_json
 from .vocabulary import tokenizer_for
 
 

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from .checks import Location, OneOf, checked
-from .storage import Scratch, explained, folder_to_write
+from .locations import folder_to_write
+from .storage import Scratch, explained
 
 PLACES = ("device", "cpu", "disk")
 

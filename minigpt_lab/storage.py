@@ -24,16 +24,21 @@ from typing import TypeVar
 
 from filelock import FileLock, Timeout
 
+from .locations import (
+    UnusablePath,
+    file_to_read,
+    file_to_write,
+    folder_to_write,
+    located,
+    require_makeable,
+)
+
 _LOCK, _NEW, _OLD = "owner.lock", "new", "old"
 _SUFFIX = ".writing"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 #: What a disk or its permissions refuse; other errors while writing are not about the disk.
 _TROUBLE = (*_FULL, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
 Loaded = TypeVar("Loaded")
-
-
-class UnusablePath(OSError, ValueError):
-    """A path that cannot be read or written as asked."""
 
 
 class NotWritten(OSError):
@@ -44,94 +49,18 @@ class Damaged(ValueError):
     """A file of the package that cannot be read whole."""
 
 
-def located(path: str | os.PathLike) -> Path:
-    """The path that a user means: a leading ``~`` is the home folder, as in a shell.
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it.
 
     Raises
     ------
-    UnusablePath
-        If it is empty, of bytes, or holds a null character.
+    NotWritten
+        If the system refuses.
     """
-    text = os.fspath(path)
-    if not isinstance(text, str) or not text or "\0" in text:
-        raise UnusablePath(f"{text!r} is no path; expected text without null characters")
-    return Path(os.path.expanduser(text))  # noqa: PTH111, an unknown user's name stays as it is
-
-
-def file_to_write(path: str | os.PathLike) -> Path:
-    """The path of a file that can be written, or written anew; asked before long work begins.
-
-    Raises
-    ------
-    UnusablePath
-        If it is a folder, a device or read-only, or its folder cannot be made or written.
-    """
-    final = located(path)
-    _require_makeable(final)
-    if final.is_dir() or os.fspath(path).endswith(("/", os.sep)):
-        raise UnusablePath(
-            f"{path} names a folder; expected the path of a file, and a folder is never replaced; "
-            f"add a file name, such as {final / 'NAME'}"
-        )
-    if final.exists():
-        if not final.is_file():
-            raise UnusablePath(f"{final} is a pipe or device; expected the path of a file")
-        if not os.access(final, os.W_OK):
-            raise UnusablePath(f"{final} is read-only; make it writable or choose another path")
-    return final
-
-
-def folder_to_write(path: str | os.PathLike) -> Path:
-    """The path of a folder that can be made or written into; asked before long work begins.
-
-    Raises
-    ------
-    UnusablePath
-        If it is a file, or cannot be made or written.
-    """
-    final = located(path)
-    _require_makeable(final)
-    if os.path.lexists(final) and not final.is_dir():
-        raise UnusablePath(f"{final} is a file; expected a folder; choose another path")
-    if final.is_dir() and not os.access(final, os.W_OK | os.X_OK):
-        raise UnusablePath(f"{final} is read-only; make it writable or choose another path")
-    return final
-
-
-def file_to_read(path: str | os.PathLike) -> Path:
-    """The path of a file that can be opened.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is none.
-    UnusablePath
-        If it is a folder, pipe or device (opening a pipe would wait for a writer).
-    """
-    final = located(path)
-    if not final.exists():
-        raise FileNotFoundError(f"{final} does not exist; give the path that it was saved under")
-    if not final.is_file():
-        raise UnusablePath(f"{final} is no file; give the path that it was saved under")
-    return final
-
-
-def _require_makeable(final: Path) -> None:
-    """Refuse a path whose folders cannot be made, or that has a name the system does not take."""
     try:
-        final.stat()
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ENOTDIR):
-            raise UnusablePath(
-                f"{final} cannot be written ({os.strerror(error.errno)}); choose another path"
-            ) from error
-    parent = next(folder for folder in final.absolute().parents if os.path.lexists(folder))
-    if not parent.is_dir():
-        raise UnusablePath(f"{parent} is a file, so {final} cannot be in it; choose another path")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise UnusablePath(
-            f"{parent} is read-only, so {final} cannot be written; choose another path"
-        )
+        raise not_written(folder, error.errno or errno.EIO) from error
 
 
 class Scratch:
@@ -151,7 +80,7 @@ class Scratch:
     """
 
     def __init__(self, parent: Path, name: str):
-        parent.mkdir(parents=True, exist_ok=True)
+        make_folder(parent)
         clear_scratch(parent)
         while True:
             folder = tempfile.mkdtemp(prefix=f".{name[:40]}-", suffix=_SUFFIX, dir=parent)
@@ -238,7 +167,7 @@ def staged(path: Path, ours: Callable[[Path], set[str]] | None = None) -> Iterat
         If the path cannot be written.
     """
     final = located(path).resolve()
-    _require_makeable(final)
+    require_makeable(final)
     with explained(final), Scratch(final.parent, final.name) as scratch:
         staging = scratch.path / final.name
         yield staging
@@ -410,7 +339,7 @@ def read_json(path: Path) -> object:
     """
     try:
         return json.loads(file_to_read(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Damaged(f"{path} is no readable JSON file ({error})") from error
 
 

@@ -13,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .checks import plain
-from .storage import Damaged, file_to_read, file_to_write, staged
+from .locations import file_to_read, file_to_write
+from .storage import Damaged, staged
 
 SUFFIX = ".safetensors"
 _HASH = "content_sha256"
@@ -46,14 +47,15 @@ def write_tensors(
         If the disk refuses.
     """
     path = file_to_write(path)
-    if path.exists() and path.stat().st_size and not is_of(path, kind):
+    if path.exists() and not is_of(path, kind):
         raise FileExistsError(
             f"{path} exists and holds no {kind}; it is left alone: choose another path"
         )
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    metadata = {kind: json.dumps(header, default=plain), _HASH: _digest(tensors)}
+    # one entry: the order of several is random, and so would be the file
+    metadata = json.dumps({**header, _HASH: _digest(tensors)}, default=plain)
     with staged(path) as staging:
-        save_file(tensors, staging, metadata)
+        save_file(tensors, staging, {kind: metadata})
     return path
 
 
@@ -77,20 +79,23 @@ def read_tensors(path: Path, kind: str) -> tuple[dict, dict[str, torch.Tensor]]:
             header = json.loads(metadata[kind])
     except (SafetensorError, json.JSONDecodeError, RecursionError) as error:
         raise Damaged(f"{path} is no readable {kind} file ({error})") from error
-    if metadata.get(_HASH, known := _digest(tensors)) != known or not isinstance(header, dict):
+    digest = _digest(tensors)
+    if not isinstance(header, dict) or header.pop(_HASH, digest) != digest:
         raise Damaged(f"{path} is no readable {kind} file (its content has changed)")
     return header, tensors
 
 
 def is_of(path: Path, kind: str) -> bool:
-    """Whether a file is of a kind, as far as its first bytes tell: it may be damaged further on."""
+    """Whether a file is empty or of a kind, as far as its first bytes tell."""
     with path.open("rb") as file:
-        return f'"{kind}":'.encode() in file.read(4096)
+        head = file.read(4096)  # it may be damaged further on
+    return not head or f'"{kind}":'.encode() in head
 
 
 def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
     content = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         content.update(f"{name} {tensor.dtype} {[*tensor.shape]}".encode())
-        content.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy().data)
+        if tensor.numel():
+            content.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy().data)
     return content.hexdigest()

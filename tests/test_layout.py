@@ -14,7 +14,7 @@ FILES = [path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.p
 def order() -> list[str]:
     """Modules and packages as listed, a package after those of its modules that are."""
     words = (ROOT / "CONTRIBUTING.md").read_text()
-    listing = re.search(r"storage →[^\n]*(\n +→[^\n]*)+", words)[0]
+    listing = re.search(r"locations →[^\n]*(\n +→[^\n]*)+", words)[0]
     found = []
     for name, inner in re.findall(r"(\w+)(?: \(([^)]*)\))?", listing):
         found += [f"{name}.{module}" for module in re.findall(r"\w+", inner)] + [name]

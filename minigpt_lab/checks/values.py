@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ..assets import nearest
-from ..storage import UnusablePath, located
+from ..locations import UnusablePath, located
 
 
 class InvalidArgument(ValueError, TypeError):

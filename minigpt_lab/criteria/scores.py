@@ -18,9 +18,10 @@ from ..assets import cache_folder, nearest
 from ..checks import Location, checked
 from ..families import SITES, Anatomy
 from ..ledger import content_hash
+from ..locations import folder_to_write
 from ..runtime import fingerprint, label, require_weights
 from ..statistics import Statistics, tokens_hash
-from ..storage import Damaged, folder_to_write, kept, returned_anyway
+from ..storage import Damaged, kept, returned_anyway
 from ..tensor_files import SUFFIX, read_tensors, write_tensors
 from .units import chosen_sites
 

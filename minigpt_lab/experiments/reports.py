@@ -10,7 +10,8 @@ from pathlib import Path
 import pandas as pd
 
 from ..figures import pareto_front, png_bytes
-from ..storage import file_to_write, located, staged
+from ..locations import file_to_write, located
+from ..storage import staged
 from .comparisons import measurements, pareto, select
 from .records import read_records, results, varying
 

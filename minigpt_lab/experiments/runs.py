@@ -19,8 +19,9 @@ from transformers import PreTrainedModel
 from ..assets import first_line
 from ..domains import Domain
 from ..ledger import content_hash
+from ..locations import file_to_write, folder_to_write
 from ..runtime import fingerprint, label
-from ..storage import file_to_write, folder_to_write, kept, read_json, staged
+from ..storage import kept, read_json, staged
 from .parameters import (
     CIRCUMSTANCES,
     absolute,

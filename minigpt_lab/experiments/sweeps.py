@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from ..assets import first_line
-from ..storage import folder_to_write
+from ..locations import folder_to_write
 from .grids import Grid, run_id
 from .parameters import NOTEBOOKS, find_notebook
 from .records import (

@@ -18,16 +18,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from ..storage import (
-    Scratch,
-    clear_scratch,
-    explained,
-    folder_to_write,
-    kept,
-    read_json,
-    remove_empty,
-    write_json,
-)
+from ..locations import folder_to_write
+from ..storage import Scratch, clear_scratch, kept, make_folder, read_json, remove_empty, write_json
 
 #: What a run was begun with, beside its checkpoints.
 RUN = "run.json"
@@ -54,8 +46,7 @@ def run_folder(out_dir: str | os.PathLike | None) -> Iterator[Path]:
     """
     if out_dir is not None:
         folder = folder_to_write(out_dir).resolve()
-        with explained(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         clear_scratch(folder)
         yield folder
         return

@@ -1,0 +1,101 @@
+"""Paths as users mean them, and whether they can be read or written: asked before long work."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+
+class UnusablePath(OSError, ValueError):
+    """A path that cannot be read or written as asked."""
+
+
+def located(path: str | os.PathLike) -> Path:
+    """The path that a user means: a leading ``~`` is the home folder, as in a shell.
+
+    Raises
+    ------
+    UnusablePath
+        If it is empty, of bytes, or holds a null character.
+    """
+    text = os.fspath(path)
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise UnusablePath(f"{text!r} is no path; expected text without null characters")
+    return Path(os.path.expanduser(text))  # noqa: PTH111, an unknown user's name stays as it is
+
+
+def file_to_write(path: str | os.PathLike) -> Path:
+    """The path of a file that can be written, or written anew; asked before long work begins.
+
+    Raises
+    ------
+    UnusablePath
+        If it is a folder, a device or read-only, or its folder cannot be made or written.
+    """
+    final = located(path)
+    require_makeable(final)
+    if final.is_dir() or os.fspath(path).endswith(("/", os.sep)):
+        raise UnusablePath(
+            f"{path} names a folder; expected the path of a file, and a folder is never replaced; "
+            f"add a file name, such as {final / 'NAME'}"
+        )
+    if final.exists():
+        if not final.is_file():
+            raise UnusablePath(f"{final} is a pipe or device; expected the path of a file")
+        if not os.access(final, os.W_OK):
+            raise UnusablePath(f"{final} is read-only; make it writable or choose another path")
+    return final
+
+
+def folder_to_write(path: str | os.PathLike) -> Path:
+    """The path of a folder that can be made or written into; asked before long work begins.
+
+    Raises
+    ------
+    UnusablePath
+        If it is a file, or cannot be made or written.
+    """
+    final = located(path)
+    require_makeable(final)
+    if os.path.lexists(final) and not final.is_dir():
+        raise UnusablePath(f"{final} is a file; expected a folder; choose another path")
+    if final.is_dir() and not os.access(final, os.W_OK | os.X_OK):
+        raise UnusablePath(f"{final} is read-only; make it writable or choose another path")
+    return final
+
+
+def file_to_read(path: str | os.PathLike) -> Path:
+    """The path of a file that can be opened.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is none.
+    UnusablePath
+        If it is a folder, pipe or device (opening a pipe would wait for a writer).
+    """
+    final = located(path)
+    if not final.exists():
+        raise FileNotFoundError(f"{final} does not exist; give the path that it was saved under")
+    if not final.is_file():
+        raise UnusablePath(f"{final} is no file; give the path that it was saved under")
+    return final
+
+
+def require_makeable(final: Path) -> None:
+    """Refuse a path whose folders cannot be made, or that has a name the system does not take."""
+    try:
+        final.stat()
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+            raise UnusablePath(
+                f"{final} cannot be written ({os.strerror(error.errno)}); choose another path"
+            ) from error
+    parent = next(folder for folder in final.absolute().parents if os.path.lexists(folder))
+    if not parent.is_dir():
+        raise UnusablePath(f"{parent} is a file, so {final} cannot be in it; choose another path")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UnusablePath(
+            f"{parent} is read-only, so {final} cannot be written; choose another path"
+        )
