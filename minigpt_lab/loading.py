@@ -117,7 +117,8 @@ def load_pretrained(source: str | Path, dtype: str | torch.dtype, **options) -> 
         ignore_mismatched_sizes=True,  # named below
         **options,
     )
-    refuse_unfit(source, found["missing_keys"], found["unexpected_keys"], found["mismatched_keys"])
+    missing = found["missing_keys"] - model.all_tied_weights_keys.keys()
+    refuse_unfit(source, missing, found["unexpected_keys"], found["mismatched_keys"])
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     separate = head is not None and head.weight is not embedding.weight
     return untied(model) if separate and model.config.tie_word_embeddings else model

@@ -17,6 +17,7 @@ from .weightfiles import UnfitFolder, damaged, listed, read_object, reading
 
 ADAPTER = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
+_RANKS = ("r", "init_r", "target_r", "num_virtual_tokens", "token_dim", "encoder_hidden_size")
 
 
 def load_adapter(
@@ -62,6 +63,7 @@ def load_adapter(
         tokenizer = load_tokenizer(folder)
     with reading(folder):
         shapes = _shapes(folder)
+        _check_ranks(folder, facts, shapes)
         _give_rows(base, shapes)
         _check_layers(folder, base, name, shapes)
         return _merged(folder, base, shapes), tokenizer
@@ -75,6 +77,18 @@ def _shapes(folder: Path) -> dict[str, list[int]]:
             name.removeprefix("base_model.model."): opened.get_slice(name).get_shape()
             for name in opened.keys()  # noqa: SIM118 (no mapping)
         }
+
+
+def _check_ranks(folder: Path, facts: dict, shapes: dict[str, list[int]]) -> None:
+    """Refuse sizes that the adapter's weights do not have, before peft makes tensors of them."""
+    longest = max((max(shape, default=0) for shape in shapes.values()), default=0)
+    patterns = facts.get("rank_pattern") or {}
+    sizes = {name: facts.get(name) for name in _RANKS} | dict(patterns)
+    for name, size in sizes.items():
+        if isinstance(size, int | float) and not size <= longest:
+            raise damaged(
+                folder, f"{ADAPTER}: {name} is {size}, its weights have at most {longest}"
+            )
 
 
 def _give_rows(base: PreTrainedModel, shapes: dict[str, list[int]]) -> None:
@@ -108,6 +122,7 @@ def _check_layers(
             )
 
 
+@torch.no_grad()
 def _merged(folder: Path, base: PreTrainedModel, shapes: dict[str, list[int]]) -> PreTrainedModel:
     """The base with the adapter's changes in its weights; its logits are those of peft."""
     from peft import PeftModel, get_peft_model_state_dict
@@ -139,9 +154,8 @@ def _merged(folder: Path, base: PreTrainedModel, shapes: dict[str, list[int]]) -
     if head is not None and head.weight is not embedding.weight:
         untied(model)
     found = model.eval()(input_ids=probe, use_cache=False).logits
-    scale = expected.abs().max()
-    allowed = 1e-3 if expected.dtype in (torch.float32, torch.float64) else 0.05
-    if not (found - expected).abs().max() <= allowed * scale:
+    share = 1e-3 if expected.dtype in (torch.float32, torch.float64) else 0.05
+    if (found - expected).abs().max() > share * expected.abs().max():  # not of NaN: refused later
         raise UnfitFolder(
             f"the adapter in {folder} cannot be merged into its base: the logits would differ; "
             "merge it with peft and save the result"

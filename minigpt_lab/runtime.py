@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 
-from .checks import Model, Text, checked
+from .checks import Instance, Model, Text, checked
 from .guards import in_use, restoring
 from .offloading import weights
 from .sizes import dense_parameters
@@ -30,7 +30,7 @@ def default_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-@checked(model=Model(hold=False))
+@checked(model=Instance(PreTrainedModel, "lab.load_model returns a model and its tokenizer"))
 def label(model: PreTrainedModel) -> str:
     """The model's name for captions and records, with its origin and how much was cut from it."""
     origin = getattr(model.config, "minigpt_lab_origin", None)

@@ -178,6 +178,15 @@ def test_an_adapter_that_lacks_weights_is_refused(tmp_path, words, part):
     refused(folder, r"for no layer of its base, 1 weights")
 
 
+@pytest.mark.parametrize(
+    "entries", [{"r": 10**10}, {"rank_pattern": {"q_proj": 10**10}}, {"r": 3}, {"r": "2"}]
+)
+def test_ranks_are_those_of_the_weights(tmp_path, words, entries):
+    folder, _ = saved_adapter(tmp_path, "llama", kinds("llama")["plain"], words)
+    change(folder, **entries)
+    refused(folder, "damaged or incomplete")
+
+
 @pytest.mark.parametrize("content", ["[" * 100_000, "[]", "{", '{"a":' * 100_000])
 def test_an_adapters_json_is_read_with_care(tmp_path, words, content):
     folder, _ = saved_adapter(tmp_path, "llama", kinds("llama")["plain"], words)

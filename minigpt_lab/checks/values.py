@@ -311,7 +311,8 @@ class Table(Check):
         if not isinstance(value, Mapping):
             return REFUSED
         keys = [self.key.take(key) for key in value]
-        values = [each if self.value is None else self.value.take(each) for each in value.values()]
+        take = self.value.take if self.value else plain
+        values = [take(each) for each in value.values()]
         return (
             REFUSED
             if any(each is REFUSED for each in (*keys, *values))
