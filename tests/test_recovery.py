@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
+import random
 import signal
 import subprocess
 import sys
 import time
+import types
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -18,6 +22,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 import minigpt_lab as lab
+from minigpt_lab import runtime
 from minigpt_lab.recovery import adapters, training
 
 SMALL = {"seq_len": 64, "eval_every": 1024, "tokens": 4096, "eval_characters": 3000}
@@ -215,6 +220,7 @@ def test_a_full_disk_stops_clearly_and_is_resumed(tmp_path, pruned, tiny, tiny_d
     script.write_text(f"""
 import resource, signal, sys, warnings
 import minigpt_lab as lab
+from minigpt_lab import runtime
 from minigpt_lab.recovery import training
 real, calls = training.perplexity, []
 def full(*arguments):
@@ -387,6 +393,62 @@ def test_a_loss_that_is_not_a_number_ends_it(mini, tiny, tiny_domain):
         mini.model.norm.weight[0] = float("nan")
     with pytest.raises(ValueError, match="gives NaN on tiny-law/validation"):
         lab.recover(mini, tiny[1], tiny_domain, **SMALL)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
+def test_weights_of_a_short_type_are_trained_as_well(pruned, tiny, tiny_domain, method, stored):
+    """Steps that a stored weight would not feel add up."""
+    options = {**SMALL, "tokens": 1024, "eval_every": 512, "learning_rate": 1e-3}
+    whole = copy.deepcopy(pruned)
+    expected = lab.recover(whole, tiny[1], tiny_domain, method, **options)
+    short = copy.deepcopy(pruned).to(stored)
+    before = zeros(short)
+    short.requires_grad_(False)  # as a merged adapter's weights are
+    found = lab.recover(short, tiny[1], tiny_domain, method, **options)
+    assert {p.dtype for p in short.parameters()} == {stored}
+    assert not any(p.requires_grad for p in short.parameters())
+    gain, same = (h["perplexity"][0] - h["perplexity"].min() for h in (expected, found))
+    assert gain > 0.5 and same == pytest.approx(gain, rel=0.1)
+    assert reached(short, tiny, tiny_domain) == pytest.approx(found["perplexity"].min(), rel=1e-4)
+    for name, zero in before.items():
+        if zero.dim() == 2:
+            assert (short.get_parameter(name)[zero] == 0).all(), name
+
+
+def test_numbers_of_numpy_are_numbers_and_the_seeds_are_put_back(mini, tiny, tiny_domain, tmp_path):
+    options = {
+        "tokens": np.int64(1024), "learning_rate": np.float32(1e-3), "epochs": torch.tensor(1.0),
+        "seq_len": np.int32(64), "eval_every": np.float64(512), "eval_characters": np.int64(900),
+        "seed": np.uint8(3), "stop_at": np.float64(1.5), "warmup": np.float32(0.1),
+        "checkpointing": np.bool_(True), "out_dir": tmp_path / "run",
+    }  # fmt: skip
+    torch.manual_seed(11)
+    random.seed(11)
+    np.random.seed(11)  # noqa: NPY002
+    state, environment = generators(), dict(os.environ)
+    whole = lab.recover(copy.deepcopy(mini), tiny[1], tiny_domain, **options)
+    again = lab.recover(mini, tiny[1], tiny_domain, **options)  # what the folder holds
+    assert state == generators() and environment == dict(os.environ)
+    pd.testing.assert_frame_equal(whole, again)
+    with pytest.raises(FileNotFoundError), runtime.seeded(7):
+        torch.rand(1), random.random(), np.random.rand()  # noqa: NPY002
+        raise FileNotFoundError
+    assert state == generators()
+
+
+def generators() -> tuple:
+    numpy = np.random.get_state()  # noqa: NPY002
+    return torch.get_rng_state().tolist(), random.getstate(), numpy[1].tolist(), numpy[2]
+
+
+def test_a_perplexity_that_means_nothing_is_called_diverged(mini, tiny, tiny_domain, monkeypatch):
+    before, found = copy.deepcopy(mini), iter([20.0, 15.0, 1e137])
+    monkeypatch.setattr(training, "perplexity", lambda *_: types.SimpleNamespace(value=next(found)))
+    history = lab.recover(mini, tiny[1], tiny_domain, learning_rate=1e-3, **SMALL)
+    assert history.attrs == {"stopped": "diverged", "best_step": 4}
+    assert history["perplexity"].tolist() == [20.0, 15.0, 1e137]
+    assert not same_weights(mini, before)  # the best state
 
 
 POSITIVE = (
