@@ -212,7 +212,7 @@ def _cut_layer(
             given = problem(anatomy, one, layer, site, totals[site][layer], options)
             found = solve(given, site, leave[site][layer], options)
             carry_out(anatomy, one, layer, site, given, found, options)
-            cuts[site] = {"kept": found.kept, "error": round(found.loss / found.scale, 6)}
+            cuts[site] = {"kept": found.kept, "error": round(found.relative_loss, 6)}
     return cuts
 
 

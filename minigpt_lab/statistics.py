@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from .assets import staged
 from .families import Anatomy, weight_axis
-from .runtime import check_token_ids, fingerprint, inference, label, padded, require_weights
+from .runtime import check_token_ids, fingerprint, inference, label, require_weights
 
 _BLOCK = 256  # rows of activations summed at once
 Key = tuple[str, str]  # (module name, "input" or "output")
@@ -81,6 +81,11 @@ class Statistics:
         row = self.MOMENTS.index(moment)
         return table[row if row < len(table) else 0] / self.n_tokens
 
+    def variance(self, module: str, side: str) -> np.ndarray:
+        """Variance over tokens, divided by their number, of every neuron ``[neuron]``."""
+        mean, square = (self.mean(module, side, moment) for moment in ("sum", "square"))
+        return np.maximum(square - mean**2, 0)
+
     def magnitude(self, module: str, side: str) -> np.ndarray:
         """What ε is compared with ``[neuron]``: mean |a|, of outputs the smaller of it and |y - b|.
 
@@ -114,7 +119,7 @@ class Statistics:
         """
         parts = []
         for module, side in self.sides():
-            mean, square = (self.mean(module, side, name) for name in ("sum", "square"))
+            mean = self.mean(module, side, "sum")
             unbiased = self.mean(module, side, "unbiased")
             parts.append(
                 pd.DataFrame(
@@ -128,8 +133,8 @@ class Statistics:
                         if side == "output" and self.biased(module)
                         else np.nan,
                         "mean": mean,
-                        "variance": np.maximum(square - mean**2, 0),
-                        "second_moment": square,
+                        "variance": self.variance(module, side),
+                        "second_moment": self.mean(module, side, "square"),
                         "tokens": self.n_tokens,
                     }
                 )
@@ -137,7 +142,7 @@ class Statistics:
         table = pd.concat(parts, ignore_index=True)
         return table.astype({"module": "category", "side": "category"})
 
-    def __add__(self, other: Statistics) -> Statistics:
+    def __add__(self, other: object) -> Statistics:
         """Statistics of both texts together, of one model.
 
         Raises
@@ -145,6 +150,8 @@ class Statistics:
         ValueError
             If the two are of different models.
         """
+        if not isinstance(other, Statistics):
+            return NotImplemented
         if self.model_hash != other.model_hash:
             raise ValueError(
                 "statistics of two models cannot be added: "
@@ -220,7 +227,6 @@ class _Collector:
         self.modules = {name: module for _, name, module in anatomy.linears()}
         self.layer_of = {name: layer for layer, name, _ in anatomy.linears()}
         self.shared: dict[str, str] = {}
-        self.weights: torch.Tensor | None = None  # [tokens]: 1, or 0 for padding
         # MPS has no float64; elsewhere it keeps millions of tokens exact
         dtype = torch.float32 if model.device.type == "mps" else torch.float64
         # made before the pass: scattered between activations they would keep that memory in use
@@ -234,6 +240,9 @@ class _Collector:
             for name, module in self.modules.items()
             for side in ("input", "output")
         }
+        # what is summed is the distance from a value near the mean: the variance of large and nearly
+        # constant activations is a difference of sums that float32 would not tell apart
+        self.shifts: dict[Key, torch.Tensor] = {}
         self._last: tuple[torch.Tensor, str] | None = None
 
     @contextlib.contextmanager
@@ -261,26 +270,33 @@ class _Collector:
 
     def _add(self, key: Key, x: torch.Tensor, bias: torch.Tensor | None) -> None:
         x = x.detach().reshape(-1, x.shape[-1])  # [tokens, neurons]
-        # a product with the weights sums over tokens and skips padding without asking where it is;
-        # a block of rows at a time stays in the processor's cache
+        if key not in self.shifts:
+            self.shifts[key] = x.float().mean(0)
+        shift = self.shifts[key]
+        # a product with ones is the fastest sum; a block of rows stays in the processor's cache
+        ones = torch.ones(_BLOCK, dtype=torch.float32, device=x.device)
         absolute, total, square, *unbiased = sums = torch.zeros(
             self.sums[key].shape, dtype=torch.float32, device=x.device
         )
-        for block, weights in zip(x.split(_BLOCK), self.weights.split(_BLOCK), strict=True):
-            block = block.float()
-            total.addmv_(block.T, weights)
-            magnitude = block.abs()
-            absolute.addmv_(magnitude.T, weights)
-            square.addmv_(magnitude.square_().T, weights)
+        for block in x.split(_BLOCK):
+            block, weights = block.float(), ones[: len(block)]
+            absolute.addmv_((scratch := block.abs()).T, weights)
+            torch.sub(block, shift, out=scratch)
+            total.addmv_(scratch.T, weights)
+            square.addmv_(scratch.square_().T, weights)
             if bias is not None:
-                unbiased[0].addmv_((block - bias.detach()).abs_().T, weights)
+                unbiased[0].addmv_((block - bias.detach().float()).abs_().T, weights)
         self.sums[key] += sums
 
-    def tables(self) -> dict[Key, np.ndarray]:
+    def tables(self, n_tokens: int) -> dict[Key, np.ndarray]:
         """All sums on the host, inputs that were shared filled in; the collector is empty then."""
         # copies: arrays that own their memory, whatever becomes of the tensors
         found = {key: table.cpu().double().numpy().copy() for key, table in self.sums.items()}
         self.sums.clear()
+        for key, shift in self.shifts.items():
+            shift, (_, total, square, *_) = shift.cpu().double().numpy(), found[key]
+            square += shift * (2 * total + n_tokens * shift)
+            total += n_tokens * shift
         for name, source in self.shared.items():
             found[name, "input"] = found[source, "input"]
         order = [(name, side) for name in self.modules for side in ("input", "output")]
@@ -337,16 +353,19 @@ def collect_statistics(
     with inference(model), collector.hooks():
         for batch in tqdm(batches, desc="statistics", unit="batch", disable=not progress):
             ids = batch["input_ids"]
-            mask = _mask(batch)
+            mask = _mask(batch).bool()
             check_token_ids(model, ids)
-            token_counts += torch.bincount(ids[mask.bool()].cpu(), minlength=vocabulary)
+            token_counts += torch.bincount(ids[mask].cpu(), minlength=vocabulary)
             _update(content, batch)
-            collector.weights = mask.reshape(-1).to(model.device, torch.float32)
-            model(**padded(model, ids, mask), use_cache=False, logits_to_keep=1)
+            # a padded batch comes window by window: what padding computes may be NaN
+            whole = [ids] if mask.all() else [row[real][None] for row, real in zip(ids, mask, strict=True)]
+            for window in whole:
+                if window.numel():
+                    model(input_ids=window.to(model.device), use_cache=False, logits_to_keep=1)
     n_tokens = int(token_counts.sum())
     if n_tokens == 0:
         raise ValueError("no tokens to collect statistics from: batches is empty or all padding")
-    sums = collector.tables()
+    sums = collector.tables(n_tokens)
     for (module, side), table in sums.items():
         if not np.isfinite(table).all():
             raise ValueError(

@@ -5,7 +5,7 @@ with (numbers of NumPy and torch become Python's), or refuses it in one sentence
 is allowed, what to do.
 """
 
-from .objects import Batches, Device, Model, Texts, Tokenizer, check_batch, checked
+from .objects import Batches, Device, Model, Texts, Tokenizer, check_batch, check_fields, checked
 from .values import (
     Flag,
     Function,
@@ -17,6 +17,7 @@ from .values import (
     Number,
     OneOf,
     Text,
+    as_json,
     plain,
     refuse,
 )
@@ -37,7 +38,9 @@ __all__ = [
     "Text",
     "Texts",
     "Tokenizer",
+    "as_json",
     "check_batch",
+    "check_fields",
     "checked",
     "plain",
     "refuse",

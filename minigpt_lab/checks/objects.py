@@ -55,6 +55,18 @@ def checked(**checks: Check) -> Callable:
     return decorate
 
 
+def check_fields(record: object, **checks: Check) -> None:
+    """Check a dataclass's fields, in its ``__post_init__``; frozen or not, they become plain.
+
+    Raises
+    ------
+    InvalidArgument
+        For the first field that its check refuses.
+    """
+    for name, check in checks.items():
+        object.__setattr__(record, name, check(name, getattr(record, name)))
+
+
 class Model(Instance):
     """A transformers model with weights that can be computed with; held while the call runs.
 

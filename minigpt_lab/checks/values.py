@@ -46,6 +46,23 @@ def plain(value: object) -> object:
     return value.item() if isinstance(value, np.generic) else value
 
 
+def as_json(value: object) -> object:
+    """A value as JSON has it: numbers and arrays as Python's, anything else by its name.
+
+    For what is written down beside a result, such as a plan's origin.
+    """
+    value = plain(value)
+    if isinstance(value, torch.Tensor | np.ndarray):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return {str(key): as_json(item) for key, item in value.items()}
+    if isinstance(value, Sequence | set) and not isinstance(value, str | bytes):
+        return [as_json(item) for item in value]
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    return getattr(value, "__name__", str(value))
+
+
 class Check:
     """What an argument may be.
 
