@@ -262,9 +262,7 @@ def refit(weight: torch.Tensor, hessian: torch.Tensor, kept: torch.Tensor) -> to
     return torch.cholesky_solve((weight @ hessian[:, kept]).mT, factor).mT
 
 
-@checked(
-    model=Model(), plan=Instance(PruningPlan), hessians=Instance(Hessians), damp=Number(0)
-)
+@checked(model=Model(), plan=Instance(PruningPlan), hessians=Instance(Hessians), damp=Number(0))
 @torch.no_grad()
 def weight_compensated(
     model: PreTrainedModel, plan: PruningPlan, hessians: Hessians, damp: float = 0.01
@@ -299,7 +297,10 @@ def weight_compensated(
     for (name, side), stay in plan.staying_features(Anatomy(updated)).items():
         if side == "output":
             continue
-        module, axis = updated.get_submodule(name), weight_axis(updated.get_submodule(name), "input")
+        module, axis = (
+            updated.get_submodule(name),
+            weight_axis(updated.get_submodule(name), "input"),
+        )
         matrix = hessians.matrices.get(name)
         if matrix is None or matrix.shape != (len(stay), len(stay)):
             raise ValueError(

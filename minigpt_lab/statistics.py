@@ -7,7 +7,6 @@ activation. The same pass keeps the mean and the second moment, which the other 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -20,16 +19,14 @@ import pandas as pd
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .assets import staged
+from .checks import Batches, Flag, Integer, Location, Model, check_fields, checked
+from .collector import Collector, Key
 from .families import Anatomy, weight_axis
 from .runtime import check_token_ids, fingerprint, inference, label, require_weights
-
-_BLOCK = 256  # rows of activations summed at once
-Key = tuple[str, str]  # (module name, "input" or "output")
 
 
 @dataclass
@@ -68,6 +65,9 @@ class Statistics:
     model_name: str
     domain: str
     content_hash: str
+
+    def __post_init__(self):
+        check_fields(self, n_tokens=Integer(1))
 
     MOMENTS = ("absolute", "sum", "square", "unbiased")
 
@@ -174,9 +174,19 @@ class Statistics:
         Raises
         ------
         ValueError
-            If the model's weights are not those that the pass saw.
+            If the model's weights are not those that the pass saw, or a sum is missing or no
+            finite number.
         """
         require_weights(model, self.model_hash, f"these statistics of {self.model_name}")
+        check_fields(self, n_tokens=Integer(1))
+        for _, name, module in Anatomy(model).linears():
+            for side in ("input", "output"):
+                table, width = self.sums.get((name, side)), module.weight.shape
+                shape = (3, 4), width[weight_axis(module, side)]
+                if table is None or len(table) not in shape[0] or table.shape[1:] != shape[1:]:
+                    raise ValueError(f"the statistics have no sums of the {side}s of {name}")
+                if not np.isfinite(table).all():
+                    raise ValueError(f"the statistics of {name} have NaN or infinite {side} sums")
 
     def save(self, path: str | os.PathLike) -> Path:
         """Write everything into one safetensors file; returns its path."""
@@ -219,90 +229,7 @@ class Statistics:
         return cls(sums=sums, **header, **arrays)
 
 
-class _Collector:
-    """Sums over tokens on the model's device; hooks add to them without asking the device."""
-
-    def __init__(self, model: PreTrainedModel):
-        anatomy = Anatomy(model)
-        self.modules = {name: module for _, name, module in anatomy.linears()}
-        self.layer_of = {name: layer for layer, name, _ in anatomy.linears()}
-        self.shared: dict[str, str] = {}
-        # MPS has no float64; elsewhere it keeps millions of tokens exact
-        dtype = torch.float32 if model.device.type == "mps" else torch.float64
-        # made before the pass: scattered between activations they would keep that memory in use
-        self.sums: dict[Key, torch.Tensor] = {
-            (name, side): torch.zeros(
-                3 if side == "input" or module.bias is None else 4,
-                module.weight.shape[weight_axis(module, side)],
-                dtype=dtype,
-                device=module.weight.device,
-            )
-            for name, module in self.modules.items()
-            for side in ("input", "output")
-        }
-        # what is summed is the distance from a value near the mean: the variance of large and nearly
-        # constant activations is a difference of sums that float32 would not tell apart
-        self.shifts: dict[Key, torch.Tensor] = {}
-        self._last: tuple[torch.Tensor, str] | None = None
-
-    @contextlib.contextmanager
-    def hooks(self) -> Iterator[None]:
-        handles = [
-            module.register_forward_hook(self._hook(name)) for name, module in self.modules.items()
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _hook(self, name: str):
-        def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            # q, k and v read one tensor, gate and up another: count each tensor once
-            if self._last is not None and args[0] is self._last[0]:
-                self.shared[name] = self._last[1]
-            else:
-                self._last = (args[0], name)
-                self._add((name, "input"), args[0], None)
-            self._add((name, "output"), output, module.bias)
-
-        return hook
-
-    def _add(self, key: Key, x: torch.Tensor, bias: torch.Tensor | None) -> None:
-        x = x.detach().reshape(-1, x.shape[-1])  # [tokens, neurons]
-        if key not in self.shifts:
-            self.shifts[key] = x.float().mean(0)
-        shift = self.shifts[key]
-        # a product with ones is the fastest sum; a block of rows stays in the processor's cache
-        ones = torch.ones(_BLOCK, dtype=torch.float32, device=x.device)
-        absolute, total, square, *unbiased = sums = torch.zeros(
-            self.sums[key].shape, dtype=torch.float32, device=x.device
-        )
-        for block in x.split(_BLOCK):
-            block, weights = block.float(), ones[: len(block)]
-            absolute.addmv_((scratch := block.abs()).T, weights)
-            torch.sub(block, shift, out=scratch)
-            total.addmv_(scratch.T, weights)
-            square.addmv_(scratch.square_().T, weights)
-            if bias is not None:
-                unbiased[0].addmv_((block - bias.detach().float()).abs_().T, weights)
-        self.sums[key] += sums
-
-    def tables(self, n_tokens: int) -> dict[Key, np.ndarray]:
-        """All sums on the host, inputs that were shared filled in; the collector is empty then."""
-        # copies: arrays that own their memory, whatever becomes of the tensors
-        found = {key: table.cpu().double().numpy().copy() for key, table in self.sums.items()}
-        self.sums.clear()
-        for key, shift in self.shifts.items():
-            shift, (_, total, square, *_) = shift.cpu().double().numpy(), found[key]
-            square += shift * (2 * total + n_tokens * shift)
-            total += n_tokens * shift
-        for name, source in self.shared.items():
-            found[name, "input"] = found[source, "input"]
-        order = [(name, side) for name in self.modules for side in ("input", "output")]
-        return {key: found[key] for key in order}
-
-
+@checked(model=Model(), batches=Batches(), path=Location() | None, progress=Flag())
 def collect_statistics(
     model: PreTrainedModel,
     batches: Iterable[dict[str, torch.Tensor]],
@@ -346,7 +273,7 @@ def collect_statistics(
             and len(merges) == len(known.merges)
         ):
             return known
-    collector = _Collector(model)
+    collector = Collector(model)
     content = hashlib.sha256()
     vocabulary = model.get_input_embeddings().weight.shape[0]
     token_counts = torch.zeros(vocabulary, dtype=torch.int64)
@@ -358,7 +285,11 @@ def collect_statistics(
             token_counts += torch.bincount(ids[mask].cpu(), minlength=vocabulary)
             _update(content, batch)
             # a padded batch comes window by window: what padding computes may be NaN
-            whole = [ids] if mask.all() else [row[real][None] for row, real in zip(ids, mask, strict=True)]
+            whole = (
+                [ids]
+                if mask.all()
+                else [row[real][None] for row, real in zip(ids, mask, strict=True)]
+            )
             for window in whole:
                 if window.numel():
                     model(input_ids=window.to(model.device), use_cache=False, logits_to_keep=1)

@@ -7,6 +7,7 @@ is allowed, what to do.
 
 from .objects import Batches, Device, Model, Texts, Tokenizer, check_batch, check_fields, checked
 from .values import (
+    REFUSED,
     Flag,
     Function,
     Instance,
@@ -23,6 +24,7 @@ from .values import (
 )
 
 __all__ = [
+    "REFUSED",
     "Batches",
     "Device",
     "Flag",

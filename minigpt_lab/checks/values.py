@@ -113,6 +113,14 @@ class AnyOf(Check):
         self.expected = " or ".join(check.expected for check in checks)
         self.remedy = next((check.remedy for check in checks if check.remedy), "")
 
+    def __call__(self, name, value):
+        """Let a check that has words of its own say them."""
+        rest = [check for check in self.checks if not isinstance(check, Nothing)]
+        own = len(rest) == 1 and type(rest[0]).__call__ is not Check.__call__
+        if own and not (value is None and len(rest) < len(self.checks)):
+            return rest[0](name, value)
+        return super().__call__(name, value) if not own else None
+
     def take(self, value):
         """Ask one after the other."""
         return next(

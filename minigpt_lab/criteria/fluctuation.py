@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from ..checks import Flag, Instance, Model, checked
 from ..families import Anatomy, weight_axis
 from ..plan import PruningPlan
 from ..statistics import Statistics
@@ -17,6 +18,7 @@ METRICS = ("IFV", "WIFV", "WIFN")
 
 
 @criterion("fluctuation")
+@checked(standardise=Flag(), square_attention=Flag())
 def fluctuation_scores(
     model,
     batches=None,
@@ -87,6 +89,7 @@ def fluctuation_scores(
     return scores
 
 
+@checked(model=Model(), plan=Instance(PruningPlan), statistics=Instance(Statistics))
 @torch.no_grad()
 def bias_compensated(model, plan: PruningPlan, statistics: Statistics) -> PruningPlan:
     """The plan with FLAP's bias compensation: ``b += W[:, removed] · mean(X[removed])``.
