@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping, Sequence
-from numbers import Integral
 
 import numpy as np
 from transformers import PreTrainedModel
 
 from .assets import nearest
-from .criteria import Scores
+from .checks import REFUSED, Instance, Integer, ListOf, Model, Number, as_json, checked, refuse
+from .criteria import Scores, check_option
 from .families import ALL_SITES, SITES, Anatomy
 from .plan import PruningPlan, whole
 from .schedules import Allocation, Group, allocation_name, allocation_rule
@@ -20,6 +19,13 @@ from .sizes import layer_parameters
 RATIOS = ("units", "decoder", "model")
 
 
+@checked(
+    model=Model(),
+    scores=Instance(Scores, "lab.score gives it"),
+    ratio=Number() | None,
+    parameters=Integer() | None,
+    threshold=Number() | None,
+)
 def plan_from_scores(
     model: PreTrainedModel,
     scores: Scores,
@@ -69,20 +75,26 @@ def plan_from_scores(
         If not exactly one target is given, it cannot be met, or a count is out of range.
     """
     chosen = one_target(ratio=ratio, parameters=parameters, threshold=threshold)
-    scores.require(model)
+    values = scores.require(model)
     anatomy = Anatomy(model)
-    groups = prunable(anatomy, scores.values, keep_layers)
+    keep_layers = kept_ends(keep_layers)
+    groups = prunable(anatomy, values, keep_layers)
     if threshold is not None:
-        if math.isnan(threshold):
-            raise ValueError("threshold is NaN; expected a number")
         gone = [int((group.scores <= threshold).sum()) for group in groups]
         counts = _whole_units(groups, gone, unit_steps(groups, multiple_of))
     else:
         counts = unit_counts(model, groups, ratio, parameters, allocation, ratio_of, multiple_of)
-    origin = {"method": scores.criterion, **scores.options, **chosen, "keep_layers": [*keep_layers]}
+    origin = {"method": scores.criterion, **as_json(scores.options), **chosen}
+    origin |= {"keep_layers": [*keep_layers]}
     origin |= {"allocation": allocation_name(allocation), "ratio_of": ratio_of}
     origin["removed"] = removed_shares(model, groups, counts)
-    return _plan(model, anatomy, scores, groups, counts, origin)
+    keep = whole(anatomy, dict.fromkeys((*SITES, *values)))
+    for group, gone in zip(groups, counts, strict=True):
+        ranked = np.argsort(group.scores, kind="stable")
+        keep[group.site][group.layer] = np.sort(ranked[gone:]).tolist()
+    units = {site: anatomy.units(site) for site in keep}
+    rows = model.get_input_embeddings().weight.shape[0]
+    return PruningPlan(scores.model_hash, units, keep, vocabulary_size=rows, origin=origin)
 
 
 def one_target(**targets) -> dict[str, object]:
@@ -160,10 +172,13 @@ def leaving_parameters(
     ValueError
         If the ratio or its meaning is out of range.
     """
+    ratio, parameters = (
+        (Number() | None)("ratio", ratio),
+        (Integer() | None)("parameters", parameters),
+    )
     if ratio is not None and not 0 <= ratio < 1:
         raise ValueError(f"ratio is {ratio}; expected a share of {ratio_of} in [0, 1)")
-    if ratio_of not in RATIOS:
-        raise ValueError(f"unknown ratio_of {ratio_of!r}; {nearest(ratio_of, list(RATIOS))}")
+    check_option("ratio_of", ratio_of, RATIOS)
     bases = _bases(model, groups)
     return bases["model"] - parameters if ratio is None else ratio * bases[ratio_of]
 
@@ -205,12 +220,8 @@ def prunable(
         If `keep_layers` leaves none.
     """
     depth = len(anatomy.layers)
-    if not isinstance(keep_layers, Sequence) or len(keep_layers) != 2:
-        raise ValueError(
-            f"keep_layers is {keep_layers!r}; expected how many at either end, as in (1, 1)"
-        )
-    first, last = keep_layers
-    if min(keep_layers) < 0 or first + last >= depth:
+    first, last = keep_layers = kept_ends(keep_layers)
+    if first + last >= depth:
         raise ValueError(f"keep_layers={keep_layers} leaves nothing of {depth} layers")
     return [
         Group(site, layer, depth, layers[layer], anatomy.unit_parameters(site, layer))
@@ -219,15 +230,24 @@ def prunable(
     ]
 
 
+def kept_ends(keep_layers: tuple[int, int]) -> tuple[int, int]:
+    """How many layers stay whole at either end, checked."""
+    ends = ListOf(Integer(0)).take(keep_layers)
+    if ends is REFUSED or len(ends) != 2:
+        raise refuse("keep_layers", keep_layers, "how many at either end, as in (1, 1)")
+    return ends
+
+
 def unit_steps(groups: Sequence[Group], multiple_of: int | Mapping[str, int]) -> list[int]:
     """For each group, what the number of staying units must be a multiple of."""
     per_site = multiple_of if isinstance(multiple_of, Mapping) else {"ffn": multiple_of}
     for name in per_site:
         if name not in ALL_SITES:
             raise ValueError(f"multiple_of has {name!r}; {nearest(str(name), list(ALL_SITES))}")
+    per_site = {site: Integer(1)("multiple_of", step) for site, step in per_site.items()}
     steps = [per_site.get(group.site, 1) for group in groups]
     for group, step in zip(groups, steps, strict=True):
-        if not isinstance(step, Integral) or step < 1 or len(group) % step:
+        if len(group) % step:
             raise ValueError(
                 f"multiple_of is {step!r}, which does not divide the {len(group)} {group.site} "
                 f"units of layer {group.layer}; choose one of its divisors"
@@ -283,13 +303,3 @@ def removed_shares(
     """Shares that leave under the three meanings of a ratio."""
     gone = sum(n * group.cost for n, group in zip(counts, groups, strict=True))
     return {name: round(gone / base, 6) for name, base in _bases(model, groups).items()}
-
-
-def _plan(model, anatomy, scores, groups, counts, origin) -> PruningPlan:
-    keep = whole(anatomy, dict.fromkeys((*SITES, *scores.values)))
-    for group, gone in zip(groups, counts, strict=True):
-        ranked = np.argsort(group.scores, kind="stable")
-        keep[group.site][group.layer] = np.sort(ranked[gone:]).tolist()
-    units = {site: anatomy.units(site) for site in keep}
-    rows = model.get_input_embeddings().weight.shape[0]
-    return PruningPlan(scores.model_hash, units, keep, vocabulary_size=rows, origin=origin)

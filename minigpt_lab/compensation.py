@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from numbers import Real
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import nn
 
-from .assets import nearest
 from .biases import give_bias
+from .checks import Flag, Integer, Number, OneOf, check_fields, plain, refuse
 from .elimination import ERRORS, Elimination, Schedule, eliminations, group_schedule
 from .families import Anatomy, weight_axis
-from .hessians import DAMPINGS
+from .hessians import DAMPINGS, Indefinite, Moments
 from .layerwise import LayerPass
 
 BIASES = ["refit", "add", "keep"]
@@ -57,16 +55,20 @@ class Solver:
     dtype: torch.dtype = torch.float32
 
     def __post_init__(self):
-        if not isinstance(self.damp, Real) or not 0 <= self.damp < math.inf:
-            raise ValueError(f"damp is {self.damp!r}; expected a share, 0 or more (0.3 is 30 %)")
-        for name, known in (("error", ERRORS), ("damping", DAMPINGS), ("bias", BIASES)):
-            if (value := getattr(self, name)) not in known:
-                raise ValueError(f"unknown {name} {value!r}; {nearest(str(value), list(known))}")
-        if not isinstance(self.heads_per_round, int) or self.heads_per_round < 1:
-            raise ValueError(f"heads_per_round is {self.heads_per_round!r}; expected 1 or more")
+        check_fields(
+            self,
+            error=OneOf(ERRORS),
+            heads_per_round=Integer(1),
+            damp=Number(0),
+            damping=OneOf(DAMPINGS),
+            bias=OneOf(BIASES),
+            compensate=Flag(),
+        )
+        object.__setattr__(self, "schedule", plain(self.schedule))
         group_schedule(self.schedule)
         if self.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"dtype is {self.dtype!r}; expected torch.float32 or torch.float64")
+            expected = "torch.float32 or torch.float64"
+            raise refuse("dtype", self.dtype, expected)
 
     def facts(self) -> dict[str, object]:
         """The settings as plain data."""
@@ -79,28 +81,14 @@ class Solver:
         return self.compensate and (self.bias == "add" or has)
 
 
-class Moments:
-    """First and second moments of what a projection reads, over tokens."""
-
-    def __init__(self, features: int, device: torch.device, dtype: torch.dtype):
-        self.square = torch.zeros(features, features, device=device, dtype=dtype)
-        self.sum = torch.zeros(features, device=device, dtype=dtype)
-        self.count = 0
-
-    def add(self, states: torch.Tensor) -> None:
-        """Count in ``[…, feature]``."""
-        x = states.flatten(0, -2).to(self.square.dtype)
-        self.square.addmm_(x.T, x)
-        self.sum += x.sum(0)
-        self.count += len(x)
-
-
 @dataclass(frozen=True)
 class Problem:
     """One projection whose inputs are to leave: its weight, what it reads, and the units in that.
 
     Parameters
     ----------
+    name : str
+        Of the projection.
     weight : torch.Tensor
         ``[output, input]``, in the solver's dtype.
     hessian : torch.Tensor
@@ -111,6 +99,7 @@ class Problem:
         Columns of every unit ``[unit, feature]``.
     """
 
+    name: str
     weight: torch.Tensor
     hessian: torch.Tensor
     mean: torch.Tensor
@@ -135,10 +124,12 @@ def problem(
     reader = anatomy.family.consumes[site]
     name, module = anatomy.name(layer, reader), anatomy.module(layer, reader)
     axis = weight_axis(module, "input")
-    moments = Moments(module.weight.shape[axis], module.weight.device, options.dtype)
+    moments = Moments(options.dtype)
     for states in one.inputs(part_of(site)):
         moments.add(states)
-    hessian, mean = moments.square.div_(moments.count), moments.sum / moments.count
+    # around the mean if the bias takes care of it
+    hessian = moments.covariance() if options.refits_bias(module) else moments.second()
+    mean = moments.mean
     if not torch.isfinite(hessian).all():
         raise ValueError(f"{name} reads NaN or infinite values: check the weights before it")
     if moments.count < len(mean):
@@ -147,13 +138,11 @@ def problem(
             "are mostly damped, not fitted; give more tokens",
             stacklevel=2,
         )
-    if options.refits_bias(module):
-        hessian -= torch.outer(mean, mean)  # the bias takes care of the mean
     if not torch.isfinite(module.weight).all():
         raise ValueError(f"{name} has NaN or infinite weights: check the model")
     places = anatomy.unit_positions(reader, total, layer=layer)
     weight = module.weight.detach().to(hessian.dtype).movedim(axis, 1)
-    return Problem(weight, hessian, mean, torch.as_tensor(places, device=hessian.device))
+    return Problem(name, weight, hessian, mean, torch.as_tensor(places, device=hessian.device))
 
 
 def solve(given: Problem, site: str, count: int, options: Solver) -> Elimination:
@@ -164,10 +153,28 @@ def solve(given: Problem, site: str, count: int, options: Solver) -> Elimination
 def solve_levels(
     given: Problem, site: str, counts: Sequence[int], options: Solver
 ) -> list[Elimination]:
-    """`eliminations` with a solver's settings."""
+    """`eliminations` with a solver's settings; in float64 where float32 is not enough.
+
+    Raises
+    ------
+    ValueError
+        If that is not enough either; the projection is named.
+    """
     schedule = options.schedule if site == "ffn" else options.heads_per_round
     rule = (options.error, schedule, options.damp, options.damping, options.compensate)
-    return eliminations(given.weight, given.hessian, given.units, counts, *rule)
+    stored, exact = given.weight.dtype, given.weight.device.type != "mps"
+    for dtype in dict.fromkeys((stored, torch.float64) if exact else (stored,)):
+        weight, hessian = given.weight.to(dtype), given.hessian.to(dtype)
+        try:
+            levels = eliminations(weight, hessian, given.units, counts, *rule)
+        except (Indefinite, torch.linalg.LinAlgError) as error:
+            failure = error
+        else:
+            return [replace(found, weight=found.weight.to(stored)) for found in levels]
+    raise ValueError(
+        f"{given.name} cannot be solved for ({failure}): give more calibration tokens, or a larger "
+        "damp"
+    ) from failure
 
 
 def bias_shift(given: Problem, found: Elimination) -> torch.Tensor:

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import torch
 
-from .assets import nearest
+from .checks import Function, Integer, ListOf, OneOf
 from .guards import restoring
-from .hessians import damped_inverse, refit
+from .hessians import Indefinite, damped_inverse, refit
 
 Schedule = Callable[[int, int], int]  # (removed so far, to remove) -> size of the next group
 
@@ -51,25 +51,27 @@ SCHEDULES: dict[str, Schedule] = {
 
 
 def group_schedule(schedule: str | int | Schedule) -> Schedule:
-    """A schedule by its name, from a constant size, or as it is.
+    """A schedule by its name, from a constant size, or a function whose sizes are checked.
 
     Raises
     ------
     ValueError
-        If the name is unknown or the size is not positive.
+        If the name is unknown, or a size is no whole number of at least 1.
     """
-    if callable(schedule):
-        return schedule
     if isinstance(schedule, str):
-        if schedule not in SCHEDULES:
-            raise ValueError(f"unknown schedule {schedule!r}; {nearest(schedule, list(SCHEDULES))}")
-        return SCHEDULES[schedule]
-    if not isinstance(schedule, int) or schedule < 1:
-        raise ValueError(
-            f"schedule is {schedule!r}; expected a name ({', '.join(SCHEDULES)}), units per group, "
-            "1 or more, or a function"
-        )
-    return lambda removed, total: schedule
+        rule = SCHEDULES[OneOf(SCHEDULES)("schedule", schedule)]
+    elif callable(schedule):
+        rule = schedule
+    else:
+        expected = Integer(1) | OneOf(SCHEDULES) | Function()
+        size = expected("schedule", schedule)
+        rule = lambda removed, total: size  # noqa: E731
+
+    def checked_size(removed: int, total: int) -> int:
+        called = f"schedule({removed}, {total})"
+        return Integer(1)(called, rule(removed, total))
+
+    return checked_size
 
 
 def exact_error(weight: torch.Tensor, inverse: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
@@ -143,6 +145,11 @@ class Elimination:
     loss: float
     scale: float
 
+    @property
+    def relative_loss(self) -> float:
+        """Loss over `scale`; 0 where there was nothing to lose."""
+        return self.loss / self.scale if self.scale else 0.0
+
 
 def eliminate(
     weight: torch.Tensor,
@@ -215,8 +222,8 @@ def eliminations(
     ValueError
         As `eliminate` does; if the counts do not ascend.
     """
-    if error not in ERRORS:
-        raise ValueError(f"unknown error {error!r}; {nearest(error, list(ERRORS))}")
+    OneOf(ERRORS)("error", error)
+    counts = ListOf(Integer())("counts", counts)
     for count in counts:
         if not 0 <= count < len(units):
             raise ValueError(f"{count} of {len(units)} units are to leave; at least one must stay")
@@ -261,6 +268,8 @@ def eliminations(
             short = refit(weight[:, columns], full, places)
         else:
             short = weight[:, columns[places]]
+        if not torch.isfinite(short).all():
+            raise Indefinite("the weights that stay are not finite")
         lost = weight[:, columns].clone()
         lost[:, places] -= short
         loss = _quadratic(lost, full) - float((lost.square().sum(0) * added).sum())

@@ -12,12 +12,25 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .assets import nearest
+from .checks import (
+    Batches,
+    Flag,
+    Instance,
+    InvalidArgument,
+    ListOf,
+    Model,
+    Number,
+    OneOf,
+    Text,
+    checked,
+)
 from .domains import unpadded
 from .families import Anatomy, weight_axis
 from .guards import hooked, restoring
@@ -54,39 +67,85 @@ class Hessians:
         require_weights(model, self.model_hash, "these Hessians")
 
 
-@restoring
-def second_moments(modules: dict[str, nn.Module]) -> Iterator[dict[str, torch.Tensor]]:
-    """Sums of ``x xᵀ`` over every token that enters linear layers while inside, by their names.
+class Moments:
+    """First and second moments of what a linear layer reads, over tokens.
 
-    Layers that read one tensor (q, k and v) share one matrix. float64, except on MPS.
+    Sums are of ``x - c``, with *c* the mean of the first tokens: around the mean of large and
+    nearly constant features nothing is then lost to rounding.
+
+    Parameters
+    ----------
+    dtype, sums : torch.dtype
+        Of the products, and of their sums.
     """
-    sums: dict[str, torch.Tensor] = {}
-    shared: dict[str, str] = {}
-    last: tuple[torch.Tensor, str] | None = None
+
+    def __init__(self, dtype: torch.dtype = torch.float32, sums: torch.dtype | None = None):
+        self.dtype, self.sums = dtype, sums or dtype
+        self.count = 0
+
+    def add(self, states: torch.Tensor) -> None:
+        """Count in ``[…, feature]``."""
+        x = states.detach().flatten(0, -2).to(self.dtype)  # [token, feature]
+        if not self.count:
+            self.shift = x.mean(0)
+            self.square = x.new_zeros(x.shape[1], x.shape[1], dtype=self.sums)
+            self.sum = x.new_zeros(x.shape[1], dtype=self.sums)
+        x = x - self.shift
+        if self.sums == self.dtype:
+            self.square.addmm_(x.T, x)
+        else:
+            self.square += x.T @ x
+        self.sum += x.sum(0)
+        self.count += len(x)
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """``E[x]``."""
+        return self.shift + self.sum / self.count
+
+    def covariance(self) -> torch.Tensor:
+        """``E[(x - E[x]) (x - E[x])ᵀ]``; exactly 0 for features that only rounding moves."""
+        offset = self.sum / self.count
+        found = (self.square / self.count).addr_(offset, offset, alpha=-1)
+        still = found.diagonal() <= (2 * torch.finfo(torch.float32).eps * self.mean).square()
+        return found.masked_fill_(still | still[:, None], 0)
+
+    def second(self) -> torch.Tensor:
+        """``E[x xᵀ] = E[(x - c) (x - c)ᵀ] + c E[x - c]ᵀ + E[x] cᵀ``."""
+        shift = self.shift.to(self.sums)
+        found = (self.square / self.count).addr_(shift, self.sum / self.count)
+        return found.addr_(self.mean.to(self.sums), shift)
+
+
+@restoring
+def second_moments(modules: dict[str, nn.Module]) -> Iterator[dict[str, Moments]]:
+    """Moments of every token that enters linear layers while inside, by their names.
+
+    Layers that read one tensor (q, k and v) share them.
+    """
+    found: dict[str, Moments] = {}
+    last: tuple[torch.Tensor, Moments] | None = None
 
     def hook(name: str):
         def add(_module: nn.Module, args: tuple) -> None:
             nonlocal last
             if last is not None and args[0] is last[0]:
-                shared[name] = last[1]
+                found[name] = last[1]
                 return
-            last = (args[0], name)
-            x = args[0].detach().flatten(0, -2).float()
-            if name not in sums:
-                dtype = torch.float32 if x.device.type == "mps" else torch.float64
-                sums[name] = torch.zeros(x.shape[1], x.shape[1], dtype=dtype, device=x.device)
-            sums[name] += x.T @ x
+            # float64 sums where there is float64
+            sums = torch.float32 if args[0].device.type == "mps" else torch.float64
+            moments = found.setdefault(name, Moments(sums=sums))
+            moments.add(args[0])
+            last = args[0], moments
 
         return add
 
     hooks = [partial(each.register_forward_pre_hook, hook(name)) for name, each in modules.items()]
-    try:
-        with hooked(*hooks):
-            yield sums
-    finally:
-        sums |= {name: sums[source] for name, source in shared.items() if source in sums}
+    with hooked(*hooks):
+        yield found
 
 
+@checked(model=Model(), batches=Batches(), names=ListOf(Text(), 1), progress=Flag())
 def collect_hessians(
     model: PreTrainedModel,
     batches: Iterable[dict[str, torch.Tensor]],
@@ -111,20 +170,29 @@ def collect_hessians(
     Raises
     ------
     ValueError
-        If there are no tokens, or what a layer reads is not finite.
+        If there are no tokens, a name is none of a linear layer, or what it reads is not finite.
     """
-    modules = {name: model.get_submodule(name) for name in names}
+    linears = {name: module for _, name, module in Anatomy(model).linears()}
+    for name in names:
+        if name not in linears:
+            hint = nearest(name, [*linears])
+            raise InvalidArgument(f"names has {name!r}, no linear layer of the decoder; {hint}")
+    modules = {name: linears[name] for name in names}
     n_tokens = 0
-    with inference(model), second_moments(modules) as sums:
+    with inference(model), second_moments(modules) as moments:
         for ids in tqdm(unpadded(batches), desc="Hessians", unit="batch", disable=not progress):
             check_token_ids(model, ids)
             n_tokens += ids.numel()
             model.base_model(input_ids=ids.to(model.device), use_cache=False)
-    for name in modules:
-        if not torch.isfinite(sums[name]).all():
+    matrices = {name: moments[name].second() for name in modules}
+    for name, matrix in matrices.items():
+        if not torch.isfinite(matrix).all():
             raise ValueError(f"{name} has NaN or infinite values at its input: check the weights")
-    matrices = {name: sums[name] / n_tokens for name in modules}
     return Hessians(matrices, fingerprint(model), n_tokens)
+
+
+class Indefinite(ValueError):
+    """A matrix that cannot be inverted in the precision at hand."""
 
 
 #: What a share of damping is a share of.
@@ -156,10 +224,7 @@ def damped_inverse(
         If H is not finite, an option is out of range, or no damping up to the whole diagonal is
         enough.
     """
-    if not damp >= 0:
-        raise ValueError(f"damp is {damp}; expected a share of the diagonal, 0 or more")
-    if damping not in DAMPINGS:
-        raise ValueError(f"unknown damping {damping!r}; {nearest(damping, list(DAMPINGS))}")
+    damp, damping = Number(0)("damp", damp), OneOf(DAMPINGS)("damping", damping)
     if not torch.isfinite(hessian).all():
         raise ValueError("the second moment has NaN or infinite values")
     damped = (hessian + hessian.mT).div_(2)
@@ -168,7 +233,9 @@ def damped_inverse(
     for share in (damp, *(10.0**power for power in range(-6, 1) if 10.0**power > damp)):
         damped.diagonal().copy_(torch.where(diagonal == 0, 1, diagonal + share * unit))
         factor, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
+        # a pivot is what a feature varies beside those before it: below rounding it is none
+        pivots, noise = factor.diagonal().square(), torch.finfo(damped.dtype).eps
+        if not failed and (pivots > noise * damped.diagonal()).all():
             if share != damp:
                 warnings.warn(
                     f"a second moment of {len(hessian)} features is singular at damp={damp}: "
@@ -176,7 +243,7 @@ def damped_inverse(
                     stacklevel=2,
                 )
             return damped, torch.cholesky_inverse(factor)
-    raise ValueError("the second moment is not positive definite, however much it is damped")
+    raise Indefinite("the second moment is not positive definite, however much it is damped")
 
 
 def refit(weight: torch.Tensor, hessian: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
@@ -193,15 +260,18 @@ def refit(weight: torch.Tensor, hessian: torch.Tensor, kept: torch.Tensor) -> to
     return torch.cholesky_solve((weight @ hessian[:, kept]).mT, factor).mT
 
 
+@checked(model=Model(), plan=Instance(PruningPlan), hessians=Instance(Hessians), damp=Number(0))
 @torch.no_grad()
 def weight_compensated(
     model: PreTrainedModel, plan: PruningPlan, hessians: Hessians, damp: float = 0.01
 ) -> PreTrainedModel:
     """A copy whose kept o/down columns make up for the removed ones: the OBS weight update.
 
-    ``W_kept ← W H[:, kept] (H[kept, kept])⁻¹``, the least-squares optimum that removing one column
-    after another with SparseGPT's update ends in. For ``masked(copy, plan)`` or ``shrink(copy,
-    plan)``. The Hessians are the dense model's for all layers; nothing follows the pruned prefix.
+    ``W_kept ← W H[:, kept] (H[kept, kept])⁻¹``, the least-squares optimum: where Optimal Brain
+    Surgeon ends that removes one column after another, in any order, and lets all others make up
+    for it. SparseGPT's update is weaker: it goes from left to right once, and only the columns to
+    the right of a removed one make up for it. For ``masked(copy, plan)`` or ``shrink(copy, plan)``.
+    The Hessians are the dense model's for all layers; nothing follows the pruned prefix.
 
     Parameters
     ----------
@@ -222,21 +292,24 @@ def weight_compensated(
     hessians.require(model)
     plan.require(model)
     updated = copy.deepcopy(model)
-    anatomy = Anatomy(updated)
-    for site, layers in plan.keep.items():
-        for layer, units in enumerate(layers):
-            total, consumer = plan.units[site][layer], anatomy.family.consumes[site]
-            if len(units) == total:
-                continue
-            name, module = anatomy.name(layer, consumer), anatomy.module(layer, consumer)
-            if name not in hessians.matrices:
-                raise ValueError(f"there is no Hessian of {name}; collect_hessians with it")
-            found, _ = damped_inverse(hessians.matrices[name], damp)
-            kept = torch.as_tensor(
-                anatomy.positions(consumer, units, total, layer=layer), device=found.device
+    for (name, side), stay in plan.staying_features(Anatomy(updated)).items():
+        if side == "output":
+            continue
+        module, axis = (
+            updated.get_submodule(name),
+            weight_axis(updated.get_submodule(name), "input"),
+        )
+        matrix = hessians.matrices.get(name)
+        if matrix is None or matrix.shape != (len(stay), len(stay)):
+            raise ValueError(
+                f"there is no Hessian of {name} of {len(stay)} features; collect_hessians with it"
             )
-            axis = weight_axis(module, "input")
-            weight = module.weight.to(found).movedim(axis, 1)  # [output, input]
-            solution = refit(weight, found, kept)
-            module.weight.index_copy_(axis, kept, solution.movedim(1, axis).to(module.weight))
+        try:
+            damped, _ = damped_inverse(matrix, damp)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        kept = torch.as_tensor(np.flatnonzero(stay), device=damped.device)
+        weight = module.weight.to(damped).movedim(axis, 1)  # [output, input]
+        W_refit = refit(weight, damped, kept)  # [output, kept]
+        module.weight.index_copy_(axis, kept, W_refit.movedim(1, axis).to(module.weight))
     return updated

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from .assets import nearest
+from .checks import InvalidArgument, ListOf, Number, as_json
 
 
 @dataclass(frozen=True)
@@ -162,20 +163,35 @@ def allocation_rule(allocation: str | Allocation | Sequence[float]) -> Allocatio
         If the name is unknown.
     """
     if callable(allocation):
-        return allocation
-    if hasattr(allocation, "__len__") and not isinstance(allocation, str):
-        return _given(allocation)
-    if allocation not in ALLOCATIONS:
+        return _answering(allocation)
+    if not isinstance(allocation, str) and isinstance(allocation, Iterable):
+        return _given(ListOf(Number(0), 1)("allocation", allocation))
+    if not isinstance(allocation, str) or allocation not in ALLOCATIONS:
         hint = nearest(str(allocation), list(ALLOCATIONS))
-        raise ValueError(f"unknown allocation {allocation!r}; {hint}")
+        raise InvalidArgument(f"unknown allocation {allocation!r}; {hint}")
     return ALLOCATIONS[allocation]
+
+
+def _answering(allocation: Allocation) -> Allocation:
+    """A user's rule whose shares are checked: one number for each group."""
+
+    def spread(ratio: float, groups: Sequence[Group]) -> list[float]:
+        name = f"{allocation_name(allocation)}({ratio:.3g}, groups)"
+        shares = ListOf(Number())(name, allocation(ratio, groups))
+        if len(shares) != len(groups):
+            raise InvalidArgument(
+                f"{name} gives {len(shares)} shares; expected one for each of {len(groups)} groups"
+            )
+        return list(shares)
+
+    return spread
 
 
 def allocation_name(allocation: str | Allocation | Sequence[float]) -> str | list[float]:
     """What stands for an allocation in a plan's origin."""
     if callable(allocation):
         return getattr(allocation, "__name__", "own")
-    return allocation if isinstance(allocation, str) else [*allocation]
+    return allocation if isinstance(allocation, str) else as_json([*allocation])
 
 
 def _given(shares: Sequence[float]) -> Allocation:

@@ -10,12 +10,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from dataclasses import fields as dataclass_fields
-from numbers import Integral, Real
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +21,27 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .allocation import leaving_parameters, one_target, prunable, removed_shares, unit_counts
+from .allocation import (
+    kept_ends,
+    leaving_parameters,
+    one_target,
+    prunable,
+    removed_shares,
+    unit_counts,
+)
 from .assets import nearest
+from .checks import (
+    Batches,
+    Flag,
+    Integer,
+    ListOf,
+    Location,
+    Model,
+    Number,
+    OneOf,
+    checked,
+    refuse,
+)
 from .compensation import Solver, carry_out, problem, solve
 from .criteria import chosen_sites
 from .elimination import full_precision
@@ -36,10 +53,18 @@ from .resumption import Finished
 from .runtime import fingerprint, inference
 from .schedules import BY_DEPTH, RANKINGS, Allocation, Group, allocation_name
 from .search import Search, search_counts, summary
-from .shards import Shards
+from .shards import PLACES, Shards
 from .statistics import tokens_hash
 
 
+@checked(
+    model=Model(),
+    batches=Batches(),
+    inplace=Flag(),
+    offload=OneOf(PLACES),
+    out_dir=Location() | None,
+    progress=Flag(),
+)
 def slimgpt(
     model: PreTrainedModel,
     batches: Iterable[dict[str, torch.Tensor]],
@@ -128,8 +153,15 @@ def slimgpt(
     sites = chosen_sites(model, sites, units)
     totals = {site: anatomy.units(site) for site in sites}
     zeros = {site: [np.zeros(n) for n in layers] for site, layers in totals.items()}
+    keep_layers = kept_ends(keep_layers)
     groups = prunable(anatomy, zeros, keep_layers)
-    _check_target(groups, ratio, parameters, counts)
+    ratio, parameters = (
+        (Number() | None)("ratio", ratio),
+        (Integer() | None)("parameters", parameters),
+    )
+    one_target(ratio=ratio, parameters=parameters, counts=counts)
+    if counts is not None:
+        counts = _whole_counts(totals, groups, counts)
     _check_allocation(allocation)
     searches = isinstance(allocation, str) and allocation == "search" and counts is None
     if search is not None and not searches:
@@ -212,7 +244,7 @@ def _cut_layer(
             given = problem(anatomy, one, layer, site, totals[site][layer], options)
             found = solve(given, site, leave[site][layer], options)
             carry_out(anatomy, one, layer, site, given, found, options)
-            cuts[site] = {"kept": found.kept, "error": round(found.loss / found.scale, 6)}
+            cuts[site] = {"kept": found.kept, "error": round(found.relative_loss, 6)}
     return cuts
 
 
@@ -246,17 +278,6 @@ def _made(kind: type, fields: Mapping[str, object], others: Iterable[str] = ()):
     return kind(**fields)
 
 
-def _check_target(groups: Sequence[Group], ratio, parameters, counts) -> None:
-    """Refuse anything but one target, and counts that do not fit the model."""
-    chosen = one_target(ratio=ratio, parameters=parameters, counts=counts)
-    for name in ("ratio", "parameters"):
-        value = chosen.get(name, 0)
-        if not isinstance(value, Real) or not math.isfinite(value):
-            raise ValueError(f"{name} is {value!r}; expected a number")
-    if counts is not None:
-        _check_counts(groups, counts)
-
-
 def _check_allocation(allocation: str | Allocation | Sequence[float]) -> None:
     """Refuse names that are no way to spread a cut without scores."""
     if not isinstance(allocation, str):
@@ -271,18 +292,24 @@ def _check_allocation(allocation: str | Allocation | Sequence[float]) -> None:
         raise ValueError(f"unknown allocation {allocation!r}; {nearest(allocation, known)}")
 
 
-def _check_counts(groups: Sequence[Group], counts: Mapping[str, Sequence[int]]) -> None:
-    """Refuse counts that do not fit the model."""
-    depth, sites = groups[0].depth, {group.site for group in groups}
+def _whole_counts(
+    totals: Mapping[str, Sequence[int]], groups: Sequence[Group], counts: object
+) -> dict[str, tuple[int, ...]]:
+    """Counts as plain numbers, if they fit the model: at least one unit stays everywhere."""
     if not isinstance(counts, Mapping):
-        raise ValueError(f"counts is {counts!r}; expected a site to a count per layer")
-    if set(counts) != sites or any(len(layers) != depth for layers in counts.values()):
-        shape = {site: len(layers) for site, layers in counts.items()}
-        raise ValueError(f"counts has {shape}; expected {sorted(sites)} with {depth} layers each")
-    for group in groups:
-        count = counts[group.site][group.layer]
-        if not isinstance(count, Integral) or not 0 <= count < len(group):
-            raise ValueError(
-                f"{count} of {len(group)} {group.site} units of layer {group.layer} are to leave; "
-                "at least one must stay"
-            )
+        raise refuse("counts", counts, "a site to a count per layer")
+    counts = {site: ListOf(Integer(0))(f"counts[{site!r}]", n) for site, n in counts.items()}
+    shape = {site: len(layers) for site, layers in counts.items()}
+    if shape != {site: len(layers) for site, layers in totals.items()}:
+        raise ValueError(
+            f"counts has {shape}; expected {sorted(totals)} with {groups[0].depth} layers each"
+        )
+    free = {(group.site, group.layer) for group in groups}
+    for site, layers in counts.items():
+        for layer, (count, total) in enumerate(zip(layers, totals[site], strict=True)):
+            if count >= total or (count and (site, layer) not in free):
+                why = "at least one must stay" if count >= total else "keep_layers keeps it whole"
+                raise ValueError(
+                    f"{count} of {total} {site} units of layer {layer} are to leave; {why}"
+                )
+    return counts

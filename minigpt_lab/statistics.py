@@ -11,20 +11,18 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .checks import Location, checked
+from .checks import Batches, Flag, Integer, Location, Model, check_fields, checked
+from .collector import Collector, Key
 from .families import Anatomy, weight_axis
-from .guards import hooked, restoring
-from .runtime import check_token_ids, fingerprint, inference, label, padded, require_weights
+from .runtime import check_token_ids, fingerprint, inference, label, require_weights
 from .storage import Damaged, kept, returned_anyway
 from .tensor_files import SUFFIX, read_tensors, write_tensors
 
@@ -33,8 +31,6 @@ _HEADER = (
     "activations", "layer_of", "n_tokens", "model_hash", "model_name", "domain", "content_hash",
 )  # fmt: skip
 _ARRAYS = ("token_counts", "merges", "protected")
-_BLOCK = 256  # rows of activations summed at once
-Key = tuple[str, str]  # (module name, "input" or "output")
 
 
 @dataclass
@@ -74,6 +70,9 @@ class Statistics:
     domain: str
     content_hash: str
 
+    def __post_init__(self):
+        check_fields(self, n_tokens=Integer(1))
+
     MOMENTS = ("absolute", "sum", "square", "unbiased")
 
     def mean(self, module: str, side: str, moment: str) -> np.ndarray:
@@ -85,6 +84,11 @@ class Statistics:
         table = self.sums[module, "input" if side == "activation" else side]
         row = self.MOMENTS.index(moment)
         return table[row if row < len(table) else 0] / self.n_tokens
+
+    def variance(self, module: str, side: str) -> np.ndarray:
+        """Variance over tokens, divided by their number, of every neuron ``[neuron]``."""
+        mean, square = (self.mean(module, side, moment) for moment in ("sum", "square"))
+        return np.maximum(square - mean**2, 0)
 
     def magnitude(self, module: str, side: str) -> np.ndarray:
         """What ε is compared with ``[neuron]``: mean |a|, of outputs the smaller of it and |y - b|.
@@ -119,7 +123,7 @@ class Statistics:
         """
         parts = []
         for module, side in self.sides():
-            mean, square = (self.mean(module, side, name) for name in ("sum", "square"))
+            mean = self.mean(module, side, "sum")
             unbiased = self.mean(module, side, "unbiased")
             parts.append(
                 pd.DataFrame(
@@ -133,8 +137,8 @@ class Statistics:
                         if side == "output" and self.biased(module)
                         else np.nan,
                         "mean": mean,
-                        "variance": np.maximum(square - mean**2, 0),
-                        "second_moment": square,
+                        "variance": self.variance(module, side),
+                        "second_moment": self.mean(module, side, "square"),
                         "tokens": self.n_tokens,
                     }
                 )
@@ -142,7 +146,7 @@ class Statistics:
         table = pd.concat(parts, ignore_index=True)
         return table.astype({"module": "category", "side": "category"})
 
-    def __add__(self, other: Statistics) -> Statistics:
+    def __add__(self, other: object) -> Statistics:
         """Statistics of both texts together, of one model.
 
         Raises
@@ -150,6 +154,8 @@ class Statistics:
         ValueError
             If the two are of different models.
         """
+        if not isinstance(other, Statistics):
+            return NotImplemented
         if self.model_hash != other.model_hash:
             raise ValueError(
                 "statistics of two models cannot be added: "
@@ -172,9 +178,19 @@ class Statistics:
         Raises
         ------
         ValueError
-            If the model's weights are not those that the pass saw.
+            If the model's weights are not those that the pass saw, or a sum is missing or no
+            finite number.
         """
         require_weights(model, self.model_hash, f"these statistics of {self.model_name}")
+        check_fields(self, n_tokens=Integer(1))
+        for _, name, module in Anatomy(model).linears():
+            for side in ("input", "output"):
+                table, width = self.sums.get((name, side)), module.weight.shape
+                shape = (3, 4), width[weight_axis(module, side)]
+                if table is None or len(table) not in shape[0] or table.shape[1:] != shape[1:]:
+                    raise ValueError(f"the statistics have no sums of the {side}s of {name}")
+                if not np.isfinite(table).all():
+                    raise ValueError(f"the statistics of {name} have NaN or infinite {side} sums")
 
     @checked(path=Location())
     def save(self, path: str | os.PathLike) -> Path:
@@ -215,76 +231,7 @@ class Statistics:
             raise Damaged(f"{path} is no readable statistics file ({error})") from error
 
 
-class _Collector:
-    """Sums over tokens on the model's device; hooks add to them without asking the device."""
-
-    def __init__(self, model: PreTrainedModel):
-        anatomy = Anatomy(model)
-        self.modules = {name: module for _, name, module in anatomy.linears()}
-        self.layer_of = {name: layer for layer, name, _ in anatomy.linears()}
-        self.shared: dict[str, str] = {}
-        self.weights: torch.Tensor | None = None  # [tokens]: 1, or 0 for padding
-        # MPS has no float64; elsewhere it keeps millions of tokens exact
-        dtype = torch.float32 if model.device.type == "mps" else torch.float64
-        # made before the pass: scattered between activations they would keep that memory in use
-        self.sums: dict[Key, torch.Tensor] = {
-            (name, side): torch.zeros(
-                3 if side == "input" or module.bias is None else 4,
-                module.weight.shape[weight_axis(module, side)],
-                dtype=dtype,
-                device=module.weight.device,
-            )
-            for name, module in self.modules.items()
-            for side in ("input", "output")
-        }
-        self._last: tuple[torch.Tensor, str] | None = None
-
-    @restoring
-    def hooks(self) -> Iterator[None]:
-        modules = self.modules.items()
-        with hooked(*(partial(each.register_forward_hook, self._hook(n)) for n, each in modules)):
-            yield
-
-    def _hook(self, name: str):
-        def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            # q, k and v read one tensor, gate and up another: count each tensor once
-            if self._last is not None and args[0] is self._last[0]:
-                self.shared[name] = self._last[1]
-            else:
-                self._last = (args[0], name)
-                self._add((name, "input"), args[0], None)
-            self._add((name, "output"), output, module.bias)
-
-        return hook
-
-    def _add(self, key: Key, x: torch.Tensor, bias: torch.Tensor | None) -> None:
-        x = x.detach().reshape(-1, x.shape[-1])  # [tokens, neurons]
-        # a product with the weights sums over tokens and skips padding without asking where it is;
-        # a block of rows at a time stays in the processor's cache
-        absolute, total, square, *unbiased = sums = torch.zeros(
-            self.sums[key].shape, dtype=torch.float32, device=x.device
-        )
-        for block, weights in zip(x.split(_BLOCK), self.weights.split(_BLOCK), strict=True):
-            block = block.float()
-            total.addmv_(block.T, weights)
-            magnitude = block.abs()
-            absolute.addmv_(magnitude.T, weights)
-            square.addmv_(magnitude.square_().T, weights)
-            if bias is not None:
-                unbiased[0].addmv_((block - bias.detach()).abs_().T, weights)
-        self.sums[key] += sums
-
-    def tables(self) -> dict[Key, np.ndarray]:
-        """All sums on the host, inputs that were shared filled in; the collector is empty then."""
-        # copies: arrays that own their memory, whatever becomes of the tensors
-        found = {key: table.cpu().double().numpy().copy() for key, table in self.sums.items()}
-        self.sums.clear()
-        for name, source in self.shared.items():
-            found[name, "input"] = found[source, "input"]
-        order = [(name, side) for name in self.modules for side in ("input", "output")]
-        return {key: found[key] for key in order}
-
-
+@checked(model=Model(), batches=Batches(), path=Location() | None, progress=Flag())
 def collect_statistics(
     model: PreTrainedModel,
     batches: Iterable[dict[str, torch.Tensor]],
@@ -329,23 +276,30 @@ def collect_statistics(
             and len(merges) == len(known.merges)
         ):
             return known
-    collector = _Collector(model)
+    collector = Collector(model)
     content = hashlib.sha256()
     vocabulary = model.get_input_embeddings().weight.shape[0]
     token_counts = torch.zeros(vocabulary, dtype=torch.int64)
     with inference(model), collector.hooks():
         for batch in tqdm(batches, desc="statistics", unit="batch", disable=not progress):
             ids = batch["input_ids"]
-            mask = _mask(batch)
+            mask = _mask(batch).bool()
             check_token_ids(model, ids)
-            token_counts += torch.bincount(ids[mask.bool()].cpu(), minlength=vocabulary)
+            token_counts += torch.bincount(ids[mask].cpu(), minlength=vocabulary)
             _update(content, batch)
-            collector.weights = mask.reshape(-1).to(model.device, torch.float32)
-            model(**padded(model, ids, mask), use_cache=False, logits_to_keep=1)
+            # a padded batch comes window by window: what padding computes may be NaN
+            whole = (
+                [ids]
+                if mask.all()
+                else [row[real][None] for row, real in zip(ids, mask, strict=True)]
+            )
+            for window in whole:
+                if window.numel():
+                    model(input_ids=window.to(model.device), use_cache=False, logits_to_keep=1)
     n_tokens = int(token_counts.sum())
     if n_tokens == 0:
         raise ValueError("no tokens to collect statistics from: batches is empty or all padding")
-    sums = collector.tables()
+    sums = collector.tables(n_tokens)
     for (module, side), table in sums.items():
         if not np.isfinite(table).all():
             raise ValueError(

@@ -14,9 +14,11 @@ from .objects import (
     Texts,
     Tokenizer,
     check_batch,
+    check_fields,
     checked,
 )
 from .values import (
+    REFUSED,
     Flag,
     Function,
     Instance,
@@ -29,12 +31,14 @@ from .values import (
     OneOf,
     Table,
     Text,
+    as_json,
     plain,
     refuse,
 )
 
 __all__ = [
     "COMPUTED",
+    "REFUSED",
     "Batches",
     "Device",
     "Dtype",
@@ -53,7 +57,9 @@ __all__ = [
     "Text",
     "Texts",
     "Tokenizer",
+    "as_json",
     "check_batch",
+    "check_fields",
     "checked",
     "plain",
     "refuse",

@@ -60,6 +60,18 @@ def _holds(check: Check | None, value: object) -> bool:
     return wanted and isinstance(value, PreTrainedModel)
 
 
+def check_fields(record: object, **checks: Check) -> None:
+    """Check a dataclass's fields, in its ``__post_init__``; frozen or not, they become plain.
+
+    Raises
+    ------
+    InvalidArgument
+        For the first field that its check refuses.
+    """
+    for name, check in checks.items():
+        object.__setattr__(record, name, check(name, getattr(record, name)))
+
+
 class Model(Instance):
     """A transformers model with weights that can be computed with; held while the call runs.
 

@@ -47,6 +47,23 @@ def plain(value: object) -> object:
     return value.item() if isinstance(value, np.generic) else value
 
 
+def as_json(value: object) -> object:
+    """A value as JSON has it: numbers and arrays as Python's, anything else by its name.
+
+    For what is written down beside a result, such as a plan's origin.
+    """
+    value = plain(value)
+    if isinstance(value, torch.Tensor | np.ndarray):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return {str(key): as_json(item) for key, item in value.items()}
+    if isinstance(value, Sequence | set) and not isinstance(value, str | bytes):
+        return [as_json(item) for item in value]
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    return getattr(value, "__name__", str(value))
+
+
 class Check:
     """What an argument may be.
 
@@ -98,9 +115,13 @@ class AnyOf(Check):
         self.remedy = next((check.remedy for check in checks if check.remedy), "")
 
     def __call__(self, name, value):
-        """As the first check that takes it says."""
+        """As the first check that takes it says; a check with words of its own says them."""
         taker = next((check for check in self.checks if check.take(value) is not REFUSED), None)
-        return taker(name, value) if taker else super().__call__(name, value)
+        if taker:
+            return taker(name, value)
+        rest = [check for check in self.checks if not isinstance(check, Nothing)]
+        own = len(rest) == 1 and type(rest[0]).__call__ is not Check.__call__
+        return rest[0](name, value) if own else super().__call__(name, value)
 
     def take(self, value):
         """Ask one after the other."""

@@ -5,7 +5,7 @@ from .fluctuation import bias_compensated
 from .influence import block_influence
 from .scores import CRITERIA, Scores, criterion, score
 from .sensitivity import MINI_LLM
-from .units import attention_site, chosen_sites
+from .units import attention_site, check_option, chosen_sites
 
 __all__ = [
     "CRITERIA",
@@ -14,6 +14,7 @@ __all__ = [
     "attention_site",
     "bias_compensated",
     "block_influence",
+    "check_option",
     "chosen_sites",
     "contextual",
     "criterion",

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from ..checks import Flag, Instance, Model, checked
 from ..families import Anatomy, weight_axis
 from ..plan import PruningPlan
 from ..statistics import Statistics
@@ -17,6 +18,7 @@ METRICS = ("IFV", "WIFV", "WIFN")
 
 
 @criterion("fluctuation")
+@checked(standardise=Flag(), square_attention=Flag())
 def fluctuation_scores(
     model,
     batches=None,
@@ -32,17 +34,17 @@ def fluctuation_scores(
     ``IFV``: ``Var(X_j)``. ``WIFV``: ``Var(X_j) · Σ_i W_ij²``. ``WIFN``: ``mean_i |W_ij| · ‖X_j‖₂``.
     What hardly varies can be replaced by its mean (see `bias_compensated`).
 
-    The variance is the exact one over all tokens (divided by their number); the released code
-    streams it over samples with the first one as a mere start.
+    The variance is the exact one over all tokens, divided by their number; the released code
+    streams it over samples, of which the first is a mere start, and divides by theirs.
 
     Parameters
     ----------
     metric : {"IFV", "WIFV", "WIFN"}
     standardise : bool
-        Standardise the features' metric in every layer, ``(S - mean) / std``, so that layers and
-        sites can be compared, as the paper's adaptive structure does (the allocation
-        ``"global-as-scored"``); a unit's score is then the mean of its features', as in the
-        released code.
+        Standardise the features' metric in every layer, ``(S - mean) / std`` (std with n - 1, as in
+        the released code), so that layers and sites can be compared, as the paper's adaptive
+        structure does (the allocation ``"global-as-scored"``); a unit's score is then the mean of
+        its features', as there.
     square_attention : bool
         Square the metric of attention before it is standardised, as the released code does. Has no
         effect otherwise.
@@ -65,16 +67,16 @@ def fluctuation_scores(
         if metric == "WIFN":
             rows = weight.shape[weight_axis(module, "output")]
             norms = by_input(input_norms(found, name), module)
-            values = per_feature(weight.abs() * norms, module, side) / rows
+            values = per_feature(weight.abs() * norms, module, side).cpu().double() / rows
         else:
-            values = torch.as_tensor(_variance(found, name), device=weight.device)
+            values = torch.from_numpy(found.variance(name, "input"))
             if metric == "WIFV":
-                values = values * per_feature(weight.square(), module, side)
+                values = values * per_feature(weight.square(), module, side).cpu()
         if standardise:
             if square_attention and name in attention:
                 values = values.square()
-            spread = values.std(correction=0)
-            values = (values - values.mean()) / torch.where(spread > 0, spread, 1)
+            spread = float(values.std()) if len(values) > 1 else 0.0
+            values = (values - values.mean()) / (spread or 1.0)
         return values
 
     scores = unit_scores(model, sites, features, scope="consumer")
@@ -87,11 +89,7 @@ def fluctuation_scores(
     return scores
 
 
-def _variance(statistics: Statistics, name: str) -> np.ndarray:
-    mean, square = (statistics.mean(name, "input", moment) for moment in ("sum", "square"))
-    return np.maximum(square - mean**2, 0)
-
-
+@checked(model=Model(), plan=Instance(PruningPlan), statistics=Instance(Statistics))
 @torch.no_grad()
 def bias_compensated(model, plan: PruningPlan, statistics: Statistics) -> PruningPlan:
     """The plan with FLAP's bias compensation: ``b += W[:, removed] · mean(X[removed])``.

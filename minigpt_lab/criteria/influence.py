@@ -11,12 +11,14 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from ..checks import Batches, Model, checked
 from ..domains import unpadded
 from ..families import Anatomy
 from ..guards import hooked
 from ..runtime import check_token_ids, inference
 
 
+@checked(model=Model(), batches=Batches())
 def block_influence(
     model: PreTrainedModel, batches: Iterable[dict[str, torch.Tensor]]
 ) -> pd.DataFrame:

@@ -17,7 +17,7 @@ def magnitude_scores(
     reduce: str = "sum",
     scope: str = "coupled",
 ):
-    """Sum of ``|w|^p`` over each structure of a unit, reduced over the structures.
+    """Sum of ``|w|^p`` over each channel's weights, reduced over the structures of a unit.
 
     ``coupled`` is the magnitude of LLM-Pruner's released code (arXiv 2305.11627; no p-th root,
     heads are the sum of their channels); ``consumer`` the Mag-sp of FLAP's (arXiv 2312.11983):
@@ -28,7 +28,8 @@ def magnitude_scores(
     norm : {"l1", "l2"}
         p = 1 or 2.
     reduce : {"sum", "mean", "max", "prod", "last"}
-        How the structures' scores become one; LLM-Pruner's magnitude takes the mean.
+        How the structures' scores become one; LLM-Pruner's magnitude takes the mean. Channel by
+        channel, as for `taylor`.
     scope : {"coupled", "consumer"}
         All weights of a unit, or the o/down columns only.
 
@@ -44,4 +45,4 @@ def magnitude_scores(
         total = per_feature(weight.abs() if norm == "l1" else weight.square(), module, side)
         return total.sqrt() if norm == "l2" and scope == "consumer" else total
 
-    return unit_scores(model, sites, powers, scope, reduce)
+    return unit_scores(model, sites, powers, scope, reduce, by_channel=True)

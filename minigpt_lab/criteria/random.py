@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..checks import Integer, checked
 from ..families import Anatomy
 from .scores import criterion
 
 
 @criterion("random")
+@checked(seed=Integer(0))
 def random_scores(model, batches=None, statistics=None, *, sites, seed: int = 0):
     """Independent uniform scores, the same for the same seed.
 

@@ -15,15 +15,27 @@ import torch
 from transformers import PreTrainedModel
 
 from ..assets import cache_folder, nearest
-from ..checks import Location, checked
-from ..families import SITES, Anatomy
+from ..checks import (
+    Batches,
+    Flag,
+    Function,
+    Instance,
+    InvalidArgument,
+    Location,
+    Model,
+    Text,
+    as_json,
+    checked,
+    plain,
+)
+from ..families import ALL_SITES, SITES, Anatomy
 from ..ledger import content_hash
 from ..locations import folder_to_write
 from ..runtime import fingerprint, label, require_weights
 from ..statistics import Statistics, tokens_hash
 from ..storage import Damaged, kept, returned_anyway
 from ..tensor_files import SUFFIX, read_tensors, write_tensors
-from .units import chosen_sites
+from .units import check_option, chosen_sites
 
 
 @dataclass(frozen=True)
@@ -68,15 +80,18 @@ class Scores:
         layers = zip(self.values[site], keep[site], strict=True)
         return float(max(np.delete(values, units).max(initial=0) for values, units in layers))
 
-    def require(self, model: PreTrainedModel) -> None:
-        """Refuse another model than the one scored.
+    def require(self, model: PreTrainedModel) -> dict[str, list[np.ndarray]]:
+        """The values, if they are of this model: one finite number for each of its units.
 
         Raises
         ------
         ValueError
-            If the model's weights are not those that were scored.
+            If the model's weights are not those that were scored, or a value is missing or no
+            number.
         """
         require_weights(model, self.model_hash, f"these {self.criterion} scores")
+        check_option("site", next((s for s in self.values if s not in ALL_SITES), "ffn"), ALL_SITES)
+        return _checked(self.criterion, model, (*self.values,), self.values)
 
     @checked(path=Location())
     def save(self, path: str | os.PathLike) -> Path:
@@ -135,14 +150,21 @@ def criterion(name: str) -> Callable:
     name : str
         What `score` knows it by.
     """
+    name = Text()("name", name)
 
     def register(function: Callable) -> Callable:
-        CRITERIA[name] = function
+        CRITERIA[name] = Function()(f"the criterion {name!r}", function)
         return function
 
     return register
 
 
+@checked(
+    model=Model(),
+    batches=Batches() | None,
+    statistics=Instance(Statistics, "lab.collect_statistics gives it") | None,
+    cache=Flag() | Location(),
+)
 def score(
     name: str,
     model: PreTrainedModel,
@@ -191,15 +213,17 @@ def score(
     RuntimeError
         If the criterion changed the model.
     """
-    if name not in CRITERIA:
-        raise ValueError(f"unknown criterion {name!r}; {nearest(name, sorted(CRITERIA))}")
+    check_option("criterion", name, CRITERIA)
     sites = chosen_sites(model, sites, units)
     _refuse_quantised(model)
     if statistics is not None:
         statistics.require(model)
+    options = {key: plain(value) for key, value in options.items()}
+    _check_names(name, options)
     batches = batches if batches is None or isinstance(batches, list) else list(batches)
-    facts = {"model_hash": fingerprint(model), "options": options, **_text(batches, statistics)}
-    path = _cached(cache, name, sites, facts)
+    written = as_json(options)
+    facts = {"model_hash": fingerprint(model), "options": written, **_text(batches, statistics)}
+    path = _cached(cache, name, sites, facts, options)
 
     def load(path: Path) -> Scores:
         found = Scores.load(path)
@@ -212,7 +236,7 @@ def score(
     known = None if path is None else kept(path, load, SUFFIX)
     if known is not None:
         return known
-    values = CRITERIA[name](model, batches, statistics, sites=sites, **options)
+    values = _asked(name, model, batches, statistics, sites, options)
     if fingerprint(model) != facts["model_hash"]:
         raise RuntimeError(f"the {name} criterion changed the model's weights")
     scores = Scores(name, _checked(name, model, sites, values), **facts)
@@ -222,15 +246,45 @@ def score(
     return scores
 
 
+def _check_names(name: str, options: Mapping[str, object]) -> None:
+    """Refuse an option that the criterion does not take."""
+    known = inspect.signature(CRITERIA[name]).parameters.values()
+    if any(each.kind is each.VAR_KEYWORD for each in known):
+        return
+    own = [
+        each.name for each in known if each.name not in ("model", "batches", "statistics", "sites")
+    ]
+    for option in options:
+        if option not in own:
+            hint = nearest(option, own) if own else "it takes none"
+            raise InvalidArgument(f"the {name} criterion has no option {option!r}; {hint}")
+
+
+def _asked(name: str, model, batches, statistics, sites, options) -> object:
+    """What the criterion gives; its errors say whose they are."""
+    try:
+        return CRITERIA[name](model, batches, statistics, sites=sites, **options)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except ValueError as error:
+        kind = InvalidArgument if isinstance(error, InvalidArgument) else ValueError
+        raise kind(f"the {name} criterion: {error}") from error
+    except Exception as error:
+        raise RuntimeError(
+            f"the {name} criterion failed with {type(error).__name__}: {error}"
+        ) from error
+
+
 def _checked(name: str, model: PreTrainedModel, sites: tuple[str, ...], values: object) -> dict:
     """What a criterion gave, as arrays: one finite number for every unit of the sites."""
-    if not isinstance(values, Mapping) or {*values} != {*sites}:
+    lists = isinstance(values, Mapping) and all(map(np.iterable, values.values()))
+    if not lists or not sites or {*values} != {*sites}:
         given = [*values] if isinstance(values, Mapping) else values
         raise ValueError(
             f"the {name} criterion gives {given!r}; expected one array per layer for each of "
             f"{[*sites]}"
         )
-    arrays = {site: [np.asarray(layer) for layer in values[site]] for site in sites}
+    arrays = {site: [_array(name, site, layer) for layer in values[site]] for site in sites}
     anatomy = Anatomy(model)
     for site, layers in arrays.items():
         totals = anatomy.units(site)
@@ -249,6 +303,21 @@ def _checked(name: str, model: PreTrainedModel, sites: tuple[str, ...], values: 
     return arrays
 
 
+def _array(name: str, site: str, values: object) -> np.ndarray:
+    """Scores of one layer, wherever they were computed, in float64."""
+    try:
+        if isinstance(values, torch.Tensor):
+            values = values.detach().cpu().double().numpy()
+        return np.asarray(
+            [float(each) for each in values] if isinstance(values, list | tuple) else values, float
+        )
+    except (TypeError, ValueError) as error:
+        raise InvalidArgument(
+            f"{name} gives {site} scores that are no numbers ({error}); expected one array [unit] "
+            "per layer"
+        ) from error
+
+
 def _refuse_quantised(model: PreTrainedModel) -> None:
     integers = [name for name, p in model.named_parameters() if not p.is_floating_point()]
     if integers or getattr(model, "is_quantized", False):
@@ -258,13 +327,14 @@ def _refuse_quantised(model: PreTrainedModel) -> None:
         )
 
 
-def _cached(cache, name: str, sites: tuple[str, ...], facts: dict) -> Path | None:
+def _cached(cache, name: str, sites: tuple[str, ...], facts: dict, options: dict) -> Path | None:
     """The file of these scores in a folder of scores."""
     if cache is False:
         return None
     try:
         code = inspect.getsource(CRITERIA[name])
-    except OSError:  # typed at a prompt: no telling whether it is still the same
+        json.dumps(options)
+    except (OSError, TypeError):  # typed at a prompt, or no plain data: it may not be the same
         return None
     folder = cache_folder() / "scores" if cache is True else folder_to_write(cache)
     key = content_hash([json.dumps([name, code, list(sites), facts], sort_keys=True)])

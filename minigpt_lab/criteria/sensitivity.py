@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..checks import Flag, Integer, Number, checked
 from ..gradients import collect_gradients
 from ..spsa import estimate_gradients
 from .scores import criterion
@@ -25,6 +26,10 @@ MINI_LLM = {
 
 
 @criterion("sensitivity")
+@checked(
+    eps=Number(above=0), n_draws=Integer(1), per_sample=Flag(), seed=Integer(0),
+    checkpointing=Flag(),
+)  # fmt: skip
 def sensitivity_scores(
     model,
     batches=None,

@@ -1,15 +1,17 @@
-"""What the outputs lose without a weight once the others have made up for it (SparseGPT)."""
+"""Loss of the outputs without a weight, once the others make up for it (SparseGPT's criterion)."""
 
 from __future__ import annotations
 
 import torch
 
+from ..checks import Integer, Number, checked
 from ..hessians import collect_hessians, damped_inverse
 from .scores import criterion
 from .units import by_input, per_feature, scored_layers, unit_scores
 
 
 @criterion("sparsegpt")
+@checked(damp=Number(0), layers_per_pass=Integer(1) | None)
 def sparsegpt_scores(
     model,
     batches=None,
@@ -23,9 +25,10 @@ def sparsegpt_scores(
     """``Σ W_ij² / [H⁻¹]_jj`` over a unit's weights, with ``H = X Xᵀ / N`` of the layer's inputs.
 
     SparseGPT's criterion (arXiv 2301.00774) summed over units, as MINI-LLM (arXiv 2407.11681) does
-    for its baseline. Whether that baseline updates the weights that stay is not in the source at
-    hand: these scores do for both, and `weight_compensated` is the update. Features that are always
-    zero cost nothing to remove.
+    for its baseline. Here H⁻¹ is that of all columns; SparseGPT's code goes from left to right and
+    takes the one of those that are still to come. Whether MINI-LLM's baseline updates the weights
+    that stay is not in the source at hand; `weight_compensated` is an update that goes with these
+    scores. Features that are always zero cost nothing to remove.
 
     Parameters
     ----------
@@ -35,7 +38,7 @@ def sparsegpt_scores(
     damp : float
         Share of the mean diagonal of H that is added to it (SparseGPT's 0.01).
     layers_per_pass : int, optional
-        Keep the Hessians of only so many layers at once, at the price of that many more passes.
+        Keep the Hessians of only so many layers at once, at the price of more passes.
 
     Raises
     ------
@@ -44,8 +47,6 @@ def sparsegpt_scores(
     """
     if batches is None:
         raise ValueError("the sparsegpt criterion needs batches: statistics hold no covariances")
-    if not damp >= 0 or (layers_per_pass is not None and layers_per_pass < 1):
-        raise ValueError(f"damp={damp}, layers_per_pass={layers_per_pass}; expected ≥ 0 and ≥ 1")
     layer_of = scored_layers(model, sites, scope)
     step = layers_per_pass or len(layer_of)
     hessians = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..checks import Flag, checked
 from ..gradients import collect_gradients
 from .scores import criterion
 from .units import check_option, per_feature, scored_layers, unit_scores
@@ -10,6 +11,7 @@ VARIANTS = ("vector", "element1", "element2", "mix")
 
 
 @criterion("taylor")
+@checked(checkpointing=Flag())
 def taylor_scores(
     model,
     batches=None,
@@ -21,7 +23,7 @@ def taylor_scores(
     scope: str = "coupled",
     checkpointing: bool = False,
 ):
-    """Terms of ``L(w = 0) - L(w)``, summed over each structure of a unit (arXiv 2305.11627, §3.2).
+    """Terms of ``L(w = 0) - L(w)``, reduced over the structures of a unit (arXiv 2305.11627, §3.2).
 
     With *g* the gradient of the mean loss over windows and *F* the mean of its squares:
     ``vector``: ``Σ_features |Σ g w|``. ``element1``: ``Σ |g w|``. ``element2``: ``Σ w² F``.
@@ -35,7 +37,9 @@ def taylor_scores(
     ----------
     variant : {"vector", "element1", "element2", "mix"}
     reduce : {"sum", "mean", "max", "prod", "last"}
-        How the structures' scores become one; LLM-Pruner sums.
+        How the structures' scores become one; LLM-Pruner sums. As in its code, channel by channel,
+        and a head is the sum of its channels; with grouped queries, those of a group's heads are
+        added up first.
     scope : {"coupled", "consumer"}
         All weights of a unit, or the o/down columns only.
     checkpointing : bool
@@ -64,4 +68,4 @@ def taylor_scores(
         terms = second if variant == "element2" else (first - second / 2).abs()
         return per_feature(terms, module, side)
 
-    return unit_scores(model, sites, change, scope, reduce)
+    return unit_scores(model, sites, change, scope, reduce, by_channel=True)

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from ..assets import nearest
+from ..checks import InvalidArgument, refuse
 from ..families import ALL_SITES, ATTENTION_UNITS, Anatomy, Projection, weight_axis
 from ..statistics import Statistics, collect_statistics
 
-#: How the scores ``[structure, unit]`` of a unit's coupled structures become one. ``"last"`` is the
+#: How the scores ``[structure, …]`` of a unit's coupled structures become one. ``"last"`` is the
 #: projection that reads the units (LLM-Pruner's "last only").
 REDUCTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "sum": lambda scores: scores.sum(0),
@@ -26,8 +27,8 @@ SCOPES = ("coupled", "consumer")
 
 def check_option(name: str, value: object, known: Collection[str]) -> None:
     """Refuse a value that an option does not have."""
-    if value not in known:
-        raise ValueError(f"unknown {name} {value!r}; {nearest(str(value), list(known))}")
+    if not isinstance(value, str) or value not in known:
+        raise InvalidArgument(f"unknown {name} {value!r}; {nearest(str(value), list(known))}")
 
 
 def attention_site(model, units: str) -> str:
@@ -57,12 +58,11 @@ def chosen_sites(model, sites: Iterable[str], units: str) -> tuple[str, ...]:
         If there is no such site or no such units.
     """
     attention = attention_site(model, units)
-    if isinstance(sites, str) or not (sites := tuple(sites)):
-        raise ValueError(f"sites is {sites!r}; expected one or more of them, as in ('ffn',)")
+    if isinstance(sites, str) or not isinstance(sites, Iterable) or not (sites := tuple(sites)):
+        raise refuse("sites", sites, "one or more of them, as in ('ffn',)")
     for site in sites:
-        if site not in ALL_SITES:
-            raise ValueError(f"unknown site {site!r}; {nearest(site, list(ALL_SITES))}")
-    return tuple(attention if site == "attention" else site for site in sites)
+        check_option("site", site, ALL_SITES)
+    return tuple(dict.fromkeys(attention if site == "attention" else str(site) for site in sites))
 
 
 def known_statistics(model, batches, statistics: Statistics | None, name: str) -> Statistics:
@@ -97,6 +97,7 @@ def unit_scores(
     feature_scores: Callable[[str, nn.Module, str], torch.Tensor],
     scope: str = "coupled",
     reduce: str = "sum",
+    by_channel: bool = False,
 ) -> dict[str, list[np.ndarray]]:
     """Scores of units from scores of features, layer by layer.
 
@@ -116,6 +117,9 @@ def unit_scores(
         All structures of a unit, or just the columns of the projection that reads it (o/down).
     reduce : str
         Key of `REDUCTIONS`: how the structures' scores become one.
+    by_channel : bool
+        Reduce channel by channel, and sum a head's channels afterwards. Where a group's structures
+        differ in width (grouped queries), query heads are added up to the width of one key.
     """
     check_option("scope", scope, SCOPES)
     check_option("reduce", reduce, REDUCTIONS)
@@ -130,8 +134,10 @@ def unit_scores(
                 scores = feature_scores(name, module, side).detach().cpu().double().numpy()
                 for block in projection.unit_blocks:
                     features = anatomy.unit_positions(projection, totals[site][layer], block, layer)
-                    structures.append(scores[features].sum(1))
-            found[site].append(REDUCTIONS[reduce](np.stack(structures)))
+                    structures.append(scores[features])  # [unit, feature]
+            width = min(each.shape[1] for each in structures) if by_channel else 1
+            channels = [each.reshape(len(each), -1, width).sum(1) for each in structures]
+            found[site].append(REDUCTIONS[reduce](np.stack(channels)).sum(1))
     return found
 
 

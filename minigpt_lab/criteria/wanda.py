@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 import torch
 
+from ..checks import Number, checked
 from ..families import Anatomy, weight_axis
 from ..guards import hooked, restoring, unchanged
 from ..layerwise import walk
@@ -16,6 +17,7 @@ from .units import by_input, input_norms, known_statistics, per_feature, unit_sc
 
 
 @criterion("wanda")
+@checked(sequential=Number(0, below=1) | None)
 def wanda_scores(model, batches=None, statistics=None, *, sites, sequential: float | None = None):
     """``Σ_j mean_i |W_ij| · ‖X_j‖₂`` over a unit's columns *j* of the projection that reads it.
 
@@ -40,8 +42,6 @@ def wanda_scores(model, batches=None, statistics=None, *, sites, sequential: flo
     if sequential is not None:
         if batches is None or statistics is not None:
             raise ValueError("sequential scores need batches: statistics are of the dense model")
-        if not 0 <= sequential < 1:
-            raise ValueError(f"sequential is {sequential}; expected a share of units in [0, 1)")
         norms = _sequential_norms(model, batches, sites, sequential)
     else:
         found = known_statistics(model, batches, statistics, "wanda")
