@@ -1,0 +1,121 @@
+"""A user's files: only regular ones are read, in the encoding they declare; plain data for JSON."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import os
+import stat
+from collections.abc import Mapping, Set
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .checks import plain
+
+_MARKS = (  # byte order marks; UTF-32's begins like UTF-16's
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+
+
+def is_regular(path: str | os.PathLike) -> bool:
+    """Whether a path leads to a regular file: no folder, pipe, socket or device."""
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except (OSError, ValueError):
+        return False
+
+
+def read_bytes(path: str | os.PathLike) -> bytes:
+    """Content of a regular file; reading never waits for a pipe or a device.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        If it is not a regular file or cannot be read.
+    """
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ValueError(f"{path} is not a regular file; expected a file, not a folder or pipe")
+        return Path(path).read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(f"no file {path}") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def read_text(path: str | os.PathLike) -> str:
+    r"""Text of a file in UTF-8, or in UTF-16 or UTF-32 with a byte order mark; lines end in ``\n``.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        If it cannot be read, has another encoding or is not text.
+    """
+    content = read_bytes(path)
+    mark, encoding = next((m for m in _MARKS if content.startswith(m[0])), (b"", "utf-8"))
+    try:
+        text = content[len(mark) :].decode(encoding)
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} cannot be read as {Path(path).suffix or 'text'} in UTF-8 (byte {error.start + len(mark):,} is no text in "
+            f"{encoding.upper()}); save it as UTF-8"
+        ) from None
+    if "\0" in text:
+        raise ValueError(f"{path} holds NUL characters: it is not text; save it as UTF-8")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def parse_json(text: str) -> object:
+    """A JSON value.
+
+    Raises
+    ------
+    ValueError
+        If it is not JSON, or nested too deeply.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def read_json(path: str | os.PathLike) -> object:
+    """Content of a JSON file.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        If it cannot be read or is not JSON.
+    """
+    text = read_text(path)
+    try:
+        return parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"{path} is cut short or no JSON ({error})") from None
+
+
+def plain_data(value: object) -> object:
+    """A value in Python's own types: arrays become lists, NumPy's and torch's scalars numbers.
+
+    Mappings get keys of strings, paths become strings; what has no plain form stays as it is.
+    """
+    value = plain(value)
+    if isinstance(value, Mapping):
+        return {str(plain(key)): plain_data(entry) for key, entry in value.items()}
+    if isinstance(value, torch.Tensor | np.ndarray):
+        value = value.tolist()
+    if isinstance(value, list | tuple | Set | range):
+        return [plain_data(entry) for entry in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
