@@ -26,7 +26,7 @@ _MARKS = (  # byte order marks; UTF-32's begins like UTF-16's
 def is_regular(path: str | os.PathLike) -> bool:
     """Whether a path leads to a regular file: no folder, pipe, socket or device."""
     try:
-        return stat.S_ISREG(os.stat(path).st_mode)
+        return stat.S_ISREG(Path(path).stat().st_mode)
     except (OSError, ValueError):
         return False
 
@@ -42,8 +42,8 @@ def read_bytes(path: str | os.PathLike) -> bytes:
         If it is not a regular file or cannot be read.
     """
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise ValueError(f"{path} is not a regular file; expected a file, not a folder or pipe")
+        if not stat.S_ISREG(Path(path).stat().st_mode):
+            raise ValueError(f"{path} is not a regular file but a folder, a pipe or a device")
         return Path(path).read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f"no file {path}") from None
@@ -66,9 +66,10 @@ def read_text(path: str | os.PathLike) -> str:
     try:
         text = content[len(mark) :].decode(encoding)
     except UnicodeDecodeError as error:
+        place = f"byte {error.start + len(mark):,} is no text in {encoding.upper()}"
         raise ValueError(
-            f"{path} cannot be read as {Path(path).suffix or 'text'} in UTF-8 (byte {error.start + len(mark):,} is no text in "
-            f"{encoding.upper()}); save it as UTF-8"
+            f"{path} cannot be read as {Path(path).suffix or 'text'} in UTF-8 ({place}); save it "
+            "as UTF-8"
         ) from None
     if "\0" in text:
         raise ValueError(f"{path} holds NUL characters: it is not text; save it as UTF-8")

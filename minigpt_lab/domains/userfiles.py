@@ -131,7 +131,7 @@ def _walk(root: Path, left: LeftOut) -> Iterator[Path]:
         root, followlinks=True,
         onerror=lambda error: left.add("folders that cannot be read", Path(error.filename).name),
     ):  # fmt: skip
-        here = os.stat(place)
+        here = Path(place).stat()
         if (here.st_dev, here.st_ino) in seen:  # a link to a folder read before, or around it
             folders.clear()
             continue
@@ -152,7 +152,7 @@ def _walk(root: Path, left: LeftOut) -> Iterator[Path]:
 
 
 def _is_hidden(name: str) -> bool:
-    """Whether a file or folder is hidden, or what an editor or archiver left beside the real one."""
+    """Whether a file or folder is hidden, or left by an editor or archiver beside the real one."""
     marked = name.startswith((".", "~$")) or name.endswith("~") or name == "__MACOSX"
     return marked or (name.startswith("#") and name.endswith("#"))
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from ..checks import Flag, Location, OneOf, checked
 from ..figures import pareto_front, png_bytes
 from .comparisons import measurements, pareto, select
 from .records import read_records, results, varying
@@ -29,6 +30,7 @@ _FACTS = (
 )  # fmt: skip
 
 
+@checked(folder=Location(), path=Location() | OneOf([""]), smoke=Flag())
 def write_report(
     folder: str | os.PathLike, path: str | os.PathLike = "", smoke: bool = False
 ) -> Path:
