@@ -7,6 +7,7 @@ is allowed, what to do.
 
 from .objects import Batches, Device, Model, Texts, Tokenizer, check_batch, checked
 from .values import (
+    Array,
     Flag,
     Function,
     Instance,
@@ -14,6 +15,7 @@ from .values import (
     InvalidArgument,
     ListOf,
     Location,
+    MappingOf,
     Number,
     OneOf,
     Text,
@@ -22,6 +24,7 @@ from .values import (
 )
 
 __all__ = [
+    "Array",
     "Batches",
     "Device",
     "Flag",
@@ -31,6 +34,7 @@ __all__ = [
     "InvalidArgument",
     "ListOf",
     "Location",
+    "MappingOf",
     "Model",
     "Number",
     "OneOf",

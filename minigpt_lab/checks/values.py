@@ -267,6 +267,43 @@ class ListOf(Check):
         )
 
 
+class MappingOf(Check):
+    """A mapping of names to values that another check takes, at least one.
+
+    Parameters
+    ----------
+    item : Check
+        For every value.
+    """
+
+    def __init__(self, item: Check):
+        self.item = item
+        self.expected = f"a mapping of names, each value {item.expected}"
+        self.remedy = item.remedy
+
+    def take(self, value):
+        """A dict of what the values are taken as."""
+        if not isinstance(value, Mapping) or not value:
+            return REFUSED
+        items = {key: self.item.take(entry) for key, entry in value.items()}
+        named = all(isinstance(key, str) for key in items)
+        return items if named and not any(v is REFUSED for v in items.values()) else REFUSED
+
+
+class Array(Check):
+    """Numbers in one dimension."""
+
+    expected = "an array of numbers in one dimension"
+
+    def take(self, value):
+        """An array of NumPy's."""
+        try:
+            found = np.asarray(value)
+        except (ValueError, TypeError, RuntimeError):
+            return REFUSED
+        return found if found.ndim == 1 and found.dtype.kind in "iuf" else REFUSED
+
+
 class Function(Check):
     """Something to be called."""
 

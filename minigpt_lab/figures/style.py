@@ -6,7 +6,6 @@ marker or hatch that says the same in grey.
 
 from __future__ import annotations
 
-import functools
 import io
 import os
 import textwrap
@@ -22,7 +21,10 @@ from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.font_manager import get_font_names
 from matplotlib.ticker import MaxNLocator, NullFormatter
+
+from ..checks import Instance, Location
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "h")  # what grey print tells apart
@@ -61,11 +63,18 @@ COMPONENT_STYLE = {  # colour, marker, line
     "embedding": ("#009E73", "^", ":"),
     "all": ("#000000", "D", "-."),
 }
+_FONTS = (
+    "Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Micro Hei",
+    "PingFang SC", "Hiragino Sans", "Microsoft YaHei", "Arial Unicode MS", "Noto Sans Devanagari",
+    "Noto Sans Thai",
+)  # fmt: skip
 STYLE = {
     "figure.dpi": 100, "savefig.dpi": 150, "font.size": 9, "axes.titlesize": 11,
     "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.spines.top": False,
     "axes.spines.right": False, "axes.axisbelow": True, "axes.grid": True, "grid.alpha": 0.25,
     "legend.frameon": False,
+    # letters that the first font lacks come from the next that has them
+    "font.family": ["DejaVu Sans", *(name for name in _FONTS if name in get_font_names())],
 }  # fmt: skip
 
 
@@ -138,7 +147,8 @@ def log_ticks(low: float, high: float) -> tuple[list[float], list[str]]:
 def log_labels(axis: Axis, values: Iterable[float]) -> None:
     """Readable numbers on a log axis, whether `values` span a tenth of a decade or ten."""
     values = np.asarray(list(values), dtype=float)
-    values = values[np.isfinite(values)]
+    values = values[np.isfinite(values) & (values > 0)]
+    values = values if len(values) else np.ones(1)
     low, high = values.min(), values.max()
     if high > 10 * low:
         axis.set_ticks(*log_ticks(low / 1.2, high * 1.2))
@@ -177,17 +187,6 @@ def with_note(caption: str, note: str) -> str:
     return f"{caption}\n{note}" if caption else note
 
 
-def styled(function):
-    """Draw under the kit's style, whatever the reader's matplotlib settings are."""
-
-    @functools.wraps(function)
-    def draw(*args, **kwargs) -> Figure:
-        with mpl.rc_context(STYLE):
-            return function(*args, **kwargs)
-
-    return draw
-
-
 def side_legend(figure: Figure, axis: Axes, upwards: bool = False) -> None:
     """Name what is drawn on one axis, beside all of them; `upwards` begins with the last."""
     step = -1 if upwards else 1
@@ -198,6 +197,7 @@ def side_legend(figure: Figure, axis: Axes, upwards: bool = False) -> None:
 def png_bytes(figure: Figure) -> bytes:
     """The figure as PNG bytes; the same figure gives the same bytes."""
     buffer = io.BytesIO()
+    Instance(Figure)("figure", figure)
     # draws once, for a slider; savefig would draw twice
     FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
     return buffer.getvalue()
@@ -220,10 +220,13 @@ def save_figure(figure: Figure, path: str | os.PathLike, data: pd.DataFrame) -> 
     matplotlib.figure.Figure
         The figure, so that a notebook cell shows it.
     """
-    path = Path(path)
+    figure = Instance(Figure)("figure", figure)
+    path = Path(Location()("path", path))
+    data = Instance(pd.DataFrame)("data", data)
+    stem = path.name.removesuffix(".png").removesuffix(".svg")
     path.parent.mkdir(parents=True, exist_ok=True)
     with mpl.rc_context({**STYLE, "svg.hashsalt": "minigpt_lab"}):
-        figure.savefig(path.with_suffix(".png"), metadata={"Software": None})
-        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
-    data.to_csv(path.with_suffix(".csv"), index=False)
+        figure.savefig(path.with_name(f"{stem}.png"), metadata={"Software": None})
+        figure.savefig(path.with_name(f"{stem}.svg"), metadata={"Date": None})
+    data.to_csv(path.with_name(f"{stem}.csv"), index=False)
     return figure

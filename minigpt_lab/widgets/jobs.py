@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from ..domains import excerpt
 from ..evaluation import perplexity
 from ..surgery import shrink
-from .base import alarm, size_words
+from .base import alarm, escaped, size_words
 from .pruning import RatioExplorer, ThresholdExplorer
 
 
@@ -54,7 +54,9 @@ class ModelJob:
         """What a notebook cell displays: the button, or a word on it where nothing can press it."""
         if interactive:
             return self.view
-        return HTML(f"<i>In a live notebook: a button, <b>{self.button.description}</b>.</i>")
+        return HTML(
+            f"<i>In a live notebook: a button, <b>{escaped(self.button.description)}</b>.</i>"
+        )
 
     def start(self) -> None:
         """Begin, unless it is running already."""
