@@ -13,8 +13,10 @@ import warnings
 
 import pandas as pd
 
+from .assets import first_line
 from .experiments import (
     EXECUTORS,
+    default_parameters,
     find_notebook,
     notebook_names,
     parameters_cell,
@@ -34,13 +36,25 @@ DEFAULT = "03_contextual_pruning"  # what `run` runs unasked
 _FACTS = ("notebook", "status", "smoke", "model", "device")  # shown where they differ
 
 
-def value(text: str) -> object:
-    """A parameter from the command line: JSON or a Python literal where it is one, else text."""
+def value(text: str, default: object = None) -> object:
+    """A parameter from the command line: JSON or a Python literal where it is one, else text.
+
+    Where the default is a text, ``2024`` is one too.
+    """
+    found = _literal(text)
+    return text if isinstance(default, str) and not isinstance(found, str) else found
+
+
+def _literal(text: str) -> object:
     if text.lower().lstrip("+-") in ("nan", "inf"):  # no text: what is wrong with it can be said
         return float(text)
     for read in (json.loads, ast.literal_eval):
-        with contextlib.suppress(ValueError, SyntaxError):
+        try:
             return read(text)
+        except (ValueError, SyntaxError, TypeError):
+            continue
+        except (RecursionError, MemoryError):
+            raise ValueError(f"{text[:20]!r}… is nested too deeply for a parameter") from None
     return text
 
 
@@ -48,8 +62,16 @@ def _digits(number: float) -> str:
     return f"{number:.4g}" if abs(number) < 1e4 else f"{number:,.0f}"
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message):
+        """Name the fault, and where help is."""
+        self.exit(2, f"error: {message}; {self.prog} --help says what can be given\n")
+
+
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="minigpt_lab", description=__doc__.split(":")[0])
+    parser = _Parser(prog="minigpt_lab", description=__doc__.split(":")[0])
     tasks = parser.add_subparsers(dest="task", required=True)
     run = tasks.add_parser(
         "run",
@@ -103,7 +125,8 @@ def _run(arguments: argparse.Namespace) -> None:
         return
     if arguments.once and not arguments.out:
         raise ValueError("--once needs --out, the folder to look into")
-    parameters = {key: value(text) for key, text in arguments.p}
+    known = default_parameters(notebook)
+    parameters = {key: value(text, known.get(key)) for key, text in arguments.p}
     runner = run_once if arguments.once else run_notebook
     folder = runner(notebook, parameters, arguments.out, arguments.smoke)
     content = read_record(folder)
@@ -165,6 +188,8 @@ def main() -> None:
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     arguments = _arguments()
     tasks = {"run": _run, "sweep": _sweep, "results": _results, "report": _report}
+    with contextlib.suppress(AttributeError):  # names in any alphabet, whatever the terminal's
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = tasks[arguments.task](arguments)
         sys.stdout.flush()
@@ -172,7 +197,7 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (ValueError, RuntimeError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {' '.join(str(error).split()) or first_line(error)}")
     except KeyboardInterrupt:
         sys.exit("stopped; finished runs stay, and the same sweep goes on from them")
     if status:

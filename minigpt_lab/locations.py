@@ -80,6 +80,8 @@ def file_to_read(path: str | os.PathLike) -> Path:
         raise FileNotFoundError(f"{final} does not exist; give the path that it was saved under")
     if not final.is_file():
         raise UnusablePath(f"{final} is no file; give the path that it was saved under")
+    if not os.access(final, os.R_OK):
+        raise UnusablePath(f"{final} may not be read; make it readable or give another path")
     return final
 
 

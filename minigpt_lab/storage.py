@@ -24,6 +24,7 @@ from typing import TypeVar
 
 from filelock import FileLock, Timeout
 
+from . import files
 from .locations import (
     UnusablePath,
     file_to_read,
@@ -337,10 +338,11 @@ def read_json(path: Path) -> object:
     Damaged
         If it cannot be read.
     """
+    path = file_to_read(path)
     try:
-        return json.loads(file_to_read(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise Damaged(f"{path} is no readable JSON file ({error})") from error
+        return files.read_json(path)
+    except ValueError as error:
+        raise Damaged(str(error)) from error
 
 
 def write_json(path: Path, content: object, indent: int | None = None) -> Path:

@@ -17,6 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from hypothesis import settings
 from transformers import AutoModelForCausalLM
 from transformers.models.bloom import BloomConfig
 from transformers.models.gemma import GemmaConfig
@@ -34,6 +35,9 @@ from transformers.models.qwen3 import Qwen3Config
 
 import minigpt_lab as lab
 from minigpt_lab.experiments.records import RECORD
+
+settings.register_profile("lab", deadline=None)  # a loaded machine is no fault
+settings.load_profile("lab")
 
 _COMMON = {
     "vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,

@@ -305,7 +305,7 @@ def test_shipped_grids_are_whole():
 def test_wrong_executor_address_and_missing_ray(small, tmp_path, monkeypatch):
     grid = grids.read_grid(small(""))
     for arguments in ({"executor": "slurm"}, {"jobs": 0}):
-        with pytest.raises(ValueError, match="expected one of"):
+        with pytest.raises(ValueError, match="expected (one of|a whole number of at least 1)"):
             sweeps.sweep(grid, tmp_path / "s", **arguments)
     with pytest.raises(RuntimeError, match="no Ray cluster at .*ray start --head"):
         sweeps.sweep(grid, tmp_path / "s", executor="ray", address="127.0.0.1:1")

@@ -129,7 +129,9 @@ def test_a_start_that_does_not_exist_is_named(tiny, statistics):
     with pytest.raises(ValueError, match="domain 'law'; expected one of tiny-law, tiny-games"):
         ThresholdExplorer(tiny[0], statistics, "law", 0.05)
     for epsilon in (-1, float("nan"), float("inf"), "0.1"):
-        with pytest.raises(ValueError, match=f"epsilon is {epsilon!r}; expected a finite number"):
+        with pytest.raises(
+            ValueError, match=f"epsilon is {epsilon!r}; expected a number of at least 0"
+        ):
             ThresholdExplorer(tiny[0], statistics, "tiny-law", epsilon)
 
 

@@ -19,6 +19,7 @@ from .objects import (
 )
 from .values import (
     REFUSED,
+    Array,
     Flag,
     Function,
     Instance,
@@ -39,6 +40,7 @@ from .values import (
 __all__ = [
     "COMPUTED",
     "REFUSED",
+    "Array",
     "Batches",
     "Device",
     "Dtype",

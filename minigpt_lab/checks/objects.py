@@ -186,7 +186,7 @@ class Batches(Check):
         if not isinstance(value, Sequence):
             return self._as_read(name, value)
         if not len(value):
-            raise refuse(name, value, "at least one batch", self.remedy)
+            raise refuse(name, value, "at least one batch (there are no tokens)", self.remedy)
         for place, batch in enumerate(value):
             check_batch(f"{name}[{place}]", batch)
         return value

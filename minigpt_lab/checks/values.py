@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from numbers import Integral, Real
 
 import numpy as np
@@ -47,21 +47,32 @@ def plain(value: object) -> object:
     return value.item() if isinstance(value, np.generic) else value
 
 
-def as_json(value: object) -> object:
-    """A value as JSON has it: numbers and arrays as Python's, anything else by its name.
+def _by_name(value: object) -> str:
+    return getattr(value, "__name__", str(value))
 
-    For what is written down beside a result, such as a plan's origin.
+
+def as_json(value: object, unknown: Callable = _by_name) -> object:
+    """A value as JSON has it: numbers and arrays as Python's, paths as strings.
+
+    Parameters
+    ----------
+    value : object
+        Of a record, or of a plan's origin.
+    unknown : callable, optional
+        What becomes of anything else; by default its name.
     """
     value = plain(value)
     if isinstance(value, torch.Tensor | np.ndarray):
         return value.tolist()
     if isinstance(value, Mapping):
-        return {str(key): as_json(item) for key, item in value.items()}
-    if isinstance(value, Sequence | set) and not isinstance(value, str | bytes):
-        return [as_json(item) for item in value]
+        return {str(plain(key)): as_json(item, unknown) for key, item in value.items()}
+    if isinstance(value, Sequence | Set) and not isinstance(value, str | bytes):
+        return [as_json(item, unknown) for item in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
     if value is None or isinstance(value, str | bool | int | float):
         return value
-    return getattr(value, "__name__", str(value))
+    return unknown(value)
 
 
 class Check:
@@ -319,17 +330,21 @@ class Table(Check):
         For every key.
     value : Check, optional
         For every value; anything by default.
+    least : int
+        Entries needed.
     """
 
-    def __init__(self, key: Check, value: Check | None = None):
-        self.key, self.value = key, value
+    def __init__(self, key: Check, value: Check | None = None, least: int = 0):
+        self.key, self.value, self.least = key, value, least
         self.expected = f"a dictionary, each key {key.expected}"
         if value is not None:
             self.expected += f", each value {value.expected}"
+        if least:
+            self.expected += f", with at least {least}"
 
     def take(self, value):
         """A dictionary of what keys and values are taken as."""
-        if not isinstance(value, Mapping):
+        if not isinstance(value, Mapping) or len(value) < self.least:
             return REFUSED
         keys = [self.key.take(key) for key in value]
         take = self.value.take if self.value else plain
@@ -339,6 +354,20 @@ class Table(Check):
             if any(each is REFUSED for each in (*keys, *values))
             else dict(zip(keys, values, strict=True))
         )
+
+
+class Array(Check):
+    """Numbers in one dimension."""
+
+    expected = "an array of numbers in one dimension"
+
+    def take(self, value):
+        """An array of NumPy's."""
+        try:
+            found = np.asarray(value)
+        except (ValueError, TypeError, RuntimeError):
+            return REFUSED
+        return found if found.ndim == 1 and found.dtype.kind in "iuf" else REFUSED
 
 
 class Function(Check):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import InitVar, dataclass, field
 from functools import cached_property
@@ -20,14 +21,29 @@ import pandas as pd
 from transformers import PreTrainedTokenizerBase
 
 from ..assets import DATA, nearest, packages, read_toml, remembered
-from .passages import PASSAGE_WORDS, count_words, cut, near_duplicates
+from ..checks import (
+    Flag,
+    Instance,
+    InvalidArgument,
+    ListOf,
+    Location,
+    Text,
+    Tokenizer,
+    checked,
+    refuse,
+)
+from .passages import PASSAGE_WORDS, characters, count_words, cut, near_duplicates
 from .questions import Questions, read_questions
 from .running import token_ids
-from .sources import FILES, QUESTIONS, read_hub, read_path, read_source
+from .sources import read_hub, read_source
+from .userfiles import FILES, exists, find_questions, read_path
 
 #: Share of the words that each part gets.
 PARTS = {"calibration": 0.25, "train": 0.45, "validation": 0.10, "test": 0.20}
 _VERSION = 2  # of the cutting rules: a change must not reuse parts cached under the old ones
+
+
+_PART = {"domain": Text(), "name": Text(), "passages": ListOf(Text())}
 
 
 @dataclass(frozen=True)
@@ -37,6 +53,10 @@ class Part(Sequence):
     domain: str
     name: str
     passages: tuple[str, ...]
+
+    def __post_init__(self):
+        for name, check in _PART.items():
+            object.__setattr__(self, name, check(name, getattr(self, name)))
 
     def __getitem__(self, index):
         return self.passages[index]
@@ -65,6 +85,8 @@ class Domain:
         Passages left out because they nearly repeat an earlier one.
     question_sources : tuple of dict
         Where `questions` are read from (see `minigpt_lab.domains.questions.read_questions`).
+    notes : tuple of str
+        What was left out of a user's files, and how they were read.
     checked : bool
         The parts are known to be disjoint (they come from the cache): do not compare them again.
 
@@ -84,9 +106,13 @@ class Domain:
     test: Part
     dropped: int = 0
     question_sources: tuple[dict, ...] = field(default=(), compare=False)
+    notes: tuple[str, ...] = field(default=(), compare=False)
     checked: InitVar[bool] = False
 
     def __post_init__(self, checked: bool):
+        Text()("name", self.name)
+        for name, part in self.parts.items():
+            Instance(Part, "lab.make_domain cuts texts into parts")(name, part)
         if not checked:
             check_disjoint(self.parts)
 
@@ -113,6 +139,7 @@ class Domain:
 
     def summary(self, tokenizer: PreTrainedTokenizerBase | None = None) -> pd.DataFrame:
         """Passages, words, characters and (with a tokenizer) tokens of every part."""
+        tokenizer = (Tokenizer() | None)("tokenizer", tokenizer)
         rows = []
         for name, part in self.parts.items():
             row = {
@@ -128,18 +155,22 @@ class Domain:
         return pd.DataFrame(rows)
 
 
+@checked(name_or_path=Location(), column=Text() | None, online=Flag())
 def load_domain(
     name_or_path: str | os.PathLike, column: str | None = None, online: bool = False
 ) -> Domain:
     """A shipped domain, a user's own text, or a Hugging Face dataset, cut into disjoint parts.
 
+    What is left out of a user's files is said in one warning, and in the domain's `notes`.
+
     Parameters
     ----------
     name_or_path : str or path
-        A name (see `domain_names`); a ``.txt``, ``.jsonl`` or ``.csv`` file; a folder of such
-        files; or a hub dataset id (``"user/dataset"``). A folder's ``questions.jsonl`` holds its
-        multiple-choice questions: a line each, with keys ``question``, ``choices``, ``answer``
-        (the right choice or its index), and if wanted ``context``, ``source``, ``licence``.
+        A name (see `domain_names`); a file: ``.txt`` or ``.md`` is one text, ``.jsonl``, ``.json``,
+        ``.csv`` or ``.tsv`` one in each row (a chat is one text); a folder of such files, at any
+        depth; or a hub dataset id (``"user/dataset"``). A folder's ``questions.jsonl`` or ``.json``
+        holds its multiple-choice questions: keys ``question``, ``choices``, ``answer`` (the right
+        choice, its letter or its index), and if wanted ``context``, ``source``, ``licence``.
     column : str, optional
         The column with the text, where there are several.
     online : bool
@@ -156,7 +187,7 @@ def load_domain(
     minigpt_lab.assets.SourceUnavailable
         If a pinned source cannot be had.
     """
-    name, declared = str(name_or_path), read_toml(DATA / "domains.toml")
+    name, declared = os.fspath(name_or_path), read_toml(DATA / "domains.toml")
     if isinstance(name_or_path, os.PathLike):  # "law" is a name of the kit, Path("law") a folder
         declared = {}
     if name in declared and not online:
@@ -165,17 +196,20 @@ def load_domain(
         entry = declared[name]
         if "hub" not in entry:
             raise ValueError(f"domain {name!r} has no online data set; load it without online=True")
-        return make_domain(
-            name, read_hub(entry["hub"]), f"{entry['title']} (hub)",
+        return _made(
+            name, *read_hub(entry["hub"]), f"{entry['title']} (hub)",
             question_sources=entry.get("questions", ()),
         )  # fmt: skip
-    path = Path(name)
-    if path.exists():
-        own = path / QUESTIONS
-        asked = [{"reader": "own", "path": str(own)}] if own.is_file() else []
-        return make_domain(path.stem, read_path(path, column), question_sources=asked)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and path.suffix not in FILES:
-        return make_domain(name.replace("/", "-"), read_hub({"path": name, "column": column}))
+    path = Path(name).expanduser()
+    if exists(path):
+        own = find_questions(path)
+        asked = [{"reader": "own", "path": str(own)}] if own else []
+        whole = path.resolve()  # "." has no name of its own
+        called = whole.name if path.is_dir() else whole.stem
+        return _made(called, *read_path(path, column), question_sources=asked)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and path.suffix.lower() not in FILES:
+        hub = {"path": name, "column": column}
+        return _made(name.replace("/", "-"), *read_hub(hub))
     raise ValueError(
         f"unknown domain {name!r}: not a shipped one ({nearest(name, list(declared))}), not a file "
         "or folder, not a hub id"
@@ -196,13 +230,14 @@ def load_domains(names_or_paths: Iterable[str | os.PathLike]) -> list[Domain]:
     ------
     ValueError
         If two texts that differ have the same name.
-    TypeError
+    InvalidArgument
         If one name is given instead of a list of them.
     """
     if isinstance(names_or_paths, str | os.PathLike):
-        raise TypeError(f"{str(names_or_paths)!r} is one name; give a list: [{names_or_paths!r}]")
+        one = str(names_or_paths)
+        raise InvalidArgument(f"{one!r} is one name; give a list: [{names_or_paths!r}]")
     sources, found = {}, []
-    for source in names_or_paths:
+    for source in ListOf(Location())("names_or_paths", names_or_paths):
         domain = load_domain(source)
         first, twin = sources.setdefault(domain.name, (source, domain))
         if twin != domain:
@@ -214,6 +249,7 @@ def load_domains(names_or_paths: Iterable[str | os.PathLike]) -> list[Domain]:
     return found
 
 
+@checked(tiny=Flag())
 def domain_names(tiny: bool = False) -> list[str]:
     """Names of the shipped domains.
 
@@ -226,6 +262,10 @@ def domain_names(tiny: bool = False) -> list[str]:
     return [name for name in names if name.startswith("tiny-") == tiny]
 
 
+@checked(
+    name=Text(), documents=ListOf(Text()), title=Text(), licence=Text(), attribution=Text(),
+    question_sources=ListOf(Instance(dict)),
+)  # fmt: skip
 def make_domain(
     name: str, documents: Iterable[str], title: str = "", licence: str = "", attribution: str = "",
     question_sources: Iterable[dict] = (),
@@ -250,10 +290,22 @@ def make_domain(
     ValueError
         If there are fewer passages than parts.
     """
-    pieces = [cut(document) for document in documents]
+    facts = {"title": title, "licence": licence, "attribution": attribution}
+    return _made(name, documents, **facts, question_sources=question_sources)
+
+
+def _made(
+    name: str, documents: Iterable[str], notes: Iterable[str] | None = None, title: str = "",
+    licence: str = "", attribution: str = "", question_sources: Iterable[dict] = (),
+) -> Domain:  # fmt: skip
+    """`make_domain`, also of a user's files, about which there may be `notes`."""
+    if not name.strip():
+        raise refuse("name", name, "a name for the domain")
+    more = "".join(f"; {note}" for note in notes or ())
+    pieces = [cut(characters(document)) for document in documents]
     flat = [passage for document in pieces for passage in document]
     if not flat:
-        raise ValueError(f"domain {name!r} is empty: no text found")
+        raise ValueError(f"domain {name!r} is empty: no text found{more}")
     repeats = near_duplicates(flat)
     place, blocks = 0, []
     for document in pieces:
@@ -265,13 +317,18 @@ def make_domain(
     if len(blocks) < len(PARTS):
         raise ValueError(
             f"domain {name!r} has {len(blocks)} passage(s) of about {PASSAGE_WORDS} words; four "
-            "disjoint parts need at least 4: give more text"
+            f"disjoint parts need at least 4: give more text{more}"
         )
     parts = _deal(blocks)
+    if notes is not None and repeats:
+        again = f"dropped {len(repeats)} of {len(flat)} passages, which nearly repeat earlier ones"
+        notes = [*notes, again]
+    if notes:
+        warnings.warn(f"domain {name!r}: {'; '.join(notes)}", stacklevel=4)
     return Domain(
         name, title or name, licence, attribution,
         **{part: Part(name, part, tuple(parts[part])) for part in PARTS}, dropped=len(repeats),
-        question_sources=tuple(question_sources),
+        question_sources=tuple(question_sources), notes=tuple(notes or ()),
     )  # fmt: skip
 
 

@@ -10,15 +10,18 @@ import hashlib
 import json
 import random
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import pandas as pd
 
 from ..assets import fetch, members, packages, remembered
+from ..checks import InvalidArgument, ListOf, Text, plain
+from ..files import read_text
 from .passages import CJK, count_words, cut, near_duplicates, sentences, split_words
-from .sources import plain
+from .sources import plain as plain_text
+from .userfiles import json_rows
 
 PROMPT_WORDS = 20  # least words of a built question, so that there is something to go by
 CHOICE_WORDS = (5, 40)  # of a sentence that may be the choice of a built question
@@ -57,11 +60,15 @@ class Question:
     context: str = ""
 
     def __post_init__(self):
-        for name in ("question", "context"):
-            object.__setattr__(self, name, getattr(self, name).strip())
-        if isinstance(self.choices, str) or not all(isinstance(c, str) for c in self.choices):
-            raise ValueError(f"choices of {self!s} are {self.choices!r}; expected a list of texts")
-        object.__setattr__(self, "choices", tuple(choice.strip() for choice in self.choices))
+        for name in ("question", "context", "source", "licence"):
+            object.__setattr__(self, name, Text()(name, getattr(self, name)).strip())
+        choices = ListOf(Text()).take(self.choices)
+        if not isinstance(choices, tuple):
+            raise InvalidArgument(
+                f"choices of {self!s} are {self.choices!r:.60}; expected a list of texts"
+            )
+        object.__setattr__(self, "choices", tuple(choice.strip() for choice in choices))
+        object.__setattr__(self, "answer", plain(self.answer))
         if not self.question:
             raise ValueError(f"a question without words (choices {self.choices})")
         if len(self.choices) < 2 or len(set(self.choices)) < len(self.choices):
@@ -108,8 +115,11 @@ class Questions(tuple):
         ValueError
             If that is none, or less.
         """
+        count = plain(count)
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ValueError(f"{count!r} questions are asked for; expected a whole number from 1")
+            raise InvalidArgument(
+                f"{count!r} questions are asked for; expected a whole number from 1"
+            )
         return Questions(self[:count], self.dropped)
 
     def summary(self) -> pd.DataFrame:
@@ -219,12 +229,12 @@ def _rows(source: dict, test: Sequence[str], elsewhere: Sequence[str]) -> Iterat
 def _lettered(text: str, letter: str, pattern: str = r"\n([A-J])\. ") -> dict:
     """Fields of a question whose choices stand in its text, each after its letter."""
     question, *pieces = re.split(pattern, text)
-    texts = dict(zip(pieces[::2], map(plain, pieces[1::2]), strict=True))
+    texts = dict(zip(pieces[::2], map(plain_text, pieces[1::2]), strict=True))
     letters = sorted(texts)
     whole = len(pieces) == 2 * len(texts) and "".join(letters) == "ABCDEFGHIJ"[: len(texts)]
     whole = whole and not any("\n" in t.strip() or t.strip() == "nan" for t in texts.values())
     return {
-        "question": plain(question),
+        "question": plain_text(question),
         "choices": tuple(texts[x] for x in letters) if whole else (),
         "answer": letters.index(letter) if letter in letters else None,
     }
@@ -236,7 +246,7 @@ def _options(row: dict, _source: dict, _held_out: frozenset) -> dict:
     options = row["options"].removesuffix('\n"')  # a quotation mark that a CSV left behind
     fields = _lettered(f"{row['question']}\n{options}", letter)
     marked = dict(enumerate(fields["choices"])).get(fields["answer"], "")
-    if marked.strip() != plain(text).strip():
+    if marked.strip() != plain_text(text).strip():
         fields["answer"] = None  # letter and text disagree
     return fields
 
@@ -257,7 +267,7 @@ def _mmlu(row: dict, source: dict, _held_out: frozenset) -> dict | None:
 
 def _boolq(row: dict, source: dict, held_out: frozenset) -> dict | None:
     """A yes-or-no question on a passage that lies in the test part, whole."""
-    passage = plain(source["template"].format_map(row))
+    passage = plain_text(source["template"].format_map(row))
     if not held_out.issuperset(cut(passage)):
         return None
     answer = {"True": 0, "False": 1}.get(row["answer"])
@@ -339,21 +349,35 @@ def _with_rivals(built: list[tuple[int, str, str]]) -> Iterator[dict]:
 
 def _own(path: Path) -> Iterator[Question]:
     """A user's ``questions.jsonl``, in its order."""
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        if not line.strip():
-            continue
+    for place, row in json_rows(read_text(path), path).items():
         try:
-            row = json.loads(line)
+            if not isinstance(row, Mapping):
+                raise ValueError(f"{row!r:.40} is no object")
             missing = {"question", "choices", "answer"} - set(row)
             if missing:
                 raise ValueError(f"no {', '.join(sorted(missing))}")
-            if isinstance(row["answer"], str) and row["answer"] in row["choices"]:
-                row["answer"] = row["choices"].index(row["answer"])
             optional = {key: row[key] for key in ("source", "licence", "context") if key in row}
             optional.setdefault("source", path.parent.name)
-            yield Question(row["question"], row["choices"], row["answer"], **optional)
+            yield Question(row["question"], *_answered(row["choices"], row["answer"]), **optional)
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"{path}, line {number}: {error}; expected a question (text), its choices (texts) "
-                "and the answer (one of them, or its index)"
+                f"{path}, {place}: {error}; expected a question (text), its choices "
+                "(texts) and the answer (one of them, its letter or its index)"
             ) from error
+
+
+def _answered(choices: object, answer: object) -> tuple[object, object]:
+    """Choices as a list, and the place of the answer, given as a choice, its letter or its place.
+
+    A letter is the name of a choice where choices are named, and counts from A where they are not;
+    the text of a choice goes before its letter.
+    """
+    names = list("ABCDEFGHIJ")
+    if isinstance(choices, Mapping):
+        names, choices = [str(name) for name in choices], list(choices.values())
+    if not isinstance(answer, str) or not isinstance(choices, list):
+        return choices, answer
+    for known in (choices, names[: len(choices)], [name.lower() for name in names[: len(choices)]]):
+        if known.count(answer.strip()) == 1:
+            return choices, known.index(answer.strip())
+    return choices, answer

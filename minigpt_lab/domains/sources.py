@@ -1,4 +1,4 @@
-"""Texts as they come: the declared sources of a shipped domain, a user's own files, the hub.
+"""Texts as they come: the declared sources of a shipped domain, and the hub.
 
 A reader turns one source into documents (whole texts, in a fixed order). What a document is, and
 where it ends up, is decided in `domain`.
@@ -15,14 +15,13 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..assets import DATA, fetch, first_line, hub_in_reach, members, nearest, packages
+from ..assets import DATA, fetch, first_line, hub_in_reach, members, packages
+from .userfiles import LeftOut, row_texts
 
 SPOKEN = {
     "text", "dynamic_line", "yes", "no", "offer", "accepted", "rejected", "advice", "inquire",
     "success", "success_lie", "failure", "describe",
 }  # fmt: skip
-FILES = (".txt", ".jsonl", ".json", ".csv")
-QUESTIONS = "questions.jsonl"  # of a user's folder: asked, never read as text
 NPC_FILES = "./usr/share/games/cataclysm-dda/json/npcs/*.json"
 
 
@@ -113,8 +112,8 @@ _READERS = {
 }
 
 
-def read_hub(entry: dict) -> list[str]:
-    """Documents of a Hugging Face dataset.
+def read_hub(entry: dict) -> tuple[list[str], list[str]]:
+    """Documents of a Hugging Face dataset, and what is to be said about them.
 
     Parameters
     ----------
@@ -126,6 +125,8 @@ def read_hub(entry: dict) -> list[str]:
     ------
     OSError
         If the hub cannot be reached or has no such dataset.
+    ValueError
+        If its column of texts cannot be told.
     """
     from datasets import load_dataset
 
@@ -141,75 +142,8 @@ def read_hub(entry: dict) -> list[str]:
         raise OSError(
             f"Hugging Face dataset {path!r} could not be loaded: {first_line(error)}"
         ) from error
-    return _columns(rows, entry, f"dataset {path!r}")
-
-
-def read_path(path: Path, column: str | None) -> list[str]:
-    """Documents of a user's own file or folder (``.txt``, ``.jsonl``, ``.json``, ``.csv``).
-
-    A folder's ``questions.jsonl`` is left out: it holds questions.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is no such path, or a folder holds none of these files.
-    ValueError
-        If the text column cannot be told, or a file's type is not supported.
-    """
-    files = [path]
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in FILES and p != path / QUESTIONS)
-    if not files:
-        raise FileNotFoundError(f"{path} holds no .txt, .jsonl or .csv file")
-    return [document for file in files for document in _read_file(file, column)]
-
-
-def _read_file(file: Path, column: str | None) -> list[str]:
-    from datasets import Dataset
-    from datasets.exceptions import DatasetGenerationError
-
-    if file.suffix not in FILES:
-        raise ValueError(f"{file}: expected a .txt, .jsonl or .csv file, got {file.suffix!r}")
-    if not file.stat().st_size:
-        return []
-    try:
-        if file.suffix == ".txt":
-            return [file.read_text(encoding="utf-8")]
-        read = Dataset.from_csv if file.suffix == ".csv" else Dataset.from_json
-        rows = read(str(file), keep_in_memory=True)
-    except (UnicodeDecodeError, DatasetGenerationError) as error:
-        reason = first_line(error.__cause__ or error)
-        raise ValueError(f"{file} cannot be read as {file.suffix} in UTF-8: {reason}") from error
-    return _columns(rows, {"column": column} if column else {}, str(file))
-
-
-def _columns(rows, entry: dict, what: str) -> list[str]:
-    strings = [
-        name for name, kind in rows.features.items() if getattr(kind, "dtype", "") in _STRINGS
-    ]
-    wanted = entry.get("columns") or [
-        entry.get("column") or _only(strings, rows.column_names, what)
-    ]
-    for name in wanted:
-        if name not in rows.column_names:
-            raise ValueError(f"{what} has no column {name!r}; {nearest(name, rows.column_names)}")
-    columns = [rows[name] for name in wanted]
-    return ["\n".join(map(str, row)) for row in zip(*columns, strict=True) if all(row)]
-
-
-_STRINGS = ("string", "large_string")
-
-
-def _only(strings: list[str], columns: list[str], what: str) -> str:
-    if "text" in strings:
-        return "text"
-    if not strings:
-        raise ValueError(
-            f"{what} has no column of texts; its columns are {', '.join(columns)}: is the first "
-            "line a header?"
-        )
-    if len(strings) != 1:
-        raise ValueError(
-            f"{what}: say which column holds the text (column=…): {', '.join(strings)}"
-        )
-    return strings[0]
+    column = entry.get("column")
+    columns = entry.get("columns") or (column and [column])
+    texts, _ = row_texts(list(rows), columns, f"dataset {path!r}")
+    left = LeftOut({"rows without text": [path] * texts.count("")})
+    return list(filter(None, texts)), [f"left out {left}"] if str(left) else []

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import get_type_hints
 
 from ..assets import first_line, nearest
+from ..checks import InvalidArgument
 from .verdicts import Members, Name, Number, Plan, Verdict
 
 #: Exercises by name: from what a notebook holds to an answer's kind, the right one and those that
@@ -41,25 +42,33 @@ def check(name: str, answer: object, /, **given: object) -> Verdict:
 
     Raises
     ------
-    ValueError
-        If there is no such exercise.
-    TypeError
-        If other objects are given than the exercise is computed from.
+    InvalidArgument
+        If there is no such exercise, or other objects are given than the exercise is computed from.
     """
-    if name not in EXERCISES:
-        raise ValueError(f"no exercise {name!r}; {nearest(name, list(EXERCISES))}")
+    if not isinstance(name, str) or name not in EXERCISES:
+        hint = nearest(str(name), list(EXERCISES))
+        raise InvalidArgument(f"no exercise {name!r:.60}; {hint}")
     asked = EXERCISES[name]
     needed = list(inspect.signature(asked).parameters)
     if set(given) != set(needed):
         found = ", ".join(given) or "none of them"
-        raise TypeError(f"exercise {name!r} is computed from {', '.join(needed)}; got {found}")
+        raise InvalidArgument(
+            f"exercise {name!r} is computed from {', '.join(needed)}; got {found}"
+        )
     if answer is None or answer is ...:
         kind = get_type_hints(asked)["return"].kind
         return Verdict(None, f"{name}: not answered yet; expected is {kind}")
     try:
         right = asked(**given)
         problem = right.problem(answer)
-    except (LookupError, ValueError, ArithmeticError) as error:
+    except (
+        LookupError,
+        ValueError,
+        ArithmeticError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+    ) as error:
         absent = isinstance(error, KeyError)
         return _not_computed(name, f"there is no {error}" if absent else first_line(error))
     if isinstance(right, Number) and not math.isfinite(right.value):

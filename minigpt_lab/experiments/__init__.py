@@ -1,7 +1,7 @@
 """Notebooks as experiments: run with parameters, swept over grids, recorded and compared."""
 
 from .grids import read_grid
-from .parameters import find_notebook, notebook_names, parameters_cell
+from .parameters import default_parameters, find_notebook, notebook_names, parameters_cell
 from .records import read_record, results, varying
 from .reports import write_report
 from .runs import record, run_notebook, run_once
@@ -9,6 +9,7 @@ from .sweeps import EXECUTORS, sweep
 
 __all__ = [
     "EXECUTORS",
+    "default_parameters",
     "find_notebook",
     "notebook_names",
     "parameters_cell",

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from ..assets import nearest
+from ..assets import first_line, nearest
+from ..checks import Flag, Instance, ListOf, Location, Number, OneOf, Text, checked
+from ..files import read_text
 from .records import read_records
 
 #: What one perplexity can be compared with: same model, same windows of the same text. The labels
@@ -22,6 +26,7 @@ _COLUMNS = (
 )  # fmt: skip
 
 
+@checked(root=Location(), everything=Flag())
 def measurements(root: str | os.PathLike = "runs", everything: bool = False) -> pd.DataFrame:
     r"""Every model that the runs under a folder measured: its size and its perplexity on a text.
 
@@ -55,13 +60,15 @@ def measurements(root: str | os.PathLike = "runs", everything: bool = False) -> 
     """
     parts = []
     for folder, content in read_records(root, everything):
-        path = folder / "summary.csv"
-        if content["status"] != "completed" or not path.is_file():
+        if content["status"] != "completed":
             continue
-        table = pd.read_csv(path)
-        if {"variant", "stored", "perplexity"} <= set(table.columns):
-            facts = {"run": folder.relative_to(root).as_posix(), "notebook": content["notebook"]}
-            parts.append(_measured(table, content).assign(**facts))
+        facts = {"run": folder.relative_to(root).as_posix(), "notebook": content["notebook"]}
+        try:
+            table = _summary(folder / "summary.csv")
+            if table is not None:
+                parts.append(_measured(table, content).assign(**facts))
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            warnings.warn(f"left out: the summary of {folder}: {first_line(error)}", stacklevel=2)
     if not parts:
         return pd.DataFrame(columns=list(_COLUMNS))
     frame = pd.concat(parts, ignore_index=True)
@@ -73,6 +80,18 @@ def measurements(root: str | os.PathLike = "runs", everything: bool = False) -> 
     frame = frame[list(_COLUMNS)]
     again = frame["method"].eq("dense") & frame.duplicated([*COMPARABLE, "method"])
     return frame[~again].reset_index(drop=True)
+
+
+def _summary(path: Path) -> pd.DataFrame | None:
+    """A run's table of sizes and perplexities, if it has one."""
+    try:
+        table = pd.read_csv(io.StringIO(read_text(path)))
+    except FileNotFoundError:
+        return None
+    if not {"variant", "stored", "perplexity"} <= set(table.columns):
+        return None
+    numbers = ["stored", "perplexity", *({"nonzero", "low", "high"} & {*table.columns})]
+    return table.assign(**{name: table[name].astype(float) for name in numbers})
 
 
 def _marks(labels: pd.Series, hashes: pd.Series) -> pd.Series:
@@ -128,6 +147,10 @@ def _method(variant: str, regimes: dict) -> str:
     return {"shrunk": "pruned"}.get(variant, variant)
 
 
+@checked(
+    frame=Instance(pd.DataFrame), domains=ListOf(Text()) | None, methods=ListOf(Text()) | None,
+    size=OneOf(SIZES), outside=Flag(),
+)  # fmt: skip
 def select(
     frame: pd.DataFrame,
     domains: Sequence[str] | None = None,
@@ -154,10 +177,6 @@ def select(
         If there are runs, but none measured one of the domains or methods, or there is no such
         size.
     """
-    if size not in SIZES:
-        raise ValueError(
-            f"size is {size!r}; expected stored or nonzero, {nearest(str(size), list(SIZES))}"
-        )
     kept = frame[frame[size].notna() & (frame["inside"].astype(bool) | outside)]
     for column, wanted in (("domain", domains), ("method", methods)):
         known = list(dict.fromkeys(kept[column]))
@@ -170,6 +189,7 @@ def select(
     return kept.merge(cut.drop_duplicates(), on=list(COMPARABLE)).reset_index(drop=True)
 
 
+@checked(frame=Instance(pd.DataFrame))
 def pareto(frame: pd.DataFrame, size: str = "stored", loss: str = "perplexity") -> pd.Series:
     """Which rows are on the Pareto front of their model, protocol and text.
 
@@ -197,6 +217,7 @@ def pareto(frame: pd.DataFrame, size: str = "stored", loss: str = "perplexity") 
     return front
 
 
+@checked(frame=Instance(pd.DataFrame), tolerance=Number(above=0), size=OneOf(SIZES))
 def smallest(frame: pd.DataFrame, tolerance: float, size: str = "stored") -> pd.DataFrame:
     """The smallest model of every text whose perplexity is still good enough.
 

@@ -8,14 +8,17 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..assets import nearest
+from ..checks import Instance, ListOf, Location, Number, checked
 from .parameters import (
     absolute,
+    cells,
     check_parameters,
     default_parameters,
     find_notebook,
@@ -23,6 +26,7 @@ from .parameters import (
     smoke_parameters,
 )
 
+_MOST = 10_000  # runs of a grid
 _KEYS = ("notebook", "parameters", "grid", "exclude", "jobs", "resources", "smoke")
 
 
@@ -55,6 +59,7 @@ class Grid:
     smoke: bool = False
 
 
+@checked(path=Location())
 def read_grid(path: str | os.PathLike) -> Grid:
     """The runs that a grid file asks for.
 
@@ -64,6 +69,7 @@ def read_grid(path: str | os.PathLike) -> Grid:
         A YAML file with keys ``notebook`` (name, or path of an ``.ipynb`` from the grid's folder),
         ``parameters`` (the same in all runs), ``grid`` (parameter to a list of values; every
         combination is run. An axis that is no parameter and lists mappings sets several at once),
+        in both of which paths are looked for in the grid's folder, then in the working folder;
         ``exclude`` (list of mappings: combinations to leave out), ``jobs``, ``resources`` (``cpus``
         and ``gpus`` of a run), ``smoke``.
 
@@ -72,7 +78,7 @@ def read_grid(path: str | os.PathLike) -> Grid:
     ValueError
         In one line: the key or value, what was expected, what to do.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     content = read_yaml(path)
     try:
         return _grid(path, content)
@@ -109,12 +115,16 @@ def _grid(path: Path, content: object) -> Grid:
         twice = parts["parameters"].keys() & chosen.keys()
         if twice:
             raise ValueError(f"{min(twice)!r} is under parameters and grid; keep one of them")
-        parameters = {key: absolute(value) for key, value in {**fixed, **chosen}.items()}
+        parameters = {
+            key: absolute(key, value, path.parent, Path.cwd())
+            for key, value in {**fixed, **chosen}.items()
+        }
         check_parameters(notebook, parameters)
         runs[run_id(notebook, parameters)] = parameters
-    for entry in parts["exclude"]:
+    for entry in ListOf(Instance(dict))("exclude", parts["exclude"]):
         check_parameters(notebook, entry)
-        gone = [run for run, given in runs.items() if entry.items() <= given.items()]
+        meant = {key: absolute(key, value, path.parent, Path.cwd()) for key, value in entry.items()}
+        gone = [run for run, given in runs.items() if _holds(given, meant)]
         if not gone:
             raise ValueError(f"exclude: {entry} is none of the combinations; correct or drop it")
         runs = {run: given for run, given in runs.items() if run not in gone}
@@ -123,6 +133,7 @@ def _grid(path: Path, content: object) -> Grid:
     resources = {"cpus": 1, "gpus": 0, **parts["resources"]}
     if resources.keys() != {"cpus", "gpus"}:
         raise ValueError(f"resources is {parts['resources']}; expected cpus and gpus of one run")
+    resources = {key: Number(low=0)(key, value) for key, value in resources.items()}
     return Grid(path.stem, notebook, runs, jobs, **resources, smoke=smoke)
 
 
@@ -137,6 +148,9 @@ def _combinations(axes: Mapping[str, object], known: Mapping[str, object]) -> It
         bundle = name not in known and all(isinstance(value, dict) for value in values)
         if name not in known and not bundle:
             raise ValueError(f"grid: no parameter {name!r}; {nearest(name, list(known))}")
+    count = math.prod(map(len, axes.values()))
+    if count > _MOST:
+        raise ValueError(f"grid: {count:,} combinations; expected at most {_MOST:,}: split it")
     for values in itertools.product(*axes.values()):
         chosen = {}
         for name, value in zip(axes, values, strict=True):
@@ -144,9 +158,13 @@ def _combinations(axes: Mapping[str, object], known: Mapping[str, object]) -> It
         yield chosen
 
 
+def _holds(given: Mapping[str, object], meant: Mapping[str, object]) -> bool:
+    """Whether a run has all the values of an excluded combination."""
+    return all(key in given and given[key] == value for key, value in meant.items())
+
+
 def run_id(notebook: Path, parameters: Mapping[str, object]) -> str:
     """Ten hex digits that stand for a notebook's name, its code and all its parameters."""
-    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    code = ["".join(entry["source"]) for entry in cells if entry["cell_type"] == "code"]
+    code = ["".join(cell["source"]) for cell in cells(notebook) if cell["cell_type"] == "code"]
     recipe = [notebook.stem, code, {**default_parameters(notebook), **parameters}]
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:10]

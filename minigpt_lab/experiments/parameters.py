@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-import json
+import functools
 import os
 import re
 from collections.abc import Mapping
@@ -11,7 +11,9 @@ from pathlib import Path
 
 import yaml
 
-from ..assets import DATA, nearest
+from ..assets import DATA, nearest, read_toml
+from ..checks import Location, refuse
+from ..files import read_json, read_text
 
 NOTEBOOKS = DATA.parent / "notebooks"
 SMOKE = NOTEBOOKS / "smoke.yaml"
@@ -28,20 +30,49 @@ _Loader.add_implicit_resolver(
 )
 
 
+_MOST = 100_000  # values of a YAML file, those behind aliases counted wherever they are used
+
+
 def read_yaml(path: Path) -> object:
     """Content of a YAML file.
 
     Raises
     ------
     ValueError
-        If it is not there or no YAML: one line, with the place.
+        If it is not there, no YAML, too large or part of itself: one line, with the place.
     """
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        loader = _Loader(read_text(path))
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _size(node, {}) > _MOST:
+            raise ValueError(f"{path} has more than {_MOST:,} values; expected a list of runs")
+        return _constructed(loader, node, path)
     except FileNotFoundError:
         raise ValueError(f"no file {path}") from None
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply") from None
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
+
+
+def _constructed(loader: _Loader, node: yaml.Node, path: Path) -> object:
+    try:
+        return loader.construct_document(node)
+    except ValueError as error:  # a date of the 99th month, a number of a million digits
+        raise ValueError(f"{path} is no YAML: {error}") from None
+
+
+def _size(node: yaml.Node, known: dict[yaml.Node, float]) -> float:
+    """Values below a node, infinite for one that holds itself."""
+    if node not in known:
+        known[node] = float("inf")  # what comes back here is inside itself
+        below = node.value if isinstance(node, yaml.CollectionNode) else []
+        pairs = isinstance(node, yaml.MappingNode)
+        entries = [each for pair in below for each in pair] if pairs else below
+        known[node] = 1 + sum(_size(entry, known) for entry in entries)
+    return known[node]
 
 
 def notebook_names() -> list[str]:
@@ -63,7 +94,7 @@ def find_notebook(name: str | os.PathLike) -> Path:
     ValueError
         If no notebook, or more than one, begins so.
     """
-    path = Path(name)
+    path = Path(Location()("notebook", name)).expanduser()
     if path.suffix == ".ipynb" and path.is_file():
         return path.resolve()
     names, name = notebook_names(), str(name)
@@ -77,9 +108,28 @@ def find_notebook(name: str | os.PathLike) -> Path:
 
 def parameters_cell(notebook: Path) -> str:
     """Source of a notebook's parameters cell: names, defaults and what they mean; "" if none."""
-    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    tagged = (cell for cell in cells if "parameters" in cell["metadata"].get("tags", []))
+    tagged = (cell for cell in cells(notebook) if "parameters" in cell["metadata"].get("tags", []))
     return "".join(next(tagged, {"source": ""})["source"])
+
+
+def cells(notebook: Path) -> list[dict]:
+    """Cells of a notebook file.
+
+    Raises
+    ------
+    ValueError
+        If it is no notebook.
+    """
+    content = read_json(notebook)
+    found = content.get("cells") if isinstance(content, dict) else None
+    if not isinstance(found, list) or not all(map(_is_cell, found)):
+        raise ValueError(f"{notebook} is no notebook: its cells cannot be read")
+    return found
+
+
+def _is_cell(cell: object) -> bool:
+    kinds = {"cell_type": str, "metadata": dict, "source": str | list}
+    return isinstance(cell, dict) and all(isinstance(cell.get(k), t) for k, t in kinds.items())
 
 
 def default_parameters(notebook: Path) -> dict[str, object]:
@@ -91,7 +141,11 @@ def default_parameters(notebook: Path) -> dict[str, object]:
         If it assigns what is no plain value.
     """
     found = {}
-    for statement in ast.parse(parameters_cell(notebook)).body:
+    try:
+        statements = ast.parse(parameters_cell(notebook)).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise ValueError(f"{notebook.name}: its parameters cell is no Python: {error}") from None
+    for statement in statements:
         try:
             value = ast.literal_eval(statement.value)
             found |= {target.id: value for target in statement.targets}
@@ -159,6 +213,8 @@ def check_parameters(notebook: Path, parameters: Mapping[str, object]) -> None:
     ValueError
         Naming the value, what was expected, and what to do.
     """
+    if not isinstance(parameters, Mapping):
+        raise refuse("parameters", parameters, "a mapping of names to values")
     name, defaults = notebook.stem, default_parameters(notebook)
     for parameter, value in parameters.items():
         if parameter in CIRCUMSTANCES:
@@ -167,16 +223,61 @@ def check_parameters(notebook: Path, parameters: Mapping[str, object]) -> None:
             hint = nearest(parameter, list(defaults)) if defaults else "it has none"
             raise ValueError(f"{name} has no parameter {parameter!r}; {hint}")
         default = defaults[parameter]
-        if not _fits(value, default):
+        if not (_is_plain(value) and _fits(value, default)):
             raise ValueError(
                 f"{name}: {parameter} is {value!r}; expected {_EXPECTED[type(default)]}, as its "
                 f"default {default!r}"
             )
 
 
-def absolute(value: object) -> object:
-    """Paths that exist here, made absolute: the kernel works in the run folder."""
+def _is_plain(value: object) -> bool:
+    """Whether a value is made of numbers, texts, lists and mappings alone."""
+    if isinstance(value, Mapping):
+        return all(isinstance(k, str) and _is_plain(v) for k, v in value.items())
     if isinstance(value, list):
-        return [absolute(entry) for entry in value]
-    is_path = isinstance(value, str) and "/" in value and Path(value).exists()
-    return str(Path(value).resolve()) if is_path else value
+        return all(map(_is_plain, value))
+    return isinstance(value, bool | int | float | str | None)
+
+
+#: Parameters whose texts may be names of files or folders, by a part of their name.
+_PLACES = re.compile(
+    r"domain|model|texts?$|^(pair|explored|general|runs|path|folder)$|_(path|dir)$"
+)
+
+
+def absolute(name: str, value: object, *bases: Path) -> object:
+    """Paths that exist, made absolute, as the kernel works in the run folder.
+
+    A text with a ``/`` or the name of a file with a suffix may be a path in any parameter, a bare
+    name only where a parameter takes one (``domain``, ``model_name``); what the kit itself has a
+    text or model of is never one.
+
+    Parameters
+    ----------
+    name : str
+        Of the parameter.
+    value : object
+        Texts in lists count too.
+    *bases : pathlib.Path
+        Folders to look in, one after the other; by default the working folder.
+    """
+    if isinstance(value, list):
+        return [absolute(name, entry, *bases) for entry in value]
+    if not isinstance(value, str) or not value.strip() or value in _kit_names():
+        return value
+    for base in bases or (Path.cwd(),):
+        path = base / Path(value).expanduser()
+        try:
+            named = "/" in value or os.sep in value or (path.suffix and path.is_file())
+            if (named or _PLACES.search(name)) and path.exists():
+                return str(path.resolve())
+        except (OSError, ValueError, RuntimeError):  # too long, a NUL, no such user
+            continue
+    return value
+
+
+@functools.cache
+def _kit_names() -> frozenset[str]:
+    """Names of the kit's own domains and models."""
+    files = (DATA / "domains.toml", DATA / "models.toml")
+    return frozenset(name for file in files for name in read_toml(file))

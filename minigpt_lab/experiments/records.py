@@ -19,10 +19,10 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from ..assets import DATA
+from ..checks import Flag, Location, as_json, checked
 from ..storage import kept, read_json, remove_empty, staged
 
 ROOT = DATA.parent
@@ -30,6 +30,11 @@ RECORD = "record.json"
 SCHEMA = 2  # of a record's keys; 1 had none of schema, data, seed, smoke
 _PACKAGES = ("minigpt-lab", "torch", "transformers", "datasets", "peft", "numpy", "pandas")
 _NEEDED = ("notebook", "status", "parameters", "metrics")
+_KINDS = {  # of a record's values, where they are there
+    "notebook": str, "status": str, "protocol": str, "device": str, "error": str, "finished": str,
+    "parameters": dict, "metrics": dict, "model": dict, "data": dict, "git": dict, "versions": dict,
+    "tables": list, "smoke": bool, "wall_seconds": int | float,
+}  # fmt: skip
 _FACTS = (  # of a run, in the table of all
     "run", "notebook", "status", "smoke", "finished", "seconds", "model", "device", "protocol",
     "commit", "error",
@@ -59,7 +64,7 @@ def write_record(folder: Path, content: Mapping[str, object]) -> Path:
         If a file of that name is there that is no record: it is left alone.
     """
     kept(folder / RECORD, own_record, ".json")
-    plain = _json({**content, "schema": SCHEMA})
+    plain = _json(as_json({**content, "schema": SCHEMA}))
     text = json.dumps(plain, indent=1, sort_keys=True, ensure_ascii=False)
     with staged(folder / RECORD) as staging:
         staging.write_text(text, encoding="utf-8")
@@ -107,12 +112,10 @@ def discard_run(folder: Path) -> None:
 
 
 def _json(value: object) -> object:
-    if isinstance(value, Mapping):
-        return {str(key): _json(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
+    if isinstance(value, dict):
+        return {key: _json(entry) for key, entry in value.items()}
+    if isinstance(value, list):
         return [_json(entry) for entry in value]
-    if isinstance(value, np.generic):
-        value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value if isinstance(value, bool | int | float | str | None) else str(value)
@@ -157,13 +160,11 @@ def read_record(folder: str | os.PathLike) -> dict:
     """
     path = Path(folder) / RECORD
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+        content = read_json(path)
+    except FileNotFoundError:
         raise ValueError(f"{folder} holds no {RECORD}: no run ended there") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path} is cut short or no JSON ({error}); delete its folder and run it again"
-        ) from None
+    except ValueError as error:
+        raise ValueError(f"{error}; delete its folder and run it again") from None
     schema = content.get("schema") if isinstance(content, dict) else None
     if schema != SCHEMA:
         found = f"has schema {schema}" if schema else "has no schema number"
@@ -173,7 +174,20 @@ def read_record(folder: str | os.PathLike) -> dict:
     absent = [key for key in _NEEDED if key not in content]
     if absent:
         raise ValueError(f"{path} lacks {', '.join(absent)}; delete its folder and run it again")
+    kinds = {key: kind if key in _NEEDED else kind | None for key, kind in _KINDS.items()}
+    odd = [key for key, kind in kinds.items() if not isinstance(content.get(key), kind)]
+    if not odd:
+        odd = [f"metric {key!r}" for key, value in content["metrics"].items() if not _number(value)]
+    if odd:
+        raise ValueError(
+            f"{path}: {', '.join(odd)} is not what a run writes; delete its folder and run it again"
+        )
     return content
+
+
+def _number(value: object) -> bool:
+    """Whether a metric can be compared: a number that a float holds, or nothing."""
+    return value is None or (isinstance(value, int | float) and abs(value) < 1e308)
 
 
 def read_records(
@@ -211,6 +225,7 @@ def read_records(
             yield folder, content
 
 
+@checked(root=Location(), everything=Flag())
 def results(root: str | os.PathLike = "runs", everything: bool = False) -> pd.DataFrame:
     """All records under a folder as one tidy table, a row per run and metric.
 

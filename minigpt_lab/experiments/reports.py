@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from ..checks import Flag, Location, OneOf, checked
 from ..figures import pareto_front, png_bytes
 from ..locations import file_to_write, located
 from ..storage import staged
@@ -32,6 +33,7 @@ _FACTS = (
 )  # fmt: skip
 
 
+@checked(folder=Location(), path=Location() | OneOf([""]), smoke=Flag())
 def write_report(
     folder: str | os.PathLike, path: str | os.PathLike = "", smoke: bool = False
 ) -> Path:

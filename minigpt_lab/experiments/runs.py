@@ -17,6 +17,7 @@ from filelock import FileLock
 from transformers import PreTrainedModel
 
 from ..assets import first_line
+from ..checks import Flag, Instance, Location, Model, OneOf, Text, as_json, checked, plain, refuse
 from ..domains import Domain
 from ..ledger import content_hash
 from ..locations import file_to_write, folder_to_write
@@ -43,6 +44,7 @@ from .records import (
 _started = time.time()  # of the kernel, to all practical purposes
 
 
+@checked(out_dir=Location() | OneOf([""]), smoke=Flag())
 def run_notebook(
     name: str | os.PathLike,
     parameters: Mapping[str, object] | None = None,
@@ -56,7 +58,8 @@ def run_notebook(
     name : str or path
         As `find_notebook` takes it.
     parameters : mapping, optional
-        Values for names in its parameters cell, of the kind of their defaults.
+        Values for names in its parameters cell, of the kind of their defaults. Paths are looked
+        for from the working folder.
     out_dir : str or path, optional
         Run folder, used as it is. By default a new one: ``runs/NAME/TIME``, of a smoke run
         ``runs/smoke/NAME/TIME``, of a failed one ``runs/failed/NAME/TIME``.
@@ -80,18 +83,20 @@ def run_notebook(
     notebook, given = _prepared(name, parameters, smoke)
     runs = Path.cwd() / "runs"
     home = runs / "smoke" if smoke else runs
-    if out_dir:
+    named = out_dir != ""
+    if named:
         folder = folder_to_write(out_dir).resolve()
         _require_no_other(folder / notebook.name)
     else:
         folder = _new_folder(home / notebook.stem)
     reason = _execute(notebook, given, folder, smoke)
-    if reason and not out_dir:
+    if reason and not named:
         folder = folder.replace(_new_folder(runs / "failed" / notebook.stem))
     _raise(reason, notebook, folder)
     return folder
 
 
+@checked(folder=Location(), smoke=Flag())
 def run_once(
     name: str | os.PathLike,
     parameters: Mapping[str, object],
@@ -158,9 +163,10 @@ def is_finished(folder: Path) -> bool:
 
 def _prepared(name, parameters, smoke) -> tuple[Path, dict]:
     notebook = find_notebook(name)
-    check_parameters(notebook, parameters or {})
+    given = as_json({} if parameters is None else parameters, unknown=lambda value: value)
+    check_parameters(notebook, given)
     small = smoke_parameters(notebook) if smoke else {}
-    return notebook, {key: absolute(v) for key, v in {**small, **(parameters or {})}.items()}
+    return notebook, {key: absolute(key, value) for key, value in {**small, **given}.items()}
 
 
 def _raise(reason: str | None, notebook: Path, folder: Path) -> None:
@@ -195,8 +201,8 @@ def _execute(notebook: Path, parameters: dict, folder: Path, smoke: bool) -> str
     handed |= {key: value for key, value in circumstances.items() if key in known}
     try:
         papermill.execute_notebook(
-            str(notebook),
-            str(folder / notebook.name),
+            _literal(notebook),
+            _literal(folder / notebook.name),
             parameters=handed,
             kernel_name="python3",
             language="python",  # which a notebook of one's own need not say
@@ -251,6 +257,11 @@ def _require_no_other(path: Path) -> None:
             )
 
 
+def _literal(path: Path) -> str:
+    """A path for papermill, which would replace a parameter's name in braces by its value."""
+    return str(path).replace("{", "{{").replace("}", "}}")
+
+
 def _beside(notebook: Path, default: object) -> object:
     """A default that is a path from the notebook's folder, made absolute."""
     if not isinstance(default, str) or "/" not in default:
@@ -259,6 +270,7 @@ def _beside(notebook: Path, default: object) -> object:
     return str(path.resolve()) if path.exists() else default
 
 
+@checked(notebook=Text(), namespace=Instance(Mapping), model=Model(hold=False) | None)
 def record(
     notebook: str,
     namespace: Mapping[str, object],
@@ -289,12 +301,26 @@ def record(
     -------
     pathlib.Path
         Of the record.
+
+    Raises
+    ------
+    ValueError
+        If a metric is no number, a table no frame, or the namespace lacks a parameter.
     """
+    metrics = {name: _metric(name, value) for name, value in _mapping("metrics", metrics).items()}
+    tables = _mapping("tables", {} if tables is None else tables)
+    for name, table in tables.items():
+        if not isinstance(name, str) or Path(name).name != name:
+            raise refuse("a table's name", name, "a file's name without its suffix")
+        Instance(pd.DataFrame)(f"tables[{name!r}]", table)
     beside = Path(f"{notebook}.ipynb")  # a user's own notebook, or the copy under execution
     known = default_parameters(find_notebook(beside if beside.is_file() else notebook))
+    absent = sorted({*known, "out_dir"} - namespace.keys())
+    if absent:
+        raise ValueError(f"namespace lacks {', '.join(absent)}; pass the notebook's globals()")
     parameters = {name: namespace[name] for name in known if name not in CIRCUMSTANCES}
     folder = Path(str(namespace["out_dir"]))
-    for name, table in (tables or {}).items():
+    for name, table in tables.items():
         with staged(file_to_write(folder / f"{name}.csv")) as staging:
             table.to_csv(staging, index=False)
     content = {
@@ -304,12 +330,12 @@ def record(
         "smoke": False,
         "parameters": parameters,
         "seed": parameters.get("seed"),
-        "metrics": dict(metrics),
+        "metrics": metrics,
         "protocol": protocol,
         "model": None,
         "device": None,
         "data": {domain.name: _hashes(domain) for domain in _domains(namespace.values())},
-        "tables": list(tables or {}),
+        "tables": list(tables),
         **surroundings(_started),
     }
     if model is not None:
@@ -318,6 +344,19 @@ def record(
         more = f" ({torch.cuda.get_device_name(model.device)})" if on_gpu else ""
         content |= {"model": facts, "device": f"{model.device}{more}"}
     return write_record(folder, content)
+
+
+def _mapping(name: str, value: object) -> dict:
+    """A mapping, as a dict."""
+    return dict(Instance(Mapping)(name, value))
+
+
+def _metric(name: object, value: object) -> float | bool | None:
+    """A number of Python's, or None."""
+    value = plain(value)
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    raise refuse(f"metrics[{name!r}]", value, "a number or None")
 
 
 def _domains(values) -> Iterator[Domain]:

@@ -23,6 +23,7 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from ..assets import first_line
+from ..checks import Instance, Integer, Location, OneOf, Text, checked
 from ..locations import folder_to_write
 from .grids import Grid, run_id
 from .parameters import NOTEBOOKS, find_notebook
@@ -41,6 +42,10 @@ EXECUTORS = ("local", "ray")
 _RETRIES = 5  # of a run whose Ray node died
 
 
+@checked(
+    grid=Instance(Grid, "read_grid reads one from its file"), out_dir=Location() | OneOf([""]),
+    jobs=Integer(1) | None, executor=OneOf(EXECUTORS), address=Text() | None,
+)  # fmt: skip
 def sweep(
     grid: Grid,
     out_dir: str | os.PathLike = "",
@@ -79,10 +84,6 @@ def sweep(
         If another sweep works in the folder, or no cluster answers.
     """
     jobs = grid.jobs if jobs is None else jobs
-    if executor not in EXECUTORS or jobs < 1:
-        raise ValueError(
-            f"executor {executor!r}, jobs {jobs}; expected one of {EXECUTORS}, a positive number"
-        )
     home = Path("runs/smoke/sweeps" if grid.smoke else "runs/sweeps")
     folder = folder_to_write(out_dir or home / grid.name).resolve()
     folder.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
-from .style import layer_ticks, log_labels, look, new_figure, percent, side_legend, styled
+from .frames import drawn
+from .style import layer_ticks, log_labels, look, new_figure, percent, side_legend
 
 _WAYS = {True: "-", False: "--"}  # the rest refitted, or as it was
 _CHOICES = {"SlimGPT": ("#0072B2", "o"), "random": ("#7F7F7F", "s")}
@@ -23,7 +24,7 @@ _SCHEDULES = {  # colour, marker: blues and greens grow with depth, warm colours
 }
 
 
-@styled
+@drawn(names="site choice", numbers="units share loss", flags="compensated")
 def layer_losses(losses: pd.DataFrame, caption: str = "") -> Figure:
     """Loss of one layer's projections against the share of units that leaves.
 
@@ -62,7 +63,7 @@ def layer_losses(losses: pd.DataFrame, caption: str = "") -> Figure:
     return figure
 
 
-@styled
+@drawn(names="text", numbers="layer ratio perplexity_ratio")
 def one_layer_curves(table: pd.DataFrame, caption: str = "") -> Figure:
     """Perplexity after a single layer was pruned, against its depth: a line per ratio.
 
@@ -96,7 +97,7 @@ def one_layer_curves(table: pd.DataFrame, caption: str = "") -> Figure:
     return figure
 
 
-@styled
+@drawn(names="variant site", numbers="layer units removed cost", maybe="error")
 def layer_budgets(layers: pd.DataFrame, caption: str = "") -> Figure:
     """How much of every layer leaves under several allocations, and what its channels' cut costs.
 
@@ -134,7 +135,7 @@ def layer_budgets(layers: pd.DataFrame, caption: str = "") -> Figure:
     return figure
 
 
-@styled
+@drawn(names="variant text", numbers="perplexity", maybe="low high", flags="compensated")
 def variant_dots(table: pd.DataFrame, caption: str = "", title: str = "") -> Figure:
     """Perplexity of variants with its interval, a panel per text; the dense model is a line.
 
@@ -188,7 +189,7 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-@styled
+@drawn(names="setting text", numbers="value perplexity dense")
 def calibration_settings(table: pd.DataFrame, caption: str = "") -> Figure:
     """Perplexity against how much text a cut was calibrated on and in what windows.
 

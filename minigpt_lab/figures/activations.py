@@ -10,6 +10,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
+from .frames import drawn
 from .style import (
     colour,
     heat,
@@ -19,14 +20,13 @@ from .style import (
     look,
     new_figure,
     percent,
-    styled,
     with_note,
 )
 
 MAGNITUDE = "mean |activation| per token"
 
 
-@styled
+@drawn(names="domain", numbers="layer mean_abs")
 def activation_histograms(
     frame: pd.DataFrame, epsilon: float | None = None, n_layers: int = 6, caption: str = ""
 ) -> Figure:
@@ -148,7 +148,7 @@ def _shares_below(axis, values: dict[str, np.ndarray], epsilon: float, side: str
     return ""
 
 
-@styled
+@drawn(names="domain", numbers="layer mean_abs")
 def activation_depth(
     frame: pd.DataFrame, epsilon: float | None = None, caption: str = ""
 ) -> Figure:
@@ -220,7 +220,7 @@ def _cut_by_depth(axis, frame, domains, epsilon) -> None:
     axis.legend(fontsize=8, ncols=2, frameon=True, edgecolor="none")
 
 
-@styled
+@drawn(names="domain other", maybe="jaccard chance")
 def overlap_matrix(
     overlap: pd.DataFrame,
     caption: str = "",
@@ -268,7 +268,7 @@ def overlap_matrix(
     return figure
 
 
-@styled
+@drawn(names="domain", numbers="layer neuron mean_abs")
 def magnitude_scatter(
     frame: pd.DataFrame, domain: str, other: str, epsilon: float | None = None, caption: str = ""
 ) -> Figure:
@@ -313,7 +313,7 @@ def magnitude_scatter(
     return figure
 
 
-@styled
+@drawn(names="domain", numbers="tokens jaccard chance")
 def calibration_curve(stability: pd.DataFrame, caption: str = "") -> Figure:
     """How soon the set of kept neurons settles as a domain's calibration text grows.
 

@@ -13,6 +13,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator
 
+from ..checks import InvalidArgument, OneOf
+from .frames import drawn
 from .style import (
     METHOD_STYLE,
     colour,
@@ -21,7 +23,6 @@ from .style import (
     look,
     new_figure,
     side_legend,
-    styled,
 )
 
 _REACH = 30  # times the dense perplexity; what is worse is named, not drawn
@@ -33,7 +34,13 @@ _AXES = {"stored": "parameters stored", "nonzero": "parameters not zero"}
 _LABELS_APART = 12  # points, between two labels
 
 
-@styled
+@drawn(
+    names="model protocol text domain method",
+    numbers="perplexity",
+    maybe="perplexity_ratio",
+    flags="front",
+    empty=True,
+)
 def pareto_front(table: pd.DataFrame, size: str = "stored", caption: str = "") -> Figure:
     """Size against held-out perplexity of every run, with the front of each domain.
 
@@ -53,7 +60,10 @@ def pareto_front(table: pd.DataFrame, size: str = "stored", caption: str = "") -
         What the reader must know of the runs.
 
     """
-    table = table.dropna(subset=[size, "perplexity"])
+    OneOf(_AXES)("size", size)
+    if size not in table:
+        raise InvalidArgument(f"table has no column {size!r}; comparisons.measurements makes it")
+    table = table[table[size] > 0].dropna(subset=[size, "perplexity"])
     panels = list(table.groupby(["model", "protocol"], sort=False))
     columns = 2 if len(panels) > 1 else 1
     height = max(1, -(-len(panels) // columns))
@@ -144,7 +154,7 @@ def _label_front(axis: Axes, points: pd.DataFrame, size: str, domains: list[str]
         label.set_path_effects([withStroke(linewidth=2, foreground="white")])  # on top of lines
 
 
-@styled
+@drawn(names="method sites text", numbers="stored perplexity")
 def method_curves(table: pd.DataFrame, caption: str = "") -> Figure:
     """Held-out perplexity against size: a line per method, a column per site, a row per text.
 
@@ -196,7 +206,7 @@ def method_curves(table: pd.DataFrame, caption: str = "") -> Figure:
     return figure
 
 
-@styled
+@drawn(numbers="directions cosine expected")
 def cosine_curve(cosines: pd.DataFrame, caption: str = "") -> Figure:
     """Cosine of zeroth-order estimates to the true gradient, against the number of directions.
 
@@ -221,7 +231,7 @@ def cosine_curve(cosines: pd.DataFrame, caption: str = "") -> Figure:
     return figure
 
 
-@styled
+@drawn(numbers="layer influence")
 def influence_bars(influence: pd.DataFrame, caption: str = "") -> Figure:
     """How much every decoder layer changes what passes through it.
 

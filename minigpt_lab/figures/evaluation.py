@@ -12,6 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
+from .frames import drawn
 from .style import (
     METHOD_STYLE,
     VARIANT_STYLE,
@@ -20,12 +21,11 @@ from .style import (
     log_labels,
     look,
     new_figure,
-    styled,
     with_note,
 )
 
 
-@styled
+@drawn(names="regime method", numbers="tokens perplexity other_perplexity")
 def recovery_curves(
     histories: pd.DataFrame, dense: Mapping[str, float], caption: str = ""
 ) -> Figure:
@@ -105,7 +105,7 @@ def _recovery_handles(methods: list[str], dense: Mapping[str, float]) -> list[Li
     return handles
 
 
-@styled
+@drawn(names="domain variant", numbers="accuracy chance items", maybe="low high")
 def answer_dots(answers: pd.DataFrame, caption: str = "") -> Figure:
     """Accuracy with 95 % intervals, per domain and variant, beside chance.
 
@@ -120,7 +120,7 @@ def answer_dots(answers: pd.DataFrame, caption: str = "") -> Figure:
     )  # fmt: skip
 
 
-@styled
+@drawn(names="domain variant", numbers="difference items", maybe="low high")
 def answer_differences(differences: pd.DataFrame, caption: str = "") -> Figure:
     """Accuracy minus the dense model's on the same questions, with paired 95 % intervals.
 
@@ -165,7 +165,7 @@ def _dots(table, value, label, caption, question, reference) -> Figure:
     return figure
 
 
-@styled
+@drawn(names="domain variant", numbers="perplexity_ratio difference")
 def perplexity_and_accuracy(table: pd.DataFrame, caption: str = "") -> Figure:
     """Each domain's way from dense over pruned to recovered, perplexity against accuracy.
 
@@ -221,7 +221,12 @@ def _short(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
 
 
-@styled
+@drawn(
+    names="cut text",
+    numbers="perplexity difference",
+    maybe="difference_low difference_high",
+    flags="recovered",
+)
 def domain_heatmap(matrix: pd.DataFrame, caption: str = "") -> Figure:
     """Perplexity of every cut on every text, coloured by its ratio to the text's own cut.
 

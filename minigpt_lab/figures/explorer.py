@@ -64,7 +64,9 @@ class ThresholdPicture:
             }
             self._depth(self.figure.add_subplot(grid[1, 0]))
             self._leaving(self.figure.add_subplot(grid[1, 1]))
-            self._caption = self.figure.text(0.01, 0.012, "", fontsize=7.5, color="#555555")
+            self._caption = self.figure.text(
+                0.01, 0.012, "", fontsize=7.5, color="#555555", parse_math=False
+            )
             self._third = self.figure.add_subplot(grid[1, 2])
         self._marks: dict[str, Line2D] = {}
         self._sizes: dict[str, Rectangle] = {}

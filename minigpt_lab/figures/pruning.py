@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from .frames import drawn
 from .style import (
     METHOD_STYLE,
     PART_STYLE,
@@ -21,7 +22,6 @@ from .style import (
     look,
     new_figure,
     percent,
-    styled,
     with_note,
 )
 
@@ -34,7 +34,7 @@ _UNITS = {  # what ε is compared with
 }
 
 
-@styled
+@drawn(names="component method", numbers="epsilon stored_ratio nonzero_ratio perplexity_ratio")
 def threshold_sweep(
     sweep: pd.DataFrame,
     marks: Sequence[float] = (),
@@ -117,7 +117,7 @@ def _seeded(axis, rows: pd.DataFrame, style) -> Line2D:
     return line
 
 
-@styled
+@drawn(names="site", numbers="layer units kept")
 def cut_heatmap(kept: pd.DataFrame, caption: str = "") -> Figure:
     """Share of units that a plan cuts, layer by component, one panel per domain.
 
@@ -212,7 +212,7 @@ def _cut_panel(axis, table: pd.DataFrame, bar, **scale) -> None:
     bar.set_ylabel("units cut", fontsize=8)
 
 
-@styled
+@drawn(names="variant part", numbers="parameters")
 def budget_bars(budget: pd.DataFrame, caption: str = "") -> Figure:
     """What the stored parameters are, before and after.
 
@@ -250,7 +250,7 @@ def budget_bars(budget: pd.DataFrame, caption: str = "") -> Figure:
     return figure
 
 
-@styled
+@drawn(names="variant text", numbers="bits_per_character characters", maybe="bits_low bits_high")
 def perplexity_dots(table: pd.DataFrame, caption: str = "") -> Figure:
     """Bits per character with intervals, per variant, inside and outside the domain.
 

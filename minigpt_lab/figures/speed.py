@@ -7,12 +7,18 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
 
-from .style import VARIANT_STYLE, look, new_figure, styled, with_note
+from .frames import drawn
+from .style import VARIANT_STYLE, look, new_figure, with_note
 
 _LINE = "in proportion to the size"
 
 
-@styled
+@drawn(
+    names="variant kind",
+    numbers="stored tokens_per_second",
+    maybe="low high",
+    flags="batch device runs",
+)
 def throughput(speeds: pd.DataFrame, caption: str = "") -> Figure:
     """Tokens per second against stored parameters, a panel for reading and one for writing.
 

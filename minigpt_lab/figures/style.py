@@ -6,7 +6,6 @@ marker or hatch that says the same in grey.
 
 from __future__ import annotations
 
-import functools
 import io
 import os
 import textwrap
@@ -21,8 +20,10 @@ from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.font_manager import get_font_names
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
+from ..checks import Instance, Location
 from ..locations import file_to_write, located
 from ..storage import staged
 
@@ -63,11 +64,18 @@ COMPONENT_STYLE = {  # colour, marker, line
     "embedding": ("#009E73", "^", ":"),
     "all": ("#000000", "D", "-."),
 }
+_FONTS = (
+    "Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Micro Hei",
+    "PingFang SC", "Hiragino Sans", "Microsoft YaHei", "Arial Unicode MS", "Noto Sans Devanagari",
+    "Noto Sans Thai",
+)  # fmt: skip
 STYLE = {
     "figure.dpi": 100, "savefig.dpi": 150, "font.size": 9, "axes.titlesize": 11,
     "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.spines.top": False,
     "axes.spines.right": False, "axes.axisbelow": True, "axes.grid": True, "grid.alpha": 0.25,
     "legend.frameon": False,
+    # letters that the first font lacks come from the next that has them
+    "font.family": ["DejaVu Sans", *(name for name in _FONTS if name in get_font_names())],
 }  # fmt: skip
 
 
@@ -140,7 +148,8 @@ def log_ticks(low: float, high: float) -> tuple[list[float], list[str]]:
 def log_labels(axis: Axis, values: Iterable[float]) -> None:
     """Readable numbers on a log axis, whether `values` span a tenth of a decade or ten."""
     values = np.asarray(list(values), dtype=float)
-    values = values[np.isfinite(values)]
+    values = values[np.isfinite(values) & (values > 0)]
+    values = values if len(values) else np.ones(1)
     low, high = values.min(), values.max()
     if high > 10 * low:
         axis.set_ticks(*log_ticks(low / 1.2, high * 1.2))
@@ -179,17 +188,6 @@ def with_note(caption: str, note: str) -> str:
     return f"{caption}\n{note}" if caption else note
 
 
-def styled(function):
-    """Draw under the kit's style, whatever the reader's matplotlib settings are."""
-
-    @functools.wraps(function)
-    def draw(*args, **kwargs) -> Figure:
-        with mpl.rc_context(STYLE):
-            return function(*args, **kwargs)
-
-    return draw
-
-
 def side_legend(figure: Figure, axis: Axes, upwards: bool = False) -> None:
     """Name what is drawn on one axis, beside all of them; `upwards` begins with the last."""
     step = -1 if upwards else 1
@@ -200,6 +198,7 @@ def side_legend(figure: Figure, axis: Axes, upwards: bool = False) -> None:
 def png_bytes(figure: Figure) -> bytes:
     """The figure as PNG bytes; the same figure gives the same bytes."""
     buffer = io.BytesIO()
+    Instance(Figure)("figure", figure)
     # draws once, for a slider; savefig would draw twice
     FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
     return buffer.getvalue()
@@ -222,8 +221,10 @@ def save_figure(figure: Figure, path: str | os.PathLike, data: pd.DataFrame) -> 
     matplotlib.figure.Figure
         The figure, so that a notebook cell shows it.
     """
-    path = located(path)
-    stem = path.stem if path.suffix in (".png", ".svg", ".csv") else path.name  # "ratio-0.5"
+    figure = Instance(Figure)("figure", figure)
+    data = Instance(pd.DataFrame)("data", data)
+    path = located(Location()("path", path))
+    stem = path.name.removesuffix(".png").removesuffix(".svg").removesuffix(".csv")
     png, svg, csv = (
         file_to_write(path.with_name(f"{stem}.{kind}")) for kind in ("png", "svg", "csv")
     )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import base64
 import html
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import ipywidgets
 import pandas as pd
 from matplotlib.figure import Figure
 
+from ..checks import Function, Instance, plain, refuse
 from ..figures import png_bytes
 from ..sizes import Size
 
@@ -74,7 +75,12 @@ class Page:
 
 def alarm(error: Exception) -> str:
     """An error as the reader should see it."""
-    return f"<span style='color:#B00020'>{html.escape(f'{type(error).__name__}: {error}')}</span>"
+    return f"<span style='color:#B00020'>{escaped(f'{type(error).__name__}: {error}')}</span>"
+
+
+def escaped(text: str) -> str:
+    """A text in HTML as it is written: no tags, and no formulas between dollar signs."""
+    return html.escape(text).replace("$", "<span>$</span>")
 
 
 def size_words(size: Size) -> str:
@@ -98,9 +104,11 @@ class Chooser(Explorer):
     """
 
     def __init__(self, draw: Callable[..., Figure | pd.DataFrame], **options: Sequence):
-        self.draw = draw
+        self.draw = Function()("draw", draw)
         self.controls = {
-            name: ipywidgets.Dropdown(options=list(choices), description=name.replace("_", " "))
+            name: ipywidgets.Dropdown(
+                options=_choices(name, choices), description=name.replace("_", " ")
+            )
             for name, choices in options.items()
         }
         row = ipywidgets.HBox(list(self.controls.values()))
@@ -111,6 +119,18 @@ class Chooser(Explorer):
         found = self.draw(**{name: control.value for name, control in self.controls.items()})
         if isinstance(found, Figure):
             return "", png_bytes(found)
-        with pd.option_context("display.max_colwidth", None):  # else long texts are cut
+        found = Instance(pd.DataFrame, "or a Figure")("what draw returned", found)
+        # long texts whole, and no formulas
+        with pd.option_context("display.max_colwidth", None, "display.html.use_mathjax", False):
             words = found.to_html(index=False, float_format="{:.3g}".format, border=0)
         return words, b""
+
+
+def _choices(name: str, choices: Sequence) -> list:
+    """Choices of a dropdown, with numbers of Python's."""
+    if isinstance(choices, str | bytes) or not isinstance(choices, Iterable):
+        raise refuse(name, choices, "a list of choices")
+    found = [plain(choice) for choice in choices]
+    if not found:
+        raise refuse(name, found, "at least one choice")
+    return found

@@ -16,7 +16,7 @@ from ..domains import excerpt
 from ..evaluation import perplexity
 from ..guards import hooked, waits_for_me, when_waiting
 from ..surgery import shrink
-from .base import alarm, size_words
+from .base import alarm, escaped, size_words
 from .pruning import RatioExplorer, ThresholdExplorer
 
 
@@ -58,7 +58,9 @@ class ModelJob:
         """What a notebook cell displays: the button, or a word on it where nothing can press it."""
         if interactive:
             return self.view
-        return HTML(f"<i>In a live notebook: a button, <b>{self.button.description}</b>.</i>")
+        return HTML(
+            f"<i>In a live notebook: a button, <b>{escaped(self.button.description)}</b>.</i>"
+        )
 
     def start(self) -> None:
         """Begin, unless it is running already."""

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import html
-import math
 from collections.abc import Mapping
-from numbers import Real
 
 import ipywidgets
 import numpy as np
@@ -13,6 +10,8 @@ import pandas as pd
 from transformers import PreTrainedModel
 
 from ..allocation import plan_from_scores
+from ..assets import nearest
+from ..checks import Array, Instance, Model, Number, Table, Text, checked
 from ..criteria import Scores
 from ..figures import ThresholdPicture, cut_heatmap, png_bytes
 from ..plan import PruningPlan
@@ -21,8 +20,9 @@ from ..schedules import ALLOCATIONS
 from ..sizes import Size
 from ..statistics import Statistics
 from ..studies import COMPONENTS, Magnitudes, read_sweep, threshold_range
-from .base import Explorer, Page, size_words
+from .base import Explorer, Page, escaped, size_words
 
+_MOST = 0.99  # ratio of a slider: something of each layer must stay
 ABSOLUTE, RELATIVE = "absolute ε", "share of each layer"
 
 
@@ -47,9 +47,14 @@ class ThresholdExplorer(Explorer):
     Raises
     ------
     ValueError
-        If there are no statistics of the domain, or ε is no finite number from 0.
+        If there are no statistics of the domain, or of one that `token_counts` or `sweeps` has.
     """
 
+    @checked(
+        model=Model(hold=False), statistics=Table(Text(), Instance(Statistics), 1), domain=Text(),
+        epsilon=Number(low=0), token_counts=Table(Text(), Array(), 1) | None,
+        sweeps=Table(Text(), Instance(pd.DataFrame), 1) | None,
+    )  # fmt: skip
     def __init__(
         self,
         model: PreTrainedModel,
@@ -63,8 +68,13 @@ class ThresholdExplorer(Explorer):
             raise ValueError(
                 f"no statistics of domain {domain!r}; expected one of {', '.join(statistics)}"
             )
-        if not (isinstance(epsilon, Real) and 0 <= epsilon < math.inf):
-            raise ValueError(f"epsilon is {epsilon!r}; expected a finite number ≥ 0")
+        for name, given in (("token_counts", token_counts), ("sweeps", sweeps)):
+            for key in given or ():
+                if key not in statistics:
+                    close = nearest(str(key), [*statistics])
+                    raise ValueError(
+                        f"{name} has {key!r}, of which there are no statistics; {close}"
+                    )
         self.model, self.statistics, self.sweeps = model, dict(statistics), dict(sweeps or {})
         self.token_counts = dict(token_counts or {})
         self.magnitudes = {
@@ -89,8 +99,8 @@ class ThresholdExplorer(Explorer):
         }
         self.share = {
             name: ipywidgets.FloatSlider(
-                value=0.1, min=0, max=0.9, step=0.01, continuous_update=False, readout_format=".0%",
-                layout={"width": "440px", "display": "none"},
+                value=0.1, min=0, max=_MOST, step=0.01, continuous_update=False,
+                readout_format=".0%", layout={"width": "440px", "display": "none"},
             )
             for name in COMPONENTS[:2]
         }  # fmt: skip
@@ -157,7 +167,7 @@ class ThresholdExplorer(Explorer):
             sweep = self.sweeps.get(domain)
             readings = {name: read_sweep(sweep, name, value) for name, value in chosen.items()}
         self._picture.draw(domain, marks, plan.frame(), size, readings)
-        lines = [f"<b>{html.escape(domain)}</b>: {size_words(size)}", *self._shares(chosen)]
+        lines = [f"<b>{escaped(domain)}</b>: {size_words(size)}", *self._shares(chosen)]
         lines += [
             f"{name} alone: validation perplexity {reading} (from the sweep)"
             for name, reading in readings.items()
@@ -178,7 +188,7 @@ class ThresholdExplorer(Explorer):
         lines = ["at or below " + "; ".join(words)] if words else []
         if "activation" in chosen and len(self.magnitudes) > 1:
             others = [
-                f"{html.escape(name)} {found.share('activation', chosen['activation']):.1%}"
+                f"{escaped(name)} {found.share('activation', chosen['activation']):.1%}"
                 for name, found in self.magnitudes.items()
                 if name != domain
             ]
@@ -213,15 +223,19 @@ class RatioExplorer(Explorer):
     scores : mapping
         Name to show to `Scores`.
     ratio : float
-        Share of units to start with.
+        Share of units to start with, from 0 to 0.99.
     """
 
+    @checked(
+        model=Model(hold=False), scores=Table(Text(), Instance(Scores), 1),
+        ratio=Number(low=0, high=_MOST),
+    )  # fmt: skip
     def __init__(self, model: PreTrainedModel, scores: Mapping[str, Scores], ratio: float = 0.2):
         self.model, self.scores = model, dict(scores)
         self.method = ipywidgets.Dropdown(options=list(scores), description="method")
         self.allocation = ipywidgets.Dropdown(options=list(ALLOCATIONS), description="allocation")
         self.ratio = ipywidgets.FloatSlider(
-            value=ratio, min=0, max=0.9, step=0.01, description="ratio", continuous_update=False,
+            value=ratio, min=0, max=_MOST, step=0.01, description="ratio", continuous_update=False,
             readout_format=".0%", layout={"width": "440px"},
         )  # fmt: skip
         inputs = [self.method, self.allocation, self.ratio]
@@ -238,4 +252,4 @@ class RatioExplorer(Explorer):
         """Sizes, and what leaves every layer."""
         plan = self.plan
         words = size_words(plan.predicted_size(self.model))
-        return f"<b>{self.method.value}</b>: {words}", png_bytes(cut_heatmap(plan.frame()))
+        return f"<b>{escaped(self.method.value)}</b>: {words}", png_bytes(cut_heatmap(plan.frame()))
