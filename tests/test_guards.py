@@ -5,10 +5,12 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
 
+from minigpt_lab import guards
 from minigpt_lab.guards import in_use, restoring
 
 
@@ -112,3 +114,50 @@ def test_no_signal_at_any_moment_leaves_a_change_behind():
     if "assert" not in done.stderr and done.returncode:
         assert "KeyboardInterrupt" in done.stderr, done.stderr
     assert "AssertionError" not in done.stderr, done.stderr
+
+
+def test_ctrl_c_ends_a_wait():
+    model, held, done = torch.nn.Linear(1, 1), threading.Event(), threading.Event()
+
+    def other():
+        with in_use(model):
+            held.set()
+            done.wait(120)
+
+    def interrupt():
+        while not guards._waiting:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    holder, sender = threading.Thread(target=other), threading.Thread(target=interrupt)
+    holder.start()
+    held.wait(60)
+    sender.start()
+    try:
+        with pytest.raises(KeyboardInterrupt), in_use(model):
+            raise AssertionError
+    finally:
+        done.set()
+        holder.join(60)
+        sender.join(60)
+    with in_use(model):
+        pass
+    assert signal.getsignal(signal.SIGINT) is before and not guards._waiting
+
+
+def test_hooks_and_parts_come_back():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU())
+    keys, weight = [sorted(vars(m)) for m in model.modules()], model[0].weight
+    with pytest.raises(KeyError), guards.unchanged(model):
+        model[0].weight = torch.nn.Parameter(torch.zeros(2, 2), requires_grad=False)
+        model[1] = torch.nn.Identity()
+        model.extra = torch.nn.Linear(1, 1)
+        model[0].forward = lambda x: x
+        model[0].register_forward_hook(lambda *_: None)
+        model[0].bias.requires_grad_(False).grad = torch.ones(2)
+        raise KeyError
+    assert model[0].weight is weight and type(model[1]) is torch.nn.ReLU
+    assert [sorted(vars(m)) for m in model.modules()] == keys
+    assert not model[0]._forward_hooks and model[0].bias.requires_grad
+    assert model[0].bias.grad is None
