@@ -127,12 +127,16 @@ class AnyOf(Check):
 
     def __call__(self, name, value):
         """As the first check that takes it says; a check with words of its own says them."""
-        taker = next((check for check in self.checks if check.take(value) is not REFUSED), None)
-        if taker:
-            return taker(name, value)
-        rest = [check for check in self.checks if not isinstance(check, Nothing)]
-        own = len(rest) == 1 and type(rest[0]).__call__ is not Check.__call__
-        return rest[0](name, value) if own else super().__call__(name, value)
+        refusals = []
+        for check in self.checks:
+            try:
+                return check(name, value)
+            except InvalidArgument as error:
+                refusals.append((check, error))
+        rest = [(c, error) for c, error in refusals if not isinstance(c, Nothing)]
+        if len(rest) == 1 and type(rest[0][0]).__call__ is not Check.__call__:
+            raise rest[0][1]
+        raise refuse(name, value, self.expected, self.remedy)
 
     def take(self, value):
         """Ask one after the other."""
