@@ -1,6 +1,8 @@
 """Arguments are taken as numbers whoever made them, and refused in one sentence."""
 
+import copy
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from minigpt_lab.checks import (
     Items,
     ListOf,
     Location,
+    Model,
     Number,
     OneOf,
     Table,
@@ -23,6 +26,7 @@ from minigpt_lab.checks import (
     Texts,
     checked,
 )
+from minigpt_lab.guards import in_use
 
 RATIO = Number(above=0, below=1)
 TAKEN = [
@@ -124,3 +128,29 @@ def test_checks_stand_beside_the_signature_and_defaults_pass():
         cut("a", seed=-1)
     with pytest.raises(TypeError, match="unexpected keyword argument 'sed'"):
         cut("a", sed=1)
+
+
+def test_a_model_that_may_be_left_out_is_held_and_checked_like_any_other(tiny):
+    model = copy.deepcopy(tiny[0])
+    taken = []
+
+    @checked(dense=Model() | None)
+    def look(dense=None):
+        def other():
+            with in_use(model):
+                taken.append(True)
+
+        thread = threading.Thread(target=other, daemon=True)
+        thread.start()
+        thread.join(0.2)
+        return list(taken), thread
+
+    before, thread = look(model)
+    thread.join(60)
+    assert before == [] and taken == [True]
+    assert look(None)[1] is not None
+    with pytest.raises(InvalidArgument, match="dense has weights of type int8"):
+        model.lm_head.weight = torch.nn.Parameter(
+            torch.zeros(2, 2, dtype=torch.int8), requires_grad=False
+        )
+        look(model)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 import minigpt_lab as lab
-from minigpt_lab.domains import sources
+from minigpt_lab.domains import sources, unpadded
 from minigpt_lab.domains.domain import PARTS
 from minigpt_lab.domains.passages import cut, near_duplicates
 
@@ -188,3 +190,29 @@ def test_tokenize_packs_full_windows(tiny, tiny_domain):
         lab.tokenize(tiny_domain.validation, tokenizer, 4096)
     with pytest.raises(ValueError, match="seq_len is 0"):
         lab.tokenize(tiny_domain.validation, tokenizer, 0)
+
+
+@pytest.mark.parametrize("mask", [2, -1, 0.5])
+def test_a_mask_of_something_else_is_refused_where_padding_is_left_out(mask):
+    ids = torch.ones(1, 4, dtype=torch.long)
+    batch = {"input_ids": ids, "attention_mask": torch.tensor([[mask, 1, 1, 1]])}
+    with pytest.raises(ValueError, match="expected 1 for tokens and 0 for padding"):
+        list(unpadded([batch]))
+    assert [x.shape[1] for x in unpadded([{**batch, "attention_mask": ids.clone()}])] == [4]
+
+
+def test_counts_of_tokens_and_windows_are_checked(tiny, tiny_domain):
+    _, tokenizer = tiny
+    texts = tiny_domain.validation
+    for call, wrong in (
+        (lab.tokenize, {"seq_len": None}), (lab.tokenize, {"batch_size": 0}),
+        (lab.tokenize, {"max_tokens": -5}), (lab.tokenize, {"seq_len": True}),
+        (lab.tokenize, {"texts": 7}), (lab.count_tokens, {"tokenizer": "gpt2"}),
+        (lab.excerpt, {"max_characters": 1}), (lab.excerpt, {"tokenizer": None, "max_tokens": 9}),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} is .*; expected"):
+            call(**{"texts": texts, "tokenizer": tokenizer, **wrong})
+    batches = lab.tokenize(texts, tokenizer, np.int64(32), max_tokens=torch.tensor(128))
+    assert sum(len(batch["input_ids"]) for batch in batches) == 4
+    with pytest.raises(ValueError, match="count is 0"):
+        batches.draws(0)

@@ -66,7 +66,14 @@ def test_the_model_is_left_as_it_was(tiny):
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [({"repeats": 0}, "repeats is 0"), ({"seq_len": 10_000}, "do not fit tiny-llama")],
+    [
+        ({"repeats": 0}, "repeats is 0"),
+        ({"seq_len": 10_000}, "do not fit tiny-llama"),
+        ({"seq_len": None}, "seq_len is None"),
+        ({"new_tokens": 1.5}, "new_tokens is 1.5"),
+        ({"batch_size": -1}, "batch_size is -1"),
+        ({"dense": "tiny-llama"}, "dense is 'tiny-llama'"),
+    ],
 )
 def test_bad_counts_are_named(tiny, arguments, words):
     with pytest.raises(ValueError, match=words):

@@ -34,7 +34,8 @@ def test_perplexity_presets_are_protocols(name, tiny, tiny_domain):
     preset = lab.PERPLEXITY_PRESETS[name]
     assert set(preset) <= set(inspect.signature(lab.perplexity).parameters)
     found = lab.perplexity(*tiny, tiny_domain.test, **{**preset, "seq_len": 64})
-    assert "windows of 64, stride 64" in found.protocol
+    assert "windows of 64, stride 64, whole windows only" in found.protocol
+    assert found.tokens % 63 == 0  # the first token of each window is not scored
 
 
 def test_warm_up_is_counted_in_updates(tiny, tiny_domain):
