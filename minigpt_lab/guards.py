@@ -175,7 +175,7 @@ class _Turn:
                 f"the {self.name} is held by a thread that has ended inside a with block (masked, "
                 "for instance); load the model anew"
             )
-        while owner in _waiting and owner not in seen:
+        while owner is not me and owner in _waiting and owner not in seen:
             seen.add(owner)
             owner = _waiting[owner].owner
         if owner is me:

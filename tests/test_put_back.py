@@ -399,8 +399,9 @@ def test_waiting_that_would_never_end_is_refused():
     for thread in threads:
         thread.join(60)
     assert refused and "two threads wait for each other's models" in refused[0]
-    ended = threading.Thread(target=lab.masked(models[0], random_plan(models[0], 1)).__enter__)
+    mask = lab.masked(models[0], random_plan(models[0], 1))
+    ended = threading.Thread(target=mask.__enter__)
     ended.start()
-    ended.join()
+    ended.join(60)
     with pytest.raises(RuntimeError, match="held by a thread that has ended"), in_use(models[0]):
         pass
