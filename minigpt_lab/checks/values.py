@@ -30,7 +30,7 @@ def _shown(value: object) -> str:
         return f"a {type(value).__name__} of shape {[*value.shape]}"
     if isinstance(value, torch.nn.Module) or not _is_plain(value):
         return f"a {type(value).__name__}"
-    text = repr(value)
+    text = " ".join(repr(value).split())
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

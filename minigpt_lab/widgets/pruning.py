@@ -99,8 +99,8 @@ class ThresholdExplorer(Explorer):
         }
         self.share = {
             name: ipywidgets.FloatSlider(
-                value=0.1, min=0, max=_MOST, step=0.01, continuous_update=False, readout_format=".0%",
-                layout={"width": "440px", "display": "none"},
+                value=0.1, min=0, max=_MOST, step=0.01, continuous_update=False,
+                readout_format=".0%", layout={"width": "440px", "display": "none"},
             )
             for name in COMPONENTS[:2]
         }  # fmt: skip
