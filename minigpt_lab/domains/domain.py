@@ -299,6 +299,7 @@ def _made(
     licence: str = "", attribution: str = "", question_sources: Iterable[dict] = (),
 ) -> Domain:  # fmt: skip
     """`make_domain`, also of a user's files, about which there may be `notes`."""
+    name = characters(name)
     if not name.strip():
         raise refuse("name", name, "a name for the domain")
     more = "".join(f"; {note}" for note in notes or ())

@@ -60,6 +60,7 @@ def check(name: str, answer: object, /, **given: object) -> Verdict:
         return Verdict(None, f"{name}: not answered yet; expected is {kind}")
     try:
         right = asked(**given)
+        unknown = isinstance(right, Number) and not math.isfinite(right.value)
         problem = right.problem(answer)
     except (
         LookupError,
@@ -71,7 +72,7 @@ def check(name: str, answer: object, /, **given: object) -> Verdict:
     ) as error:
         absent = isinstance(error, KeyError)
         return _not_computed(name, f"there is no {error}" if absent else first_line(error))
-    if isinstance(right, Number) and not math.isfinite(right.value):
+    if unknown:
         return _not_computed(name, f"the right answer would be {right.value}")
     return Verdict(problem is None, f"{name}: {'right' if problem is None else problem}")
 

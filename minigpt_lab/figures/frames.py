@@ -45,9 +45,10 @@ def drawn(
             _refuse_missing(first, frame, f"{names} {numbers} {maybe} {flags}".split())
             if frame.empty and not empty:
                 raise InvalidArgument(f"{first} has no rows; expected at least one to draw")
+            also = {name: None for name in ("domain",) if name in frame}  # of several plans
             frame = _numeric(first, frame, numbers.split(), maybe.split(), empty)
             given[first] = frame
-            given = _literal(first, given, names.split())
+            given = _literal(first, given, list({**dict.fromkeys(names.split()), **also}))
             try:
                 with mpl.rc_context(STYLE):
                     return function(**given)

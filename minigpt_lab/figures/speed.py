@@ -14,10 +14,10 @@ _LINE = "in proportion to the size"
 
 
 @drawn(
-    names="variant kind",
+    names="variant kind device",
     numbers="stored tokens_per_second",
     maybe="low high",
-    flags="batch device runs",
+    flags="batch runs",
 )
 def throughput(speeds: pd.DataFrame, caption: str = "") -> Figure:
     """Tokens per second against stored parameters, a panel for reading and one for writing.
