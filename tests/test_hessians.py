@@ -115,7 +115,7 @@ def test_bad_input(model, probe):
         lab.score("sparsegpt", model)
     with pytest.raises(ValueError, match="damp=-1"):
         lab.score("sparsegpt", model, [{"input_ids": probe}], damp=-1)
-    with pytest.raises(ValueError, match="no tokens"):
+    with pytest.raises(ValueError, match="no tokens|at least one batch"):
         lab.score("sparsegpt", model, [])
     plan = lab.plan_from_scores(model, lab.score("random", model), ratio=0.5)
     some = lab.collect_hessians(model, [{"input_ids": probe}], consumers(model)[:1], progress=False)

@@ -12,7 +12,6 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
 
 import numpy as np
 import pandas as pd
@@ -21,6 +20,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..allocation import unit_counts, unit_steps
+from ..checks import Integer, Number, check_fields
 from ..compensation import Solver
 from ..domains import unpadded
 from ..ledger import Ledger
@@ -69,16 +69,10 @@ class Search:
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("levels", "rounds", "steps"):
-            value = getattr(self, name)
-            if not isinstance(value, Integral) or value < 1:
-                raise ValueError(f"search: {name} is {value!r}; expected a whole number, 1 or more")
-        for name in ("share", "rate"):
-            value = getattr(self, name)
-            if not isinstance(value, Real) or not 0 < value <= 1:
-                raise ValueError(f"search: {name} is {value!r}; expected a number in (0, 1]")
-        if not isinstance(self.seed, Integral) or self.seed < 0:
-            raise ValueError(f"search: seed is {self.seed!r}; expected a whole number, 0 or more")
+        whole, share = Integer(1), Number(above=0, high=1)
+        check_fields(
+            self, levels=whole, share=share, rounds=whole, steps=whole, rate=share, seed=Integer(0)
+        )
 
 
 def search_counts(
