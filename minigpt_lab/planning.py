@@ -5,20 +5,27 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from numbers import Real
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .checks import REFUSED, Instance, ListOf, Model, Number, Tokenizer, checked, refuse
 from .criteria import attention_site
 from .families import Anatomy
 from .plan import PruningPlan, whole
 from .statistics import Statistics
 from .vocabulary import close_over_merges, merge_table, protected_tokens, require_byte_pairs
 
+EPSILON = Number(0) | None
 COMPONENTS = ("linear_input", "linear_output", "activation", "embedding")
 
 
+@checked(
+    model=Model(),
+    statistics=Instance(Statistics, "lab.collect_statistics gives it"),
+    epsilon_embedding=EPSILON,
+    tokenizer=Tokenizer() | None,
+)
 def contextual_plan(
     model: PreTrainedModel,
     statistics: Statistics,
@@ -76,7 +83,6 @@ def contextual_plan(
         per group to remove in balance.
     """
     rules = _rules(epsilon_linear, epsilon_activation, quantile)
-    _check_epsilon("epsilon_embedding", epsilon_embedding)
     pruned = ("ffn", attention_site(model, units))
     statistics.require(model)
     anatomy = Anatomy(model)
@@ -93,7 +99,7 @@ def contextual_plan(
         ]
     vocabulary = None
     if epsilon_embedding is not None:
-        counts = statistics.token_counts if token_counts is None else np.asarray(token_counts)
+        counts = statistics.token_counts if token_counts is None else _counted(token_counts)
         vocabulary = _staying_tokens(model, statistics, tokenizer, counts, epsilon_embedding)
     embedding = {} if epsilon_embedding is None else {"epsilon_embedding": epsilon_embedding}
     origin = {
@@ -116,30 +122,22 @@ def contextual_plan(
     return replace(plan, zero=left, neurons=_all_cut_neurons(zero, cut))
 
 
-def _check_epsilon(name: str, value: float | None) -> None:
-    if value is not None and not (_is_number(value) and value >= 0):  # NaN fails too
-        raise ValueError(f"{name} is {value!r}; expected a number ≥ 0, or None to leave it alone")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
 def _rules(epsilon_linear, epsilon_activation, quantile) -> dict[str, tuple[str, float]]:
     """Component to ``("epsilon" | "quantile", value)`` for those that are to be cut."""
-    pair = epsilon_linear if isinstance(epsilon_linear, tuple | list) else (epsilon_linear,) * 2
+    several = np.iterable(epsilon_linear) and not isinstance(epsilon_linear, str)
+    pair = tuple(epsilon_linear) if several else (epsilon_linear,) * 2
     if len(pair) != 2:
-        raise ValueError(f"epsilon_linear is {pair}; expected one number, or two: input, output")
+        raise ValueError(
+            f"epsilon_linear is {epsilon_linear}; expected one number, or two: input, output"
+        )
     given = dict(zip(COMPONENTS, (*pair, epsilon_activation), strict=False))
-    for name, value in given.items():
-        _check_epsilon(f"epsilon_{name}", value)
+    given = {name: EPSILON(f"epsilon_{name}", value) for name, value in given.items()}
     rules = {name: ("epsilon", float(value)) for name, value in given.items() if value is not None}
     if quantile is None:
         return rules
     shares = quantile if isinstance(quantile, Mapping) else {"activation": quantile}
     for name, share in shares.items():
-        if not (_is_number(share) and 0 <= share < 1):
-            raise ValueError(f"quantile for {name!r} is {share!r}; expected a share in [0, 1)")
+        share = Number(0, below=1)(f"quantile for {name!r}", share)
         targets = COMPONENTS[:2] if name == "linear" else (name,)
         for target in targets:
             if target not in COMPONENTS[:3]:
@@ -269,6 +267,15 @@ def _all_cut_neurons(zero: dict, cut: dict) -> dict[str, dict[str, list[int]]]:
     for name, neurons in cut.get("activation", {}).items():
         sides.setdefault(name, {})["activation"] = neurons
     return _without_removed({}, sides)
+
+
+def _counted(token_counts: object) -> np.ndarray:
+    """Counts of tokens as an array."""
+    counts = ListOf(Number(0)).take(token_counts)
+    if counts is REFUSED or not len(counts):
+        expected = "a count, 0 or more, for every token"
+        raise refuse("token_counts", token_counts, expected, "lab.count_tokens gives them")
+    return np.array(counts)
 
 
 def _staying_tokens(model, statistics, tokenizer, counts, epsilon) -> list[int]:

@@ -67,7 +67,7 @@ def test_controls_have_exactly_the_same_size(model, control):
     ]
     assert counts[0] == counts[1] and matched.removed == plan.removed
     assert matched.keep != plan.keep
-    with pytest.raises(ValueError, match="controls are"):
+    with pytest.raises(ValueError, match="criterion is 'wanda'; expected one of"):
         analysis.matched_plan(model, plan, "wanda")
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -284,3 +286,51 @@ def test_models_of_one_layer_have_scores_too(probe):
         scores = lab.score(name, model, [{"input_ids": probe}])
         plan = lab.plan_from_scores(model, scores, ratio=0.5)
         assert list(plan.removed.values()) == [[10], [1]]
+
+
+def tensors(model, **options):
+    total = Anatomy(model).units("ffn")
+    return {"ffn": [torch.ones(n, requires_grad=True, **options) for n in total]}
+
+
+@pytest.mark.parametrize(
+    ("gives", "words"),
+    [
+        (lambda model: tensors(model), None),
+        (lambda model: tensors(model, dtype=torch.bfloat16), None),
+        (lambda model: {"ffn": [["a"] * 20] * 3}, "mine gives ffn scores that are no numbers"),
+        (lambda model: {"ffn": None}, "the mine criterion gives"),
+        (lambda model: {"ffn": [np.full(20, np.nan)] * 3}, "mine gives NaN"),
+        (lambda model: {}["x"], "the mine criterion failed with KeyError"),
+        (lambda model: model.nothing, "the mine criterion failed with AttributeError"),
+    ],
+)
+def test_what_a_users_criterion_gives_is_checked_and_named(gives, words):
+    model = random_model("llama")
+    lab.criterion("mine")(lambda model, *_, sites: gives(model))
+    if words is None:
+        scores = lab.score("mine", model, sites=("ffn",))
+        assert lab.plan_from_scores(model, scores, 0.5)
+        return
+    with pytest.raises((ValueError, RuntimeError), match=words) as error:
+        lab.score("mine", model, sites=("ffn",))
+    assert "\n" not in str(error.value)
+
+
+def test_scores_changed_by_hand_give_no_plan():
+    model = random_model("llama")
+    scores = lab.score("random", model)
+    for ffn in ([np.full(20, np.nan)] * 3, [np.ones(19)] * 3, [np.ones(20)] * 2):
+        with pytest.raises(ValueError, match="random gives"):
+            lab.plan_from_scores(model, replace(scores, values={"ffn": ffn}), ratio=0.5)
+
+
+def test_numbers_of_numpy_and_torch_end_up_as_plain_ones():
+    model = random_model("llama")
+    scores = lab.score("random", model, seed=np.int64(3))
+    plan = lab.plan_from_scores(
+        model, scores, np.float32(0.5), keep_layers=np.array([1, 0]), allocation=torch.ones(3)
+    )
+    assert json.loads(json.dumps(plan.to_dict())) == plan.to_dict()
+    with pytest.raises(ValueError, match="has no option 'sed'; did you mean 'seed'"):
+        lab.score("random", model, sed=3)

@@ -141,14 +141,14 @@ history.drop(columns="seconds").to_csv(sys.argv[2], index=False)
         return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     killed = start("checkpoints", "none.csv")
-    deadline = time.time() + 300
+    deadline = time.time() + 1800
     while not (tmp_path / "checkpoints" / "checkpoint-8" / "trainer_state.json").is_file():
         assert killed.poll() is None and time.time() < deadline
         time.sleep(0.02)
     killed.send_signal(signal.SIGKILL)
     assert killed.wait() == -signal.SIGKILL and not (tmp_path / "none.csv").exists()
-    assert start("checkpoints", "resumed.csv").wait(300) == 0
-    assert start("fresh", "whole.csv").wait(300) == 0
+    assert start("checkpoints", "resumed.csv").wait(1800) == 0
+    assert start("fresh", "whole.csv").wait(1800) == 0
     resumed, whole = (pd.read_csv(tmp_path / name) for name in ("resumed.csv", "whole.csv"))
     pd.testing.assert_frame_equal(resumed, whole, rtol=1e-4)
 

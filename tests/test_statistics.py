@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -129,7 +130,7 @@ def test_a_damaged_file_is_refused(tmp_path):
 
 
 def test_bad_input(model, probe):
-    with pytest.raises(ValueError, match="no tokens"):
+    with pytest.raises(ValueError, match="no tokens|at least one batch"):
         lab.collect_statistics(model, [], progress=False)
     with pytest.raises(ValueError, match="token id 97 is outside"):
         lab.collect_statistics(model, [{"input_ids": probe.clone().fill_(97)}], progress=False)
@@ -153,3 +154,34 @@ def test_statistics_own_their_memory(tiny, tiny_domain):
     batches = lab.tokenize(tiny_domain.calibration, tokenizer, 64, 256)
     found = lab.collect_statistics(model, batches, progress=False)
     assert all(table.flags.owndata for table in found.sums.values())
+
+
+@pytest.mark.parametrize("mean", [0.0, 1e4, -3e5])
+def test_the_variance_of_large_and_nearly_constant_activations(mean, probe):
+    model, seen = random_model("phi"), []
+    module = model.model.layers[0].mlp.fc1
+    with torch.no_grad():
+        module.bias += mean
+    module.register_forward_hook(lambda _m, _args, y: seen.append(y.flatten(0, -2).double()))
+    with torch.no_grad():
+        model(probe)
+    batches = [{"input_ids": probe[:1]}, {"input_ids": probe[1:]}]
+    found = lab.collect_statistics(model, batches, progress=False)
+    expected = torch.cat(seen[:1]).var(0, correction=0).numpy()
+    slack = 1e-4 + (abs(mean) * 1e-6) ** 2  # rounding of the activations themselves
+    variance = found.variance("model.layers.0.mlp.fc1", "output")
+    np.testing.assert_allclose(variance, expected, rtol=1e-2, atol=slack)
+
+
+@pytest.mark.parametrize("wrong", [0, -1, float("nan"), None, 1.5])
+def test_statistics_of_no_tokens_give_nothing(wrong, tiny, tiny_statistics):
+    with pytest.raises(ValueError, match="n_tokens is"):
+        replace(tiny_statistics, n_tokens=wrong)
+    broken = copy.copy(tiny_statistics)
+    broken.n_tokens = wrong
+    with pytest.raises(ValueError, match="n_tokens is"):
+        lab.contextual_plan(tiny[0], broken, quantile=0.1)
+    key = next(iter(tiny_statistics.sums))
+    tables = {**tiny_statistics.sums, key: tiny_statistics.sums[key] * np.nan}
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        lab.score("wanda", tiny[0], statistics=replace(tiny_statistics, sums=tables))

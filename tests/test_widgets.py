@@ -219,7 +219,7 @@ def test_a_job_can_be_cancelled_and_is_not_started_twice():
 
     job = ModelJob("measure", work)
     job.button.click()
-    assert running.wait(10)
+    assert running.wait(300)
     job.start()
     job.cancel.click()
     job.wait()

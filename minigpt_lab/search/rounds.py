@@ -29,6 +29,7 @@ from ..checks import (
     Location,
     Model,
     Number,
+    check_fields,
     checked,
 )  # fmt: skip
 from ..compensation import Solver
@@ -80,12 +81,10 @@ class Search:
     seed: int = 0
 
     def __post_init__(self):
-        share = Number(above=0, high=1)
-        for name, check in {
-            "levels": Integer(1), "rounds": Integer(1), "steps": Integer(1), "share": share,
-            "rate": share, "seed": Integer(0),
-        }.items():  # fmt: skip
-            object.__setattr__(self, name, check(f"search: {name}", getattr(self, name)))
+        whole, share = Integer(1), Number(above=0, high=1)
+        check_fields(
+            self, levels=whole, share=share, rounds=whole, steps=whole, rate=share, seed=Integer(0)
+        )
 
 
 @checked(

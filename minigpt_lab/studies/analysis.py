@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..assets import nearest
+from ..checks import Instance, Integer, ListOf, Model, Number, OneOf, Texts, checked
 from ..criteria import score
 from ..domains import Part, excerpt
 from ..evaluation import perplexity
@@ -29,6 +30,7 @@ from ..surgery import masked
 PAPER_EPSILONS = (1e-5, 1e-3, 1e-1)
 #: What a sweep can cut; "all" is the three together.
 SWEEPS = ("linear", "activation", "embedding", "all")
+CONTROL = OneOf(("random", "magnitude"))
 
 
 def activation_frame(statistics: Mapping[str, Statistics]) -> pd.DataFrame:
@@ -52,6 +54,7 @@ def _activations(statistics: Statistics) -> list[np.ndarray]:
     return [statistics.mean(name, "input", "absolute") for name in statistics.activations]
 
 
+@checked(epsilon=Number(0) | None, quantile=Number(0, below=1) | None)
 def neuron_overlap(
     draws: Mapping[str, Sequence[Statistics]],
     epsilon: float | None = None,
@@ -86,10 +89,6 @@ def neuron_overlap(
     """
     if (epsilon is None) == (quantile is None):
         raise ValueError(f"give epsilon or quantile, not both or none: {epsilon}, {quantile}")
-    if (epsilon is not None and not epsilon >= 0) or not 0 <= (quantile or 0) < 1:
-        raise ValueError(
-            f"epsilon={epsilon}, quantile={quantile}; expected ε ≥ 0, 0 ≤ quantile < 1"
-        )
     for domain, found in draws.items():
         if len(found) < 2:
             raise ValueError(
@@ -126,6 +125,7 @@ def set_overlap(draws: Mapping[str, Sequence[list[np.ndarray]]]) -> pd.DataFrame
     return pd.DataFrame(rows, columns=["domain", "other", "jaccard", "chance", "size"])
 
 
+@checked(quantile=Number(0, below=1))
 def calibration_stability(
     pieces: Mapping[str, Sequence[Statistics]], quantile: float
 ) -> pd.DataFrame:
@@ -176,6 +176,7 @@ def _jaccard(first: list[np.ndarray], second: list[np.ndarray]) -> tuple[float, 
     return both / (total - both), expected / (total - expected)
 
 
+@checked(model=Model(), plan=Instance(PruningPlan), criterion=CONTROL, seed=Integer(0))
 def matched_plan(
     model: PreTrainedModel, plan: PruningPlan, criterion: str, seed: int = 0
 ) -> PruningPlan:
@@ -202,8 +203,6 @@ def matched_plan(
     ValueError
         If the criterion is another one.
     """
-    if criterion not in ("random", "magnitude"):
-        raise ValueError(f"controls are 'random' and 'magnitude', got {criterion!r}")
     anatomy = plan.require(model)
     options = {"seed": seed} if criterion == "random" else {}
     values = score(criterion, model, sites=tuple(plan.keep), **options).values
@@ -238,6 +237,7 @@ def matched_plan(
     return matched
 
 
+@checked(model=Model(), texts=Texts(), controls=ListOf(CONTROL), seeds=ListOf(Integer(0)))
 def threshold_sweep(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -288,7 +288,8 @@ def threshold_sweep(
     ValueError
         If a component is unknown, or there is no threshold at all.
     """
-    if not any(len(values) for values in epsilons.values()):
+    epsilons = {name: ListOf(Number(0))(name, values) for name, values in epsilons.items()}
+    if not any(epsilons.values()):
         lists = f"all {len(epsilons)} lists are empty ({', '.join(epsilons)})"
         raise ValueError(f"{lists}; give at least one threshold")
     texts = excerpt(texts, tokenizer, protocol.pop("max_tokens", None))

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..allocation import plan_from_scores
+from ..checks import Instance, Integer, ListOf, Location, Model, Number, OneOf, Tokenizer, checked
 from ..criteria import score
 from ..domains import Domain, Part, excerpt, tokenize
 from ..evaluation import perplexity
@@ -35,6 +36,16 @@ CONTROLS = ("mix", "random", "magnitude")
 Plans = Mapping[tuple[str, int], PruningPlan]
 
 
+@checked(
+    model=Model(),
+    tokenizer=Tokenizer(),
+    domains=ListOf(Instance(Domain)),
+    ratio=Number(0, below=1),
+    draws=Integer(1),
+    calibration_tokens=Integer(1),
+    seq_len=Integer(2),
+    out_dir=Location() | None,
+)
 def domain_plans(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -83,8 +94,6 @@ def domain_plans(
         raise ValueError(
             f"domains are {names}; expected two or more, of different names, none of {CONTROLS}"
         )
-    if draws < 1:
-        raise ValueError(f"draws is {draws}; expected a positive number")
     plans = {}
 
     def add(cut: str, draw: int, criterion: str, **how) -> None:
@@ -131,6 +140,19 @@ def _flags(plan: PruningPlan) -> list[np.ndarray]:
     return [flags for site in plan.keep if any(plan.removed[site]) for flags in plan.stays(site)]
 
 
+@checked(
+    model=Model(),
+    tokenizer=Tokenizer(),
+    domains=ListOf(Instance(Domain), 1),
+    test_tokens=Integer(2),
+    seq_len=Integer(2),
+    recovery_tokens=Integer(0),
+    recovery_draws=Integer(0),
+    recover_on=OneOf(["mix", "own"]),
+    n_bootstrap=Integer(1),
+    seed=Integer(0),
+    out_dir=Location() | None,
+)
 def domain_matrix(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -192,8 +214,6 @@ def domain_matrix(
     missing = [name for name in names if (name, 0) not in plans]
     if missing:
         raise ValueError(f"no plan for {missing}; plans are of {sorted({cut for cut, _ in plans})}")
-    if recover_on not in ("mix", "own"):
-        raise ValueError(f"recover_on is {recover_on!r}; expected 'mix' or 'own'")
     texts = {domain.name: excerpt(domain.test, tokenizer, test_tokens) for domain in domains}
     own = {domain.name: domain for domain in domains}
     mix = mixed(domains) if recovery_tokens else None

@@ -13,6 +13,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..checks import Batches, Flag, Instance, Integer, Location, Model, Number, Tokenizer, checked
 from ..domains import Domain
 from ..evaluation import perplexity
 from ..families import Anatomy
@@ -27,6 +28,19 @@ from ..statistics import tokens_hash
 from ..surgery import shrink
 
 
+@checked(
+    model=Model(),
+    batches=Batches(),
+    domain=Instance(Domain),
+    increase=Number(0),
+    tokenizer=Tokenizer() | None,
+    most=Number(above=0, below=1),
+    tolerance=Number(),
+    seq_len=Integer(2),
+    max_tokens=Integer(1) | None,
+    out_dir=Location() | None,
+    progress=Flag(),
+)
 def smallest_within(
     model: PreTrainedModel,
     batches: Iterable[dict[str, torch.Tensor]],
@@ -87,11 +101,7 @@ def smallest_within(
         If a number is out of range, the tokenizer is not known, a ratio cannot be met, or an
         argument of `slimgpt` that is chosen here is given.
     """
-    for name, value, high in (("most", most, 1.0), ("tolerance", tolerance, most)):
-        if not 0 < value < high:
-            raise ValueError(f"{name} is {value}; expected more than 0 and less than {high}")
-    if not increase >= 0:
-        raise ValueError(f"increase is {increase}; expected a share, 0 or more (0.05 is 5 %)")
+    Number(above=0, below=most)("tolerance", tolerance)
     if taken := sorted({"ratio", "parameters", "counts", "inplace"} & set(options)):
         raise ValueError(f"{', '.join(taken)}: chosen by smallest_within; leave it out")
     tokenizer = tokenizer or getattr(batches, "tokenizer", None)
