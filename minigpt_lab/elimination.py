@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .checks import Function, Integer, ListOf, OneOf
+from .checks import REFUSED, Function, Integer, ListOf, OneOf
 from .guards import restoring
 from .hessians import Indefinite, damped_inverse, refit
 
@@ -60,7 +60,7 @@ def group_schedule(schedule: str | int | Schedule) -> Schedule:
     """
     if isinstance(schedule, str):
         rule = SCHEDULES[OneOf(SCHEDULES)("schedule", schedule)]
-    elif callable(schedule):
+    elif Function().take(schedule) is not REFUSED:
         rule = schedule
     else:
         expected = Integer(1) | OneOf(SCHEDULES) | Function()

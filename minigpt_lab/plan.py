@@ -107,9 +107,7 @@ class PruningPlan:
     def removed(self) -> dict[str, list[int]]:
         """Site to the number of units that leave every layer."""
         return {
-            site: [
-                total - len(units) for total, units in zip(self.units[site], layers, strict=True)
-            ]
+            site: [total - len(kept) for total, kept in zip(self.units[site], layers, strict=True)]
             for site, layers in self.keep.items()
         }
 
@@ -299,19 +297,12 @@ class PruningPlan:
 
     def frame(self) -> pd.DataFrame:
         """Units kept and removed, one row per site and layer."""
-        return pd.DataFrame(
-            [
-                {
-                    "site": site,
-                    "layer": layer,
-                    "units": total,
-                    "kept": total - gone,
-                    "removed": gone,
-                }
-                for site, removed in self.removed.items()
-                for layer, (total, gone) in enumerate(zip(self.units[site], removed, strict=True))
-            ]
-        )
+        rows = [
+            (site, layer, total, total - gone, gone)
+            for site, removed in self.removed.items()
+            for layer, (total, gone) in enumerate(zip(self.units[site], removed, strict=True))
+        ]
+        return pd.DataFrame(rows, columns=["site", "layer", "units", "kept", "removed"])
 
     def __str__(self) -> str:
         origin = ", ".join(f"{key}={value}" for key, value in self.origin.items())

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .assets import nearest
-from .checks import InvalidArgument, ListOf, Number, as_json
+from .checks import REFUSED, Function, InvalidArgument, ListOf, Number, as_json, refuse
 
 
 @dataclass(frozen=True)
@@ -162,13 +162,15 @@ def allocation_rule(allocation: str | Allocation | Sequence[float]) -> Allocatio
     ValueError
         If the name is unknown.
     """
-    if callable(allocation):
+    if Function().take(allocation) is not REFUSED:
         return _answering(allocation)
     if not isinstance(allocation, str) and isinstance(allocation, Iterable):
         return _given(ListOf(Number(0), 1)("allocation", allocation))
     if not isinstance(allocation, str) or allocation not in ALLOCATIONS:
-        hint = nearest(str(allocation), list(ALLOCATIONS))
-        raise InvalidArgument(f"unknown allocation {allocation!r}; {hint}")
+        if isinstance(allocation, str):
+            hint = nearest(allocation, list(ALLOCATIONS))
+            raise InvalidArgument(f"unknown allocation {allocation!r}; {hint}")
+        raise refuse("allocation", allocation, "a name, a share per layer or a function")
     return ALLOCATIONS[allocation]
 
 

@@ -141,7 +141,8 @@ EVIL = ["<script>alert(1)</script>", "$\\frac{$", "a\nb", "{x.__class__}", "x" *
 
 def test_a_report_shows_names_and_runs_none(tmp_path):
     for place, name in enumerate(EVIL):
-        content = {**RUN, "notebook": name, "protocol": name, "model": {"label": name, "sha256": name},
+        content = {**RUN, "notebook": name, "protocol": name,
+                   "model": {"label": name, "sha256": name},
                    "parameters": {name: name, "domain": name}, "metrics": {name: place},
                    "data": {name: {name: name}}, "versions": {name: name}}  # fmt: skip
         write_record(tmp_path / str(place), content)

@@ -17,6 +17,7 @@ from .objects import (
     check_fields,
     checked,
 )
+from .python_values import as_json, plain
 from .values import (
     REFUSED,
     Array,
@@ -32,8 +33,6 @@ from .values import (
     OneOf,
     Table,
     Text,
-    as_json,
-    plain,
     refuse,
 )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 
 from ..assets import nearest
 from ..locations import UnusablePath, located
+from .python_values import plain
 
 
 class InvalidArgument(ValueError, TypeError):
@@ -38,41 +39,6 @@ def _shown(value: object) -> str:
 def _is_plain(value: object) -> bool:
     kinds = (str, bytes, Real, Sequence, Mapping, set, os.PathLike, torch.Tensor, torch.dtype)
     return value is None or isinstance(value, (*kinds, np.ndarray, np.generic, torch.device, type))
-
-
-def plain(value: object) -> object:
-    """A scalar of NumPy or torch as Python's; everything else as it is."""
-    if isinstance(value, torch.Tensor | np.ndarray) and value.ndim == 0:
-        return value.item()
-    return value.item() if isinstance(value, np.generic) else value
-
-
-def _by_name(value: object) -> str:
-    return getattr(value, "__name__", str(value))
-
-
-def as_json(value: object, unknown: Callable = _by_name) -> object:
-    """A value as JSON has it: numbers and arrays as Python's, paths as strings.
-
-    Parameters
-    ----------
-    value : object
-        Of a record, or of a plan's origin.
-    unknown : callable, optional
-        What becomes of anything else; by default its name.
-    """
-    value = plain(value)
-    if isinstance(value, torch.Tensor | np.ndarray):
-        return value.tolist()
-    if isinstance(value, Mapping):
-        return {str(plain(key)): as_json(item, unknown) for key, item in value.items()}
-    if isinstance(value, Sequence | Set) and not isinstance(value, str | bytes):
-        return [as_json(item, unknown) for item in value]
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if value is None or isinstance(value, str | bool | int | float):
-        return value
-    return unknown(value)
 
 
 class Check:
@@ -380,8 +346,8 @@ class Function(Check):
     expected = "a function"
 
     def take(self, value):
-        """Any callable."""
-        return value if callable(value) else REFUSED
+        """Any callable but a module."""
+        return value if callable(value) and not isinstance(value, torch.nn.Module) else REFUSED
 
 
 class Instance(Check):

@@ -27,7 +27,9 @@ from ..checks import (
     InvalidArgument,
     ListOf,
     Location,
+    Table,
     Text,
+    Texts,
     Tokenizer,
     checked,
     refuse,
@@ -333,6 +335,7 @@ def _made(
     )  # fmt: skip
 
 
+@checked(parts=Table(Text(), Texts()))
 def check_disjoint(parts: dict[str, Sequence[str]]) -> None:
     """Refuse parts that share text.
 

@@ -144,6 +144,7 @@ def _flags(plan: PruningPlan) -> list[np.ndarray]:
     model=Model(),
     tokenizer=Tokenizer(),
     domains=ListOf(Instance(Domain), 1),
+    plans=Instance(Mapping, "lab.domain_plans gives it"),
     test_tokens=Integer(2),
     seq_len=Integer(2),
     recovery_tokens=Integer(0),
