@@ -159,7 +159,7 @@ def test_a_report_shows_names_and_runs_none(tmp_path):
 
 
 LITERALS = [
-    "[" * 100_000, "(" * 5000, "-" * 100_000 + "1", "{1:" * 5000, "10**10**10",
+    "[" * 100_000, "(" * 5000, "{1:" * 5000, "10**10**10",
     "__import__('os').system('touch PLANTED')", "{seed.__class__}", "9" * 10_000, "\x00", "{[]: 1}",
 ]  # fmt: skip
 
