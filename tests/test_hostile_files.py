@@ -248,7 +248,7 @@ def test_paths_are_those_of_whoever_calls(tmp_path, monkeypatch, handed):
     assert found == [str(path.parent / "near.txt"), str(home / "notes.txt")]
 
 
-def test_numbers_of_any_kind_become_plain_ones_at_the_call(tmp_path, handed):
+def test_numbers_of_any_kind_become_plain_ones_at_the_call(tmp_path, handed, monkeypatch):
     given = {
         "test_tokens": np.int64(3),
         "quantile_activation": np.float32(0.5),
@@ -271,13 +271,13 @@ def test_numbers_of_any_kind_become_plain_ones_at_the_call(tmp_path, handed):
     namespace = {"seed": np.int64(4), "out_dir": tmp_path / "c", "other": object()}
     metrics = {"a": np.float32(0.5), "b": np.bool_(True), "c": torch.tensor(2.0), "d": float("nan"),
                "e": None, "f": float("inf")}  # fmt: skip
-    os.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)
     experiments.record("mine", namespace, None, "", metrics)
     found = read_record(tmp_path / "c")
     assert found["metrics"] == {"a": 0.5, "b": True, "c": 2.0, "d": None, "e": None, "f": None}
     assert found["parameters"] == {"seed": 4}
     for wrong in (np.zeros(3), "many", object(), [1], {"x": 1}, 1j):
-        with pytest.raises(ValueError, match="metrics..a... is .*; expected a number or None"):
+        with pytest.raises(ValueError, match="metrics..a.. is .*; expected a number or None"):
             experiments.record("mine", namespace, None, "", {"a": wrong})
     for tables in ({"../x": pd.DataFrame()}, {"x": [1]}, [1], {3: pd.DataFrame()}):
         with pytest.raises(ValueError, match="expected"):
