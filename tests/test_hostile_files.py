@@ -26,7 +26,10 @@ LAUGHS = "a0: &a0 [x, x]\n" + "".join(
 MERGES = "a0: &a0 {x: 1}\n" + "".join(
     f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}\n" for n in range(1, 12)
 )
-AXES = "".join(f"  {name}: {list(range(1, 1001))}\n" for name in ("seed", "seq_len", "test_tokens"))
+AXES = "".join(
+    f"  {name}: {list(range(1, 1001))}\n"
+    for name in ("seq_len", "calibration_tokens", "test_tokens")
+)
 GRIDS = {
     "aliases": (LAUGHS + "notebook: '03'\n", "more than 100,000 values"),
     "merges": (MERGES + "notebook: '03'\n", "more than 100,000 values"),
@@ -92,7 +95,7 @@ def test_only_regular_files_are_read(kind, reader, tmp_path):
 
 DEEP = '{"a":' * 100_000
 DAMAGED = {
-    "pipe": None, "folder": None, "device": None, "loop": None,
+    "pipe": None, "folder": None, "device": None, 
     "deep": DEEP, "empty": "", "null": "null", "list": "[]", "text": '"x"', "cut": '{"schema": 2',
     "latin": b'{"schema": "\xe9"}',
     **{
@@ -141,8 +144,8 @@ EVIL = ["<script>alert(1)</script>", "$\\frac{$", "a\nb", "{x.__class__}", "x" *
 
 def test_a_report_shows_names_and_runs_none(tmp_path):
     for place, name in enumerate(EVIL):
-        content = {**RUN, "notebook": name, "protocol": name,
-                   "model": {"label": name, "sha256": name},
+        model = {"label": name, "sha256": name}
+        content = {**RUN, "notebook": name, "protocol": name, "model": model,
                    "parameters": {name: name, "domain": name}, "metrics": {name: place},
                    "data": {name: {name: name}}, "versions": {name: name}}  # fmt: skip
         write_record(tmp_path / str(place), content)
@@ -156,7 +159,7 @@ def test_a_report_shows_names_and_runs_none(tmp_path):
 
 
 LITERALS = [
-    "[" * 100_000, "(" * 5000, "-" * 100_000 + "1", "{1:" * 5000, "10**10**10",
+    "[" * 100_000, "(" * 5000, "{1:" * 5000, "10**10**10",
     "__import__('os').system('touch PLANTED')", "{seed.__class__}", "9" * 10_000, "\x00", "{[]: 1}",
 ]  # fmt: skip
 
@@ -164,7 +167,7 @@ LITERALS = [
 @pytest.mark.parametrize("text", LITERALS, ids=range(len(LITERALS)))
 def test_a_parameter_is_data(text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["minigpt_lab", "run", "03", "-p", "seq_len", text])
+    monkeypatch.setattr(sys, "argv", ["minigpt_lab", "run", "03", "-p", f"seq_len={text}"])
     with pytest.raises(SystemExit) as stopped:
         command_line.main()
     assert str(stopped.value.code).startswith("error: ") and "\n" not in str(stopped.value.code)
@@ -245,16 +248,16 @@ def test_paths_are_those_of_whoever_calls(tmp_path, monkeypatch, handed):
     assert found == [str(path.parent / "near.txt"), str(home / "notes.txt")]
 
 
-def test_numbers_of_any_kind_become_plain_ones_at_the_call(tmp_path, handed):
+def test_numbers_of_any_kind_become_plain_ones_at_the_call(tmp_path, handed, monkeypatch):
     given = {
-        "seed": np.int64(3),
+        "test_tokens": np.int64(3),
         "quantile_activation": np.float32(0.5),
         "seq_len": torch.tensor(8),
     }
     experiments.run_notebook("03", given, tmp_path / "run", smoke=True)
     found = read_record(tmp_path / "run")["parameters"]
     assert {key: found[key] for key in given} == {
-        "seed": 3,
+        "test_tokens": 3,
         "quantile_activation": 0.5,
         "seq_len": 8,
     }
@@ -268,13 +271,13 @@ def test_numbers_of_any_kind_become_plain_ones_at_the_call(tmp_path, handed):
     namespace = {"seed": np.int64(4), "out_dir": tmp_path / "c", "other": object()}
     metrics = {"a": np.float32(0.5), "b": np.bool_(True), "c": torch.tensor(2.0), "d": float("nan"),
                "e": None, "f": float("inf")}  # fmt: skip
-    os.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)
     experiments.record("mine", namespace, None, "", metrics)
     found = read_record(tmp_path / "c")
     assert found["metrics"] == {"a": 0.5, "b": True, "c": 2.0, "d": None, "e": None, "f": None}
     assert found["parameters"] == {"seed": 4}
     for wrong in (np.zeros(3), "many", object(), [1], {"x": 1}, 1j):
-        with pytest.raises(ValueError, match="metrics..a... is .*; expected a number or None"):
+        with pytest.raises(ValueError, match="metrics..a.. is .*; expected a number or None"):
             experiments.record("mine", namespace, None, "", {"a": wrong})
     for tables in ({"../x": pd.DataFrame()}, {"x": [1]}, [1], {3: pd.DataFrame()}):
         with pytest.raises(ValueError, match="expected"):
@@ -290,9 +293,10 @@ def test_paths_are_checked_at_the_call(wrong):
     for call in calls:
         with pytest.raises(ValueError, match="expected a path"):
             call(wrong)
-    for call in (lab.load_domains, lambda value: lab.make_domain("d", value)):
-        with pytest.raises(ValueError, match="expected a list|is one name"):
-            call(wrong if wrong else None)
+    if isinstance(wrong, int | float | bytes | None):
+        for call in (lab.load_domains, lambda value: lab.make_domain("d", value)):
+            with pytest.raises(ValueError, match="expected a list"):
+                call(wrong)
 
 
 def test_text_of_every_encoding_with_a_mark(tmp_path):

@@ -15,7 +15,7 @@ from ..assets import first_line, nearest
 from ..checks import Instance, InvalidArgument, Text
 from .style import STYLE
 
-_LONGEST = 60  # characters of a name
+_LONGEST = 40  # characters of a name
 _LONG = ("model", "protocol", "device")  # columns of sentences rather than names
 _TITLES = ("caption", "title")
 
