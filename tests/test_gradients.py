@@ -309,7 +309,7 @@ def test_bad_options(model, probe, tiny_statistics):
         ("taylor", {"reduce": "median"}, "unknown reduce 'median'"),
         ("sensitivity", {"gradient": "zeroth"}, "did you mean 'zeroth-order'"),
         ("sensitivity", {"eps": 0.0}, "eps is 0.0"),
-        ("sensitivity", {"n_draws": 0}, "n_draws=0"),
+        ("sensitivity", {"n_draws": 0}, "n_draws is 0"),
     ):
         with pytest.raises(ValueError, match=words):
             lab.score(name, model, batches, **options)
