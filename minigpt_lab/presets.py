@@ -11,9 +11,11 @@ _LORA = {"method": "lora", "learning_rate": 1e-4, "rank": 8, "alpha": 16, "dropo
 #: Arguments of `recover`: ``lab.recover(mini, tokenizer, domain, **RECOVERY_PRESETS["slimgpt"])``.
 #: All see 64 windows per update, on one device.
 RECOVERY_PRESETS: dict[str, dict] = {
-    # arXiv 2305.11627 and its code: 2 epochs, cut-off 256, micro-batches of 4, 100 updates warm-up
+    # arXiv 2305.11627 and its code: 2 epochs, cut-off 256, micro-batches of 4, 100 updates warm-up,
+    # linear decay (the Trainer's default)
     "llm-pruner": {
         **_LORA, "epochs": 2, "seq_len": 256, "batch_size": 4, "accumulation": 16, "warmup": 100,
+        "lr_scheduler_type": "linear",
     },
     # arXiv 2412.18110 and its code: 1 epoch, length 256, batches of 16, 10 updates warm-up
     "slimgpt": {

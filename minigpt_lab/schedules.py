@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .assets import nearest
-from .checks import REFUSED, Function, InvalidArgument, ListOf, Number, as_json, refuse
+from .checks import REFUSED, Function, InvalidArgument, ListOf, Number, as_json
 
 
 @dataclass(frozen=True)
@@ -167,10 +167,9 @@ def allocation_rule(allocation: str | Allocation | Sequence[float]) -> Allocatio
     if not isinstance(allocation, str) and isinstance(allocation, Iterable):
         return _given(ListOf(Number(0), 1)("allocation", allocation))
     if not isinstance(allocation, str) or allocation not in ALLOCATIONS:
-        if isinstance(allocation, str):
-            hint = nearest(allocation, list(ALLOCATIONS))
-            raise InvalidArgument(f"unknown allocation {allocation!r}; {hint}")
-        raise refuse("allocation", allocation, "a name, a share per layer or a function")
+        shown = " ".join(repr(allocation).split())[:60]
+        hint = nearest(str(allocation), list(ALLOCATIONS))
+        raise InvalidArgument(f"unknown allocation {shown}; {hint}")
     return ALLOCATIONS[allocation]
 
 

@@ -15,6 +15,9 @@ from pathlib import Path
 # Kernels and other processes that tests start inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# A shell's background job ignores Ctrl-C, and so would all that it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 import pytest
 import torch
 from hypothesis import settings

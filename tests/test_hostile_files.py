@@ -181,7 +181,7 @@ WORDS = [
     ["results", "file.txt"], ["report", "missing"], ["report", "."], ["dance"], [],
     ["sweep", "g.yaml", "--jobs", "0"], ["sweep", "g.yaml", "--jobs", "many"],
     ["sweep", "g.yaml", "--out", "file.txt"], ["sweep", "g.yaml", "--executor", "slurm"],
-    ["run", "03", "--out", "file.txt/x", "--smoke"], ["results", ".", "--csv", "no/where.csv"],
+    ["run", "03", "--out", "file.txt/x", "--smoke"], ["results", ".", "--csv", "file.txt/x.csv"],
 ]  # fmt: skip
 
 

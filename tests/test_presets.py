@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import json
+import math
 
 import pytest
 
@@ -36,6 +39,27 @@ def test_perplexity_presets_are_protocols(name, tiny, tiny_domain):
     found = lab.perplexity(*tiny, tiny_domain.test, **{**preset, "seq_len": 64})
     assert "windows of 64, stride 64, whole windows only" in found.protocol
     assert found.tokens % 63 == 0  # the first token of each window is not scored
+
+
+def test_the_learning_rate_falls_as_the_preset_says(tiny, tiny_domain, tmp_path):
+    model, tokenizer = tiny
+    small = {"tokens": 1024, "seq_len": 32, "batch_size": 4, "accumulation": 1, "epochs": 1,
+             "eval_every": 128, "eval_characters": 500, "warmup": 0, "progress": False}  # fmt: skip
+    for name in ("llm-pruner", "slimgpt"):
+        preset = lab.RECOVERY_PRESETS[name] | small
+        lab.recover(copy.deepcopy(model), tokenizer, tiny_domain, **preset, out_dir=tmp_path / name)
+        states = [json.loads(p.read_text()) for p in (tmp_path / name).rglob("trainer_state.json")]
+        rates = {
+            row["step"]: row["learning_rate"]
+            for row in max((state["log_history"] for state in states), key=len)
+            if "learning_rate" in row
+        }
+        decay = preset.get("lr_scheduler_type", "cosine")
+        share = {"linear": lambda s: 1 - s, "cosine": lambda s: (1 + math.cos(math.pi * s)) / 2}
+        assert len(rates) > 2
+        for step, rate in rates.items():  # the rate of the step before: logged after it was taken
+            expected = share[decay]((step - 1) / 8) * preset["learning_rate"]
+            assert rate == pytest.approx(expected, rel=1e-6), (name, step)
 
 
 def test_warm_up_is_counted_in_updates(tiny, tiny_domain):

@@ -396,10 +396,10 @@ def test_a_search_with_an_out_dir_is_one_run(tmp_path):
         (
             {"search": {"levels": 0}},
             ValueError,
-            "levels is 0; expected a whole number",
+            "levels is 0; expected a whole number of at least 1",
         ),
-        ({"search": {"share": 1.5}}, ValueError, r"share is 1.5; expected a number above 0"),
-        ({"search": {"rate": 0.0}}, ValueError, r"rate is 0.0; expected a number above 0"),
+        ({"search": {"share": 1.5}}, ValueError, "share is 1.5; expected a number above 0"),
+        ({"search": {"rate": 0.0}}, ValueError, "rate is 0.0; expected a number above 0"),
         ({"search": {"round": 3}}, ValueError, "did you mean 'rounds'"),
         ({"search": {"steps": 2.5}}, ValueError, "steps is 2.5; expected a whole number"),
         ({"search": {"share": "half"}}, ValueError, "share is 'half'; expected a number"),
@@ -503,7 +503,7 @@ def test_no_cut_within_the_limit(tiny, tiny_domain, batches):
         ({"increase": -0.1}, "increase is -0.1"),
         ({"most": 1.2}, "most is 1.2"),
         ({"tolerance": 0.0}, "tolerance is 0.0"),
-        ({"batches": [{}]}, "give tokenizer="),
+        ({"batches": [{"input_ids": torch.ones(1, 9).long()}]}, "give tokenizer="),
         ({"ratio": 0.3}, "ratio: chosen by smallest_within"),
     ],
 )

@@ -93,7 +93,7 @@ class Model(Instance):
             kinds = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in odd))
             raise InvalidArgument(
                 f"{name} has weights of type {kinds}; expected float32, bfloat16, float16 or "
-                "float64; load the checkpoint it was made from, or dequantise it"
+                "float64 (it is quantised); load the checkpoint it was made from, or dequantise it"
             )
         return value
 

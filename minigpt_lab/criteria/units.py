@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..assets import nearest
-from ..checks import InvalidArgument, ListOf, OneOf
+from ..checks import InvalidArgument, refuse
 from ..families import ALL_SITES, ATTENTION_UNITS, Anatomy, Projection, weight_axis
 from ..statistics import Statistics, collect_statistics
 
@@ -58,8 +58,11 @@ def chosen_sites(model, sites: Iterable[str], units: str) -> tuple[str, ...]:
         If there is no such site or no such units.
     """
     attention = attention_site(model, units)
-    sites = ListOf(OneOf(ALL_SITES), 1)("sites", sites)
-    return tuple(dict.fromkeys(attention if site == "attention" else site for site in sites))
+    if isinstance(sites, str) or not np.iterable(sites) or not (sites := tuple(sites)):
+        raise refuse("sites", sites, "one or more of them, as in ('ffn',)")
+    for site in sites:
+        check_option("site", site, ALL_SITES)
+    return tuple(dict.fromkeys(attention if site == "attention" else str(site) for site in sites))
 
 
 def known_statistics(model, batches, statistics: Statistics | None, name: str) -> Statistics:

@@ -45,6 +45,8 @@ from .training import KitTrainer, StopTraining
 
 #: Peak learning rate by method, unless one is given.
 LEARNING_RATES = {"full": 5e-5, "lora": 2e-4}
+#: How the learning rate falls after the warm-up, by transformers' names.
+DECAYS = ("cosine", "linear", "constant_with_warmup")
 
 _DOMAIN = Instance(
     Domain,
@@ -60,6 +62,7 @@ _DOMAIN = Instance(
     accumulation=Integer(1), warmup=Number(0), checkpointing=Flag(), rank=Integer(1),
     alpha=Number(above=0), dropout=Number(0, below=1), targets=ListOf(Text(), 1) | None,
     out_dir=Location() | None, seed=Integer(0, 2**32 - 1), progress=Flag(),
+    lr_scheduler_type=OneOf(DECAYS),
 )  # fmt: skip
 def recover(
     model: PreTrainedModel,
@@ -86,13 +89,14 @@ def recover(
     out_dir: str | os.PathLike | None = None,
     seed: int = 0,
     progress: bool = True,
+    lr_scheduler_type: str = "cosine",
 ) -> pd.DataFrame:
     """Fine-tune a pruned model, in place, until it is as good as the dense one or stops improving.
 
     Weights that are zero stay zero (with LoRA: rows and columns of zeros). The best state by
     validation perplexity is kept, after Ctrl-C, a diverged loss or lost patience too; a run that
     only harms changes nothing. Packed windows, AdamW, gradient clipping at 1, linear warm-up,
-    cosine decay, products in bfloat16 where CUDA has it.
+    products in bfloat16 where CUDA has it.
 
     Weights stored in bfloat16 or float16 are trained as float32 and rounded at the end; every
     evaluation measures the model as it would be given back: adapters merged, weights rounded. An
@@ -154,6 +158,8 @@ def recover(
         Of the order of windows, of dropout and of the adapters.
     progress : bool
         Show a progress bar.
+    lr_scheduler_type : {"cosine", "linear", "constant_with_warmup"}
+        How the learning rate falls after the warm-up.
 
     Returns
     -------
@@ -199,6 +205,7 @@ def recover(
     lora = {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout} if names else {}
     facts = {
         "method": method, **settings, "warmup": warmup, "dropout": dropout,
+        "lr_scheduler_type": lr_scheduler_type,
         "targets": targets and list(targets), "seed": seed,
         "model": fingerprint(model)[:16], "training text": _digest(rows.tolist()),
         "validation text": _digest([list(text) for text in texts.values()]),
@@ -214,6 +221,7 @@ def recover(
             activation_checkpointing=checkpointing,
             learning_rate=rate,
             warmup_steps=warmup,
+            lr_scheduler_type=lr_scheduler_type,
             seed=seed,
         )
         # what one update really sees: several devices of this process, several processes
@@ -241,7 +249,6 @@ def _arguments(folder: Path, device: str, **options) -> TrainingArguments:
     """What is the same for every recovery, and the options of this one."""
     return TrainingArguments(
         output_dir=str(folder),
-        lr_scheduler_type="cosine",
         max_grad_norm=1.0,
         bf16=device == "cuda" and torch.cuda.is_bf16_supported(),
         use_cpu=device == "cpu",
