@@ -172,10 +172,19 @@ class Texts(Check):
 
 
 class Batches(Check):
-    """Batches of token ids, as `tokenize` gives them; an iterator is checked as it is read."""
+    """Batches of token ids, as `tokenize` gives them; an iterator is checked as it is read.
+
+    Parameters
+    ----------
+    again : bool
+        Whether they are read more than once: an iterator becomes a list.
+    """
 
     expected = "an iterable of {'input_ids', 'attention_mask'} tensors [batch, token]"
     remedy = "lab.tokenize(domain.calibration, tokenizer) gives it"
+
+    def __init__(self, again: bool = False):
+        self.again = again
 
     def __call__(self, name, value):
         """Refuse what is no batch, naming its place."""
@@ -183,6 +192,8 @@ class Batches(Check):
         if odd or hasattr(value, "calibration") or not isinstance(value, Iterable):
             remedy = "put it into a list" if isinstance(value, Mapping) else self.remedy
             raise refuse(name, value, self.expected, remedy)
+        if not isinstance(value, Sequence) and self.again:
+            value = list(value)
         if not isinstance(value, Sequence):
             return self._as_read(name, value)
         if not len(value):
@@ -190,6 +201,13 @@ class Batches(Check):
         for place, batch in enumerate(value):
             check_batch(f"{name}[{place}]", batch)
         return value
+
+    def take(self, value):
+        """As a call says; for lists of batches."""
+        try:
+            return self("it", value)
+        except InvalidArgument:
+            return REFUSED
 
     def _as_read(self, name: str, batches: Iterable) -> Iterator:
         for place, batch in enumerate(batches):

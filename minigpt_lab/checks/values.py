@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 
 import numpy as np
+import pandas as pd
 import torch
 
 from ..assets import nearest
@@ -161,8 +162,14 @@ class Number(Check):
         return value if inside else REFUSED
 
     def number(self, value):
-        """A real number that is no truth value."""
-        return value if isinstance(value, Real) and not isinstance(value, bool) else REFUSED
+        """A real number that is no truth value, as Python's int or float."""
+        if not isinstance(value, Real) or isinstance(value, bool):
+            return REFUSED
+        try:
+            as_float = float(value)
+        except OverflowError:
+            return REFUSED
+        return int(value) if isinstance(value, Integral) else as_float
 
 
 class Integer(Number):
@@ -178,7 +185,7 @@ class Integer(Number):
         value = super().number(value)
         if value is REFUSED or isinstance(value, Integral):
             return value
-        return int(value) if float(value).is_integer() else REFUSED
+        return int(value) if value.is_integer() else REFUSED
 
 
 class Flag(Check):
@@ -338,6 +345,28 @@ class Array(Check):
         except (ValueError, TypeError, RuntimeError):
             return REFUSED
         return found if found.ndim == 1 and found.dtype.kind in "iuf" else REFUSED
+
+
+class Frame(Check):
+    """A data frame.
+
+    Parameters
+    ----------
+    names, numbers : str
+        Columns that it needs, separated by spaces: of anything, of numbers.
+    """
+
+    def __init__(self, names: str = "", numbers: str = ""):
+        self.names, self.numbers = names.split(), numbers.split()
+        columns = ", ".join([*self.names, *(f"{name} (of numbers)" for name in self.numbers)])
+        self.expected = "a DataFrame" + (columns and f" with columns {columns}")
+
+    def take(self, value):
+        """The frame itself."""
+        if not isinstance(value, pd.DataFrame) or {*self.names, *self.numbers} - {*value.columns}:
+            return REFUSED
+        numeric = (pd.api.types.is_numeric_dtype(value[name]) for name in self.numbers)
+        return value if value.empty or all(numeric) else REFUSED
 
 
 class Function(Check):

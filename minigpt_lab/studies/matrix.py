@@ -121,6 +121,7 @@ def domain_plans(
     return plans
 
 
+@checked(plans=Instance(Mapping, "lab.domain_plans gives it"))
 def kept_overlap(plans: Plans) -> pd.DataFrame:
     """Jaccard overlap of the units that two cuts keep; a cut with itself: between its draws.
 
@@ -267,6 +268,7 @@ class _Cells:
         return mini
 
 
+@checked(domains=ListOf(Instance(Domain), 1))
 def mixed(domains: Sequence[Domain]) -> Domain:
     """The domains' train and validation parts taken in turn, in equal shares of bytes."""
     parts = {}
