@@ -352,14 +352,14 @@ class Frame(Check):
 
     Parameters
     ----------
-    names, numbers : str
-        Columns that it needs, separated by spaces: of anything, of numbers.
+    names, numbers : sequence of str
+        Columns that it needs: of anything, of numbers.
     """
 
-    def __init__(self, names: str = "", numbers: str = ""):
-        self.names, self.numbers = names.split(), numbers.split()
+    def __init__(self, names: Sequence[str] = (), numbers: Sequence[str] = ()):
+        self.names, self.numbers = names, numbers
         columns = ", ".join([*self.names, *(f"{name} (of numbers)" for name in self.numbers)])
-        self.expected = "a DataFrame" + (columns and f" with columns {columns}")
+        self.expected = "a DataFrame" + (columns and f" with columns {columns:.200}")
 
     def take(self, value):
         """The frame itself."""

@@ -101,6 +101,7 @@ def neuron_overlap(
     return set_overlap(unused).rename(columns={"size": "unused"})
 
 
+@checked(draws=Table(Text(), ListOf(Instance(Sequence))))
 def set_overlap(draws: Mapping[str, Sequence[list[np.ndarray]]]) -> pd.DataFrame:
     """Jaccard overlap of sets given as flags ``[member]`` per layer, mean over pairs of draws.
 
@@ -351,7 +352,7 @@ def knee(curve: pd.DataFrame, x: str = "nonzero_ratio", y: str = "perplexity_rat
         The row: as small as possible before perplexity takes off. The largest size if no point
         lies below the line.
     """
-    curve = Frame(numbers=f"{x} {y}")("curve", curve).sort_values(x).reset_index(drop=True)
+    curve = Frame(numbers=(x, y))("curve", curve).sort_values(x).reset_index(drop=True)
     size, loss = curve[x].to_numpy(), np.log(curve[y].to_numpy())
     if len(curve) < 3 or np.ptp(size) == 0 or np.ptp(loss) == 0:
         return curve.iloc[-1]

@@ -111,8 +111,8 @@ class Reading:
 
 
 @checked(
-    sweep=Frame("component method", "epsilon perplexity_ratio") | None, component=Text(),
-    epsilon=Number(0),
+    sweep=Frame(("component", "method"), ("epsilon", "perplexity_ratio")) | None,
+    component=OneOf((*COMPONENTS, "all")), epsilon=Number(0),
 )  # fmt: skip
 def read_sweep(sweep: pd.DataFrame | None, component: str, epsilon: float) -> Reading | None:
     """Perplexity ÷ dense of the contextual cut at ε, read from a finished sweep.

@@ -98,7 +98,7 @@ class Method:
 
 
 _METHODS = Table(Text(), Instance(Method), 1)
-_PLANS = Instance(Mapping, "method_plans gives it")
+_PLANS = Table(Instance(tuple), Instance(PruningPlan) | Instance(Compensated))
 
 
 def registered_methods() -> dict[str, Method]:
@@ -108,7 +108,7 @@ def registered_methods() -> dict[str, Method]:
 
 
 @checked(
-    model=MODEL, batches=BATCHES, statistics=STATISTICS, methods=_METHODS,
+    model=MODEL, batches=BATCHES, statistics=STATISTICS | None, methods=_METHODS,
     cache=CACHE,
 )  # fmt: skip
 def method_scores(
@@ -143,7 +143,7 @@ def method_scores(
 
 @checked(
     model=MODEL, scores=Table(Text(), Instance(Scores), 1), methods=_METHODS,
-    statistics=STATISTICS, ratios=ListOf(Number(0, below=1), 1), sites=ListOf(OneOf(KINDS), 1),
+    statistics=STATISTICS | None, ratios=ListOf(Number(0, below=1), 1), sites=ListOf(OneOf(KINDS), 1),
 )  # fmt: skip
 def method_plans(
     model: PreTrainedModel,
@@ -209,6 +209,7 @@ def slimgpt_cuts(
     return cuts
 
 
+@checked(model=MODEL, cut=Instance(PruningPlan) | Instance(Compensated))
 def realise(model: PreTrainedModel, cut: Cut) -> PreTrainedModel:
     """The smaller model that a cut makes of a dense one."""
     if isinstance(cut, PruningPlan):
@@ -332,7 +333,7 @@ def gradient_methods(directions: Sequence[int], seeds: int = 3) -> dict[str, Met
 
 
 @checked(
-    model=MODEL, batches=BATCHES, statistics=STATISTICS, methods=_METHODS,
+    model=MODEL, batches=BATCHES, statistics=STATISTICS | None, methods=_METHODS,
     sites=SITES, out_dir=FOLDER,
 )  # fmt: skip
 def scoring_costs(
