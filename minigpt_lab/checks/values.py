@@ -13,7 +13,7 @@ import torch
 
 from ..assets import nearest
 from ..locations import UnusablePath, located
-from .python_values import plain
+from .python_values import plain, well_formed
 
 
 class InvalidArgument(ValueError, TypeError):
@@ -235,8 +235,8 @@ class Text(Check):
     expected = "a string"
 
     def take(self, value):
-        """Any string, also NumPy's."""
-        return str(value) if isinstance(value, str) else REFUSED
+        """Any string, also NumPy's, as `well_formed` has it."""
+        return well_formed(str(value)) if isinstance(value, str) else REFUSED
 
 
 class Location(Check):
@@ -275,7 +275,8 @@ class ListOf(Check):
 
     def take(self, value):
         """A tuple of what the items are taken as."""
-        if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+        odd = str | bytes | Mapping | pd.DataFrame  # a frame's items are its columns' names
+        if isinstance(value, odd) or not isinstance(value, Iterable):
             return REFUSED
         if isinstance(value, torch.Tensor | np.ndarray):
             value = value.tolist() if value.ndim == 1 else [REFUSED]
@@ -345,28 +346,6 @@ class Array(Check):
         except (ValueError, TypeError, RuntimeError):
             return REFUSED
         return found if found.ndim == 1 and found.dtype.kind in "iuf" else REFUSED
-
-
-class Frame(Check):
-    """A data frame.
-
-    Parameters
-    ----------
-    names, numbers : sequence of str
-        Columns that it needs: of anything, of numbers.
-    """
-
-    def __init__(self, names: Sequence[str] = (), numbers: Sequence[str] = ()):
-        self.names, self.numbers = names, numbers
-        columns = ", ".join([*self.names, *(f"{name} (of numbers)" for name in self.numbers)])
-        self.expected = "a DataFrame" + (columns and f" with columns {columns:.200}")
-
-    def take(self, value):
-        """The frame itself."""
-        if not isinstance(value, pd.DataFrame) or {*self.names, *self.numbers} - {*value.columns}:
-            return REFUSED
-        numeric = (pd.api.types.is_numeric_dtype(value[name]) for name in self.numbers)
-        return value if value.empty or all(numeric) else REFUSED
 
 
 class Function(Check):

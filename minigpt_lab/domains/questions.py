@@ -17,7 +17,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..assets import fetch, members, packages, remembered
-from ..checks import REFUSED, Integer, ListOf, Text, refuse
+from ..checks import REFUSED, Integer, ListOf, Text, plain, refuse
 from ..files import read_text
 from .passages import CJK, count_words, cut, near_duplicates, sentences, split_words
 from .sources import plain as plain_text
@@ -73,7 +73,7 @@ class Question:
         if not all(self.choices):
             raise ValueError(f"{self!s} has an empty choice: {self.choices}; leave it out")
         index = Integer(0, len(self.choices) - 1).take(self.answer)
-        if index is REFUSED:
+        if index is REFUSED or isinstance(plain(self.answer), float):
             what = f"{self!s} is a question without the right answer among its choices: answer"
             raise refuse(what, self.answer, f"an index from 0 to {len(self.choices) - 1}")
         object.__setattr__(self, "answer", index)

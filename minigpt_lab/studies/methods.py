@@ -143,7 +143,8 @@ def method_scores(
 
 @checked(
     model=MODEL, scores=Table(Text(), Instance(Scores), 1), methods=_METHODS,
-    statistics=STATISTICS | None, ratios=ListOf(Number(0, below=1), 1), sites=ListOf(OneOf(KINDS), 1),
+    statistics=STATISTICS | None, ratios=ListOf(Number(0, below=1), 1),
+    sites=ListOf(OneOf(KINDS), 1),
 )  # fmt: skip
 def method_plans(
     model: PreTrainedModel,
