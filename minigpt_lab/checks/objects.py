@@ -187,7 +187,7 @@ class Frame(Check):
 
     def __init__(self, names: Sequence[str] = (), numbers: Sequence[str] = ()):
         self.names, self.numbers = names, numbers
-        columns = ", ".join([*self.names, *(f"{name} (of numbers)" for name in self.numbers)])
+        columns = ", ".join(map(repr, (*self.names, *self.numbers)))
         self.expected = "a DataFrame" + (columns and f" with columns {columns:.200}")
 
     def take(self, value):
@@ -254,7 +254,7 @@ def check_batch(name: str, batch: object) -> None:
         raise refuse(name, batch, "a mapping with input_ids [batch, token]", Batches.remedy)
     ids, mask = batch["input_ids"], batch.get("attention_mask")
     whole = isinstance(ids, torch.Tensor) and ids.dtype in (torch.int64, torch.int32)
-    if not whole or ids.ndim != 2:
+    if not whole or ids.ndim != 2 or ids.is_meta:
         expected = "a tensor of whole numbers (int64 or int32) [batch, token]"
         raise refuse(f"{name}['input_ids']", ids, expected, "one text alone is ids[None]")
     if mask is None:
