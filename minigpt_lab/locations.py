@@ -17,11 +17,18 @@ def located(path: str | os.PathLike) -> Path:
     Raises
     ------
     UnusablePath
-        If it is empty, of bytes, or holds a null character.
+        If it is blank, of bytes, holds a null character, or is no name that a file can have.
     """
     text = os.fspath(path)
-    if not isinstance(text, str) or not text or "\0" in text:
+    if not isinstance(text, str) or not text.strip() or "\0" in text:
         raise UnusablePath(f"{text!r} is no path; expected text without null characters")
+    try:
+        os.lstat(text)
+    except UnicodeEncodeError:
+        raise UnusablePath(f"{text!r:.60} is no path; expected Unicode text") from None
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise UnusablePath(f"{text!r:.60}… is too long for a path") from None
     return Path(os.path.expanduser(text))  # noqa: PTH111, an unknown user's name stays as it is
 
 

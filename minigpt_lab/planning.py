@@ -127,9 +127,7 @@ def _rules(epsilon_linear, epsilon_activation, quantile) -> dict[str, tuple[str,
     several = np.iterable(epsilon_linear) and not isinstance(epsilon_linear, str)
     pair = tuple(epsilon_linear) if several else (epsilon_linear,) * 2
     if len(pair) != 2:
-        raise ValueError(
-            f"epsilon_linear is {epsilon_linear}; expected one number, or two: input, output"
-        )
+        raise refuse("epsilon_linear", epsilon_linear, "one number, or two: input, output")
     given = dict(zip(COMPONENTS, (*pair, epsilon_activation), strict=False))
     given = {name: EPSILON(f"epsilon_{name}", value) for name, value in given.items()}
     rules = {name: ("epsilon", float(value)) for name, value in given.items() if value is not None}

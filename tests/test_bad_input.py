@@ -1,14 +1,18 @@
 """Whatever a public function is given, it works with it or refuses it in one sentence."""
 
 import inspect
+import operator
 import traceback
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 import minigpt_lab as lab
+from minigpt_lab.studies import ablations, analysis, lookups, matrix, methods
 
 PACKAGE = Path(lab.__file__).resolve().parent
 
@@ -35,6 +39,13 @@ def bad_values(domain) -> dict[str, object]:
         "infinity": float("inf"),
         "True": True,
         "numpy's minus three": np.int64(-3),
+        "too large for a float": 10**400,
+        "a Decimal": Decimal("0.3"),
+        "pandas' NA": pd.NA,
+        "an Ellipsis": ...,
+        "a frame": pd.DataFrame({"a": [1]}),
+        "a series": pd.Series([0.1, 0.2]),
+        "lines": "a\nb",
         "torch's NaN": torch.tensor(float("nan")),
         "an array": np.array([0.5, 2.0]),
         "a complex number": 1j,
@@ -47,6 +58,9 @@ def bad_values(domain) -> dict[str, object]:
         "ids of one dimension": [{"input_ids": ids[0]}],
         "ids out of range": [{"input_ids": ids + 10**6}],
         "ids of floats": [{"input_ids": ids.float()}],
+        "ids of bytes": [{"input_ids": ids.to(torch.uint8)}],
+        "ids without values": [{"input_ids": ids.to("meta")}],
+        "half a surrogate pair": "\ud83d",
         "a mask of twos": [{"input_ids": ids, "attention_mask": ids * 0 + 2}],
         "a function": lambda *_: -5,
         "an object": Odd(),
@@ -71,6 +85,7 @@ def things(tmp_path_factory):
         "model": model, "tokenizer": tokenizer, "domain": domain, "batches": batches,
         "statistics": statistics, "scores": scores, "plan": plan, "names": names,
         "questions": questions, "answers": answers, "hessians": hessians,
+        "problems": ablations.layer_problems(model, batches, 0),
         "folder": tmp_path_factory.mktemp("out"),
     }  # fmt: skip
 
@@ -173,10 +188,86 @@ def calls(t: dict) -> dict[str, dict]:
     }  # fmt: skip
 
 
+def study_calls(t: dict) -> dict[str, dict]:
+    """The same for what notebooks take from `minigpt_lab.studies`."""
+    pair = {"model": t["model"], "tokenizer": t["tokenizer"]}
+    texts = [lab.excerpt(t["domain"].test, max_characters=600)]
+    read = {"model": t["model"], "batches": t["batches"]}
+    found = {"mine": methods.Method("magnitude")}
+    magnitudes = {"law": lookups.Magnitudes(t["statistics"])}
+    sweep = pd.DataFrame({
+        "component": "linear", "method": "contextual", "epsilon": [0.1, 0.2, 0.3],
+        "perplexity_ratio": [1.0, 1.1, 2.0], "nonzero_ratio": [0.9, 0.8, 0.7],
+    })  # fmt: skip
+    plans = {("mine", "ffn", 0.2): t["plan"]}
+    short = {"max_tokens": 64, "seq_len": 32, "out_dir": None}
+    return {
+        "ablations.calibration_amounts": {
+            **pair, "source": t["domain"].calibration, "texts": texts, "options": {"ratio": 0.2},
+            "tokens": [64], "lengths": [32], "total": 64, "seq_len": 32, "max_tokens": 64,
+        },
+        "ablations.layer_losses": {"problems": t["problems"], "ratios": [0.2], "draws": 1,
+                                   "seed": 0},
+        "ablations.layer_problems": {**read, "layer": 0},
+        "ablations.one_layer_at_a_time": {
+            **pair, "batches": t["batches"], "texts": texts, "places": [0.0], "ratios": [0.2],
+            **short,
+        },
+        "ablations.slimgpt_timing": {"model": t["model"], "calibrations": [t["batches"]],
+                                     "repeats": 1, "out_dir": None},
+        "ablations.slimgpt_variants": {
+            **pair, "variants": {"a": {"ratio": 0.2}}, "batches": t["batches"], "texts": texts,
+            "prompt": "", "new_tokens": 1, **short,
+        },
+        "analysis.activation_frame": {"statistics": {"law": t["statistics"]}},
+        "analysis.calibration_stability": {"pieces": {"law": [t["statistics"]]}, "quantile": 0.2},
+        "analysis.knee": {"curve": sweep, "x": "nonzero_ratio", "y": "perplexity_ratio"},
+        "analysis.matched_plan": {"model": t["model"], "plan": t["plan"], "criterion": "random",
+                                  "seed": 0},
+        "analysis.measure": {"variant": "dense", **pair, "texts": texts, "dense": None,
+                             "seq_len": 32},
+        "analysis.neuron_overlap": {"draws": {"law": [t["statistics"]] * 2}, "epsilon": 0.1,
+                                    "quantile": None},
+        "analysis.threshold_sweep": {
+            **pair, "statistics": t["statistics"], "texts": texts[0],
+            "epsilons": {"activation": [0.01]}, "controls": (), "token_counts": None, "path": None,
+            "seeds": (0,), "seq_len": 32,
+        },
+        "lookups.read_sweep": {"sweep": sweep, "component": "linear", "epsilon": 0.15},
+        "lookups.threshold_range": {"magnitudes": magnitudes, "component": "linear",
+                                    "epsilon": None},
+        "matrix.kept_overlap": {"plans": {("law", 0): t["plan"], ("law", 1): t["plan"]}},
+        "matrix.mixed": {"domains": [t["domain"]]},
+        "methods.gradient_methods": {"directions": [1], "seeds": 1},
+        "methods.method_comparison": {
+            **pair, "plans": {}, "texts": texts, "recover_on": None, "recovery": None, **short,
+        },
+        "methods.method_overlap": {"plans": plans, "sites": "ffn", "ratio": 0.2},
+        "methods.method_plans": {
+            "model": t["model"], "scores": {"mine": t["scores"]}, "methods": found,
+            "statistics": t["statistics"], "ratios": [0.2], "sites": ("ffn",),
+        },
+        "methods.method_scores": {**read, "statistics": t["statistics"], "methods": found,
+                                  "cache": False},
+        "methods.realise": {"model": t["model"], "cut": t["plan"]},
+        "methods.scoring_costs": {**read, "statistics": t["statistics"], "methods": found,
+                                  "sites": ("ffn",), "out_dir": None},
+        "methods.slimgpt_cuts": {"plans": plans, "batches": t["batches"], "variants": {"a": {}}},
+    }  # fmt: skip
+
+
 FUNCTIONS = sorted(
     name
     for name in lab.__all__
     if inspect.isfunction(getattr(lab, name)) and name not in ("check", "masked")
+)
+ELSEWHERE = ("domain_matrix", "domain_plans", "set_overlap", "registered_methods")
+STUDIES = sorted(
+    f"{module.__name__.split('.')[-1]}.{name}"
+    for module in (ablations, analysis, lookups, matrix, methods)
+    for name, value in vars(module).items()
+    if inspect.isfunction(value) and value.__module__ == module.__name__
+    if not name.startswith("_") and name not in ELSEWHERE
 )
 
 
@@ -193,17 +284,17 @@ def raw(error: BaseException) -> str:
 
 def run(name: str, arguments: dict) -> str:
     try:
-        getattr(lab, name)(**arguments)
+        operator.attrgetter(name)(lab.studies if "." in name else lab)(**arguments)
     except Exception as error:
         why = raw(error)
         return why and f"{type(error).__name__} {why}: {str(error)[:120]!r}"
     return ""
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", FUNCTIONS + STUDIES)
 def test_every_argument_of_every_function(name, things, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    valid, complaints = calls(things)[name], []
+    valid, complaints = (calls(things) | study_calls(things))[name], []
     for argument in valid:
         for what, value in bad_values(things["domain"]).items():
             complaint = run(name, {**valid, argument: value})

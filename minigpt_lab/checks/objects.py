@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 
 import numpy as np
+import pandas as pd
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..guards import in_use
+from .python_values import well_formed
 from .values import REFUSED, AnyOf, Check, Instance, InvalidArgument, refuse
 
 
@@ -163,19 +165,53 @@ class Texts(Check):
     def take(self, value):
         """A string, or a sequence of them (other iterables become a list)."""
         if isinstance(value, str):
-            return value
-        odd = bytes | Mapping | torch.Tensor
+            return well_formed(value)
+        odd = bytes | Mapping | Set | torch.Tensor | pd.DataFrame  # a set has no order
         if isinstance(value, odd) or not isinstance(value, Iterable):
             return REFUSED
         value = value if isinstance(value, Sequence) else list(value)
-        return value if all(isinstance(text, str) for text in value) else REFUSED
+        if not all(isinstance(text, str) for text in value):
+            return REFUSED
+        same = all(well_formed(text) is text for text in value)
+        return value if same else [well_formed(text) for text in value]
+
+
+class Frame(Check):
+    """A data frame.
+
+    Parameters
+    ----------
+    names, numbers : sequence of str
+        Columns that it needs: of anything, of numbers.
+    """
+
+    def __init__(self, names: Sequence[str] = (), numbers: Sequence[str] = ()):
+        self.names, self.numbers = names, numbers
+        columns = ", ".join(map(repr, (*self.names, *self.numbers)))
+        self.expected = "a DataFrame" + (columns and f" with columns {columns:.200}")
+
+    def take(self, value):
+        """The frame itself."""
+        if not isinstance(value, pd.DataFrame) or {*self.names, *self.numbers} - {*value.columns}:
+            return REFUSED
+        numeric = (pd.api.types.is_numeric_dtype(value[name]) for name in self.numbers)
+        return value if value.empty or all(numeric) else REFUSED
 
 
 class Batches(Check):
-    """Batches of token ids, as `tokenize` gives them; an iterator is checked as it is read."""
+    """Batches of token ids, as `tokenize` gives them; an iterator is checked as it is read.
+
+    Parameters
+    ----------
+    again : bool
+        Whether they are read more than once: an iterator becomes a list.
+    """
 
     expected = "an iterable of {'input_ids', 'attention_mask'} tensors [batch, token]"
     remedy = "lab.tokenize(domain.calibration, tokenizer) gives it"
+
+    def __init__(self, again: bool = False):
+        self.again = again
 
     def __call__(self, name, value):
         """Refuse what is no batch, naming its place."""
@@ -183,6 +219,8 @@ class Batches(Check):
         if odd or hasattr(value, "calibration") or not isinstance(value, Iterable):
             remedy = "put it into a list" if isinstance(value, Mapping) else self.remedy
             raise refuse(name, value, self.expected, remedy)
+        if not isinstance(value, Sequence) and self.again:
+            value = list(value)
         if not isinstance(value, Sequence):
             return self._as_read(name, value)
         if not len(value):
@@ -190,6 +228,13 @@ class Batches(Check):
         for place, batch in enumerate(value):
             check_batch(f"{name}[{place}]", batch)
         return value
+
+    def take(self, value):
+        """As a call says; for lists of batches."""
+        try:
+            return self("it", value)
+        except InvalidArgument:
+            return REFUSED
 
     def _as_read(self, name: str, batches: Iterable) -> Iterator:
         for place, batch in enumerate(batches):
@@ -208,11 +253,9 @@ def check_batch(name: str, batch: object) -> None:
     if not isinstance(batch, Mapping) or "input_ids" not in batch:
         raise refuse(name, batch, "a mapping with input_ids [batch, token]", Batches.remedy)
     ids, mask = batch["input_ids"], batch.get("attention_mask")
-    whole = (
-        isinstance(ids, torch.Tensor) and not ids.is_floating_point() and ids.dtype != torch.bool
-    )
-    if not whole or ids.ndim != 2 or ids.is_complex():
-        expected = "a tensor of whole numbers [batch, token]"
+    whole = isinstance(ids, torch.Tensor) and ids.dtype in (torch.int64, torch.int32)
+    if not whole or ids.ndim != 2 or ids.is_meta:
+        expected = "a tensor of whole numbers (int64 or int32) [batch, token]"
         raise refuse(f"{name}['input_ids']", ids, expected, "one text alone is ids[None]")
     if mask is None:
         return

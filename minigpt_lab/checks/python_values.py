@@ -16,6 +16,15 @@ def plain(value: object) -> object:
     return value.item() if isinstance(value, np.generic) else value
 
 
+def well_formed(text: str) -> str:
+    """A text that can be written as UTF-8: half a surrogate pair becomes U+FFFD."""
+    try:
+        text.isascii() or text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
+
+
 def _by_name(value: object) -> str:
     return getattr(value, "__name__", str(value))
 

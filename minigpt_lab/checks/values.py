@@ -8,11 +8,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 
 import numpy as np
+import pandas as pd
 import torch
 
 from ..assets import nearest
 from ..locations import UnusablePath, located
-from .python_values import plain
+from .python_values import plain, well_formed
 
 
 class InvalidArgument(ValueError, TypeError):
@@ -161,8 +162,14 @@ class Number(Check):
         return value if inside else REFUSED
 
     def number(self, value):
-        """A real number that is no truth value."""
-        return value if isinstance(value, Real) and not isinstance(value, bool) else REFUSED
+        """A real number that is no truth value, as Python's int or float."""
+        if not isinstance(value, Real) or isinstance(value, bool):
+            return REFUSED
+        try:
+            as_float = float(value)
+        except OverflowError:
+            return REFUSED
+        return int(value) if isinstance(value, Integral) else as_float
 
 
 class Integer(Number):
@@ -178,7 +185,7 @@ class Integer(Number):
         value = super().number(value)
         if value is REFUSED or isinstance(value, Integral):
             return value
-        return int(value) if float(value).is_integer() else REFUSED
+        return int(value) if value.is_integer() else REFUSED
 
 
 class Flag(Check):
@@ -228,8 +235,8 @@ class Text(Check):
     expected = "a string"
 
     def take(self, value):
-        """Any string, also NumPy's."""
-        return str(value) if isinstance(value, str) else REFUSED
+        """Any string, also NumPy's, as `well_formed` has it."""
+        return well_formed(str(value)) if isinstance(value, str) else REFUSED
 
 
 class Location(Check):
@@ -268,7 +275,8 @@ class ListOf(Check):
 
     def take(self, value):
         """A tuple of what the items are taken as."""
-        if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+        odd = str | bytes | Mapping | pd.DataFrame  # a frame's items are its columns' names
+        if isinstance(value, odd) or not isinstance(value, Iterable):
             return REFUSED
         if isinstance(value, torch.Tensor | np.ndarray):
             value = value.tolist() if value.ndim == 1 else [REFUSED]

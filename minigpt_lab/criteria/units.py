@@ -27,8 +27,10 @@ SCOPES = ("coupled", "consumer")
 
 def check_option(name: str, value: object, known: Collection[str]) -> None:
     """Refuse a value that an option does not have."""
-    if not isinstance(value, str) or value not in known:
-        raise InvalidArgument(f"unknown {name} {value!r}; {nearest(str(value), list(known))}")
+    if not isinstance(value, str):
+        OneOf(known)(name, value)
+    if value not in known:
+        raise InvalidArgument(f"unknown {name} {value!r:.60}; {nearest(value, list(known))}")
 
 
 def attention_site(model, units: str) -> str:

@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import InitVar, dataclass, field
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -24,7 +23,6 @@ from ..assets import DATA, nearest, packages, read_toml, remembered
 from ..checks import (
     Flag,
     Instance,
-    InvalidArgument,
     ListOf,
     Location,
     Table,
@@ -34,6 +32,7 @@ from ..checks import (
     checked,
     refuse,
 )
+from ..locations import located
 from .passages import PASSAGE_WORDS, characters, count_words, cut, near_duplicates
 from .questions import Questions, read_questions
 from .running import token_ids
@@ -202,14 +201,14 @@ def load_domain(
             name, *read_hub(entry["hub"]), f"{entry['title']} (hub)",
             question_sources=entry.get("questions", ()),
         )  # fmt: skip
-    path = Path(name).expanduser()
+    path = located(name)
     if exists(path):
         own = find_questions(path)
         asked = [{"reader": "own", "path": str(own)}] if own else []
         whole = path.resolve()  # "." has no name of its own
         called = whole.name if path.is_dir() else whole.stem
         return _made(called, *read_path(path, column), question_sources=asked)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and path.suffix.lower() not in FILES:
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and path.suffix.lower() not in FILES:
         hub = {"path": name, "column": column}
         return _made(name.replace("/", "-"), *read_hub(hub))
     raise ValueError(
@@ -236,8 +235,7 @@ def load_domains(names_or_paths: Iterable[str | os.PathLike]) -> list[Domain]:
         If one name is given instead of a list of them.
     """
     if isinstance(names_or_paths, str | os.PathLike):
-        one = str(names_or_paths)
-        raise InvalidArgument(f"{one!r} is one name; give a list: [{names_or_paths!r}]")
+        raise refuse("names_or_paths", names_or_paths, "a list of names", "put it into brackets")
     sources, found = {}, []
     for source in ListOf(Location())("names_or_paths", names_or_paths):
         domain = load_domain(source)
@@ -319,8 +317,8 @@ def _made(
         blocks = [[passage] for block in blocks for passage in block]
     if len(blocks) < len(PARTS):
         raise ValueError(
-            f"domain {name!r} has {len(blocks)} passage(s) of about {PASSAGE_WORDS} words; four "
-            f"disjoint parts need at least 4: give more text{more}"
+            f"domain {name!r:.60} has {len(blocks)} passage(s) of about {PASSAGE_WORDS} words; "
+            f"four disjoint parts need at least 4: give more text{more}"
         )
     parts = _deal(blocks)
     if notes is not None and repeats:

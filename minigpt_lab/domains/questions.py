@@ -17,7 +17,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..assets import fetch, members, packages, remembered
-from ..checks import InvalidArgument, ListOf, Text, plain
+from ..checks import REFUSED, Integer, ListOf, Text, plain, refuse
 from ..files import read_text
 from .passages import CJK, count_words, cut, near_duplicates, sentences, split_words
 from .sources import plain as plain_text
@@ -64,30 +64,26 @@ class Question:
             object.__setattr__(self, name, Text()(name, getattr(self, name)).strip())
         choices = ListOf(Text()).take(self.choices)
         if not isinstance(choices, tuple):
-            raise InvalidArgument(
-                f"choices of {self!s} are {self.choices!r:.60}; expected a list of texts"
-            )
+            raise refuse(f"the choices of {self!s}", self.choices, "a list of texts")
         object.__setattr__(self, "choices", tuple(choice.strip() for choice in choices))
-        object.__setattr__(self, "answer", plain(self.answer))
         if not self.question:
             raise ValueError(f"a question without words (choices {self.choices})")
         if len(self.choices) < 2 or len(set(self.choices)) < len(self.choices):
             raise ValueError(f"{self!s} has choices {self.choices}; expected at least 2, different")
         if not all(self.choices):
             raise ValueError(f"{self!s} has an empty choice: {self.choices}; leave it out")
-        index = isinstance(self.answer, int) and not isinstance(self.answer, bool)
-        if not index or not 0 <= self.answer < len(self.choices):
-            raise ValueError(
-                f"{self!s} is a question without the right answer among its choices: answer is "
-                f"{self.answer!r}; expected an index from 0 to {len(self.choices) - 1}"
-            )
+        index = Integer(0, len(self.choices) - 1).take(self.answer)
+        if index is REFUSED or isinstance(plain(self.answer), float):
+            what = f"{self!s} is a question without the right answer among its choices: answer"
+            raise refuse(what, self.answer, f"an index from 0 to {len(self.choices) - 1}")
+        object.__setattr__(self, "answer", index)
 
     def __str__(self) -> str:
         return repr(self.question if len(self.question) <= 60 else f"{self.question[:57]}...")
 
     def rotated(self, k: int) -> Question:
         """The same question with its choices moved `k` places on, the last ones to the front."""
-        n = len(self.choices)
+        n, k = len(self.choices), Integer()("k", k)
         choices = tuple(self.choices[(place - k) % n] for place in range(n))
         answer = (self.answer + k) % n
         return Question(self.question, choices, answer, self.source, self.licence, self.context)
@@ -115,12 +111,7 @@ class Questions(tuple):
         ValueError
             If that is none, or less.
         """
-        count = plain(count)
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise InvalidArgument(
-                f"{count!r} questions are asked for; expected a whole number from 1"
-            )
-        return Questions(self[:count], self.dropped)
+        return Questions(self[: Integer(1)("count", count)], self.dropped)
 
     def summary(self) -> pd.DataFrame:
         """Items of every source, with its licence and what was dropped from it."""

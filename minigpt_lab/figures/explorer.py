@@ -17,6 +17,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image
 
+from ..checks import Instance, Table, Text, checked
 from ..sizes import Size
 from ..studies import COMPONENTS, Magnitudes, Reading
 from .style import COMPONENT_STYLE, PART_STYLE, STYLE, colour, log_ticks
@@ -42,6 +43,10 @@ class ThresholdPicture:
         Domain to its `threshold_sweep`; draws the curves, and the reading at ε on them.
     """
 
+    @checked(
+        magnitudes=Table(Text(), Instance(Magnitudes), 1),
+        sweeps=Table(Text(), Instance(pd.DataFrame)) | None,
+    )
     def __init__(
         self,
         magnitudes: Mapping[str, Magnitudes],

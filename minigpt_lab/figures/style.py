@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import get_font_names
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
-from ..checks import Instance, Location
+from ..checks import Instance, ListOf, Location, Text, checked
 from ..locations import file_to_write, located
 from ..storage import staged
 
@@ -79,6 +79,7 @@ STYLE = {
 }  # fmt: skip
 
 
+@checked(name=Text(), known=ListOf(Text()))
 def look(name: str, known: Sequence[str] = (), fixed: Mapping[str, Look] = DOMAIN_STYLE) -> Look:
     """Colour and marker of a domain or, from another table, of a method or variant.
 
@@ -103,6 +104,7 @@ def look(name: str, known: Sequence[str] = (), fixed: Mapping[str, Look] = DOMAI
     return tints[place % len(tints)], markers[place % len(markers)]
 
 
+@checked(domain=Text(), known=ListOf(Text()))
 def colour(domain: str, known: Sequence[str] = ()) -> str:
     """The colour of a domain, see `look`."""
     return look(domain, known)[0]

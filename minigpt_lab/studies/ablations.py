@@ -15,6 +15,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..checks import Instance, Integer, ListOf, Model, Table, Text, checked
 from ..compensation import Problem, Solver, problem, solve
 from ..domains import Part, excerpt, tokenize, unpadded
 from ..efficiency import timed
@@ -31,18 +32,16 @@ from ..shards import Shards
 from ..sizes import model_size
 from ..slimgpt import slimgpt
 from ..statistics import tokens_hash
+from .arguments import BATCHES, DRAWS, FOLDER, PAIR, PART, PROTOCOL, SHARES, TEXTS
 
 #: SlimGPT's dense model: perplexity of LLaMA-7B on WikiText2 in windows of 128.
 PUBLISHED_DENSE = 12.63
 #: Its table 6, same protocol: cut by 50 %, not fine-tuned, calibrated on 256 windows of C4 of 2,048
 #: tokens; 3.34 to 3.5 billion parameters are left.
 PUBLISHED_SCHEDULES = {
-    "log-increase": 38.83,
-    "linear-increase": 46.57,
-    "uniform": 123.05,
-    "log-decrease": 380.69,
-    "linear-decrease": 932.64,
-}
+    "log-increase": 38.83, "linear-increase": 46.57, "uniform": 123.05,
+    "log-decrease": 380.69, "linear-decrease": 932.64,
+}  # fmt: skip
 #: Its figure 2, same protocol: share of layer 0 alone that leaves, to perplexity.
 PUBLISHED_FIRST_LAYER = {0.25: 12.64, 0.5: 13.98, 0.75: 21.49}
 
@@ -51,6 +50,10 @@ _DEFAULTS = asdict(Solver()) | {
 }
 
 
+@checked(
+    **PAIR, **PROTOCOL, variants=Table(Text(), Instance(Mapping), 1), batches=BATCHES, texts=TEXTS,
+    prompt=Text(), new_tokens=Integer(1), out_dir=FOLDER,
+)  # fmt: skip
 def slimgpt_variants(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -78,10 +81,8 @@ def slimgpt_variants(
         Held out.
     max_tokens, seq_len : int
         Tokens per text, and per window (no overlap).
-    prompt : str
-        What every variant continues, greedily; nothing is generated if it is empty.
-    new_tokens : int
-        Length of a continuation.
+    prompt, new_tokens : str, int
+        What every variant continues, greedily, and how far; nothing is generated if it is empty.
     out_dir : str or path, optional
         Folder in which finished variants are kept, whatever they are called: an interrupted study
         goes on where it stopped, and two studies share what they have in common.
@@ -102,8 +103,7 @@ def slimgpt_variants(
     ledger = Ledger(out_dir and Path(out_dir) / "variants.jsonl")
     read = [excerpt(text, tokenizer, max_tokens) for text in texts]
     protocol = {"seq_len": seq_len, "max_characters": None}
-    recipe = [fingerprint(model), [content_hash(text) for text in read], protocol]
-    recipe += [prompt, new_tokens]
+    recipe = [fingerprint(model), [*map(content_hash, read)], protocol, prompt, new_tokens]
 
     def measured(options: dict | None, key: dict | None) -> dict:
         mini, plan = model, None
@@ -151,6 +151,7 @@ def _budget(model: PreTrainedModel, plan: PruningPlan) -> list[dict]:
     return json.loads(frame.to_json(orient="records", double_precision=15))
 
 
+@checked(**PAIR, batches=BATCHES, texts=TEXTS, places=SHARES, ratios=SHARES)
 def one_layer_at_a_time(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -194,6 +195,10 @@ def one_layer_at_a_time(
     return facts.merge(table, on="variant")
 
 
+@checked(
+    **PAIR, source=PART, texts=TEXTS, options=Table(Text()), tokens=ListOf(Integer(2), 1),
+    lengths=ListOf(Integer(2), 1), total=Integer(2), seq_len=Integer(2),
+)  # fmt: skip
 def calibration_amounts(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -248,11 +253,10 @@ def calibration_amounts(
         model, tokenizer, variants, found, texts, seq_len=seq_len, **measuring
     )
     dense = table[table["variant"] == "dense"].set_index("text")["perplexity"]
-    return (
-        pd.DataFrame(cells).merge(table, on="variant").assign(dense=lambda t: t["text"].map(dense))
-    )
+    return pd.DataFrame(cells).merge(table.assign(dense=table["text"].map(dense)), on="variant")
 
 
+@checked(model=Model(), batches=BATCHES, layer=Integer(0))
 def layer_problems(
     model: PreTrainedModel, batches: Sequence[dict], layer: int, **solver
 ) -> dict[str, Problem]:
@@ -281,6 +285,7 @@ def layer_problems(
         }
 
 
+@checked(problems=Table(Text(), Instance(Problem), 1), ratios=SHARES, **DRAWS)
 def layer_losses(
     problems: Mapping[str, Problem], ratios: Sequence[float], draws: int = 3, seed: int = 0
 ) -> pd.DataFrame:
@@ -329,6 +334,7 @@ def _relative_loss(given: Problem, columns: torch.Tensor, weight: torch.Tensor) 
     return float(loss / scale)
 
 
+@checked(model=Model(), calibrations=ListOf(BATCHES, 1), repeats=Integer(1), out_dir=FOLDER)
 def slimgpt_timing(
     model: PreTrainedModel,
     calibrations: Sequence[Sequence[dict]],
@@ -387,11 +393,8 @@ def slimgpt_timing(
 
     ledger = Ledger(out_dir and Path(out_dir) / "timing.jsonl")
     recipe = [fingerprint(model), str(model.device), repeats]  # the hash is kept from now on
-    return pd.DataFrame(
-        [
-            ledger.get(
-                [*recipe, _settings({"batches": found, **options})], lambda b=found: measured(b)
-            )
-            for found in tqdm(calibrations, desc="timing", unit="calibration")
-        ]
-    )
+    rows = []
+    for found in tqdm(calibrations, desc="timing", unit="calibration"):
+        key = [*recipe, _settings({"batches": found, **options})]
+        rows.append(ledger.get(key, lambda found=found: measured(found)))
+    return pd.DataFrame(rows)

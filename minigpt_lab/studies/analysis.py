@@ -12,8 +12,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..assets import nearest
-from ..checks import Instance, Integer, ListOf, Model, Number, OneOf, Texts, checked
+from ..checks import Frame, Instance, Integer, ListOf, Model, Number, OneOf, Table, Text, checked
 from ..criteria import score
 from ..domains import Part, excerpt
 from ..evaluation import perplexity
@@ -25,6 +24,7 @@ from ..runtime import fingerprint
 from ..sizes import model_size
 from ..statistics import Statistics
 from ..surgery import masked
+from .arguments import COUNTS, FOLDER, PAIR, PART, STATISTICS, TEXTS
 
 #: The thresholds that Mini-GPTs' grid tries (arXiv 2312.12682).
 PAPER_EPSILONS = (1e-5, 1e-3, 1e-1)
@@ -33,20 +33,17 @@ SWEEPS = ("linear", "activation", "embedding", "all")
 CONTROL = OneOf(("random", "magnitude"))
 
 
+@checked(statistics=Table(Text(), STATISTICS, 1))
 def activation_frame(statistics: Mapping[str, Statistics]) -> pd.DataFrame:
     """FFN activations of several domains in one table: ``domain, layer, neuron, mean_abs``."""
     parts = [
-        pd.DataFrame(
-            {
-                "domain": domain,
-                "layer": layer,
-                "neuron": np.arange(len(magnitude)),
-                "mean_abs": magnitude,
-            }
-        )
+        pd.DataFrame({
+            "domain": domain, "layer": layer, "neuron": np.arange(len(magnitude)),
+            "mean_abs": magnitude,
+        })
         for domain, found in statistics.items()
         for layer, magnitude in enumerate(_activations(found))
-    ]
+    ]  # fmt: skip
     return pd.concat(parts, ignore_index=True)
 
 
@@ -54,7 +51,10 @@ def _activations(statistics: Statistics) -> list[np.ndarray]:
     return [statistics.mean(name, "input", "absolute") for name in statistics.activations]
 
 
-@checked(epsilon=Number(0) | None, quantile=Number(0, below=1) | None)
+@checked(
+    draws=Table(Text(), ListOf(STATISTICS), 1), epsilon=Number(0) | None,
+    quantile=Number(0, below=1) | None,
+)  # fmt: skip
 def neuron_overlap(
     draws: Mapping[str, Sequence[Statistics]],
     epsilon: float | None = None,
@@ -101,6 +101,7 @@ def neuron_overlap(
     return set_overlap(unused).rename(columns={"size": "unused"})
 
 
+@checked(draws=Table(Text(), ListOf(Instance(Sequence))))
 def set_overlap(draws: Mapping[str, Sequence[list[np.ndarray]]]) -> pd.DataFrame:
     """Jaccard overlap of sets given as flags ``[member]`` per layer, mean over pairs of draws.
 
@@ -125,7 +126,7 @@ def set_overlap(draws: Mapping[str, Sequence[list[np.ndarray]]]) -> pd.DataFrame
     return pd.DataFrame(rows, columns=["domain", "other", "jaccard", "chance", "size"])
 
 
-@checked(quantile=Number(0, below=1))
+@checked(pieces=Table(Text(), ListOf(STATISTICS, 1), 1), quantile=Number(0, below=1))
 def calibration_stability(
     pieces: Mapping[str, Sequence[Statistics]], quantile: float
 ) -> pd.DataFrame:
@@ -197,23 +198,14 @@ def matched_plan(
     -------
     PruningPlan
         With the same vocabulary, which neither control has an opinion on.
-
-    Raises
-    ------
-    ValueError
-        If the criterion is another one.
     """
     anatomy = plan.require(model)
     options = {"seed": seed} if criterion == "random" else {}
     values = score(criterion, model, sites=tuple(plan.keep), **options).values
     keep = {
         site: [
-            np.sort(
-                np.argsort(values[site][layer], kind="stable")[
-                    len(values[site][layer]) - len(units) :
-                ]
-            ).tolist()
-            for layer, units in enumerate(layers)
+            np.sort(np.argsort(row, kind="stable")[len(row) - len(units) :]).tolist()
+            for row, units in zip(values[site], layers, strict=True)
         ]
         for site, layers in plan.keep.items()
     }
@@ -237,7 +229,11 @@ def matched_plan(
     return matched
 
 
-@checked(model=Model(), texts=Texts(), controls=ListOf(CONTROL), seeds=ListOf(Integer(0)))
+@checked(
+    **PAIR, statistics=STATISTICS, texts=PART,
+    epsilons=Table(OneOf(SWEEPS), ListOf(Number(0))), controls=ListOf(CONTROL),
+    token_counts=COUNTS, path=FOLDER, seeds=ListOf(Integer(0)),
+)  # fmt: skip
 def threshold_sweep(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -288,7 +284,6 @@ def threshold_sweep(
     ValueError
         If a component is unknown, or there is no threshold at all.
     """
-    epsilons = {name: ListOf(Number(0))(name, values) for name, values in epsilons.items()}
     if not any(epsilons.values()):
         lists = f"all {len(epsilons)} lists are empty ({', '.join(epsilons)})"
         raise ValueError(f"{lists}; give at least one threshold")
@@ -316,8 +311,6 @@ def threshold_sweep(
 
 def _jobs(model, statistics, epsilons, controls, token_counts, seeds) -> Iterator[tuple]:
     for component, values in epsilons.items():
-        if component not in SWEEPS:
-            raise ValueError(f"unknown component {component!r}; {nearest(component, list(SWEEPS))}")
         for epsilon in values:
             if component == "all":
                 thresholds = {"epsilon_linear": epsilon, "epsilon_activation": epsilon}
@@ -344,6 +337,7 @@ def _point(model, tokenizer, plan, texts, protocol, ledger: Ledger) -> dict:
     return ledger.get([fingerprint(model), cuts, content_hash(texts), protocol], measured)
 
 
+@checked(curve=Frame(), x=Text(), y=Text())
 def knee(curve: pd.DataFrame, x: str = "nonzero_ratio", y: str = "perplexity_ratio") -> pd.Series:
     """The point of a curve farthest below the line between its ends (log of `y` over `x`).
 
@@ -358,7 +352,7 @@ def knee(curve: pd.DataFrame, x: str = "nonzero_ratio", y: str = "perplexity_rat
         The row: as small as possible before perplexity takes off. The largest size if no point
         lies below the line.
     """
-    curve = curve.sort_values(x).reset_index(drop=True)
+    curve = Frame(numbers=(x, y))("curve", curve).sort_values(x).reset_index(drop=True)
     size, loss = curve[x].to_numpy(), np.log(curve[y].to_numpy())
     if len(curve) < 3 or np.ptp(size) == 0 or np.ptp(loss) == 0:
         return curve.iloc[-1]
@@ -367,6 +361,10 @@ def knee(curve: pd.DataFrame, x: str = "nonzero_ratio", y: str = "perplexity_rat
     return curve.loc[int(np.argmax(below))] if below.max() > 0 else curve.iloc[-1]
 
 
+@checked(
+    variant=Text(), **PAIR, texts=TEXTS,
+    dense=Model(hold=False) | None,
+)  # fmt: skip
 def measure(
     variant: str,
     model: PreTrainedModel,

@@ -13,6 +13,7 @@ from functools import cached_property
 import numpy as np
 import pandas as pd
 
+from ..checks import Array, Frame, Instance, Number, OneOf, Table, Text, check_fields, checked
 from ..statistics import Statistics
 
 #: What a threshold can act on, in the order of the controls.
@@ -34,6 +35,10 @@ class Magnitudes:
     statistics: Statistics
     token_counts: np.ndarray | None = None
 
+    def __post_init__(self):
+        statistics = Instance(Statistics, "lab.collect_statistics gives it")
+        check_fields(self, statistics=statistics, token_counts=Array() | None)
+
     @cached_property
     def layers(self) -> list[np.ndarray]:
         """Mean |activation| of every layer's FFN neurons, ascending ``[layer][neuron]``."""
@@ -52,22 +57,29 @@ class Magnitudes:
             "embedding": np.sort(counts / max(counts.sum(), 1)),
         }
 
+    @checked(component=OneOf(COMPONENTS), epsilon=Number(0))
     def share(self, component: str, epsilon: float) -> float:
         """Share of a component's neurons (or tokens) at or below ε."""
         values = self.pooled[component]
         return float(np.searchsorted(values, epsilon, side="right") / len(values))
 
+    @checked(epsilon=Number(0))
     def layer_shares(self, epsilon: float) -> np.ndarray:
         """Share of each layer's FFN neurons at or below ε ``[layer]``."""
         return np.array(
             [np.searchsorted(values, epsilon, side="right") / len(values) for values in self.layers]
         )
 
+    @checked(share=Number(0, 1))
     def layer_thresholds(self, share: float) -> np.ndarray:
         """The ε of each layer that a share of its FFN neurons lies at or below ``[layer]``."""
         return np.array([values[max(int(share * len(values)) - 1, 0)] for values in self.layers])
 
 
+@checked(
+    magnitudes=Table(Text(), Instance(Magnitudes), 1), component=OneOf(COMPONENTS),
+    epsilon=Number(0) | None,
+)  # fmt: skip
 def threshold_range(
     magnitudes: Mapping[str, Magnitudes], component: str, epsilon: float | None = None
 ) -> tuple[float, float]:
@@ -98,6 +110,10 @@ class Reading:
         return f"×{self.value:.2f}{between}"
 
 
+@checked(
+    sweep=Frame(("component", "method"), ("epsilon", "perplexity_ratio")) | None,
+    component=OneOf((*COMPONENTS, "all")), epsilon=Number(0),
+)  # fmt: skip
 def read_sweep(sweep: pd.DataFrame | None, component: str, epsilon: float) -> Reading | None:
     """Perplexity ÷ dense of the contextual cut at ε, read from a finished sweep.
 

@@ -18,7 +18,18 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..allocation import plan_from_scores
-from ..checks import Instance, Integer, ListOf, Location, Model, Number, OneOf, Tokenizer, checked
+from ..checks import (
+    Instance,
+    Integer,
+    ListOf,
+    Location,
+    Model,
+    Number,
+    OneOf,
+    Table,
+    Tokenizer,
+    checked,
+)
 from ..criteria import score
 from ..domains import Domain, Part, excerpt, tokenize
 from ..evaluation import perplexity
@@ -121,6 +132,7 @@ def domain_plans(
     return plans
 
 
+@checked(plans=Table(Instance(tuple), Instance(PruningPlan)))
 def kept_overlap(plans: Plans) -> pd.DataFrame:
     """Jaccard overlap of the units that two cuts keep; a cut with itself: between its draws.
 
@@ -267,6 +279,7 @@ class _Cells:
         return mini
 
 
+@checked(domains=ListOf(Instance(Domain), 1))
 def mixed(domains: Sequence[Domain]) -> Domain:
     """The domains' train and validation parts taken in turn, in equal shares of bytes."""
     parts = {}

@@ -17,6 +17,18 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..allocation import plan_from_scores
+from ..checks import (
+    Flag,
+    Instance,
+    Integer,
+    ListOf,
+    Number,
+    OneOf,
+    Table,
+    Text,
+    check_fields,
+    checked,
+)
 from ..criteria import CRITERIA, Scores, bias_compensated, score
 from ..domains import Domain, Part, excerpt
 from ..efficiency import peak_memory
@@ -30,6 +42,7 @@ from ..slimgpt import slimgpt
 from ..statistics import Statistics, tokens_hash
 from ..surgery import shrink
 from .analysis import set_overlap
+from .arguments import BATCHES, CACHE, FOLDER, MODEL, PAIR, PROTOCOL, SITES, STATISTICS, TEXTS
 
 #: What a cut may take from: name to the sites that are scored.
 KINDS = {"ffn": ("ffn",), "attention": ("attention",), "both": ("ffn", "attention")}
@@ -51,6 +64,9 @@ class Compensated:
 
     batches: Sequence[dict] = field(repr=False)
     options: Mapping[str, object]
+
+    def __post_init__(self):
+        check_fields(self, batches=BATCHES, options=Table(Text()))
 
 
 Cut = PruningPlan | Compensated
@@ -75,6 +91,15 @@ class Method:
     options: Mapping[str, object] = field(default_factory=dict)
     bias_compensation: bool = False
 
+    def __post_init__(self):
+        check_fields(
+            self, criterion=OneOf(CRITERIA), options=Table(Text()), bias_compensation=Flag()
+        )
+
+
+_METHODS = Table(Text(), Instance(Method), 1)
+_PLANS = Table(Instance(tuple), Instance(PruningPlan) | Instance(Compensated))
+
 
 def registered_methods() -> dict[str, Method]:
     """Every criterion of `CRITERIA` with its defaults, and FLAP with its bias compensation."""
@@ -82,6 +107,10 @@ def registered_methods() -> dict[str, Method]:
     return {name: Method(name) for name in CRITERIA} | {"fluctuation + bias": flap}
 
 
+@checked(
+    model=MODEL, batches=BATCHES, statistics=STATISTICS | None, methods=_METHODS,
+    cache=CACHE,
+)  # fmt: skip
 def method_scores(
     model: PreTrainedModel,
     batches: Sequence[dict],
@@ -112,6 +141,11 @@ def method_scores(
     }
 
 
+@checked(
+    model=MODEL, scores=Table(Text(), Instance(Scores), 1), methods=_METHODS,
+    statistics=STATISTICS | None, ratios=ListOf(Number(0, below=1), 1),
+    sites=ListOf(OneOf(KINDS), 1),
+)  # fmt: skip
 def method_plans(
     model: PreTrainedModel,
     scores: Mapping[str, Scores],
@@ -150,6 +184,7 @@ def method_plans(
     return plans
 
 
+@checked(plans=_PLANS, batches=BATCHES, variants=Table(Text(), Instance(Mapping), 1))
 def slimgpt_cuts(
     plans: Plans, batches: Sequence[dict], variants: Mapping[str, Mapping[str, object]]
 ) -> Cuts:
@@ -175,6 +210,7 @@ def slimgpt_cuts(
     return cuts
 
 
+@checked(model=MODEL, cut=Instance(PruningPlan) | Instance(Compensated))
 def realise(model: PreTrainedModel, cut: Cut) -> PreTrainedModel:
     """The smaller model that a cut makes of a dense one."""
     if isinstance(cut, PruningPlan):
@@ -189,6 +225,11 @@ def _recipe(cut: Cut) -> list:
     return ["slimgpt", tokens_hash(cut.batches), dict(cut.options)]
 
 
+@checked(
+    **PAIR, plans=_PLANS, texts=TEXTS,
+    **PROTOCOL, recover_on=Instance(Domain) | None,
+    recovery=Table(Text()) | None, out_dir=FOLDER,
+)  # fmt: skip
 def method_comparison(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -253,6 +294,7 @@ def method_comparison(
     return pd.DataFrame(rows)
 
 
+@checked(plans=_PLANS, sites=OneOf(KINDS), ratio=Number(0, below=1))
 def method_overlap(plans: Plans, sites: str, ratio: float) -> pd.DataFrame:
     """Jaccard overlap of the units that two methods remove, at one ratio.
 
@@ -269,6 +311,7 @@ def method_overlap(plans: Plans, sites: str, ratio: float) -> pd.DataFrame:
     return set_overlap({name: [layers, layers] for name, layers in removed.items()})
 
 
+@checked(directions=ListOf(Integer(1)), seeds=Integer(1))
 def gradient_methods(directions: Sequence[int], seeds: int = 3) -> dict[str, Method]:
     """MINI-LLM's score with every kind of gradient, and a random control.
 
@@ -290,6 +333,10 @@ def gradient_methods(directions: Sequence[int], seeds: int = 3) -> dict[str, Met
     return found
 
 
+@checked(
+    model=MODEL, batches=BATCHES, statistics=STATISTICS | None, methods=_METHODS,
+    sites=SITES, out_dir=FOLDER,
+)  # fmt: skip
 def scoring_costs(
     model: PreTrainedModel,
     batches: Sequence[dict],

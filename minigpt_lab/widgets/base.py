@@ -128,9 +128,13 @@ class Chooser(Explorer):
 
 def _choices(name: str, choices: Sequence) -> list:
     """Choices of a dropdown, with numbers of Python's."""
-    if isinstance(choices, str | bytes) or not isinstance(choices, Iterable):
+    odd = isinstance(choices, str | bytes) or not isinstance(choices, Iterable)
+    if odd or getattr(choices, "ndim", 1) != 1:
         raise refuse(name, choices, "a list of choices")
     found = [plain(choice) for choice in choices]
     if not found:
         raise refuse(name, found, "at least one choice")
+    for choice in found:
+        if isinstance(choice, float) and choice != choice:
+            raise refuse(name, found, "choices that can be told apart (NaN equals nothing)")
     return found

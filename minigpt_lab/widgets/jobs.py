@@ -11,7 +11,7 @@ import ipywidgets
 from IPython.display import HTML
 from transformers import PreTrainedTokenizerBase
 
-from ..checks import Integer, Texts, Tokenizer, checked
+from ..checks import Function, Instance, Integer, Text, Texts, Tokenizer, checked
 from ..domains import excerpt
 from ..evaluation import perplexity
 from ..guards import hooked, waits_for_me, when_waiting
@@ -39,6 +39,7 @@ class ModelJob:
         to stop the work); returns the result as text.
     """
 
+    @checked(description=Text(), work=Function())
     def __init__(self, description: str, work: Callable[[Callable[[float], None]], str]):
         self.work = work
         self.button = ipywidgets.Button(description=description, layout={"width": "auto"})
@@ -112,7 +113,10 @@ class ModelJob:
             self.button.disabled, self.cancel.disabled = False, True
 
 
-@checked(tokenizer=Tokenizer(), texts=Texts(), max_tokens=Integer(2), seq_len=Integer(2))
+@checked(
+    explorer=Instance(ThresholdExplorer) | Instance(RatioExplorer), tokenizer=Tokenizer(),
+    texts=Texts(), max_tokens=Integer(2), seq_len=Integer(2),
+)  # fmt: skip
 def perplexity_job(
     explorer: ThresholdExplorer | RatioExplorer,
     tokenizer: PreTrainedTokenizerBase,

@@ -1,0 +1,32 @@
+"""Checks of arguments that several studies take."""
+
+from ..checks import (
+    Array,
+    Batches,
+    Flag,
+    Instance,
+    Integer,
+    ListOf,
+    Location,
+    Model,
+    Number,
+    Text,
+    Texts,
+    Tokenizer,
+)
+from ..domains import Part
+from ..statistics import Statistics
+
+BATCHES = Batches(again=True)
+CACHE = Flag() | Location()
+COUNTS = Array() | None
+DRAWS = {"draws": Integer(1), "seed": Integer(0)}
+FOLDER = Location() | None
+MODEL = Model()
+PART = Texts()
+SHARES = ListOf(Number(0, 1), 1)
+SITES = ListOf(Text(), 1)
+STATISTICS = Instance(Statistics, "lab.collect_statistics gives it")
+TEXTS = ListOf(Instance(Part, "domain.test is one"), 1)
+PAIR = {"model": MODEL, "tokenizer": Tokenizer()}
+PROTOCOL = {"max_tokens": Integer(2), "seq_len": Integer(2)}
