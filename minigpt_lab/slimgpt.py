@@ -65,6 +65,8 @@ from .statistics import tokens_hash
     out_dir=Location() | None,
     progress=Flag(),
 )
+@torch.inference_mode(False)  # what is made there could not be trained or hashed later
+@torch.no_grad()
 def slimgpt(
     model: PreTrainedModel,
     batches: Iterable[dict[str, torch.Tensor]],

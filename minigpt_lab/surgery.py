@@ -200,6 +200,7 @@ def _forbid(plan: PruningPlan, device: torch.device, cap: float | None):
 
 
 @checked(plan=_PLAN, model=Model())
+@torch.inference_mode(False)  # what is made there could not be trained or hashed later
 @torch.no_grad()
 def shrink(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
     """A new model without the units and tokens that a plan removes.

@@ -367,12 +367,13 @@ def test_scratch_of_a_living_writer_is_left_and_that_of_a_dead_one_cleared(tmp_p
             assert snapshot(left)["new/file"] == b"x" * 1000
         finally:
             writer.send_signal(signal.SIGKILL)
-    users = tmp_path / ".mine.writing"  # a name like ours, and a user's content
-    users.mkdir()
-    (users / "poem").write_text("o")
+    users = {".mine.writing/poem": b"o", ".mine.writing/new": b"p", ".his.writing/new": b"q"}
+    for name, content in users.items():  # names like ours, and a user's content
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
     with staged(tmp_path / "other") as staging:
         staging.write_text("z")
-    assert snapshot(tmp_path) == {"other": b"z", ".mine.writing/poem": b"o"}
+    assert snapshot(tmp_path) == {"other": b"z", **users}
     with contextlib.suppress(KeyboardInterrupt), staged(tmp_path / "other") as staging:
         staging.write_text("half")
         raise KeyboardInterrupt
@@ -394,6 +395,53 @@ def test_many_writers_of_one_file_leave_one_whole_file(tmp_path):
         thread.join()
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert (tmp_path / "file").read_text() in texts
+
+
+def test_many_writers_of_one_folder_leave_one_whole_folder(tmp_path):
+    """Also where the folder is removed meanwhile, and a scratch folder just before it is locked."""
+    failed, ended = [], threading.Event()
+
+    def write(number: int) -> None:
+        for turn in range(60):
+            try:
+                with staged(tmp_path / "mini") as staging:
+                    staging.mkdir()
+                    for name in "ab":
+                        (staging / name).write_text(f"{number} {turn}")
+                if turn % 3 == 0:
+                    shutil.rmtree(tmp_path / "mini", ignore_errors=True)
+            except OSError as error:
+                failed.append(error)
+
+    def clear() -> None:
+        while not ended.is_set():
+            storage.clear_scratch(tmp_path)
+
+    clearing = threading.Thread(target=clear)
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(3)]
+    for thread in (clearing, *threads):
+        thread.start()
+    for thread in threads:
+        thread.join()
+    ended.set()
+    clearing.join()
+    assert not failed and [path.name for path in tmp_path.iterdir()] == ["mini"]
+    content = snapshot(tmp_path / "mini")
+    assert content["a"] == content["b"]
+
+
+def test_a_relative_path_stays_what_it_was_when_the_working_folder_changes(tmp_path, monkeypatch):
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "later").mkdir()
+    monkeypatch.chdir(tmp_path / "begun")
+    ledger, finished, shards = Ledger("l.jsonl"), Finished("run"), Shards("disk", "shards")
+    shards[0] = torch.ones(2)
+    monkeypatch.chdir(tmp_path / "later")
+    ledger.get([1], lambda: {"x": 1})
+    assert torch.equal(shards[0], torch.ones(2)) and finished._weights(0).parent.is_dir()
+    del shards
+    assert snapshot(tmp_path).keys() == {"begun/l.jsonl"}
+    assert not any((tmp_path / "begun" / "shards").iterdir())
 
 
 def test_a_model_saved_again_keeps_a_users_files_and_no_stale_ones(things, tmp_path):

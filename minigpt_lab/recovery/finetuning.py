@@ -64,6 +64,8 @@ _DOMAIN = Instance(
     out_dir=Location() | None, seed=Integer(0, 2**32 - 1), progress=Flag(),
     lr_scheduler_type=OneOf(DECAYS),
 )  # fmt: skip
+@torch.inference_mode(False)
+@torch.enable_grad()
 def recover(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
