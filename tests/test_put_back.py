@@ -365,6 +365,21 @@ def test_models_are_built_one_at_a_time():
     assert torch.get_default_dtype() is torch.float32
 
 
+@pytest.mark.parametrize("name", ["full", "lora", "slimgpt"])
+def test_a_model_is_not_changed_for_good_under_a_mask(name, tiny, tiny_domain):
+    model = copy.deepcopy(tiny[0])
+    before = picture(model)
+    with (
+        lab.masked(model, random_plan(model, 3, vocabulary=False)),
+        pytest.raises(ValueError, match=r"under a mask.*shrink"),
+    ):
+        if name == "slimgpt":
+            lab.slimgpt(model, batches(), ratio=0.3, inplace=True, progress=False)
+        else:
+            lab.recover(model, tiny[1], tiny_domain, name, progress=False, **SHORT)
+    assert picture(model) == before
+
+
 MADE = {
     "loaded": lambda m, b: lab.load_model("tiny-llama", device="cpu")[0],
     "shrunk": lambda m, b: lab.shrink(m, random_plan(m, 4)),
