@@ -27,11 +27,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import minigpt_lab as lab
-from minigpt_lab import assets, conversion, figures, models, saving, statistics, storage
+from minigpt_lab import assets, conversion, figures, models, saving, storage
+from minigpt_lab.collector import Collector
 from minigpt_lab.experiments import reports, run_notebook, run_once
 from minigpt_lab.experiments.records import RECORD, discard_run, own_files, write_record
 from minigpt_lab.experiments.runs import install_run
 from minigpt_lab.ledger import Ledger
+from minigpt_lab.loading import SIDECAR
 from minigpt_lab.locations import UnusablePath, file_to_write, folder_to_write
 from minigpt_lab.recovery.checkpoints import discard_checkpoint, last_whole, rotate
 from minigpt_lab.resumption import Finished, discard
@@ -115,7 +117,7 @@ def one_sentence(error: BaseException) -> bool:
 @pytest.mark.parametrize("slash", ["", "/"])
 @pytest.mark.parametrize("kind", FILES)
 def test_a_folder_is_never_replaced_by_a_file(kind, slash, things, tmp_path, monkeypatch):
-    monkeypatch.setattr(statistics._Collector, "hooks", None)  # refused before the pass
+    monkeypatch.setattr(Collector, "hooks", None)  # refused before the pass
     target = tmp_path / ("mine.png" if kind == "figure" else "mine")
     before = users_folder(target)
     with pytest.raises(OSError, match=r"names a folder.*add a file name") as error:
@@ -161,7 +163,7 @@ FOREIGN = {  # a user's file under the name that a call would write
 
 @pytest.mark.parametrize("case", FOREIGN)
 def test_a_file_of_another_kind_is_left_alone(case, things, tmp_path, monkeypatch):
-    monkeypatch.setattr(statistics._Collector, "hooks", None)  # refused before the pass
+    monkeypatch.setattr(Collector, "hooks", None)  # refused before the pass
     name, content = FOREIGN[case]
     if content is None:
         shutil.copy(models.DATA / "models" / "tiny-llama" / "model.safetensors", tmp_path / name)
@@ -446,9 +448,9 @@ def test_a_relative_path_stays_what_it_was_when_the_working_folder_changes(tmp_p
 
 def test_a_model_saved_again_keeps_a_users_files_and_no_stale_ones(things, tmp_path):
     folder = lab.save_model(things["model"], things["tokenizer"], tmp_path / "mini")
-    sidecar = json.loads((folder / models.SIDECAR).read_text())
+    sidecar = json.loads((folder / SIDECAR).read_text())
     (folder / "stale.txt").write_text("of an earlier version")
-    (folder / models.SIDECAR).write_text(
+    (folder / SIDECAR).write_text(
         json.dumps({**sidecar, "files": [*sidecar["files"], "stale.txt"]})
     )
     before = users_folder(folder / "mine")
@@ -456,7 +458,7 @@ def test_a_model_saved_again_keeps_a_users_files_and_no_stale_ones(things, tmp_p
     lab.save_model(things["model"], things["tokenizer"], folder)
     assert snapshot(folder / "mine") == before and (folder / "link").is_symlink()
     assert not (folder / "stale.txt").exists()
-    (folder / models.SIDECAR).write_text("{broken")  # its error says: save it again
+    (folder / SIDECAR).write_text("{broken")  # its error says: save it again
     lab.save_model(things["model"], things["tokenizer"], folder)
     lab.load_model(folder, device="cpu")
     assert snapshot(folder / "mine") == before
