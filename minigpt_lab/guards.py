@@ -236,6 +236,18 @@ def in_use(*models: object) -> Iterator[None]:
         yield
 
 
+class ModelFactory:
+    """What transformers and peft change for all threads while they build a model.
+
+    Among it are torch's default type and its functions that initialise weights: two threads that
+    build at once would leave those replaced by functions that do nothing.
+    """
+
+
+#: Held, like a model, for as long as something is built.
+FACTORY = ModelFactory()
+
+
 class Snapshot:
     """What a model is made of, by reference: modules, parameters, attributes, hooks, flags.
 

@@ -261,6 +261,7 @@ def refit(weight: torch.Tensor, hessian: torch.Tensor, kept: torch.Tensor) -> to
 
 
 @checked(model=Model(), plan=Instance(PruningPlan), hessians=Instance(Hessians), damp=Number(0))
+@torch.inference_mode(False)  # what is made there could not be trained or hashed later
 @torch.no_grad()
 def weight_compensated(
     model: PreTrainedModel, plan: PruningPlan, hessians: Hessians, damp: float = 0.01

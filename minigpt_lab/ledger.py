@@ -32,7 +32,7 @@ class Ledger:
     """
 
     def __init__(self, path: str | os.PathLike | None = None):
-        self.path = None if path is None else file_to_write(path)
+        self.path = None if path is None else file_to_write(path).absolute()
         self.found: dict[str, dict] = {}
         if self.path is not None:
             self.found = kept(self.path, _read, ".jsonl") or {}

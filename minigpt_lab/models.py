@@ -23,6 +23,7 @@ from transformers import (
 from .assets import DATA, first_line, hub_in_reach, nearest, read_toml
 from .checks import Device, Dtype, Location, OneOf, checked
 from .conversion import converted
+from .guards import FACTORY, in_use
 from .loading import load_folder, load_pretrained, load_tokenizer, refuse_quantised
 from .merging import ADAPTER, load_adapter
 from .runtime import default_device
@@ -68,7 +69,8 @@ def load_model(
     ValueError
         If a folder is damaged or lacks weights, a hash differs or a weight is not finite.
     """
-    model, tokenizer = _open(name_or_path, dtype)
+    with in_use(FACTORY):
+        model, tokenizer = _open(name_or_path, dtype)
     _refuse_non_finite(model, str(name_or_path))
     model.to(device or default_device()).eval()
     return model, tokenizer

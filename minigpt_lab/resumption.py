@@ -47,7 +47,7 @@ class Finished:
     """
 
     def __init__(self, folder: str | os.PathLike):
-        self.folder = folder_to_write(folder)
+        self.folder = folder_to_write(folder).absolute()
         make_folder(self.folder)
         found = kept(self.folder / STATE, _read_state, ".json") or {}
         self.found: dict[str, object] | None = found.get("recipe")

@@ -142,7 +142,8 @@ _WHOLE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def _version(parameter: torch.Tensor) -> tuple:
     """What changes with a parameter: counted by autograd, or seen in a sum over its bits."""
-    about = parameter.data_ptr(), parameter._version, parameter.dtype, parameter.shape
+    counted = 0 if parameter.is_inference() else parameter._version
+    about = parameter.data_ptr(), counted, parameter.dtype, parameter.shape
     if parameter.is_meta:
         return about
     values = parameter.detach().flatten()

@@ -55,6 +55,7 @@ from .schedules import BY_DEPTH, RANKINGS, Allocation, Group, allocation_name
 from .search import Search, search_counts, summary
 from .shards import PLACES, Shards
 from .statistics import tokens_hash
+from .surgery import refuse_masked
 
 
 @checked(
@@ -65,6 +66,8 @@ from .statistics import tokens_hash
     out_dir=Location() | None,
     progress=Flag(),
 )
+@torch.inference_mode(False)  # what is made there could not be trained or hashed later
+@torch.no_grad()
 def slimgpt(
     model: PreTrainedModel,
     batches: Iterable[dict[str, torch.Tensor]],
@@ -148,6 +151,8 @@ def slimgpt(
             "the model's weights wait outside its device: there is no room for a second copy of "
             "them; give inplace=True"
         )
+    if inplace:
+        refuse_masked(model)
     mini = model if inplace else copy.deepcopy(model)
     anatomy = Anatomy(mini)
     sites = chosen_sites(model, sites, units)

@@ -144,7 +144,7 @@ def _direction(seed: int, draw: int, place: int, like: torch.Tensor) -> torch.Te
     """``z ~ N(0, I)`` of one layer, in float32."""
     state = np.random.SeedSequence((seed, draw, place)).generate_state(1, np.uint64)[0]
     generator = torch.Generator(like.device).manual_seed(int(state))
-    return torch.randn(like.shape, generator=generator, device=like.device)
+    return torch.randn(like.shape, generator=generator, device=like.device, dtype=torch.float32)
 
 
 @restoring

@@ -83,14 +83,17 @@ class Scratch:
     def __init__(self, parent: Path, name: str):
         make_folder(parent)
         clear_scratch(parent)
+        here = parent.absolute()  # the working folder may be another one when it is closed
         while True:
-            folder = tempfile.mkdtemp(prefix=f".{name[:40]}-", suffix=_SUFFIX, dir=parent)
+            folder = tempfile.mkdtemp(prefix=f".{name[:40]}-", suffix=_SUFFIX, dir=here)
             self.folder = Path(folder)
             self._lock = FileLock(self.folder / _LOCK, thread_local=False)
-            self._lock.acquire()
-            if (self.folder / _LOCK).exists():  # else cleared by another process before it locked
-                break
-            self._lock.release()
+            # another process may clear it before it is locked
+            with contextlib.suppress(FileNotFoundError, FileExistsError):
+                self._lock.acquire()
+                if (self.folder / _LOCK).exists():
+                    break
+                self._lock.release()
         self.path = self.folder / _NEW
         self.path.mkdir()
 
@@ -120,7 +123,7 @@ def clear_scratch(parent: Path) -> None:
 def _clear(folder: Path) -> None:
     with contextlib.suppress(OSError, NotImplementedError, RuntimeError, Timeout):
         content = {path.name for path in folder.iterdir()}
-        if not content <= {_LOCK, _NEW, _OLD}:
+        if content and not {_LOCK} <= content <= {_LOCK, _NEW, _OLD}:
             return  # of somebody else
         if not content:
             folder.rmdir()  # killed before it was locked
@@ -174,11 +177,24 @@ def staged(path: Path, ours: Callable[[Path], set[str]] | None = None) -> Iterat
         yield staging
         if not staging.is_dir():
             staging.replace(file_to_write(final))
-        elif not os.path.lexists(final):
-            staging.rename(final)
         else:
-            _keep_others(folder_to_write(final), staging, ours(final) if ours else set())
-            _swap(final, staging, scratch.folder / _OLD)
+            _name(final, staging, scratch.folder / _OLD, ours or (lambda _: set()))
+
+
+def _name(
+    final: Path, new: Path, old: Path, ours: Callable[[Path], set[str]], again: int = 9
+) -> None:
+    """Give a folder its name; again if another process has made or removed one there meanwhile."""
+    try:
+        if os.path.lexists(final):
+            _keep_others(folder_to_write(final), new, ours(final))
+            _swap(final, new, old)
+        else:
+            new.rename(final)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY) or not again:
+            raise
+        _name(final, new, old, ours, again - 1)
 
 
 def _swap(final: Path, new: Path, old: Path) -> None:
@@ -189,7 +205,7 @@ def _swap(final: Path, new: Path, old: Path) -> None:
     """
     if _exchange(final, new):
         return
-    old.mkdir()
+    old.mkdir(exist_ok=True)
     final.rename(old / final.name)
     new.rename(final)
 

@@ -73,6 +73,21 @@ def masked(model: PreTrainedModel, plan: PruningPlan) -> Iterator[PreTrainedMode
             _take_off(mask, masks)
 
 
+def refuse_masked(model: PreTrainedModel) -> None:
+    """Refuse to change a model for good under a mask, whose end would undo a part of it.
+
+    Raises
+    ------
+    ValueError
+        If a mask is on it.
+    """
+    if _masks.get(model):
+        raise ValueError(
+            "the model is under a mask, whose end would undo a part of the change; leave the "
+            "with block first, or change shrink(model, plan)"
+        )
+
+
 def _zero(model: PreTrainedModel, plan: PruningPlan, undo: contextlib.ExitStack) -> None:
     """Put a mask on; what takes it off again stands in `undo` before anything is changed."""
     anatomy = _fitting(model, plan)
@@ -200,6 +215,7 @@ def _forbid(plan: PruningPlan, device: torch.device, cap: float | None):
 
 
 @checked(plan=_PLAN, model=Model())
+@torch.inference_mode(False)  # what is made there could not be trained or hashed later
 @torch.no_grad()
 def shrink(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
     """A new model without the units and tokens that a plan removes.

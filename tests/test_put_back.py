@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import random_model
 from test_surgery import random_plan
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -22,6 +23,8 @@ import minigpt_lab as lab
 from minigpt_lab.families import Anatomy
 from minigpt_lab.gradients import collect_gradients
 from minigpt_lab.guards import in_use
+from minigpt_lab.recovery.adapters import adapted
+from minigpt_lab.runtime import fingerprint
 from minigpt_lab.spsa import estimate_gradients
 from minigpt_lab.widgets import ModelJob
 
@@ -326,6 +329,83 @@ def test_threads_take_turns():
             assert picture(model) == before
     finally:
         sys.setswitchinterval(interval)
+
+
+def test_models_are_built_one_at_a_time():
+    """Building one changes torch and transformers for all threads; it comes back, for good."""
+    ours = {name: getattr(torch.nn.init, name) for name in dir(torch.nn.init)}
+    ours["weights"] = transformers.PreTrainedModel.init_weights
+    failed, start = [], threading.Barrier(3)
+
+    def load(dtype):
+        try:
+            start.wait(60)
+            for _ in range(6):
+                model, _ = lab.load_model("tiny-llama", dtype, "cpu")
+                assert {p.dtype for p in model.parameters()} == {dtype}
+                assert {b.dtype for b in model.buffers()} == {torch.float32}
+        except BaseException as error:  # noqa: BLE001
+            failed.append(error)
+
+    def adapt():
+        start.wait(60)
+        for _ in range(20):
+            model = random_model("llama")
+            with adapted(model, linears(model), r=2) as training:
+                factors = [p for n, p in training.module.named_parameters() if "lora_A" in n]
+                failed.extend(f for f in factors if f.std() == 0 or not f.isfinite().all())
+
+    threads = [threading.Thread(target=load, args=(t,)) for t in (torch.float32, torch.bfloat16)]
+    for thread in (*threads, adapting := threading.Thread(target=adapt)):
+        thread.start()
+    for thread in (*threads, adapting):
+        thread.join()
+    now = {name: getattr(torch.nn.init, name) for name in dir(torch.nn.init)}
+    assert not failed and ours == {**now, "weights": transformers.PreTrainedModel.init_weights}
+    assert torch.get_default_dtype() is torch.float32
+
+
+@pytest.mark.parametrize("name", ["full", "lora", "slimgpt"])
+def test_a_model_is_not_changed_for_good_under_a_mask(name, tiny, tiny_domain):
+    model = copy.deepcopy(tiny[0])
+    before = picture(model)
+    with (
+        lab.masked(model, random_plan(model, 3, vocabulary=False)),
+        pytest.raises(ValueError, match=r"under a mask.*shrink"),
+    ):
+        if name == "slimgpt":
+            lab.slimgpt(model, batches(), ratio=0.3, inplace=True, progress=False)
+        else:
+            lab.recover(model, tiny[1], tiny_domain, name, progress=False, **SHORT)
+    assert picture(model) == before
+
+
+MADE = {
+    "loaded": lambda m, b: lab.load_model("tiny-llama", device="cpu")[0],
+    "shrunk": lambda m, b: lab.shrink(m, random_plan(m, 4)),
+    "slimgpt": lambda m, b: lab.slimgpt(m, b, ratio=0.3, progress=False)[0],
+    "compensated": lambda m, b: lab.weight_compensated(
+        m, plan := random_plan(m, 4, vocabulary=False), read_by(m, plan, b)
+    ),
+}
+
+
+def read_by(model, plan, batches) -> lab.Hessians:
+    names = [name for name, side in plan.staying_features(Anatomy(model)) if side == "input"]
+    return lab.collect_hessians(model, batches, names, progress=False)
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+@pytest.mark.parametrize("name", MADE)
+def test_what_is_made_without_gradients_can_be_trained_and_hashed(name, mode):
+    model = random_model("llama")
+    with mode():
+        made = MADE[name](model, batches())
+    assert len(fingerprint(made)) == 64
+    made(input_ids=torch.zeros(2, 8, dtype=torch.int64)).logits[..., 0].sum().backward()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(parameter.grad)
 
 
 def same(one, other) -> bool:

@@ -155,7 +155,13 @@ history.drop(columns="seconds").to_csv(sys.argv[2], index=False)
 
 @pytest.mark.parametrize(
     ("method", "damage"),
-    [("lora", "state missing"), ("lora", "weights cut"), ("full", "optimizer cut")],
+    [
+        ("lora", "state missing"),
+        ("lora", "weights cut"),
+        ("full", "optimizer cut"),
+        ("full", "weights flipped"),
+        ("lora", "state emptied"),
+    ],
 )
 @pytest.mark.usefixtures("interrupted")
 def test_a_broken_checkpoint_is_passed_over(tmp_path, pruned, tiny, tiny_domain, method, damage):
@@ -163,10 +169,17 @@ def test_a_broken_checkpoint_is_passed_over(tmp_path, pruned, tiny, tiny_domain,
     mini, whole, out = copy.deepcopy(pruned), copy.deepcopy(pruned), tmp_path / "run"
     lab.recover(mini, tiny[1], tiny_domain, out_dir=out, **arguments)
     last = out / "checkpoint-8"
-    names = {"state missing": "trainer_state.json", "weights cut": "adapter_model.safetensors"}
-    broken = last / names.get(damage, "optimizer.pt")
-    if damage == "state missing":
+    weights = f"{'adapter_' if method == 'lora' else ''}model.safetensors"
+    part, how = damage.split()
+    broken = last / {"state": "trainer_state.json", "weights": weights}.get(part, "optimizer.pt")
+    if how == "missing":
         broken.unlink()
+    elif how == "emptied":
+        broken.write_text("{}")
+    elif how == "flipped":
+        content = bytearray(broken.read_bytes())
+        content[-2] ^= 1
+        broken.write_bytes(content)
     else:
         broken.write_bytes(broken.read_bytes()[: broken.stat().st_size // 2])
     again = copy.deepcopy(pruned)
@@ -176,6 +189,20 @@ def test_a_broken_checkpoint_is_passed_over(tmp_path, pruned, tiny, tiny_domain,
     pd.testing.assert_frame_equal(resumed[columns], expected[columns])
     assert resumed["seconds"].is_monotonic_increasing and len(resumed) == 5
     assert same_weights(again, whole)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_gradients_that_a_caller_has_switched_off_are_taken(
+    pruned, tiny, tiny_domain, method, mode
+):
+    mini, again = copy.deepcopy(pruned), copy.deepcopy(pruned)
+    arguments = {"method": method, "progress": False, **SMALL}
+    expected = lab.recover(again, tiny[1], tiny_domain, **arguments)
+    with mode():
+        history = lab.recover(mini, tiny[1], tiny_domain, **arguments)
+    assert history["perplexity"].tolist() == expected["perplexity"].tolist()
+    assert same_weights(again, mini)
 
 
 @pytest.mark.parametrize(

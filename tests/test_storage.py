@@ -27,11 +27,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import minigpt_lab as lab
-from minigpt_lab import assets, collector, conversion, figures, loading, models, saving, storage
+from minigpt_lab import assets, conversion, figures, models, saving, storage
+from minigpt_lab.collector import Collector
 from minigpt_lab.experiments import reports, run_notebook, run_once
 from minigpt_lab.experiments.records import RECORD, discard_run, own_files, write_record
 from minigpt_lab.experiments.runs import install_run
 from minigpt_lab.ledger import Ledger
+from minigpt_lab.loading import SIDECAR
 from minigpt_lab.locations import UnusablePath, file_to_write, folder_to_write
 from minigpt_lab.recovery.checkpoints import discard_checkpoint, last_whole, rotate
 from minigpt_lab.resumption import Finished, discard
@@ -115,7 +117,7 @@ def one_sentence(error: BaseException) -> bool:
 @pytest.mark.parametrize("slash", ["", "/"])
 @pytest.mark.parametrize("kind", FILES)
 def test_a_folder_is_never_replaced_by_a_file(kind, slash, things, tmp_path, monkeypatch):
-    monkeypatch.setattr(collector.Collector, "hooks", None)  # refused before the pass
+    monkeypatch.setattr(Collector, "hooks", None)  # refused before the pass
     target = tmp_path / ("mine.png" if kind == "figure" else "mine")
     before = users_folder(target)
     with pytest.raises(OSError, match=r"names a folder.*add a file name") as error:
@@ -161,7 +163,7 @@ FOREIGN = {  # a user's file under the name that a call would write
 
 @pytest.mark.parametrize("case", FOREIGN)
 def test_a_file_of_another_kind_is_left_alone(case, things, tmp_path, monkeypatch):
-    monkeypatch.setattr(collector.Collector, "hooks", None)  # refused before the pass
+    monkeypatch.setattr(Collector, "hooks", None)  # refused before the pass
     name, content = FOREIGN[case]
     if content is None:
         shutil.copy(models.DATA / "models" / "tiny-llama" / "model.safetensors", tmp_path / name)
@@ -367,12 +369,13 @@ def test_scratch_of_a_living_writer_is_left_and_that_of_a_dead_one_cleared(tmp_p
             assert snapshot(left)["new/file"] == b"x" * 1000
         finally:
             writer.send_signal(signal.SIGKILL)
-    users = tmp_path / ".mine.writing"  # a name like ours, and a user's content
-    users.mkdir()
-    (users / "poem").write_text("o")
+    users = {".mine.writing/poem": b"o", ".mine.writing/new": b"p", ".his.writing/new": b"q"}
+    for name, content in users.items():  # names like ours, and a user's content
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
     with staged(tmp_path / "other") as staging:
         staging.write_text("z")
-    assert snapshot(tmp_path) == {"other": b"z", ".mine.writing/poem": b"o"}
+    assert snapshot(tmp_path) == {"other": b"z", **users}
     with contextlib.suppress(KeyboardInterrupt), staged(tmp_path / "other") as staging:
         staging.write_text("half")
         raise KeyboardInterrupt
@@ -396,11 +399,58 @@ def test_many_writers_of_one_file_leave_one_whole_file(tmp_path):
     assert (tmp_path / "file").read_text() in texts
 
 
+def test_many_writers_of_one_folder_leave_one_whole_folder(tmp_path):
+    """Also where the folder is removed meanwhile, and a scratch folder just before it is locked."""
+    failed, ended = [], threading.Event()
+
+    def write(number: int) -> None:
+        for turn in range(60):
+            try:
+                with staged(tmp_path / "mini") as staging:
+                    staging.mkdir()
+                    for name in "ab":
+                        (staging / name).write_text(f"{number} {turn}")
+                if turn % 3 == 0:
+                    shutil.rmtree(tmp_path / "mini", ignore_errors=True)
+            except OSError as error:
+                failed.append(error)
+
+    def clear() -> None:
+        while not ended.is_set():
+            storage.clear_scratch(tmp_path)
+
+    clearing = threading.Thread(target=clear)
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(3)]
+    for thread in (clearing, *threads):
+        thread.start()
+    for thread in threads:
+        thread.join()
+    ended.set()
+    clearing.join()
+    assert not failed and [path.name for path in tmp_path.iterdir()] == ["mini"]
+    content = snapshot(tmp_path / "mini")
+    assert content["a"] == content["b"]
+
+
+def test_a_relative_path_stays_what_it_was_when_the_working_folder_changes(tmp_path, monkeypatch):
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "later").mkdir()
+    monkeypatch.chdir(tmp_path / "begun")
+    ledger, finished, shards = Ledger("l.jsonl"), Finished("run"), Shards("disk", "shards")
+    shards[0] = torch.ones(2)
+    monkeypatch.chdir(tmp_path / "later")
+    ledger.get([1], lambda: {"x": 1})
+    assert torch.equal(shards[0], torch.ones(2)) and finished._weights(0).parent.is_dir()
+    del shards
+    assert snapshot(tmp_path).keys() == {"begun/l.jsonl"}
+    assert not any((tmp_path / "begun" / "shards").iterdir())
+
+
 def test_a_model_saved_again_keeps_a_users_files_and_no_stale_ones(things, tmp_path):
     folder = lab.save_model(things["model"], things["tokenizer"], tmp_path / "mini")
-    sidecar = json.loads((folder / loading.SIDECAR).read_text())
+    sidecar = json.loads((folder / SIDECAR).read_text())
     (folder / "stale.txt").write_text("of an earlier version")
-    (folder / loading.SIDECAR).write_text(
+    (folder / SIDECAR).write_text(
         json.dumps({**sidecar, "files": [*sidecar["files"], "stale.txt"]})
     )
     before = users_folder(folder / "mine")
@@ -408,7 +458,7 @@ def test_a_model_saved_again_keeps_a_users_files_and_no_stale_ones(things, tmp_p
     lab.save_model(things["model"], things["tokenizer"], folder)
     assert snapshot(folder / "mine") == before and (folder / "link").is_symlink()
     assert not (folder / "stale.txt").exists()
-    (folder / loading.SIDECAR).write_text("{broken")  # its error says: save it again
+    (folder / SIDECAR).write_text("{broken")  # its error says: save it again
     lab.save_model(things["model"], things["tokenizer"], folder)
     lab.load_model(folder, device="cpu")
     assert snapshot(folder / "mine") == before

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ..assets import nearest
 from ..families import Anatomy, weight_axis
-from ..guards import Snapshot, in_use, restoring, unchanged
+from ..guards import FACTORY, Snapshot, in_use, restoring, unchanged
 
 
 def adapter_targets(model: PreTrainedModel, wanted: Sequence[str] | None) -> list[str]:
@@ -176,7 +176,10 @@ def _replace_by_copies(model: PreTrainedModel) -> dict[nn.Parameter, nn.Paramete
 
 def _with_adapters(model: PreTrainedModel, names: Sequence[str], **lora) -> nn.Module:
     """Put LoRA adapters around linear layers of the model."""
-    with warnings.catch_warnings():  # peft asks transformers by a name that it now warns of
+    with (
+        in_use(FACTORY),
+        warnings.catch_warnings(),
+    ):  # peft asks transformers by a name that it now warns of
         warnings.simplefilter("ignore", FutureWarning)
         transposed = weight_axis(model.get_submodule(names[0]), "output") == 1
         config = LoraConfig(target_modules=list(names), fan_in_fan_out=transposed, **lora)

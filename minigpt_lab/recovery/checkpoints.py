@@ -19,19 +19,29 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from ..locations import folder_to_write
-from ..storage import Scratch, clear_scratch, kept, make_folder, read_json, remove_empty, write_json
+from ..storage import (
+    Scratch,
+    clear_scratch,
+    kept,
+    make_folder,
+    read_json,
+    remove_empty,
+    sha256,
+    write_json,
+)
 
 #: What a run was begun with, beside its checkpoints.
 RUN = "run.json"
 STATE = "trainer_state.json"
 OPTIMIZER = "optimizer.pt"
+_HASHES = "sha256.json"
 _RUN_FIELDS = ("facts", "start")
 _NAME = re.compile(r"checkpoint-([0-9]+)")
 #: Files of a checkpoint.
 _WRITTEN = re.compile(
     r"(adapter_)?model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|(adapter_|generation_)?config\.json"
     r"|(optimizer|scheduler|scaler)\.pt|rng_state(_\d+)?\.pth|training_args\.bin"
-    r"|trainer_state\.json|README\.md"
+    r"|trainer_state\.json|README\.md|sha256\.json"
 )
 
 
@@ -109,7 +119,7 @@ def last_whole(folder: Path) -> Path | None:
     """
     for checkpoint in reversed(_checkpoints(folder)):
         if is_whole(checkpoint):
-            state = json.loads((checkpoint / STATE).read_text())
+            state = _state(checkpoint)
             resumable = has_ended(state) or (checkpoint / OPTIMIZER).is_file()
             if resumable and is_whole(folder / f"checkpoint-{state['best_global_step']}"):
                 return checkpoint
@@ -142,9 +152,25 @@ def has_ended(state: dict) -> bool:
 def slim(folder: Path) -> None:
     """Drop what only resuming needs, two thirds of the bytes, from a run that has ended."""
     checkpoints = _checkpoints(folder)
-    if checkpoints and has_ended(json.loads((checkpoints[-1] / STATE).read_text())):
+    if checkpoints and has_ended(_state(checkpoints[-1])):
         for checkpoint in checkpoints:
-            (checkpoint / OPTIMIZER).unlink(missing_ok=True)
+            if (checkpoint / OPTIMIZER).is_file():
+                (checkpoint / OPTIMIZER).unlink()
+
+
+def seal(checkpoint: Path) -> None:
+    """Note the content of a finished checkpoint's files that hold no checksum of their own."""
+    hashes = {path.name: sha256(path) for path in _unsealed(checkpoint)}
+    write_json(checkpoint / _HASHES, hashes)
+
+
+def _unsealed(checkpoint: Path) -> list[Path]:
+    found = [p for p in checkpoint.iterdir() if _WRITTEN.fullmatch(p.name) and p.name != _HASHES]
+    return [path for path in found if path.suffix in (".json", ".safetensors") and path.is_file()]
+
+
+def _state(checkpoint: Path) -> dict:
+    return json.loads((checkpoint / STATE).read_text())
 
 
 def is_whole(checkpoint: Path) -> bool:
@@ -156,16 +182,22 @@ def is_whole(checkpoint: Path) -> bool:
         return False
     try:
         for path in found.values():
-            if path.suffix == ".json":
-                json.loads(path.read_text())
-            elif path.suffix == ".safetensors":
+            if path.suffix == ".json" and not isinstance(json.loads(path.read_text()), dict):
+                return False
+            if path.suffix == ".safetensors":
                 with safe_open(path, "pt"):  # compares the lengths in its header with the file's
                     pass
             elif path.suffix in (".pt", ".pth"):
                 with zipfile.ZipFile(path) as file:
                     if file.testzip():
                         return False
-    except (OSError, ValueError, SafetensorError, zipfile.BadZipFile):
+        state = _state(checkpoint)
+        has_ended(state), state["best_global_step"]
+        if _HASHES in found:  # else of an earlier version, or killed as it was about to be written
+            known = json.loads(found[_HASHES].read_text())
+            if any(known.get(path.name) != sha256(path) for path in _unsealed(checkpoint)):
+                return False
+    except (OSError, ValueError, LookupError, TypeError, SafetensorError, zipfile.BadZipFile):
         return False
     return bool(generators)
 

@@ -38,6 +38,7 @@ from ..domains import Domain, excerpt, tokenize
 from ..ledger import content_hash
 from ..offloading import is_offloaded
 from ..runtime import fingerprint, seeded
+from ..surgery import refuse_masked
 from ..vocabulary import tokenizer_for
 from .adapters import adapted, adapter_targets
 from .checkpoints import run_folder
@@ -64,6 +65,8 @@ _DOMAIN = Instance(
     out_dir=Location() | None, seed=Integer(0, 2**32 - 1), progress=Flag(),
     lr_scheduler_type=OneOf(DECAYS),
 )  # fmt: skip
+@torch.inference_mode(False)
+@torch.enable_grad()
 def recover(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -179,6 +182,7 @@ def recover(
     TypeError
         If a part of a domain is given, or its name, instead of the domain.
     """
+    refuse_masked(model)
     if is_offloaded(model):
         raise ValueError(
             "the model's weights wait outside its device, and training changes them all; load it "

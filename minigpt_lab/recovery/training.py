@@ -28,6 +28,7 @@ from .checkpoints import (
     last_whole,
     resume_run,
     rotate,
+    seal,
     slim,
 )
 
@@ -185,6 +186,8 @@ class KitTrainer(Trainer):
         try:
             with _quiet():
                 super()._save_checkpoint(model, trial)
+            if self.is_world_process_zero():
+                seal(folder)
         except _WRITING as error:
             self.trouble = error
         troubles = filter(None, gather_object([self.trouble and first_line(self.trouble)]))
