@@ -145,6 +145,8 @@ def unit_counts(
         return _evened(groups, gone, counts, steps) if even_out else counts
 
     if ratio is not None and ratio_of == "units":
+        if not callable(allocation):
+            _check_reached(ratio, spread(ratio, groups), groups)
         counts = counts_at(ratio)
     else:
         dense = sum(parameter.numel() for parameter in model.parameters())
@@ -156,6 +158,22 @@ def unit_counts(
             stacklevel=3,
         )
     return counts
+
+
+def _check_reached(ratio: float, shares: Sequence[float], groups: Sequence[Group]) -> None:
+    """Refuse shares that fall short of the ratio, and say so if equal scores exceed it."""
+    sizes = np.array([len(group) * group.cost for group in groups])
+    reached, unit = np.average(shares, weights=sizes), max(group.cost for group in groups)
+    if reached < ratio - unit / sizes.sum():
+        raise ValueError(
+            f"ratio is {ratio}, but the layers that the allocation gives a share hold only "
+            f"{reached:.3g} of the units' parameters; expected at most that"
+        )
+    if reached > ratio + unit / sizes.sum():
+        warnings.warn(
+            f"{reached:.1%} of the units leave, not {ratio:.1%}: so many share the lowest scores",
+            stacklevel=4,
+        )
 
 
 def leaving_parameters(

@@ -72,7 +72,9 @@ class Solver:
 
     def facts(self) -> dict[str, object]:
         """The settings as plain data."""
-        schedule = getattr(self.schedule, "__name__", self.schedule)
+        schedule = self.schedule
+        if callable(schedule):
+            schedule = getattr(schedule, "__name__", "own")
         return {**asdict(self), "schedule": schedule, "dtype": str(self.dtype)[6:]}
 
     def refits_bias(self, module: nn.Module) -> bool:

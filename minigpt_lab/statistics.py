@@ -253,7 +253,7 @@ def collect_statistics(
     path : str or path, optional
         A file to keep them in: it is read instead if it holds the same model on the same tokens,
         and written otherwise; a damaged one is set aside, anything else refused. A full disk only
-        warns. `batches` must then be a list.
+        warns.
     progress : bool
         Show a progress bar.
 
@@ -266,6 +266,8 @@ def collect_statistics(
     ValueError
         If there are no tokens, a token id is out of range, or an activation is not finite.
     """
+    if path is not None and not isinstance(batches, list):
+        batches = list(batches)  # read twice
     known = None if path is None else kept(path, Statistics.load, SUFFIX)
     if known is not None:
         merges = getattr(batches, "merges", known.merges)
@@ -282,10 +284,7 @@ def collect_statistics(
     token_counts = torch.zeros(vocabulary, dtype=torch.int64)
     with inference(model), collector.hooks():
         for batch in tqdm(batches, desc="statistics", unit="batch", disable=not progress):
-            ids = batch["input_ids"]
-            mask = _mask(batch).bool()
-            check_token_ids(model, ids)
-            token_counts += torch.bincount(ids[mask].cpu(), minlength=vocabulary)
+            ids, mask = batch["input_ids"].long(), _mask(batch).bool()
             _update(content, batch)
             # a padded batch comes window by window: what padding computes may be NaN
             whole = (
@@ -295,6 +294,8 @@ def collect_statistics(
             )
             for window in whole:
                 if window.numel():
+                    check_token_ids(model, window)  # the ids of padding may be anything
+                    token_counts += torch.bincount(window.flatten().cpu(), minlength=vocabulary)
                     model(input_ids=window.to(model.device), use_cache=False, logits_to_keep=1)
     n_tokens = int(token_counts.sum())
     if n_tokens == 0:
@@ -342,6 +343,6 @@ def tokens_hash(batches: Iterable[dict[str, torch.Tensor]]) -> str:
 
 def _update(content, batch: dict[str, torch.Tensor]) -> None:
     """Hash a batch window by window: the same text in other windows is another measurement."""
-    for ids, mask in zip(batch["input_ids"].cpu(), _mask(batch).cpu(), strict=True):
+    for ids, mask in zip(batch["input_ids"].cpu().long(), _mask(batch).cpu(), strict=True):
         content.update(str(len(ids)).encode())
         content.update(ids[mask.bool()].contiguous().numpy())

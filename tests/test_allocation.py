@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from conftest import random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,8 +12,10 @@ from hypothesis import strategies as st
 import minigpt_lab as lab
 from minigpt_lab.allocation import RATIOS
 from minigpt_lab.families import Anatomy
-from minigpt_lab.schedules import ALLOCATIONS, Group
+from minigpt_lab.schedules import ALLOCATIONS, RANKINGS, Group
 from minigpt_lab.sizes import layer_parameters
+
+PROBE = torch.arange(60).view(4, 15)
 
 
 def groups(widths, depth=None, cost=1, seed=0):
@@ -149,8 +152,25 @@ def test_targets_out_of_reach_say_what_can_be_reached():
     scores = lab.score("random", model, sites=("ffn",))
     with pytest.raises(ValueError, match=r"still stores [\d,]+ of [\d,]+, \d+\.\d% less"):
         lab.plan_from_scores(model, scores, ratio=0.9, ratio_of="model")
+    for first in (1, 0.1):  # a third of the units is in the first layer
+        for cut in (
+            lambda a: lab.plan_from_scores(model, scores, ratio=0.5, allocation=a),
+            lambda a: lab.slimgpt(model, [{"input_ids": PROBE}], 0.5, allocation=a),
+        ):
+            with pytest.raises(ValueError, match="ratio is 0.5, .* hold only 0.333 of the units"):
+                cut([first, 0, 0])
     with pytest.raises(ValueError, match="unknown ratio_of 'layers'"):
         lab.plan_from_scores(model, scores, ratio=0.9, ratio_of="layers")
+
+
+@pytest.mark.parametrize("allocation", sorted(RANKINGS))
+def test_equal_scores_that_exceed_a_ratio_say_so(allocation):
+    model = random_model("llama")
+    scores = lab.score("random", model, sites=("ffn",))
+    for layer in scores.values["ffn"]:
+        layer[:] = 0.5
+    with pytest.warns(UserWarning, match=r"100.0% of the units leave, not 10.0%"):
+        lab.plan_from_scores(model, scores, ratio=0.1, allocation=allocation)
 
 
 def test_a_cut_of_nothing_says_so():

@@ -100,13 +100,19 @@ def own_accuracy(model, tokenizer, items) -> float:
     return right / len(items)
 
 
+@pytest.mark.parametrize("around", ["$A", "<s> $A", "<s> $A </s>", "$A </s>"])
 @pytest.mark.parametrize("kind", ["dense", "mini"])
-def test_its_accuracy_is_our_own(kind, tiny, mini, task, items):
-    model, tokenizer = (mini, tiny[1]) if kind == "mini" else tiny
-    table = lab.benchmark(model, tokenizer, task, batch_size=3)
+def test_its_accuracy_is_our_own(kind, around, tiny, mini, task, items):
+    model, tokenizer = copy.deepcopy((mini, tiny[1]) if kind == "mini" else tiny)
+    given, special = copy.deepcopy(tokenizer), [("<s>", tokenizer.bos_token_id)]
+    for words, template in ((tokenizer, around.removesuffix(" </s>")), (given, around)):
+        words.backend_tokenizer.post_processor = TemplateProcessing(
+            single=template, special_tokens=[*special, ("</s>", tokenizer.eos_token_id)]
+        )
+    table = lab.benchmark(model, given, task, batch_size=3)
     assert table["metric"].tolist() == ["acc", "acc_norm"]
     row = table.iloc[0]
-    expected = own_accuracy(model, tokenizer, items[8:])
+    expected = own_accuracy(model, tokenizer, items[8:])  # nothing behind the continuation
     assert 0.34 < expected < 1 and row["value"] == pytest.approx(expected)
     assert row["n"] == len(items) - 8 and row["num_fewshot"] == 0 and row["version"] == 1.5
     spread = (expected * (1 - expected) / (row["n"] - 1)) ** 0.5

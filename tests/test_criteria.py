@@ -118,11 +118,13 @@ def test_scores_move_with_their_units(model, probe, name):
         )
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int8])
 @pytest.mark.parametrize("name", DETERMINED)
-def test_padding_changes_no_score(model, probe, name):
+def test_padding_changes_no_score(model, probe, name, dtype):
+    """Wherever it is and whatever id it has: a tokenizer's own need not be one of the model's."""
     model = model.double()
     short = [probe[:1, :8], probe[1:, :10]]
-    ids, mask = torch.zeros(2, 12, dtype=torch.long), torch.zeros(2, 12, dtype=torch.long)
+    ids, mask = torch.full((2, 12), -100, dtype=dtype), torch.zeros(2, 12, dtype=torch.long)
     ids[0, :8], mask[0, :8] = short[0][0], 1  # padded on the right
     ids[1, 2:], mask[1, 2:] = short[1][0], 1  # and on the left
     alone = lab.score(name, model, [{"input_ids": row} for row in short], **DETERMINED[name])

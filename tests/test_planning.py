@@ -259,3 +259,7 @@ def test_a_global_cut_is_one_threshold_for_all_layers(model, statistics):
     assert sum(plan.removed["ffn"]) == pytest.approx(wanted, abs=1)
     dense = lab.plan_from_scores(model, scores, ratio=0.0, allocation="global")
     assert not any(dense.removed["ffn"]) and dense.origin["allocation"] == "global"
+    for layer in scores.values["ffn"]:
+        layer -= 100.0  # as standardised scores, all may be negative
+    assert scores.highest_cut(plan.keep) == pytest.approx(level - 100)
+    assert scores.highest_cut(dense.keep) == 0

@@ -108,6 +108,18 @@ def test_a_budget_reads_no_more_text_than_it_needs(words, monkeypatch):
     assert len(whole(texts[: len(chosen) + 1], words)) > 900
 
 
+def test_half_a_character_is_refused(words):
+    """JSON may hold one: an emoji cut in two."""
+    text, model = f"The court {chr(0xD83D)} held", model_of(words)
+    for use in (
+        lambda: token_ids([text, "x"], words), lambda: lab.perplexity(model, words, text),
+        lambda: lab.generate(model, words, text, 2), lambda: lab.tokenize(text, words, 4),
+        lambda: lab.answer_questions(model, words, [lab.Question("The", (text, "b"), 0)]),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="half of a character, in .*; expected characters"):
+            use()
+
+
 def test_what_stands_before_every_text(words):
     """Also without an a in the vocabulary, and without a name for the token."""
     around = words("")["input_ids"]
@@ -173,8 +185,9 @@ def test_generation_is_greedy_whatever_the_folder_says(words):
         num_return_sequences=2, temperature=2.0, top_k=3, length_penalty=3.0, early_stopping=True,
         bad_words_ids=[[row[-1]]],
     )  # fmt: skip
-    for config in (model.generation_config, hostile):
+    for config in (model.generation_config, hostile, None):
         model.generation_config = config
+        model.config.num_beams = model.config.repetition_penalty = 3  # as before generation configs
         assert lab.generate(model, words, prompt, 12) == text[len(before) :]
         assert model.generation_config is config
 

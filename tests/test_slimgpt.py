@@ -6,6 +6,7 @@ import copy
 import os
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -508,6 +509,17 @@ def test_a_users_schedule_and_allocation_give_numbers_or_are_refused(given):
             lab.slimgpt(model, windows(), 0.5, **shares, progress=False)
     with pytest.raises(ValueError, match="gives 1 shares; expected one for each of"):
         lab.slimgpt(model, windows(), 0.5, allocation=lambda *_: [0.5], progress=False)
+
+
+def test_a_function_of_any_kind_is_a_schedule_and_an_allocation(tmp_path):
+    class Rule:
+        def __call__(self, first, *_):
+            return [first] * 6 if isinstance(first, float) else 4
+
+    for rule in (Rule(), partial(Rule().__call__), lambda *given: Rule()(*given)):
+        options = {"schedule": rule, "allocation": rule, "out_dir": tmp_path / str(id(rule))}
+        _, plan = lab.slimgpt(random_model("llama"), windows(), 0.3, **options, progress=False)
+        assert lab.PruningPlan.load(plan.save(tmp_path / "plan.json")).origin == plan.origin
 
 
 @pytest.mark.parametrize("bias", ["refit", "add", "keep"])

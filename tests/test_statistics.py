@@ -123,6 +123,15 @@ def test_a_kept_file_is_used_only_for_the_same_tokens(tmp_path, tiny, tiny_domai
     assert lab.collect_statistics(model, longer, path, progress=False).n_tokens == 512
 
 
+def test_a_loader_is_read_as_often_as_it_takes(tmp_path, model, probe):
+    path, rows = tmp_path / "s.safetensors", [{"input_ids": row} for row in probe]
+    lab.collect_statistics(model, [{"input_ids": probe[:1]}], path, progress=False)
+    for _ in range(2):
+        loader = torch.utils.data.DataLoader(rows)
+        found = lab.collect_statistics(model, loader, path, progress=False)
+        assert found.n_tokens == probe.numel()
+
+
 def test_a_damaged_file_is_refused(tmp_path):
     (tmp_path / "s.safetensors").write_bytes(b"not a tensor file")
     with pytest.raises(ValueError, match="no readable statistics"):

@@ -78,7 +78,8 @@ class Scores:
     def highest_cut(self, keep: dict[str, list[list[int]]], site: str = "ffn") -> float:
         """The highest score among the units that leave: for a global cut, its threshold ε."""
         layers = zip(self.values[site], keep[site], strict=True)
-        return float(max(np.delete(values, units).max(initial=0) for values, units in layers))
+        gone = np.concatenate([np.delete(values, units) for values, units in layers])
+        return float(gone.max()) if len(gone) else 0.0
 
     def require(self, model: PreTrainedModel) -> dict[str, list[np.ndarray]]:
         """The values, if they are of this model: one finite number for each of its units.

@@ -6,6 +6,7 @@ after it, it makes only there: no passage is ever encoded by itself.
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,8 +15,11 @@ from itertools import accumulate
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from ..checks import InvalidArgument
+
 #: Stands between two passages; it counts with the passage that it follows.
 SEPARATOR = "\n\n"
+_HALF = re.compile("[\ud800-\udfff]")  # a surrogate: JSON may hold one by itself
 _MARGIN = 64  # least tokens between those that are taken and the end of what was encoded
 
 
@@ -45,7 +49,19 @@ def as_passages(texts: Sequence[str] | str) -> Sequence[str]:
 
 
 def encode(text: str, tokenizer: PreTrainedTokenizerBase, **options) -> dict:
-    """A text as the tokenizer encodes it, whole and without special tokens."""
+    """A text as the tokenizer encodes it, whole and without special tokens.
+
+    Raises
+    ------
+    InvalidArgument
+        If the text holds half a character, which no encoding has.
+    """
+    half = _HALF.search(text)
+    if half:
+        raise InvalidArgument(
+            f"the text holds {half[0]!r}, half of a character, in {text[half.start() :][:20]!r}; "
+            "expected characters: put text.encode('utf-8', 'replace').decode() instead"
+        )
     return tokenizer(
         text, add_special_tokens=False, truncation=False, padding=False, verbose=False, **options
     )
@@ -141,17 +157,30 @@ def _tokens_before(
     alone = [encode(text, tokenizer)["input_ids"] for text in [*pieces, *passages[-1:]]]
     if [token for piece in alone for token in piece] == ids:  # no token crosses
         return [0, *accumulate(map(len, alone[:-1]))]
-    counts, text = [0], ""
+    counts, text, known = [0], "", (0, 0)
     for piece in pieces:
         text += piece
         # The last place at which the text so far is encoded as in the whole: a token ends there.
         # If that is before the passage's end, the next token begins there and reaches over.
-        for stop in range(len(text), -1, -1):
-            before = encode(text[:stop], tokenizer)["input_ids"]
-            if before == ids[: len(before)]:
-                counts.append(len(before) + (stop < len(text)))
-                break
+        near = _last_token_end(text, known, max(known[0] + 1, len(text) - _MARGIN), ids, tokenizer)
+        known = near or _last_token_end(text, (0, 0), 0, ids, tokenizer)
+        counts.append(known[1] + (known[0] < len(text)))
     return counts
+
+
+def _last_token_end(
+    text: str, known: tuple[int, int], least: int, ids: list[int], tokenizer
+) -> tuple[int, int] | None:
+    """The last place, not before `least`, at which a token ends, and how many tokens end by then.
+
+    Only text after a place that is known is encoded: the whole again and again takes too long.
+    """
+    begin, count = known
+    for stop in range(len(text), least - 1, -1):
+        between = encode(text[begin:stop], tokenizer)["input_ids"]
+        if between == ids[count : count + len(between)] and (between or not least):
+            return stop, count + len(between)
+    return None
 
 
 def common_beginning(first: Sequence[int], second: Sequence[int]) -> int:

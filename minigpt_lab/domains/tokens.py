@@ -214,7 +214,7 @@ def unpadded(batches: Iterable[dict[str, torch.Tensor]]) -> Iterator[torch.Tenso
     found = False
     for place, batch in enumerate(batches):
         check_batch(f"batches[{place}]", batch)
-        ids, mask = batch["input_ids"], batch.get("attention_mask")
+        ids, mask = batch["input_ids"].long(), batch.get("attention_mask")
         whole = mask is None or bool(mask.all())
         for part in (
             (ids,)

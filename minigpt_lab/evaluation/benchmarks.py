@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..assets import first_line, hub_in_reach
 from ..checks import Integer, ListOf, Location, Model, Tokenizer, checked
-from ..domains import encode
+from ..domains import encode, window_prefix
 from ..guards import restoring
 from ..runtime import inference, seeded
 from ..vocabulary import tokenizer_for
@@ -124,13 +124,18 @@ def _completed(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> di
 
 @functools.cache
 def _harness() -> type:
-    """lm-eval's wrapper of a model, mended for texts that are scored from their first token on."""
+    """lm-eval's wrapper of a model, mended for tokenizers that put tokens around texts."""
     from lm_eval.models.huggingface import HFLM
 
     class Harness(HFLM):
-        """With one beginning-of-text token before a whole text, not two."""
+        """With what begins a text in front of it, once, and nothing behind it."""
 
         rolling = False
+
+        @functools.cached_property
+        def beginning(self):
+            """Ids that the tokenizer puts before every text."""
+            return window_prefix(self.tokenizer)
 
         def loglikelihood_rolling(self, requests, disable_tqdm=False):
             """Score whole texts; the token that they begin with is put in front of them here."""
@@ -140,12 +145,14 @@ def _harness() -> type:
             finally:
                 self.rolling = False
 
-        def tok_encode(self, string, add_special_tokens=None, **options):
-            """Leave that token out where it would be there twice, and the second one scored."""
-            if not self.rolling:
-                return super().tok_encode(string, add_special_tokens, **options)
-            ids = super().tok_encode(string, False, **options)
-            return ids[1:] if ids[:1] == [self.prefix_token_id] else ids
+        def tok_encode(self, string, add_special_tokens=None):
+            """A token that ends texts would be scored for what continues the prompt."""
+            ids, begin = encode(string, self.tokenizer)["input_ids"], self.beginning
+            if self.rolling:
+                ids = ids[1:] if ids[:1] == [self.prefix_token_id] else ids
+            elif add_special_tokens is not False and ids[: len(begin)] != begin:
+                ids = begin + ids
+            return ids
 
     return Harness
 

@@ -288,7 +288,10 @@ def generate(
     check_token_ids(model, ids)
     ids = ids.to(model.device)
     with inference(model), _greedy(model, max_new_tokens):
-        output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids))
+        output = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids),
+            generation_config=model.generation_config,
+        )  # fmt: skip
     # A piece by itself may be decoded otherwise (without its first space): decode both, and cut.
     before, whole = (
         tokenizer.decode(tokens, skip_special_tokens=True) for tokens in (ids[0], output[0])
@@ -301,8 +304,9 @@ def generate(
 @restoring
 def _greedy(model: PreTrainedModel, max_new_tokens: int) -> Iterator[None]:
     """Within: nothing of the model's own generation settings counts but its end of text."""
-    own = model.generation_config
-    end = own.eos_token_id if own.eos_token_id is not None else model.config.eos_token_id
+    own = model.generation_config  # None where someone took it away
+    end = getattr(own, "eos_token_id", None)
+    end = model.config.eos_token_id if end is None else end
     ends = end if isinstance(end, list) else [end]
     model.generation_config = GenerationConfig(
         do_sample=False, num_beams=1, max_new_tokens=max_new_tokens,
