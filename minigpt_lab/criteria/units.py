@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..assets import nearest
-from ..checks import InvalidArgument, refuse
+from ..checks import InvalidArgument, OneOf, refuse
 from ..families import ALL_SITES, ATTENTION_UNITS, Anatomy, Projection, weight_axis
 from ..statistics import Statistics, collect_statistics
 
