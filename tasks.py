@@ -120,7 +120,7 @@ def environment() -> str:
 
 TASKS = {
     **{task: partial(kit, task) for task in ("run", "sweep", "results", "report")},
-    "test": lambda rest: python("-m", "pytest", *rest),
+    "test": lambda rest: python("-m", "pytest", "-n", "2", "--dist", "loadfile", *rest),
     "lab": lambda rest: python("-m", "jupyter", "lab", "notebooks", *rest),
     "tiny": lambda rest: python("data/models/train.py", *rest),
     "lock": lock,

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from .checks import as_json
 from .locations import file_to_read, file_to_write
 from .storage import Damaged, explained, kept, make_folder, returned_anyway
 
@@ -47,7 +48,7 @@ class Ledger:
         compute : callable
             Gives the result, as plain data.
         """
-        key = content_hash([json.dumps(recipe, sort_keys=True)])
+        key = content_hash([json.dumps(as_json(recipe), sort_keys=True)])
         if key not in self.found:
             self.found[key] = compute()
             if self.path is not None:

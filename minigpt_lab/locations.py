@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from pathlib import Path
 
 
@@ -65,7 +66,11 @@ def folder_to_write(path: str | os.PathLike) -> Path:
     """
     final = located(path)
     require_makeable(final)
-    if os.path.lexists(final) and not final.is_dir():
+    try:  # one look: another process may be replacing it
+        folder = stat.S_ISDIR(final.stat().st_mode)
+    except OSError:
+        folder = not final.is_symlink()  # not there yet, or a link to nothing
+    if not folder:
         raise UnusablePath(f"{final} is a file; expected a folder; choose another path")
     if final.is_dir() and not os.access(final, os.W_OK | os.X_OK):
         raise UnusablePath(f"{final} is read-only; make it writable or choose another path")

@@ -108,16 +108,21 @@ def test_a_budget_reads_no_more_text_than_it_needs(words, monkeypatch):
     assert len(whole(texts[: len(chosen) + 1], words)) > 900
 
 
-def test_half_a_character_is_refused(words):
-    """JSON may hold one: an emoji cut in two."""
-    text, model = f"The court {chr(0xD83D)} held", model_of(words)
-    for use in (
-        lambda: token_ids([text, "x"], words), lambda: lab.perplexity(model, words, text),
-        lambda: lab.generate(model, words, text, 2), lambda: lab.tokenize(text, words, 4),
-        lambda: lab.answer_questions(model, words, [lab.Question("The", (text, "b"), 0)]),
-    ):  # fmt: skip
-        with pytest.raises(ValueError, match="half of a character, in .*; expected characters"):
-            use()
+def test_half_a_character_becomes_the_sign_for_none(words):
+    """JSON may hold one: an emoji cut in two. No tokenizer takes it."""
+    text, whole_text = f"The court {chr(0xD83D)} held", "The court \ufffd held"
+    with pytest.raises(ValueError, match="half of a character, in .*; expected characters"):
+        token_ids([text, "x"], words)
+    for batch, other in zip(
+        lab.tokenize(text, words, 4), lab.tokenize(whole_text, words, 4), strict=True
+    ):
+        assert torch.equal(batch["input_ids"], other["input_ids"])
+    model = model_of(words)
+    assert (
+        lab.perplexity(model, words, text).value == lab.perplexity(model, words, whole_text).value
+    )
+    assert lab.generate(model, words, text, 2) == lab.generate(model, words, whole_text, 2)
+    assert lab.Question("The", (text, "b"), 0).choices[0] == whole_text
 
 
 def test_what_stands_before_every_text(words):

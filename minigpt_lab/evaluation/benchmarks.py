@@ -172,7 +172,9 @@ def _resolved(tasks, include_path: str | os.PathLike | None) -> tuple:
             names.append(task)
     for folder in folders:
         if not folder.is_dir():
-            raise FileNotFoundError(f"{folder} is no folder; expected one with task files (.yaml)")
+            raise FileNotFoundError(
+                f"{str(folder)!r} is no folder; expected one with task files (.yaml)"
+            )
     paths = tuple(dict.fromkeys(map(str, folders)))
     local = TaskManager(include_path=list(paths), include_defaults=False)
     if names and set(names) <= set(local.all_subtasks):

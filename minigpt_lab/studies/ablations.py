@@ -15,7 +15,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..checks import Instance, Integer, ListOf, Model, Table, Text, checked
+from ..checks import Instance, Integer, ListOf, Model, Table, Text, as_json, checked
 from ..compensation import Problem, Solver, problem, solve
 from ..domains import Part, excerpt, tokenize, unpadded
 from ..efficiency import timed
@@ -109,7 +109,7 @@ def slimgpt_variants(
         mini, plan = model, None
         if options is not None:
             long = options.get("allocation") == "search"
-            name = content_hash([json.dumps([*recipe, key], sort_keys=True)])
+            name = content_hash([json.dumps(as_json([*recipe, key]), sort_keys=True)])
             kept = Path(out_dir) / f"search-{name[:8]}" if long and out_dir else None
             mini, plan = slimgpt(model, **options, out_dir=kept, progress=long)
         return {

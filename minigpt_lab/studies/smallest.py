@@ -13,7 +13,18 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..checks import Batches, Flag, Instance, Integer, Location, Model, Number, Tokenizer, checked
+from ..checks import (
+    Batches,
+    Flag,
+    Instance,
+    Integer,
+    Location,
+    Model,
+    Number,
+    Tokenizer,
+    as_json,
+    checked,
+)
 from ..domains import Domain
 from ..evaluation import perplexity
 from ..families import Anatomy
@@ -177,5 +188,5 @@ def smallest_within(
 
 
 def _folder(out_dir: str | os.PathLike, ratio: float, recipe: dict) -> Path:
-    key = content_hash([json.dumps(recipe, sort_keys=True)])
+    key = content_hash([json.dumps(as_json(recipe), sort_keys=True)])
     return Path(out_dir) / f"ratio-{ratio:.6f}-{key[:8]}"
