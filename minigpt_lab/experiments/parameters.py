@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 
 from ..assets import DATA, nearest, read_toml
-from ..checks import Location, Text, refuse
+from ..checks import Location, refuse
 from ..files import read_json, read_text
 
 NOTEBOOKS = DATA.parent / "notebooks"
@@ -94,7 +94,8 @@ def find_notebook(name: str | os.PathLike) -> Path:
     ValueError
         If no notebook, or more than one, begins so.
     """
-    path = Path((Text() | Location())("notebook", name)).expanduser()
+    nothing = isinstance(name, str) and not name
+    path = Path("" if nothing else Location()("notebook", name)).expanduser()
     if path.suffix == ".ipynb" and path.is_file():
         return path.resolve()
     names, name = notebook_names(), str(name)
