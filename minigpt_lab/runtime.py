@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
-import inspect
 import json
 import random
 import weakref
@@ -195,21 +194,3 @@ def check_token_ids(model: PreTrainedModel, input_ids: torch.Tensor) -> None:
             f"windows of {input_ids.shape[1]} tokens are longer than this model's {longest}; use a "
             "shorter seq_len"
         )
-
-
-def padded(
-    model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor
-) -> dict[str, torch.Tensor]:
-    """A model's inputs on its device; padding on the left shifts no position.
-
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel
-        Whose inputs they become.
-    ids, mask : torch.Tensor
-        ``[batch, token]``; the mask is 0 at padding.
-    """
-    inputs = {"input_ids": ids, "attention_mask": mask}
-    if "position_ids" in inspect.signature(model.forward).parameters:
-        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
-    return {name: tensor.to(model.device) for name, tensor in inputs.items()}
