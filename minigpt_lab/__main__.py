@@ -10,28 +10,12 @@ import os
 import re
 import sys
 import warnings
+from typing import TYPE_CHECKING
 
-import pandas as pd
+if TYPE_CHECKING:
+    import pandas as pd
 
-from .assets import first_line
-from .experiments import (
-    EXECUTORS,
-    default_parameters,
-    find_notebook,
-    notebook_names,
-    parameters_cell,
-    read_grid,
-    read_record,
-    results,
-    run_notebook,
-    run_once,
-    sweep,
-    varying,
-    write_report,
-)
-from .locations import file_to_write
-from .storage import staged
-
+# pandas and the rooms are imported by the task that needs them: --help answers at once
 DEFAULT = "03_contextual_pruning"  # what `run` runs unasked
 _FACTS = ("notebook", "status", "smoke", "model", "device")  # shown where they differ
 
@@ -77,9 +61,6 @@ def _arguments() -> argparse.Namespace:
         "run",
         help="run a notebook with parameters",
         description="Run a notebook with parameters; print what it measured.",
-        epilog="notebooks (a beginning will do: run 03; or the path of your own):\n  "
-        + "\n  ".join(notebook_names())
-        + "\nrun NOTEBOOK --help shows its parameters.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,
     )
@@ -94,7 +75,7 @@ def _arguments() -> argparse.Namespace:
     many.add_argument("grid", help="YAML file, see notebooks/grids/")
     many.add_argument("--out", default="", help="sweep folder; default: runs/sweeps/GRID")
     many.add_argument("--jobs", type=int, help="runs at a time on this machine")
-    many.add_argument("--executor", choices=EXECUTORS, default="local")
+    many.add_argument("--executor", default="local", help="local (default) or ray")
     many.add_argument("--address", help="of the Ray cluster; default: the one this machine is in")
     table = tasks.add_parser("results", help="all records as one table")
     table.add_argument("folder", nargs="?", default="runs")
@@ -113,12 +94,30 @@ def _arguments() -> argparse.Namespace:
         words += word.split("=", 1) if joined else [word]
     arguments = parser.parse_args(words)
     if arguments.task == "run" and arguments.help and not arguments.notebook:
+        from .experiments import notebook_names
+
+        run.epilog = (
+            "notebooks (a beginning will do: run 03; or the path of your own):\n  "
+            + "\n  ".join(notebook_names())
+            + "\nrun NOTEBOOK --help shows its parameters."
+        )
         run.print_help()
         parser.exit()
     return arguments
 
 
 def _run(arguments: argparse.Namespace) -> None:
+    import pandas as pd
+
+    from .experiments import (
+        default_parameters,
+        find_notebook,
+        parameters_cell,
+        read_record,
+        run_notebook,
+        run_once,
+    )
+
     notebook = find_notebook(arguments.notebook or DEFAULT)
     if arguments.help:
         print(f"{notebook.stem}: its parameters and their defaults\n\n{parameters_cell(notebook)}")
@@ -143,6 +142,8 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _sweep(arguments: argparse.Namespace) -> int:
+    from .experiments import read_grid, sweep
+
     grid = read_grid(arguments.grid)
     given = (arguments.out, arguments.jobs, arguments.executor, arguments.address)
     table = sweep(grid, *given)
@@ -153,6 +154,10 @@ def _sweep(arguments: argparse.Namespace) -> int:
 
 
 def _results(arguments: argparse.Namespace) -> None:
+    from .checks import file_to_write
+    from .experiments import results, varying
+    from .store import staged
+
     frame = results(arguments.folder, arguments.all)
     names = frame["metric"].fillna("")
     chosen = frame[names.str.contains(arguments.metric, regex=False)]
@@ -180,6 +185,8 @@ def _blank(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _report(arguments: argparse.Namespace) -> None:
+    from .experiments import write_report
+
     print(write_report(arguments.folder, arguments.out, arguments.all))
 
 
@@ -197,7 +204,7 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (ValueError, RuntimeError, OSError) as error:
-        sys.exit(f"error: {' '.join(str(error).split()) or first_line(error)}")
+        sys.exit(f"error: {' '.join(str(error).split()) or type(error).__name__}")
     except KeyboardInterrupt:
         sys.exit("stopped; finished runs stay, and the same sweep goes on from them")
     if status:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import signal
 import subprocess
@@ -20,66 +19,14 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import torch
+from helpers import CONFIGS, random_model
 from hypothesis import settings
-from transformers import AutoModelForCausalLM
-from transformers.models.bloom import BloomConfig
-from transformers.models.gemma import GemmaConfig
-from transformers.models.gemma2 import Gemma2Config
-from transformers.models.gemma3 import Gemma3TextConfig
-from transformers.models.gpt2 import GPT2Config
-from transformers.models.gpt_neox import GPTNeoXConfig
-from transformers.models.llama import LlamaConfig
-from transformers.models.mistral import MistralConfig
-from transformers.models.opt import OPTConfig
-from transformers.models.phi import PhiConfig
-from transformers.models.phi3 import Phi3Config
-from transformers.models.qwen2 import Qwen2Config
-from transformers.models.qwen3 import Qwen3Config
 
 import minigpt_lab as lab
 from minigpt_lab.experiments.records import RECORD
 
 settings.register_profile("lab", deadline=None)  # a loaded machine is no fault
 settings.load_profile("lab")
-
-_COMMON = {
-    "vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "max_position_embeddings": 64,
-}  # fmt: skip
-_GATED = {**_COMMON, "intermediate_size": 20, "num_key_value_heads": 2}
-_MULTI_QUERY = {**_GATED, "num_key_value_heads": 1, "head_dim": 6}
-CONFIGS = {
-    "llama": LlamaConfig(**_GATED, tie_word_embeddings=True),
-    "mistral": MistralConfig(**_GATED),
-    "qwen2": Qwen2Config(**_GATED),
-    "qwen3": Qwen3Config(**_GATED, head_dim=6),
-    "opt": OPTConfig(**_COMMON, ffn_dim=20, word_embed_proj_dim=32, dropout=0.0),
-    "opt_350m": OPTConfig(
-        **_COMMON, ffn_dim=20, word_embed_proj_dim=16, do_layer_norm_before=False, dropout=0.0
-    ),
-    "phi": PhiConfig(**_COMMON, intermediate_size=20, resid_pdrop=0.0),
-    "phi3": Phi3Config(**_GATED),
-    "gemma": GemmaConfig(**_MULTI_QUERY),
-    "gemma2": Gemma2Config(**_GATED, head_dim=6, sliding_window=32, query_pre_attn_scalar=6),
-    "gemma3": Gemma3TextConfig(
-        **_MULTI_QUERY, sliding_window=32, query_pre_attn_scalar=6, sliding_window_pattern=2
-    ),
-    "gpt2": GPT2Config(**_COMMON, n_inner=20, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
-    "gpt_neox": GPTNeoXConfig(**_COMMON, intermediate_size=20),
-    "bloom": BloomConfig(**_COMMON),  # its FFN has four times the hidden size's channels
-}
-
-
-def random_model(family: str, seed: int = 0, layers: int = 3) -> torch.nn.Module:
-    """A small model of a family with every parameter random, biases too."""
-    torch.manual_seed(seed)
-    config = copy.deepcopy(CONFIGS[family])
-    config.num_hidden_layers = layers
-    model = AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.3)
-    return model
 
 
 @pytest.fixture(params=sorted(CONFIGS))
@@ -95,6 +42,15 @@ def model(family):
 @pytest.fixture
 def probe() -> torch.Tensor:
     return torch.randint(3, 97, (2, 12), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def padded(probe):
+    """A batch with padding on the left of one row and on the right of the other."""
+    mask = torch.ones_like(probe)
+    mask[0, -4:] = 0
+    mask[1, :3] = 0
+    return {"input_ids": probe, "attention_mask": mask}
 
 
 @pytest.fixture(scope="session")

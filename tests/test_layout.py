@@ -1,84 +1,88 @@
-"""Modules import only what stands before them in CONTRIBUTING.md, and none is long."""
+"""Rooms import only rooms above them in the tree of CONTRIBUTING.md; no module is long."""
 
 from __future__ import annotations
 
 import ast
-import re
+import subprocess
+import sys
 from pathlib import Path
+
+import minigpt_lab as lab
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "minigpt_lab"
-FILES = [path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py"]
+FILES = sorted(PACKAGE.rglob("*.py"))
 
 
-def order() -> list[str]:
-    """Modules and packages as listed, a package after those of its modules that are."""
-    words = (ROOT / "CONTRIBUTING.md").read_text()
-    listing = re.search(r"locations →[^\n]*(\n +→[^\n]*)+", words)[0]
-    found = []
-    for name, inner in re.findall(r"(\w+)(?: \(([^)]*)\))?", listing):
-        found += [f"{name}.{module}" for module in re.findall(r"\w+", inner)] + [name]
-    return found
-
-
-def listed(parts: tuple[str, ...], names: list[str]) -> str:
-    """The listed name that a module of the package goes by."""
-    dotted = ".".join(parts[:2])
-    return dotted if dotted in names else parts[0]
-
-
-def module(path: Path) -> tuple[str, ...]:
-    """Where in the package a file is."""
-    return path.relative_to(PACKAGE).with_suffix("").parts
+def rooms() -> list[str]:
+    """Names of the rooms, in the order of the tree: the lines of its block that name a folder."""
+    block = (ROOT / "CONTRIBUTING.md").read_text().split("```")[1]
+    return [line.split("/")[0] for line in block.splitlines() if "/ " in line]
 
 
 def imported(path: Path) -> set[tuple[str, ...]]:
-    """Modules of the package that a file imports anywhere in it."""
-    found = set()
-    package = module(path)[:-1]
+    """Modules of the package that a file imports anywhere in it, as parts of their names."""
+    modules = set()
+    package = path.relative_to(PACKAGE).parts[:-1]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
-            full = package[: len(package) - node.level + 1]
-            if node.module:
-                found.add((*full, *node.module.split(".")))
-            else:
-                found |= {(*full, alias.name) for alias in node.names}
+            base = package[: len(package) - node.level + 1]
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            modules |= {(*base, *name.split(".")) for name in names}
         elif isinstance(node, ast.Import | ast.ImportFrom):
-            absolute = [node.module] if isinstance(node, ast.ImportFrom) else []
-            absolute = absolute or [alias.name for alias in node.names]
-            inside = [name for name in absolute if name.split(".")[0] == PACKAGE.name]
+            names = [node.module] if isinstance(node, ast.ImportFrom) else []
+            names = names or [alias.name for alias in node.names]
+            inside = [name for name in names if name.split(".")[0] == PACKAGE.name]
             assert not inside, f"{path} imports {inside[0]} by its absolute name"
-    return found
+    return modules
 
 
-def test_imports_go_one_way():
-    names = order()
+def test_the_tree_names_every_room_and_nothing_else_stands_at_the_root():
+    folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert sorted(rooms()) == sorted(folders)
+    assert {path.name for path in PACKAGE.glob("*.py")} == {"__init__.py", "__main__.py"}
+
+
+def test_imports_go_up_the_tree():
+    order = rooms()
     for path in FILES:
-        parts = module(path)
-        own = listed(parts, names)
-        before = {*names[: names.index(own)], *([own] if len(parts) > 1 else [])}
-        behind = {listed(each, names) for each in imported(path)} - before
-        assert not behind, f"{path} imports {behind}, which do not stand before {own}"
+        room = path.parent.name
+        allowed = set(order[: order.index(room) + 1] if room in order else order)
+        below = {module[0] for module in imported(path)} - allowed
+        assert not below, f"{path} imports {below}, which stand below {room} in the tree"
 
 
-def test_other_modules_use_what_a_package_names():
+def test_rooms_use_what_other_rooms_name():
     for path in FILES:
-        past = [each for each in imported(path) if each[0] != module(path)[0] and len(each) > 1]
-        assert not past, f"{path} imports {past}, past the __init__ of its package"
-
-
-def test_every_module_has_its_place_and_its_line():
-    names = order()
-    packages = {name.split(".")[0] for name in names if "." in name}
-    parts = [module(path) for path in FILES]
-    there = {listed(each, names) for each in parts}
-    assert sorted(names) == sorted(there)
-    missing = {each for each in parts if each[0] in packages and listed(each, names) == each[0]}
-    assert missing == {(package, "__init__") for package in packages}
-    lines = re.findall(r"^\* `([\w.]+)`: \w", (ROOT / "CONTRIBUTING.md").read_text(), re.M)
-    assert sorted(lines) == sorted(there - packages)
+        inner = [m for m in imported(path) if m[0] != path.parent.name and len(m) > 1]
+        assert not inner, f"{path} imports {inner}, past the __init__ of that room"
 
 
 def test_no_module_is_longer_than_a_sitting():
-    lengths = {p: len(p.read_text().splitlines()) for p in PACKAGE.rglob("*.py")}
+    lengths = {path: len(path.read_text().splitlines()) for path in FILES}
     assert max(lengths.values()) <= 400, max(lengths, key=lengths.get)
+
+
+def test_no_module_is_named_as_a_standard_module_or_as_what_it_holds():
+    for path in FILES:
+        names = {
+            node.name
+            for node in ast.parse(path.read_text()).body
+            if isinstance(node, ast.FunctionDef)
+        }
+        assert path.stem not in names | set(sys.stdlib_module_names), path
+
+
+def test_public_names_exist():
+    assert [name for name in lab.__all__ if not hasattr(lab, name)] == []
+
+
+def test_import_and_help_load_no_framework():
+    code = (
+        "import sys, runpy; sys.argv = ['minigpt_lab', '--help']; import minigpt_lab\n"
+        "try: runpy.run_module('minigpt_lab', run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'torch', 'transformers', 'pandas'} & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]" and "sweep" in done.stdout

@@ -14,7 +14,7 @@ import yaml
 
 import minigpt_lab as lab
 import tasks
-from minigpt_lab.schedules import ALLOCATIONS
+from minigpt_lab.planning.allocations import ALLOCATIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -6,7 +6,7 @@ import functools
 import re
 
 import torch
-from conftest import CONFIGS
+from helpers import CONFIGS
 from tokenizers import (
     Regex,
     Tokenizer,

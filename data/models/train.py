@@ -28,7 +28,7 @@ from transformers import (
 )
 
 import minigpt_lab as lab
-from minigpt_lab.storage import staged
+from minigpt_lab.store.storage import staged
 
 FOLDER = Path(__file__).resolve().parent
 VOCABULARY, WINDOW, STRIDE = 1024, 128, 16

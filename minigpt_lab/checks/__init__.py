@@ -5,6 +5,16 @@ with (numbers of NumPy and torch become Python's), or refuses it in one sentence
 is allowed, what to do.
 """
 
+from .guards import (
+    FACTORY,
+    Snapshot,
+    hooked,
+    in_use,
+    restoring,
+    unchanged,
+    waits_for_me,
+    when_waiting,
+)
 from .objects import (
     COMPUTED,
     Batches,
@@ -17,6 +27,14 @@ from .objects import (
     check_batch,
     check_fields,
     checked,
+)
+from .paths import (
+    UnusablePath,
+    file_to_read,
+    file_to_write,
+    folder_to_write,
+    located,
+    require_makeable,
 )
 from .python_values import as_json, plain
 from .values import (
@@ -36,9 +54,11 @@ from .values import (
     Text,
     refuse,
 )
+from .words import first_line, nearest
 
 __all__ = [
     "COMPUTED",
+    "FACTORY",
     "REFUSED",
     "Array",
     "Batches",
@@ -56,14 +76,29 @@ __all__ = [
     "Model",
     "Number",
     "OneOf",
+    "Snapshot",
     "Table",
     "Text",
     "Texts",
     "Tokenizer",
+    "UnusablePath",
     "as_json",
     "check_batch",
     "check_fields",
     "checked",
+    "file_to_read",
+    "file_to_write",
+    "first_line",
+    "folder_to_write",
+    "hooked",
+    "in_use",
+    "located",
+    "nearest",
     "plain",
     "refuse",
+    "require_makeable",
+    "restoring",
+    "unchanged",
+    "waits_for_me",
+    "when_waiting",
 ]

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..guards import in_use
+from .guards import in_use
 from .python_values import well_formed
 from .values import REFUSED, AnyOf, Check, Instance, InvalidArgument, refuse
 

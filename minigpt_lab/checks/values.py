@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..assets import nearest
-from ..locations import UnusablePath, located
+from .paths import UnusablePath, located
 from .python_values import plain, well_formed
+from .words import nearest
 
 
 class InvalidArgument(ValueError, TypeError):

@@ -1,26 +1,35 @@
 """One file per way to score units; importing this package fills the registry."""
 
-from . import contextual, fluctuation, magnitude, random, sensitivity, sparsegpt, taylor, wanda
-from .fluctuation import bias_compensated
+from . import (
+    contextual,
+    fluctuation,
+    magnitude,
+    random_units,
+    sensitivity,
+    sparsegpt,
+    taylor,
+    wanda,
+)
 from .influence import block_influence
 from .scores import CRITERIA, Scores, criterion, score
 from .sensitivity import MINI_LLM
-from .units import attention_site, check_option, chosen_sites
+from .units import attention_site, by_input, check_option, chosen_sites, per_feature
 
 __all__ = [
     "CRITERIA",
     "MINI_LLM",
     "Scores",
     "attention_site",
-    "bias_compensated",
     "block_influence",
+    "by_input",
     "check_option",
     "chosen_sites",
     "contextual",
     "criterion",
     "fluctuation",
     "magnitude",
-    "random",
+    "per_feature",
+    "random_units",
     "score",
     "sensitivity",
     "sparsegpt",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..families import Anatomy
+from ..models import Anatomy
 from .scores import criterion
 from .units import known_statistics
 

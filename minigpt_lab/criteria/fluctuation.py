@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-import numpy as np
 import torch
 
-from ..checks import Flag, Instance, Model, checked
-from ..families import Anatomy, weight_axis
-from ..plan import PruningPlan
-from ..statistics import Statistics
+from ..checks import Flag, checked
+from ..models import Anatomy, weight_axis
 from .scores import criterion
 from .units import by_input, check_option, input_norms, known_statistics, per_feature, unit_scores
 
@@ -87,43 +82,3 @@ def fluctuation_scores(
                 features = anatomy.unit_positions(consumer, len(values), layer=layer)
                 layers[layer] = values / features.shape[1]
     return scores
-
-
-@checked(model=Model(), plan=Instance(PruningPlan), statistics=Instance(Statistics))
-@torch.no_grad()
-def bias_compensated(model, plan: PruningPlan, statistics: Statistics) -> PruningPlan:
-    """The plan with FLAP's bias compensation: ``b += W[:, removed] · mean(X[removed])``.
-
-    What a removed unit writes on average goes into the bias of the projection that read it, which
-    gets one where the layer had none (arXiv 2312.11983). `masked` and `shrink` carry it out.
-
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel
-        The model that the statistics and the plan are of.
-    plan : PruningPlan
-        Which units leave.
-    statistics : Statistics
-        For the mean of every feature.
-
-    Raises
-    ------
-    ValueError
-        If the plan or the statistics do not fit the model.
-    """
-    statistics.require(model)
-    anatomy, shift = plan.require(model), {}
-    for site, layers in plan.keep.items():
-        for layer, units in enumerate(layers):
-            total, consumer = plan.units[site][layer], anatomy.family.consumes[site]
-            gone = np.setdiff1d(np.arange(total), units)
-            if len(gone):
-                name, module = anatomy.name(layer, consumer), anatomy.module(layer, consumer)
-                features = anatomy.positions(consumer, gone, total, layer=layer)
-                mean = np.zeros(module.weight.shape[weight_axis(module, "input")])
-                mean[features] = statistics.mean(name, "input", "sum")[features]
-                written = per_feature(
-                    module.weight.float() * by_input(mean, module), module, "output"
-                )
-                shift[name] = written.cpu().tolist()
-    return replace(plan, shift=shift, origin={**plan.origin, "bias_compensation": True})

@@ -11,11 +11,9 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from ..checks import Batches, Model, checked
+from ..checks import Batches, Model, checked, hooked
 from ..domains import unpadded
-from ..families import Anatomy
-from ..guards import hooked
-from ..runtime import check_token_ids, inference
+from ..models import Anatomy, check_token_ids, inference
 
 
 @checked(model=Model(), batches=Batches())

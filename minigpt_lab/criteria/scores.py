@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from transformers import PreTrainedModel
 
-from ..assets import cache_folder, nearest
+from ..calibration import Statistics, tokens_hash
 from ..checks import (
     Batches,
     Flag,
@@ -26,15 +26,21 @@ from ..checks import (
     Text,
     as_json,
     checked,
+    folder_to_write,
+    nearest,
     plain,
 )
-from ..families import ALL_SITES, SITES, Anatomy
-from ..ledger import content_hash
-from ..locations import folder_to_write
-from ..runtime import fingerprint, label, require_weights
-from ..statistics import Statistics, tokens_hash
-from ..storage import Damaged, kept, returned_anyway
-from ..tensor_files import SUFFIX, read_tensors, write_tensors
+from ..models import ALL_SITES, SITES, Anatomy, fingerprint, label, require_weights
+from ..store import (
+    SUFFIX,
+    Damaged,
+    cache_folder,
+    content_hash,
+    kept,
+    read_tensors,
+    returned_anyway,
+    write_tensors,
+)
 from .units import check_option, chosen_sites
 
 

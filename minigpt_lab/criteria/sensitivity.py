@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from ..calibration import collect_gradients, estimate_gradients
 from ..checks import Flag, Integer, Number, checked
-from ..gradients import collect_gradients
-from ..spsa import estimate_gradients
 from .scores import criterion
 from .units import (
     by_input,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from ..calibration import collect_hessians, damped_inverse
 from ..checks import Integer, Number, checked
-from ..hessians import collect_hessians, damped_inverse
 from .scores import criterion
 from .units import by_input, per_feature, scored_layers, unit_scores
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from ..calibration import collect_gradients
 from ..checks import Flag, checked
-from ..gradients import collect_gradients
 from .scores import criterion
 from .units import check_option, per_feature, scored_layers, unit_scores
 

@@ -8,10 +8,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..assets import nearest
-from ..checks import InvalidArgument, OneOf, refuse
-from ..families import ALL_SITES, ATTENTION_UNITS, Anatomy, Projection, weight_axis
-from ..statistics import Statistics, collect_statistics
+from ..calibration import Statistics, collect_statistics
+from ..checks import InvalidArgument, OneOf, nearest, refuse
+from ..models import ALL_SITES, ATTENTION_UNITS, Anatomy, Projection, weight_axis
 
 #: How the scores ``[structure, …]`` of a unit's coupled structures become one. ``"last"`` is the
 #: projection that reads the units (LLM-Pruner's "last only").

@@ -8,10 +8,9 @@ from functools import partial
 import numpy as np
 import torch
 
-from ..checks import Number, checked
-from ..families import Anatomy, weight_axis
-from ..guards import hooked, restoring, unchanged
-from ..layerwise import walk
+from ..calibration import walk
+from ..checks import Number, checked, hooked, restoring, unchanged
+from ..models import Anatomy, weight_axis
 from .scores import criterion
 from .units import by_input, input_norms, known_statistics, per_feature, unit_scores
 

@@ -19,7 +19,6 @@ import numpy as np
 import pandas as pd
 from transformers import PreTrainedTokenizerBase
 
-from ..assets import DATA, nearest, packages, read_toml, remembered
 from ..checks import (
     Flag,
     Instance,
@@ -30,14 +29,16 @@ from ..checks import (
     Texts,
     Tokenizer,
     checked,
+    located,
+    nearest,
     refuse,
 )
-from ..locations import located
+from ..store import DATA, packages, read_toml, remembered
 from .passages import PASSAGE_WORDS, characters, count_words, cut, near_duplicates
 from .questions import Questions, read_questions
 from .running import token_ids
 from .sources import read_hub, read_source
-from .userfiles import FILES, exists, find_questions, read_path
+from .user_texts import FILES, exists, find_questions, read_path
 
 #: Share of the words that each part gets.
 PARTS = {"calibration": 0.25, "train": 0.45, "validation": 0.10, "test": 0.20}

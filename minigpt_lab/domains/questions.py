@@ -16,12 +16,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..assets import fetch, members, packages, remembered
 from ..checks import REFUSED, Integer, ListOf, Text, plain, refuse
-from ..files import read_text
+from ..store import fetch, members, packages, read_text, remembered
 from .passages import CJK, count_words, cut, near_duplicates, sentences, split_words
 from .sources import plain as plain_text
-from .userfiles import json_rows
+from .user_texts import json_rows
 
 PROMPT_WORDS = 20  # least words of a built question, so that there is something to go by
 CHOICE_WORDS = (5, 40)  # of a sentence that may be the choice of a built question

@@ -15,8 +15,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..assets import DATA, fetch, first_line, hub_in_reach, members, packages
-from .userfiles import LeftOut, row_texts
+from ..checks import first_line
+from ..store import DATA, fetch, hub_in_reach, members, packages
+from .user_texts import LeftOut, row_texts
 
 SPOKEN = {
     "text", "dynamic_line", "yes", "no", "offer", "accepted", "rejected", "advice", "inquire",

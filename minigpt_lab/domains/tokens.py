@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..checks import Integer, InvalidArgument, Texts, Tokenizer, check_batch, checked
-from ..vocabulary import merge_table, protected_tokens
+from ..models import merge_table, protected_tokens
 from .domain import Part
 from .running import SEPARATOR, as_passages, running_text, token_ids, window_prefix
 

@@ -18,8 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checks import Flag, Instance, Integer, ListOf, Model, OneOf, Tokenizer, checked
 from ..domains import Question
-from ..runtime import inference
-from ..vocabulary import tokenizer_for
+from ..models import inference, tokenizer_for
 from .continuations import Packed, branch_losses, longest, pack
 
 #: Each score of a choice, from its row in `Answers.frame`. The highest wins of `HIGHEST`, else the

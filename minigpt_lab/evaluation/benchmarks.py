@@ -14,12 +14,10 @@ from pathlib import Path
 import pandas as pd
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..assets import first_line, hub_in_reach
-from ..checks import Integer, ListOf, Location, Model, Tokenizer, checked
+from ..checks import Integer, ListOf, Location, Model, Tokenizer, checked, first_line, restoring
 from ..domains import encode, window_prefix
-from ..guards import restoring
-from ..runtime import inference, seeded
-from ..vocabulary import tokenizer_for
+from ..models import inference, seeded, tokenizer_for
+from ..store import hub_in_reach
 
 # lm-eval and all it brings along takes seconds to import: it is imported where it is used.
 

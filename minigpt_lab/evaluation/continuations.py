@@ -18,7 +18,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..domains import common_beginning, encode, window_prefix
-from ..runtime import check_token_ids
+from ..models import check_token_ids
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,19 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..checks import Flag, Integer, InvalidArgument, Model, Text, Texts, Tokenizer, checked
+from ..checks import (
+    Flag,
+    Integer,
+    InvalidArgument,
+    Model,
+    Text,
+    Texts,
+    Tokenizer,
+    checked,
+    restoring,
+)
 from ..domains import Part, excerpt, running_text, token_ids, window_prefix
-from ..guards import restoring
-from ..runtime import check_token_ids, inference
-from ..vocabulary import tokenizer_for
+from ..models import check_token_ids, inference, tokenizer_for
 
 
 @dataclass(frozen=True)

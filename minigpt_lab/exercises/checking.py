@@ -7,8 +7,7 @@ import math
 from collections.abc import Callable
 from typing import get_type_hints
 
-from ..assets import first_line, nearest
-from ..checks import InvalidArgument
+from ..checks import InvalidArgument, first_line, nearest
 from .verdicts import Members, Name, Number, Plan, Verdict
 
 #: Exercises by name: from what a notebook holds to an answer's kind, the right one and those that

@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from transformers import PreTrainedModel
 
-from ..families import Anatomy
+from ..models import Anatomy
 from .checking import exercise
 from .verdicts import Count, Name, Number, Share
 

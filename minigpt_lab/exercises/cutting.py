@@ -8,12 +8,10 @@ import numpy as np
 import pandas as pd
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..calibration import Statistics
 from ..criteria import score
 from ..domains import Part
-from ..families import Anatomy
-from ..plan import PruningPlan
-from ..sizes import model_size, token_parameters
-from ..statistics import Statistics
+from ..models import Anatomy, PruningPlan, model_size, token_parameters
 from ..studies import activation_frame
 from .checking import exercise
 from .verdicts import Count, Members, Name, Number, Plan, Share

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..domains import Part, Question
 from ..evaluation import Answers
-from ..plan import PruningPlan
+from ..models import PruningPlan
 from .checking import exercise
 from .verdicts import Count, Members, Name, Number, Share
 

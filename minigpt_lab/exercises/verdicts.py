@@ -16,8 +16,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from ..assets import nearest
-from ..plan import PruningPlan
+from ..checks import nearest
+from ..models import PruningPlan
 
 
 @dataclass(frozen=True)

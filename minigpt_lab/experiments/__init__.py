@@ -1,5 +1,6 @@
 """Notebooks as experiments: run with parameters, swept over grids, recorded and compared."""
 
+from .comparisons import measurements, pareto, select, smallest
 from .grids import read_grid
 from .parameters import default_parameters, find_notebook, notebook_names, parameters_cell
 from .records import read_record, results, varying
@@ -11,14 +12,18 @@ __all__ = [
     "EXECUTORS",
     "default_parameters",
     "find_notebook",
+    "measurements",
     "notebook_names",
     "parameters_cell",
+    "pareto",
     "read_grid",
     "read_record",
     "record",
     "results",
     "run_notebook",
     "run_once",
+    "select",
+    "smallest",
     "sweep",
     "varying",
     "write_report",

@@ -11,9 +11,19 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..assets import first_line, nearest
-from ..checks import Flag, Instance, ListOf, Location, Number, OneOf, Text, checked
-from ..files import read_text
+from ..checks import (
+    Flag,
+    Instance,
+    ListOf,
+    Location,
+    Number,
+    OneOf,
+    Text,
+    checked,
+    first_line,
+    nearest,
+)
+from ..store import read_text
 from .records import read_records
 
 #: What one perplexity can be compared with: same model, same windows of the same text. The labels

@@ -14,8 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..assets import nearest
-from ..checks import Instance, ListOf, Location, Number, checked
+from ..checks import Instance, ListOf, Location, Number, checked, nearest
 from .parameters import (
     absolute,
     cells,

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import yaml
 
-from ..assets import DATA, nearest, read_toml
-from ..checks import Location, refuse
-from ..files import read_json, read_text
+from ..checks import Location, nearest, refuse
+from ..store import DATA, read_text, read_toml, read_user_json
 
 NOTEBOOKS = DATA.parent / "notebooks"
 SMOKE = NOTEBOOKS / "smoke.yaml"
@@ -121,7 +120,7 @@ def cells(notebook: Path) -> list[dict]:
     ValueError
         If it is no notebook.
     """
-    content = read_json(notebook)
+    content = read_user_json(notebook)
     found = content.get("cells") if isinstance(content, dict) else None
     if not isinstance(found, list) or not all(map(_is_cell, found)):
         raise ValueError(f"{notebook} is no notebook: its cells cannot be read")

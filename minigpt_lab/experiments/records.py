@@ -21,9 +21,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..assets import DATA
 from ..checks import Flag, Location, as_json, checked
-from ..storage import kept, read_json, remove_empty, staged
+from ..store import DATA, kept, read_json, remove_empty, staged
 
 ROOT = DATA.parent
 RECORD = "record.json"

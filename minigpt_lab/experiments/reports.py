@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..checks import Flag, Location, OneOf, checked
+from ..checks import Flag, Location, OneOf, checked, file_to_write, located
 from ..figures import pareto_front, png_bytes
-from ..locations import file_to_write, located
-from ..storage import staged
+from ..store import staged
 from .comparisons import measurements, pareto, select
 from .records import read_records, results, varying
 

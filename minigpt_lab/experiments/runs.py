@@ -16,13 +16,24 @@ import torch
 from filelock import FileLock
 from transformers import PreTrainedModel
 
-from ..assets import first_line
-from ..checks import Flag, Instance, Location, Model, OneOf, Text, as_json, checked, plain, refuse
+from ..checks import (
+    Flag,
+    Instance,
+    Location,
+    Model,
+    OneOf,
+    Text,
+    as_json,
+    checked,
+    file_to_write,
+    first_line,
+    folder_to_write,
+    plain,
+    refuse,
+)
 from ..domains import Domain
-from ..ledger import content_hash
-from ..locations import file_to_write, folder_to_write
-from ..runtime import fingerprint, label
-from ..storage import kept, read_json, staged
+from ..models import fingerprint, label
+from ..store import content_hash, kept, read_json, staged
 from .parameters import (
     CIRCUMSTANCES,
     absolute,

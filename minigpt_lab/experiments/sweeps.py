@@ -22,9 +22,7 @@ import pandas as pd
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-from ..assets import first_line
-from ..checks import Instance, Integer, Location, OneOf, Text, checked
-from ..locations import folder_to_write
+from ..checks import Instance, Integer, Location, OneOf, Text, checked, first_line, folder_to_write
 from .grids import Grid, run_id
 from .parameters import NOTEBOOKS, find_notebook
 from .records import (

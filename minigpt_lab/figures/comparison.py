@@ -15,15 +15,7 @@ from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator
 
 from ..checks import InvalidArgument, OneOf
 from .frames import drawn
-from .style import (
-    METHOD_STYLE,
-    colour,
-    log_labels,
-    log_ticks,
-    look,
-    new_figure,
-    side_legend,
-)
+from .style import METHOD_STYLE, colour, log_labels, log_ticks, look, new_figure, side_legend
 
 _REACH = 30  # times the dense perplexity; what is worse is named, not drawn
 

@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image
 
 from ..checks import Instance, Table, Text, checked
-from ..sizes import Size
+from ..models import Size
 from ..studies import COMPONENTS, Magnitudes, Reading
 from .style import COMPONENT_STYLE, PART_STYLE, STYLE, colour, log_ticks
 

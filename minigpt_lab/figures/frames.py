@@ -11,8 +11,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ..assets import first_line, nearest
-from ..checks import Instance, InvalidArgument, Text
+from ..checks import Instance, InvalidArgument, Text, first_line, nearest
 from .style import STYLE
 
 _LONGEST = 40  # characters of a name

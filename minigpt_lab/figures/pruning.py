@@ -14,16 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from .frames import drawn
-from .style import (
-    METHOD_STYLE,
-    PART_STYLE,
-    heat,
-    log_labels,
-    look,
-    new_figure,
-    percent,
-    with_note,
-)
+from .style import METHOD_STYLE, PART_STYLE, heat, log_labels, look, new_figure, percent, with_note
 
 _SIZES = {"stored": "D-", "non-zero": "P:"}  # black: no method has that colour or these signs
 _UNITS = {  # what ε is compared with

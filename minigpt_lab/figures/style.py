@@ -23,9 +23,8 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import get_font_names
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
-from ..checks import Instance, ListOf, Location, Text, checked
-from ..locations import file_to_write, located
-from ..storage import staged
+from ..checks import Instance, ListOf, Location, Text, checked, file_to_write, located
+from ..store import staged
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "h")  # what grey print tells apart

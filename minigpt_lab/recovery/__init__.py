@@ -1,5 +1,6 @@
 """Short fine-tuning after pruning, of all weights or of LoRA adapters."""
 
 from .finetuning import recover
+from .presets import RECOVERY_PRESETS
 
-__all__ = ["recover"]
+__all__ = ["RECOVERY_PRESETS", "recover"]

@@ -12,9 +12,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..assets import nearest
-from ..families import Anatomy, weight_axis
-from ..guards import FACTORY, Snapshot, in_use, restoring, unchanged
+from ..checks import FACTORY, Snapshot, in_use, nearest, restoring, unchanged
+from ..models import Anatomy, weight_axis
 
 
 def adapter_targets(model: PreTrainedModel, wanted: Sequence[str] | None) -> list[str]:

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from ..locations import folder_to_write
-from ..storage import (
+from ..checks import folder_to_write
+from ..store import (
     Scratch,
     clear_scratch,
     kept,

@@ -33,13 +33,10 @@ from ..checks import (
     Text,
     Tokenizer,
     checked,
-)  # fmt: skip
+)
 from ..domains import Domain, excerpt, tokenize
-from ..ledger import content_hash
-from ..offloading import is_offloaded
-from ..runtime import fingerprint, seeded
-from ..surgery import refuse_masked
-from ..vocabulary import tokenizer_for
+from ..models import fingerprint, is_offloaded, refuse_masked, seeded, tokenizer_for
+from ..store import content_hash
 from .adapters import adapted, adapter_targets
 from .checkpoints import run_folder
 from .training import KitTrainer, StopTraining

@@ -16,9 +16,8 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 from transformers.utils import logging
 
-from ..assets import first_line
+from ..checks import first_line, restoring
 from ..evaluation import perplexity
-from ..guards import restoring
 from .adapters import Trainable
 from .checkpoints import (
     STATE,

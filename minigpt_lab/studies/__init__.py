@@ -1,18 +1,99 @@
 """What the notebooks ask of the modules before: many cuts, texts or sizes beside each other."""
 
-from .analysis import activation_frame
-from .lookups import COMPONENTS, Magnitudes, Reading, read_sweep, threshold_range
-from .matrix import domain_matrix, domain_plans
-from .smallest import smallest_within
+from .ablations import (
+    PUBLISHED_DENSE,
+    PUBLISHED_FIRST_LAYER,
+    PUBLISHED_SCHEDULES,
+    calibration_amounts,
+    layer_losses,
+    layer_problems,
+    one_layer_at_a_time,
+    slimgpt_timing,
+    slimgpt_variants,
+)
+from .analysis import (
+    PAPER_EPSILONS,
+    activation_frame,
+    calibration_stability,
+    knee,
+    matched_plan,
+    measure,
+    neuron_overlap,
+    threshold_sweep,
+)
+from .lookups import (
+    COMPONENTS,
+    Magnitudes,
+    Reading,
+    read_sweep,
+    threshold_range,
+)
+from .matrix import (
+    domain_matrix,
+    domain_plans,
+    kept_overlap,
+)
+from .methods import (
+    Compensated,
+    Method,
+    gradient_methods,
+    method_comparison,
+    method_overlap,
+    method_plans,
+    method_scores,
+    realise,
+    registered_methods,
+    scoring_costs,
+    slimgpt_cuts,
+)
+from .smallest import (
+    smallest_within,
+)
+from .tables import (
+    cosine_curve,
+    parameter_budget,
+    throughput_rates,
+)
 
 __all__ = [
     "COMPONENTS",
+    "PAPER_EPSILONS",
+    "PUBLISHED_DENSE",
+    "PUBLISHED_FIRST_LAYER",
+    "PUBLISHED_SCHEDULES",
+    "Compensated",
     "Magnitudes",
+    "Method",
     "Reading",
     "activation_frame",
+    "calibration_amounts",
+    "calibration_stability",
+    "cosine_curve",
     "domain_matrix",
     "domain_plans",
+    "gradient_methods",
+    "kept_overlap",
+    "knee",
+    "layer_losses",
+    "layer_problems",
+    "matched_plan",
+    "measure",
+    "method_comparison",
+    "method_overlap",
+    "method_plans",
+    "method_scores",
+    "neuron_overlap",
+    "one_layer_at_a_time",
+    "parameter_budget",
     "read_sweep",
+    "realise",
+    "registered_methods",
+    "scoring_costs",
+    "slimgpt_cuts",
+    "slimgpt_timing",
+    "slimgpt_variants",
     "smallest_within",
     "threshold_range",
+    "threshold_sweep",
+    "throughput_rates",
 ]

@@ -15,23 +15,13 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..calibration import LayerPass, damped_inverse, enter, refit, tokens_hash
 from ..checks import Instance, Integer, ListOf, Model, Table, Text, as_json, checked
-from ..compensation import Problem, Solver, problem, solve
+from ..compensation import Problem, Search, Solver, full_precision, problem, slimgpt, solve
 from ..domains import Part, excerpt, tokenize, unpadded
-from ..efficiency import timed
-from ..elimination import full_precision
-from ..evaluation import generate, perplexity
-from ..families import Anatomy
-from ..hessians import damped_inverse, refit
-from ..layerwise import LayerPass, enter
-from ..ledger import Ledger, content_hash
-from ..plan import PruningPlan
-from ..runtime import fingerprint, inference
-from ..search import Search
-from ..shards import Shards
-from ..sizes import model_size
-from ..slimgpt import slimgpt
-from ..statistics import tokens_hash
+from ..evaluation import generate, perplexity, timed
+from ..models import Anatomy, PruningPlan, fingerprint, inference, model_size
+from ..store import Ledger, Shards, content_hash
 from .arguments import BATCHES, DRAWS, FOLDER, PAIR, PART, PROTOCOL, SHARES, TEXTS
 
 #: SlimGPT's dense model: perplexity of LLaMA-7B on WikiText2 in windows of 128.

@@ -12,18 +12,14 @@ import pandas as pd
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..calibration import Statistics
 from ..checks import Frame, Instance, Integer, ListOf, Model, Number, OneOf, Table, Text, checked
 from ..criteria import score
 from ..domains import Part, excerpt
 from ..evaluation import perplexity
-from ..families import weight_axis
-from ..ledger import Ledger, content_hash
-from ..plan import PruningPlan
+from ..models import PruningPlan, fingerprint, masked, model_size, weight_axis
 from ..planning import contextual_plan
-from ..runtime import fingerprint
-from ..sizes import model_size
-from ..statistics import Statistics
-from ..surgery import masked
+from ..store import Ledger, content_hash
 from .arguments import COUNTS, FOLDER, PAIR, PART, STATISTICS, TEXTS
 
 #: The thresholds that Mini-GPTs' grid tries (arXiv 2312.12682).

@@ -1,5 +1,6 @@
 """Checks of arguments that several studies take."""
 
+from ..calibration import Statistics
 from ..checks import (
     Array,
     Batches,
@@ -15,7 +16,6 @@ from ..checks import (
     Tokenizer,
 )
 from ..domains import Part
-from ..statistics import Statistics
 
 BATCHES = Batches(again=True)
 CACHE = Flag() | Location()

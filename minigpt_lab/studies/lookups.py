@@ -13,8 +13,8 @@ from functools import cached_property
 import numpy as np
 import pandas as pd
 
+from ..calibration import Statistics
 from ..checks import Array, Frame, Instance, Number, OneOf, Table, Text, check_fields, checked
-from ..statistics import Statistics
 
 #: What a threshold can act on, in the order of the controls.
 COMPONENTS = ("linear", "activation", "embedding")

@@ -17,7 +17,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..allocation import plan_from_scores
+from ..calibration import collect_statistics
 from ..checks import (
     Instance,
     Integer,
@@ -33,13 +33,10 @@ from ..checks import (
 from ..criteria import score
 from ..domains import Domain, Part, excerpt, tokenize
 from ..evaluation import perplexity
-from ..ledger import Ledger, content_hash
-from ..plan import PruningPlan
+from ..models import PruningPlan, fingerprint, model_size, shrink
+from ..planning import plan_from_scores
 from ..recovery import recover
-from ..runtime import fingerprint
-from ..sizes import model_size
-from ..statistics import collect_statistics
-from ..surgery import shrink
+from ..store import Ledger, content_hash
 from .analysis import set_overlap
 
 #: Cuts that no domain has chosen: all domains together, random units, smallest weights.

@@ -16,7 +16,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..allocation import plan_from_scores
+from ..calibration import Statistics, tokens_hash
 from ..checks import (
     Flag,
     Instance,
@@ -29,18 +29,14 @@ from ..checks import (
     check_fields,
     checked,
 )
-from ..criteria import CRITERIA, Scores, bias_compensated, score
+from ..compensation import bias_compensated, slimgpt
+from ..criteria import CRITERIA, Scores, score
 from ..domains import Domain, Part, excerpt
-from ..efficiency import peak_memory
-from ..evaluation import perplexity
-from ..ledger import Ledger, content_hash
-from ..plan import PruningPlan
+from ..evaluation import peak_memory, perplexity
+from ..models import PruningPlan, fingerprint, model_size, shrink
+from ..planning import plan_from_scores
 from ..recovery import recover
-from ..runtime import fingerprint
-from ..sizes import model_size
-from ..slimgpt import slimgpt
-from ..statistics import Statistics, tokens_hash
-from ..surgery import shrink
+from ..store import Ledger, content_hash
 from .analysis import set_overlap
 from .arguments import BATCHES, CACHE, FOLDER, MODEL, PAIR, PROTOCOL, SITES, STATISTICS, TEXTS
 

@@ -13,6 +13,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..calibration import tokens_hash
 from ..checks import (
     Batches,
     Flag,
@@ -25,18 +26,12 @@ from ..checks import (
     as_json,
     checked,
 )
+from ..compensation import discard, slimgpt
 from ..domains import Domain
 from ..evaluation import perplexity
-from ..families import Anatomy
-from ..ledger import Ledger, content_hash
-from ..plan import PruningPlan, whole
-from ..resumption import discard
-from ..runtime import fingerprint
-from ..schedules import allocation_name
-from ..sizes import model_size
-from ..slimgpt import slimgpt
-from ..statistics import tokens_hash
-from ..surgery import shrink
+from ..models import Anatomy, PruningPlan, fingerprint, model_size, shrink, whole
+from ..planning import allocation_name
+from ..store import Ledger, content_hash
 
 
 @checked(

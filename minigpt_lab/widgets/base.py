@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from ..checks import Function, Instance, plain, refuse
 from ..figures import png_bytes
-from ..sizes import Size
+from ..models import Size
 
 
 class Explorer:

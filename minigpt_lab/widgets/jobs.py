@@ -11,11 +11,21 @@ import ipywidgets
 from IPython.display import HTML
 from transformers import PreTrainedTokenizerBase
 
-from ..checks import Function, Instance, Integer, Text, Texts, Tokenizer, checked
+from ..checks import (
+    Function,
+    Instance,
+    Integer,
+    Text,
+    Texts,
+    Tokenizer,
+    checked,
+    hooked,
+    waits_for_me,
+    when_waiting,
+)
 from ..domains import excerpt
 from ..evaluation import perplexity
-from ..guards import hooked, waits_for_me, when_waiting
-from ..surgery import shrink
+from ..models import shrink
 from .base import alarm, escaped, size_words
 from .pruning import RatioExplorer, ThresholdExplorer
 

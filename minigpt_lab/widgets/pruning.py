@@ -9,16 +9,12 @@ import numpy as np
 import pandas as pd
 from transformers import PreTrainedModel
 
-from ..allocation import plan_from_scores
-from ..assets import nearest
-from ..checks import Array, Instance, Model, Number, Table, Text, checked
+from ..calibration import Statistics
+from ..checks import Array, Instance, Model, Number, Table, Text, checked, nearest
 from ..criteria import Scores
 from ..figures import ThresholdPicture, cut_heatmap, png_bytes
-from ..plan import PruningPlan
-from ..planning import contextual_plan
-from ..schedules import ALLOCATIONS
-from ..sizes import Size
-from ..statistics import Statistics
+from ..models import PruningPlan, Size
+from ..planning import ALLOCATIONS, contextual_plan, plan_from_scores
 from ..studies import COMPONENTS, Magnitudes, read_sweep, threshold_range
 from .base import Explorer, Page, escaped, size_words
 

@@ -13,7 +13,7 @@ import time
 from statistics import median
 
 import minigpt_lab as lab
-from minigpt_lab.widgets import ThresholdExplorer
+from minigpt_lab.widgets.pruning import ThresholdExplorer
 
 DOMAINS = ("law", "medical", "economics", "games", "translation", "general")
 REPEATS = 15

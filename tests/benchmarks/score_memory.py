@@ -21,10 +21,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import minigpt_lab as lab
+from minigpt_lab.calibration.spsa import estimate_gradients
 from minigpt_lab.criteria.units import scored_layers
-from minigpt_lab.families import SITES
-from minigpt_lab.runtime import inference
-from minigpt_lab.spsa import estimate_gradients
+from minigpt_lab.models.architectures import SITES
+from minigpt_lab.models.runtime import inference
 
 CONFIG = LlamaConfig(
     vocab_size=16_384, hidden_size=576, intermediate_size=1536, num_hidden_layers=12,

@@ -18,8 +18,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import minigpt_lab as lab
-from minigpt_lab import compensation, layerwise
-from minigpt_lab.runtime import inference
+from minigpt_lab.calibration import layer_runner as layerwise
+from minigpt_lab.compensation import layer as compensation
+from minigpt_lab.models.runtime import inference
 
 WINDOWS, SEQ_LEN = 32, 256
 PARTS = {  # what is timed: owner and name

@@ -1,0 +1,221 @@
+"""Gradients without backpropagation: two forward passes per random direction (SPSA).
+
+A direction *z* is never stored: it is drawn again from the seed wherever it is needed, one layer at
+a time, as in MeZO (arXiv 2305.17333). So a pass needs the memory of inference, and the estimate is
+kept as one number per direction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..checks import (
+    Batches,
+    Flag,
+    Integer,
+    ListOf,
+    Model,
+    Number,
+    OneOf,
+    checked,
+    hooked,
+    restoring,
+)
+from ..domains import unpadded
+from ..models import SITES, Anatomy, inference
+from .gradients import (
+    Gradients,
+    collect_gradients,
+    linear_modules,
+    refuse_non_finite,
+    window_losses,
+)
+
+_SITES = ListOf(OneOf(SITES), 1)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """``ĝ = (1/K) Σ_k c_k z_k`` with ``c_k = (L(W + εz_k) - L(W - εz_k)) / 2ε``.
+
+    Parameters
+    ----------
+    coefficients : numpy.ndarray
+        ``c`` ``[direction]``.
+    seed : int
+        Of all directions.
+    weights : dict
+        Linear layer's name to its weight, for shape and device.
+    """
+
+    coefficients: np.ndarray
+    seed: int
+    weights: dict[str, torch.Tensor]
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """The estimate for one layer, in float32; drawn anew at every call."""
+        place = list(self.weights).index(name)
+        total = torch.zeros_like(self.weights[name], dtype=torch.float32)
+        for k, c in enumerate(self.coefficients):
+            total.add_(_direction(self.seed, k, place, total), alpha=c / len(self.coefficients))
+        return total
+
+    def cosine(self, gradients: Gradients) -> float:
+        """Cosine between the estimate and the true gradient over all their weights."""
+        dot = ours = theirs = 0.0
+        for name in self.weights:
+            estimate, truth = self[name].flatten(), gradients[name].flatten()
+            dot += float(estimate @ truth)
+            ours += float(estimate @ estimate)
+            theirs += float(truth @ truth)
+        return dot / np.sqrt(ours * theirs)
+
+
+@checked(
+    model=Model(), batches=Batches(), eps=Number(above=0),
+    n_draws=Integer(1), per_sample=Flag(), seed=Integer(0),
+)  # fmt: skip
+def estimate_gradients(
+    model: PreTrainedModel,
+    batches: Iterable[dict[str, torch.Tensor]],
+    names: Iterable[str],
+    eps: float = 1e-3,
+    n_draws: int = 1,
+    per_sample: bool = False,
+    seed: int = 0,
+) -> Estimate:
+    """Simultaneous perturbation of linear layers' weights, and of nothing else.
+
+    Each layer is perturbed as it is about to run, in place, and gets its own bits back right after:
+    adding ``ε z`` and subtracting it again would not give them back. Beyond inference this takes a
+    copy of one layer and its direction. MeZO and MINI-LLM perturb all parameters; those that are
+    not scored would only add noise.
+
+    In bfloat16 a weight above ¼ moves by nothing or by more than ``ε = 10⁻³``: raise ε there.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        A supported causal language model; left as it was, bit for bit.
+    batches : iterable of dict
+        Calibration tokens; padding is left out.
+    names : iterable of str
+        Full names of the linear layers.
+    eps : float
+        ε.
+    n_draws : int
+        Directions for the text, or for each window.
+    per_sample : bool
+        Give each window directions of its own instead of measuring all along the same ones: for
+        as many passes, `n_draws` times as many directions as there are windows.
+    seed : int
+        Of the directions; the same on one kind of device.
+
+    Raises
+    ------
+    ValueError
+        If there are no tokens, an option is out of range, or a loss is not finite.
+    """
+    modules = linear_modules(model, names)
+    windows = list(unpadded(batches))
+    groups = [[row] for ids in windows for row in ids.split(1)] if per_sample else [windows]
+    coefficients = []
+    with inference(model):
+        for group in groups * n_draws:
+            losses = []
+            for step in (eps, -eps):
+                with _perturbed(modules, seed, len(coefficients), step):
+                    losses.append(_mean_loss(model, group))
+            coefficients.append((losses[0] - losses[1]) / (2 * eps))
+    weights = {name: module.weight.detach() for name, module in modules.items()}
+    return Estimate(np.array(coefficients), seed, weights)
+
+
+def _mean_loss(model: PreTrainedModel, group: list[torch.Tensor]) -> float:
+    losses = []
+    for ids in group:
+        found = window_losses(model, ids)
+        if not torch.isfinite(found).all():
+            refuse_non_finite(model, ids)
+        losses += found.tolist()
+    return float(np.mean(losses))
+
+
+def _direction(seed: int, draw: int, place: int, like: torch.Tensor) -> torch.Tensor:
+    """``z ~ N(0, I)`` of one layer, in float32."""
+    state = np.random.SeedSequence((seed, draw, place)).generate_state(1, np.uint64)[0]
+    generator = torch.Generator(like.device).manual_seed(int(state))
+    return torch.randn(like.shape, generator=generator, device=like.device, dtype=torch.float32)
+
+
+@restoring
+def _perturbed(modules: dict[str, nn.Module], seed: int, draw: int, step: float) -> Iterator[None]:
+    """While a layer runs, its weight is ``W + step · z``."""
+    kept: dict[nn.Module, torch.Tensor] = {}
+
+    def shift(place: int, module: nn.Module, _args: tuple) -> None:
+        kept[module] = module.weight.data  # the tensor itself: it is never written to
+        moved = module.weight.detach().clone()
+        module.weight.data = moved.add_(_direction(seed, draw, place, moved), alpha=step)
+
+    def restore(module: nn.Module, *_: object) -> None:
+        module.weight.data = kept[module]
+        del kept[module]
+
+    hooks = []
+    for place, module in enumerate(modules.values()):
+        hooks.append(partial(module.register_forward_pre_hook, partial(shift, place)))
+        hooks.append(partial(module.register_forward_hook, restore))
+    try:
+        with hooked(*hooks):
+            yield
+    finally:
+        for module in list(kept):  # interrupted between the two
+            restore(module)
+
+
+@checked(model=Model(), batches=Batches(), sites=_SITES, checkpointing=Flag())
+def gradient_cosine(
+    model: PreTrainedModel,
+    batches: Iterable[dict[str, torch.Tensor]],
+    sites: tuple[str, ...] = SITES,
+    checkpointing: bool = False,
+    **options,
+) -> float:
+    """Cosine between a zeroth-order estimate and the true gradient.
+
+    Expect about ``√(directions / weights)``: random directions of many weights are nearly
+    orthogonal to anything.
+
+    Parameters
+    ----------
+    model, batches
+        As for `score`.
+    sites : tuple of str
+        Sites whose weights are perturbed.
+    checkpointing : bool
+        Of the backpropagation.
+    **options
+        Of the estimate: ``eps``, ``n_draws``, ``per_sample``, ``seed``.
+    """
+    batches, names = list(batches), scored_weights(model, sites)
+    estimate = estimate_gradients(model, batches, names, **options)
+    return estimate.cosine(collect_gradients(model, batches, names, checkpointing=checkpointing))
+
+
+def scored_weights(model: PreTrainedModel, sites: tuple[str, ...]) -> list[str]:
+    """Names of the linear layers whose weights belong to units of some sites."""
+    anatomy = Anatomy(model)
+    return [
+        anatomy.name(layer, projection)
+        for layer in range(len(anatomy.layers))
+        for site in sites
+        for projection, _ in anatomy.coupled(site)
+    ]

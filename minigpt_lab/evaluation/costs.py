@@ -1,0 +1,223 @@
+"""What a model costs to store and to run: parameters, multiplications, memory, time."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..checks import Integer, Model, Tokenizer, checked, restoring
+from ..models import inference, label, model_size
+
+
+@checked(
+    model=Model(), tokenizer=Tokenizer(), dense=Model() | None, seq_len=Integer(1),
+    new_tokens=Integer(1), batch_size=Integer(1), repeats=Integer(1),
+)  # fmt: skip
+def efficiency(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dense: PreTrainedModel | None = None,
+    seq_len: int = 256,
+    new_tokens: int = 16,
+    batch_size: int = 1,
+    repeats: int = 5,
+) -> pd.DataFrame:
+    """Size, work, memory and speed of a model, beside those of the model it was cut from.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        Any supported model, on any device.
+    tokenizer : transformers.PreTrainedTokenizerBase
+        Whose tokens the prompts are drawn from, at random.
+    dense : transformers.PreTrainedModel, optional
+        Measured in turns with `model`, so that a drifting machine slows both alike.
+    seq_len, new_tokens, batch_size : int
+        Tokens of the prompt (prefill), tokens decoded one by one with the cache, sequences at once.
+    repeats : int
+        Timed rounds, after one that is not.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per model (``variant`` "dense" or "model"): ``stored, nonzero`` (parameters),
+        ``weight_bytes``, ``macs_per_token`` (multiply-accumulates of the prefill, per token, head
+        included), ``peak_bytes`` (weights and what prefill and decoding held at most beside them;
+        NaN where the device does not tell), ``prefill_seconds, prefill_low, prefill_high``
+        (median, fastest, slowest), the same of ``decode_`` (per token),
+        ``prefill_tokens_per_second, decode_tokens_per_second``. With `dense` also
+        ``prefill_speedup, decode_speedup`` (median of the rounds' ratios), ``mac_reduction``
+        (dense over model) and ``realised`` (speed-up of the prefill over that reduction).
+
+    Raises
+    ------
+    ValueError
+        If a count is below 1 or the prompt and the new tokens do not fit the model.
+    """
+    counts = {"seq_len": seq_len, "new_tokens": new_tokens, "batch_size": batch_size}
+    models = ({"dense": dense} if dense is not None else {}) | {"model": model}
+    for subject in models.values():
+        room = getattr(subject.config, "max_position_embeddings", None)
+        if room is not None and seq_len + new_tokens > room:
+            raise ValueError(
+                f"{seq_len} + {new_tokens} tokens do not fit {label(subject)}, which has {room} "
+                "positions; choose a smaller seq_len"
+            )
+    rounds = {name: {"prefill": [], "decode": []} for name in models}
+    peaks = dict.fromkeys(models, 0.0)
+    for turn in range(repeats + 1):
+        for name, subject in models.items():
+            with inference(subject), peak_memory(subject.device) as peak:
+                ids = _prompt(subject, tokenizer, batch_size, seq_len)
+                prefill, cache = timed(subject.device, lambda s=subject, i=ids: _prefill(s, i))
+                decode, _ = timed(
+                    subject.device, lambda s=subject, i=ids, c=cache: _decode(s, i, c, new_tokens)
+                )
+            peaks[name] = max(peaks[name], peak())
+            if turn:  # the first round warms caches and kernels up
+                rounds[name]["prefill"].append(prefill)
+                rounds[name]["decode"].append(decode / new_tokens)
+    rows = [
+        {
+            "variant": name,
+            **_facts(subject, dense, ids, peaks[name]),
+            **_speeds(rounds[name], batch_size, seq_len),
+            **counts,
+            "repeats": repeats,
+            "device": str(subject.device),
+            "dtype": str(subject.dtype).removeprefix("torch."),
+        }
+        for name, subject in models.items()
+    ]
+    table = pd.DataFrame(rows)
+    if dense is not None:
+        _compare(table, rounds)
+    return table
+
+
+def _prompt(model, tokenizer, batch_size: int, seq_len: int) -> torch.Tensor:
+    vocabulary = min(len(tokenizer), model.get_input_embeddings().weight.shape[0])
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocabulary, (batch_size, seq_len), generator=generator)
+    return ids.to(model.device)
+
+
+def _prefill(model: PreTrainedModel, ids: torch.Tensor):
+    return model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+
+
+def _decode(model: PreTrainedModel, ids: torch.Tensor, cache, new_tokens: int) -> None:
+    token = ids[:, -1:]
+    for _ in range(new_tokens):
+        found = model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        token, cache = found.logits[:, -1:].argmax(-1), found.past_key_values
+
+
+def timed(device: torch.device, act: Callable):
+    """Seconds that an act takes on the device, and what it returns."""
+    _synchronise(device)
+    start = time.perf_counter()
+    found = act()
+    _synchronise(device)
+    return time.perf_counter() - start, found
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+@contextlib.contextmanager
+def peak_memory(device: torch.device) -> Iterator[Callable[[], float]]:
+    """Within: memory is watched; the function given says how many bytes were added at most.
+
+    On CUDA by the allocator, on Linux by the process's resident size; elsewhere NaN.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield lambda: torch.cuda.max_memory_allocated(device) - before
+    elif device.type == "cpu" and _reset_high_water():
+        before = _resident("VmRSS")
+        yield lambda: max(_resident("VmHWM") - before, 0)
+    else:
+        yield lambda: float("nan")
+
+
+def _reset_high_water() -> bool:
+    """Start the process's peak resident size anew; only Linux can."""
+    with contextlib.suppress(AttributeError):  # glibc: what is free would be used again unseen
+        ctypes.CDLL(None).malloc_trim(0)  # first, or what it gives back would count as a peak
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _resident(field: str) -> int:
+    """Bytes of a memory field of this process's status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def macs_per_token(model: PreTrainedModel, ids: torch.Tensor) -> float:
+    """Multiply-accumulates per token of a prompt ``[batch, tokens]``, counted by running it once.
+
+    With eager attention: the counter does not see into a CPU's fused attention.
+    """
+    with _eager(model), inference(model), FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, use_cache=False)
+    return counter.get_total_flops() / 2 / ids.numel()
+
+
+@restoring
+def _eager(model: PreTrainedModel) -> Iterator[None]:
+    """Within: attention as written out in Python."""
+    before = model.config._attn_implementation
+    try:
+        model.set_attn_implementation("eager")
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def _facts(model, dense, ids: torch.Tensor, working: float) -> dict:
+    size = model_size(model, dense)
+    weights = {id(p): p.numel() * p.element_size() for p in model.parameters()}  # tied once
+    held = sum(weights.values())
+    return {
+        "stored": size.stored, "nonzero": size.nonzero, "weight_bytes": held,
+        "peak_bytes": held + working, "macs_per_token": macs_per_token(model, ids),
+    }  # fmt: skip
+
+
+def _speeds(rounds: dict[str, list[float]], batch_size: int, seq_len: int) -> dict:
+    found = {}
+    for kind, seconds in rounds.items():
+        found[f"{kind}_seconds"] = statistics.median(seconds)
+        found[f"{kind}_low"], found[f"{kind}_high"] = min(seconds), max(seconds)
+    found["prefill_tokens_per_second"] = batch_size * seq_len / found["prefill_seconds"]
+    found["decode_tokens_per_second"] = batch_size / found["decode_seconds"]
+    return found
+
+
+def _compare(table: pd.DataFrame, rounds: dict) -> None:
+    """Ratios to the dense row, in place: 1 for the dense row itself."""
+    for kind in ("prefill", "decode"):
+        pairs = list(zip(rounds["dense"][kind], rounds["model"][kind], strict=True))
+        speedup = statistics.median(before / after for before, after in pairs)
+        table[f"{kind}_speedup"] = [1.0, speedup]
+    table["mac_reduction"] = table["macs_per_token"].iloc[0] / table["macs_per_token"]
+    table["realised"] = table["prefill_speedup"] / table["mac_reduction"]

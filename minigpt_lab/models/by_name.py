@@ -1,0 +1,134 @@
+"""Models by name: the embedded ones, the hub, a local folder, a saved mini-GPT.
+
+A saved mini-GPT is an ordinary Hugging Face folder with one file more, ``minigpt_lab.json``: the
+units of every layer and the plan they came from. Sizes per architecture are data, not code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ..checks import FACTORY, Device, Dtype, Location, OneOf, checked, first_line, in_use, nearest
+from ..store import DATA, hub_in_reach, read_toml, settled
+from .conversion import converted
+from .loading import load_folder, load_pretrained, load_tokenizer, refuse_quantised
+from .merging import ADAPTER, load_adapter
+from .runtime import default_device
+from .weight_files import UnfitFolder
+
+
+def registry() -> dict[str, dict]:
+    """Models that load by name, from ``data/models.toml``."""
+    return read_toml(DATA / "models.toml")
+
+
+@checked(name_or_path=Location(), dtype=Dtype() | OneOf(["auto"]), device=Device() | None)
+def load_model(
+    name_or_path: str | os.PathLike,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model and its tokenizer.
+
+    Parameters
+    ----------
+    name_or_path : str or path
+        A name of `registry` (``"smollm2-135m"``, ``"tiny-llama"``, …), a Hugging Face hub id, a
+        local folder, a saved mini-GPT, or a folder with a LoRA adapter (merged into its base; its
+        own tokenizer is used if it has one).
+        ``"smollm2-135m"`` is dequantised from a 4-bit (Q4_1) checkpoint of the instruct model.
+    dtype : str or torch.dtype
+        ``"auto"`` keeps the stored type; otherwise e.g. ``"float32"`` or ``torch.bfloat16``.
+    device : str or torch.device, optional
+        Where to put the model; by default the best device of the machine.
+
+    Returns
+    -------
+    model : transformers.PreTrainedModel
+        In evaluation mode.
+    tokenizer : transformers.PreTrainedTokenizerBase
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such model; the message offers the nearest names.
+    ValueError
+        If a folder is damaged or lacks weights, a hash differs or a weight is not finite.
+    """
+    with in_use(FACTORY):
+        model, tokenizer = _open(name_or_path, dtype)
+    _refuse_non_finite(model, str(name_or_path))
+    model.to(device or default_device()).eval()
+    return model, tokenizer
+
+
+def _open(name_or_path: str | os.PathLike, dtype: str | torch.dtype, above: tuple = ()) -> tuple:
+    """A model and its tokenizer, on the CPU; `above` are the adapters that lie on it."""
+    name, folder = str(name_or_path), Path(name_or_path).expanduser()
+    # "tiny-opt" is a name of the kit, Path("tiny-opt") a folder
+    entry = None if isinstance(name_or_path, os.PathLike) else registry().get(name)
+    if entry is not None:
+        folder = DATA / entry["folder"] if "folder" in entry else converted(name, entry)
+        model = load_folder(folder, dtype)
+        model.config.minigpt_lab_origin = {
+            field: entry[field] for field in ("title", "note", "licence")
+        }
+        return model, load_tokenizer(folder)
+    if settled(folder).is_dir():
+        if (folder / ADAPTER).is_file():
+            return load_adapter(folder, above, functools.partial(_open, dtype=dtype))
+        return load_folder(folder, dtype), load_tokenizer(folder)
+    if folder.exists():
+        raise FileNotFoundError(
+            f"{folder} is a file; expected the folder that holds it, with config.json and "
+            "*.safetensors"
+        )
+    if isinstance(name_or_path, os.PathLike) or folder.is_absolute() or name.startswith("."):
+        near = nearest(folder.name, sorted(p.name for p in folder.parent.glob("*/")))
+        offer = f"; {near}" if near.startswith("did") else ""
+        raise FileNotFoundError(f"no model {name!r}: there is no such folder{offer}")
+    return _load_hub(name, dtype)
+
+
+def _load_hub(name: str, dtype: str | torch.dtype) -> tuple:
+    where = {"local_files_only": not hub_in_reach()}
+    with _hub_errors(name):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **where)
+    refuse_quantised(getattr(config, "quantization_config", None), name)
+    with _hub_errors(name):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **where)
+        return load_pretrained(name, dtype, **where), tokenizer
+
+
+@contextlib.contextmanager
+def _hub_errors(name: str) -> Iterator[None]:
+    try:
+        yield
+    except UnfitFolder:
+        raise
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"no model {name!r}: not a name of this kit ({nearest(name, list(registry()))}), not a "
+            f"local folder, and the hub said: {first_line(error)}"
+        ) from error
+
+
+def _refuse_non_finite(model: PreTrainedModel, name: str) -> None:
+    bad = [key for key, weight in model.named_parameters() if not torch.isfinite(weight).all()]
+    if bad:
+        raise ValueError(
+            f"model {name!r} has NaN or infinite weights in {bad[0]} ({len(bad)} tensors); "
+            "its file is damaged or it diverged in training: use another checkpoint"
+        )

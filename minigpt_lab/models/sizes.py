@@ -1,0 +1,181 @@
+"""How large a model is, in the ways that must not be confused, and what of it can be pruned."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+
+import pandas as pd
+from transformers import PreTrainedModel
+
+from ..checks import Model, checked
+from .anatomy import Anatomy
+from .architectures import SITES
+from .biases import given_parameters
+
+
+@dataclass(frozen=True)
+class Size:
+    """Parameters of a model, counted in the ways that must not be confused.
+
+    Parameters
+    ----------
+    stored : int
+        Parameters on disk and in memory.
+    nonzero : int
+        Stored parameters that are not zero.
+    dense : int
+        Parameters of the model before pruning.
+    layers_stored, layers_dense : int
+        Parameters inside the decoder layers, after and before.
+    paper_nonzero : int, optional
+        Parameters that the code of the Mini-GPTs paper, which removes none, would count as not
+        zero: a channel that is cut costs a row of the first projection, and the column of the
+        second still counts. Only a plan knows it (`PruningPlan.predicted_size`).
+    """
+
+    stored: int
+    nonzero: int
+    dense: int
+    layers_stored: int
+    layers_dense: int
+    paper_nonzero: int | None = field(default=None, compare=False)
+
+    @property
+    def layer_ratio(self) -> float:
+        """Share of the decoder layers' parameters that stays."""
+        return self.layers_stored / self.layers_dense
+
+    def frame(self) -> pd.DataFrame:
+        """One row with the counts and their shares of the dense model."""
+        return pd.DataFrame(
+            [
+                {
+                    **asdict(self),
+                    "stored_ratio": self.stored / self.dense,
+                    "nonzero_ratio": self.nonzero / self.dense,
+                    "layer_ratio": self.layer_ratio,
+                    "paper_nonzero_ratio": self.paper_nonzero and self.paper_nonzero / self.dense,
+                }
+            ]
+        )
+
+    def __str__(self) -> str:
+        paper = ""
+        if self.paper_nonzero is not None:
+            share = self.paper_nonzero / self.dense
+            paper = f"; {self.paper_nonzero:,} ({share:.1%}) as Mini-GPTs counts"
+        return (
+            f"stored {self.stored:,} ({self.stored / self.dense:.1%}), non-zero {self.nonzero:,} "
+            f"({self.nonzero / self.dense:.1%}) of {self.dense:,}; "
+            f"{self.layer_ratio:.1%} of the decoder layers{paper}"
+        )
+
+
+@checked(model=Model(), dense=Model() | None)
+def model_size(model: PreTrainedModel, dense: PreTrainedModel | None = None) -> Size:
+    """Count a model's parameters as they are; tied weights count once.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        Any supported model.
+    dense : transformers.PreTrainedModel, optional
+        The model it was cut from, for the ratios; by default itself.
+    """
+    dense = dense or model
+    return Size(
+        stored=sum(p.numel() for p in model.parameters()),
+        nonzero=sum(int(p.count_nonzero()) for p in model.parameters()),
+        dense=sum(p.numel() for p in dense.parameters()),
+        layers_stored=layer_parameters(model),
+        layers_dense=layer_parameters(dense),
+    )
+
+
+def layer_parameters(model: PreTrainedModel) -> int:
+    """Parameters inside the decoder layers."""
+    return sum(p.numel() for layer in Anatomy(model).layers for p in layer.parameters())
+
+
+def dense_parameters(model: PreTrainedModel) -> int:
+    """Parameters of the model that a shrunk one was cut from; those of any other model."""
+    anatomy = Anatomy(model)
+    total = sum(parameter.numel() for parameter in model.parameters()) - given_parameters(model)
+    tokens = rows = model.get_input_embeddings().weight.shape[0]
+    units = {}
+    for plan in reversed(getattr(model, "pruning_plans", [])):  # the first plan saw the dense model
+        units |= plan.units
+        tokens = max(tokens, plan.vocabulary_size)
+    for layer in range(len(anatomy.layers)):
+        before = {site: widths[layer] for site, widths in units.items()}
+        for site in SITES:
+            total += anatomy.parameters(layer, site, before) - anatomy.parameters(layer, site)
+    return total + (tokens - rows) * token_parameters(model)
+
+
+@checked(model=Model(hold=False))
+def describe(model: PreTrainedModel) -> pd.DataFrame:
+    """What can be pruned on this model.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        A causal language model of a supported family.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per site: the unit, units per layer (``min``–``max`` where layers differ), the legal
+        ratios of units removed per layer, parameters that one unit costs, and the share of the
+        model's parameters that all units of the site hold. Under grouped-query attention the query
+        heads of the site ``"attention"`` appear again as ``"balanced_heads"``, whose units are one
+        query head of every key/value group: the other way to cut the same weights.
+    """
+    anatomy = Anatomy(model)
+    grouped = max(anatomy.units("balanced_heads")) > 1
+    names = {"ffn": "channel", "attention": "key/value group" if grouped else "head"}
+    if grouped:
+        names["balanced_heads"] = "query head of every group"
+    everything = sum(parameter.numel() for parameter in model.parameters())
+    rows = []
+    for site in names:
+        units = anatomy.units(site)
+        costs = [anatomy.unit_parameters(site, layer) for layer in range(len(units))]
+        rows.append(
+            {
+                "site": site,
+                "unit": names[site],
+                "layers": len(units),
+                "units_per_layer": _span(units),
+                "legal_ratios": f"k/n for 0 ≤ k < n = {_span(units)}",
+                "parameters_per_unit": _span(costs),
+                "share_of_model": sum(map(int.__mul__, units, costs)) / everything,
+            }
+        )
+    tokens, cost = len(model.get_input_embeddings().weight), token_parameters(model)
+    rows.append(
+        {
+            "site": "vocabulary",
+            "unit": "token",
+            "layers": 1,
+            "units_per_layer": str(tokens),
+            "legal_ratios": "tokens unseen or rare; bytes and special tokens stay",
+            "parameters_per_unit": str(cost),
+            "share_of_model": tokens * cost / everything,
+        }
+    )
+    return pd.DataFrame(rows)
+
+
+def token_parameters(model: PreTrainedModel) -> int:
+    """Parameters that leave with one token: its rows of the embedding and of an untied head."""
+    cost = model.get_input_embeddings().weight.shape[1]
+    head = model.get_output_embeddings()
+    if not Anatomy(model).head_is_tied():
+        cost += head.weight.shape[1]
+    return cost + int(head is not None and getattr(head, "bias", None) is not None)
+
+
+def _span(values: list[int]) -> str:
+    low, high = min(values), max(values)
+    return str(low) if low == high else f"{low}–{high}"

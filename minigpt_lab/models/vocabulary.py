@@ -1,0 +1,261 @@
+"""The vocabulary site: which tokens stay, and a tokenizer that agrees with the model about it.
+
+Only byte-pair encodings are trimmed. A kept token brings every token it is merged from, and the
+bytes and special tokens always stay: so any text still encodes, and a text whose tokens were all
+kept encodes exactly as before.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from itertools import pairwise
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import tokenizers
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from ..checks import Integer, InvalidArgument, ListOf, Model, Tokenizer, checked
+
+#: Where a trimmed tokenizer keeps the original ids of its tokens; saved and loaded with it.
+_ORIGINAL = "minigpt_lab_original_ids"
+
+
+@dataclass(frozen=True)
+class TrimmedVocabulary:
+    """What a model with fewer tokens must remember about the tokenizer it began with.
+
+    Parameters
+    ----------
+    size : int
+        Tokens of the model before the first cut.
+    rows : tuple of int
+        Original id of every row of the embedding.
+    allowed : tuple of int
+        Original ids that a text may use; fewer than the rows only under a mask.
+    """
+
+    size: int
+    rows: tuple[int, ...]
+    allowed: tuple[int, ...]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> TrimmedVocabulary:
+        """What the model remembers, or the whole vocabulary of one that was never cut."""
+        size = model.get_input_embeddings().weight.shape[0]
+        known = getattr(model, "trimmed_vocabulary", None)
+        return known or cls(size, tuple(range(size)), tuple(range(size)))
+
+    def cut(self, kept: list[int], mask: bool) -> TrimmedVocabulary:
+        """After a further cut to `kept`, in ids of the model."""
+        allowed = tuple(self.rows[token] for token in kept)
+        return TrimmedVocabulary(self.size, self.rows if mask else allowed, allowed)
+
+
+def _model(tokenizer: PreTrainedTokenizerBase) -> dict | None:
+    """The byte-pair model of a tokenizer as JSON, or None if it is of another kind."""
+    if not tokenizer.is_fast:
+        return None
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    return model if model.get("type") == "BPE" else None
+
+
+def require_byte_pairs(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer whose vocabulary cannot be trimmed.
+
+    Raises
+    ------
+    InvalidArgument
+        Naming the kind of its vocabulary.
+    """
+    if _model(tokenizer) is not None:
+        return
+    kind = "of a Python tokenizer"
+    if tokenizer.is_fast:
+        kind = type(tokenizer.backend_tokenizer.model).__name__
+    raise InvalidArgument(
+        f"the vocabulary of {type(tokenizer).__name__} is {kind}, which cannot be trimmed; "
+        "expected byte pairs (BPE) with their merges; leave epsilon_embedding out"
+    )
+
+
+def _merges(model: dict) -> list[tuple[str, str, str]]:
+    """Merges as tokens: left, right and result."""
+    inner = model.get("continuing_subword_prefix") or ""
+    pairs = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+    return [(a, b, a + b.removeprefix(inner)) for a, b in pairs]
+
+
+def merge_table(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """Merges as token ids ``[merge, (left, right, result)]``; empty if there are none to know."""
+    model = _model(tokenizer)
+    if model is None:
+        return np.zeros((0, 3), dtype=np.int64)
+    ids = model["vocab"]
+    rows = [tuple(ids[t] for t in merge) for merge in _merges(model) if {*merge} <= ids.keys()]
+    return np.array(rows, dtype=np.int64).reshape(-1, 3)
+
+
+def protected_tokens(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """Ids that never leave: special and added tokens, and the bytes every text can fall back on."""
+    keep = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    model = _model(tokenizer)
+    if model is not None:
+        bytes_ = {f"<0x{value:02X}>" for value in range(256)}
+        if not model.get("byte_fallback"):
+            level = "ByteLevel" in tokenizer.backend_tokenizer.to_str()
+            bytes_ = set(ByteLevel.alphabet()) if level else _single(model)
+        keep |= {model["vocab"][token] for token in bytes_ if token in model["vocab"]}
+    return np.array(sorted(keep), dtype=np.int64)
+
+
+def _single(model: dict) -> set[str]:
+    """Tokens of one character, at any place in a word."""
+    inner = model.get("continuing_subword_prefix") or ""
+    last = model.get("end_of_word_suffix") or ""
+    return {t for t in model["vocab"] if len(t.removeprefix(inner).removesuffix(last)) == 1}
+
+
+def close_over_merges(kept: np.ndarray, merges: np.ndarray) -> np.ndarray:
+    """Add to the kept tokens everything they are merged from.
+
+    Parameters
+    ----------
+    kept : numpy.ndarray of bool
+        ``[vocabulary]``.
+    merges : numpy.ndarray
+        ``[merge, (left, right, result)]``.
+
+    Returns
+    -------
+    numpy.ndarray of bool
+        ``[vocabulary]``.
+    """
+    kept, before = kept.copy(), -1
+    left, right, result = merges.T
+    while before != (before := int(kept.sum())):
+        needed = kept[result]
+        kept[left[needed]] = True
+        kept[right[needed]] = True
+    return kept
+
+
+@checked(tokenizer=Tokenizer(), kept=ListOf(Integer(0), least=1))
+def trim_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, kept: np.ndarray | list[int]
+) -> PreTrainedTokenizerFast:
+    """A tokenizer with only the kept tokens, renumbered 0, 1, 2, … in their order.
+
+    Parameters
+    ----------
+    tokenizer : transformers.PreTrainedTokenizerBase
+        A byte-pair tokenizer.
+    kept : sequence of int
+        Ids of the tokens that stay, closed over merges (as a plan holds them), ascending.
+
+    Returns
+    -------
+    transformers.PreTrainedTokenizerFast
+
+    Raises
+    ------
+    ValueError
+        If the tokenizer is not a byte-pair encoding, or `kept` is not ascending.
+    """
+    if any(a >= b for a, b in pairwise(kept)):
+        raise InvalidArgument("kept is not ascending; expected each id once, in ascending order")
+    return _renumbered(tokenizer, {int(old): new for new, old in enumerate(kept)})
+
+
+def _renumbered(tokenizer: PreTrainedTokenizerBase, new: dict[int, int]) -> PreTrainedTokenizerFast:
+    """A tokenizer with the tokens of `new` (old id to new id) only."""
+    require_byte_pairs(tokenizer)
+    original = tokenizer.init_kwargs.get(_ORIGINAL)
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    added = [token for token in spec["added_tokens"] if token["id"] in new]
+    # added tokens join the model's own table: the ids of those outside it are recomputed on loading
+    vocab = {**spec["model"]["vocab"], **{token["content"]: token["id"] for token in added}}
+    vocab = {token: new[old] for token, old in vocab.items() if old in new}
+    spec["model"]["vocab"] = vocab
+    merges = _merges(spec["model"])
+    spec["model"]["merges"] = [[a, b] for a, b, both in merges if {a, b, both} <= vocab.keys()]
+    spec["added_tokens"] = [{**token, "id": new[token["id"]]} for token in added]
+    _renumber_post_processor(spec.get("post_processor"), new)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer.from_str(json.dumps(spec)),
+        **{name: token for name, token in tokenizer.special_tokens_map.items() if token in vocab},
+        **{_ORIGINAL: [original[old] if original else old for old in sorted(new, key=new.get)]},
+        model_max_length=tokenizer.model_max_length,
+        padding_side=tokenizer.padding_side,
+        clean_up_tokenization_spaces=False,
+        chat_template=tokenizer.chat_template,
+    )
+
+
+def _renumber_post_processor(node: object, new: dict[int, int]) -> None:
+    """Give the special tokens that a post-processor inserts their new ids, in place."""
+    if isinstance(node, list):
+        for child in node:
+            _renumber_post_processor(child, new)
+    elif isinstance(node, dict):
+        for key, value in node.items():
+            if key == "ids":
+                node[key] = [new[old] for old in value]
+            elif key in ("sep", "cls"):
+                node[key] = [value[0], new[value[1]]]
+            else:
+                _renumber_post_processor(value, new)
+
+
+@checked(model=Model(hold=False), tokenizer=Tokenizer())
+def tokenizer_for(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedTokenizerBase:
+    """The tokenizer that fits a model: trimmed if the model's vocabulary is, else as given.
+
+    A model whose tokens were cut (once or more) takes the tokenizer of any stage before. A special
+    token for which the model has no row is no obstacle: only a text that uses it is refused.
+
+    Raises
+    ------
+    ValueError
+        If the tokenizer does not belong to the model.
+    """
+    wanted = TrimmedVocabulary.of(model)
+    original = tokenizer.init_kwargs.get(_ORIGINAL)
+    if original is not None and len(original) == wanted.size:
+        original = None  # this very tokenizer is what the model began with
+    if original is None:
+        fits = _fits(tokenizer, model, wanted.size)
+    else:
+        fits = set(wanted.allowed) <= set(original)
+    if not fits:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model's vocabulary "
+            f"{len(wanted.rows)}: they do not belong together; use the pair that load_model returns"
+        )
+    if list(wanted.allowed) == (original or list(range(wanted.size))):
+        return tokenizer
+    known = _fitted.get(tokenizer)
+    if known is None or known[0] != wanted:
+        rows = {old: row for row, old in enumerate(wanted.rows)}
+        ids = {old: own for own, old in enumerate(original or range(wanted.size))}
+        fitted = _renumbered(tokenizer, {ids[old]: rows[old] for old in wanted.allowed})
+        known = _fitted[tokenizer] = (wanted, fitted)
+    return known[1]
+
+
+def _fits(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, rows: int) -> bool:
+    """Whether a whole vocabulary can be that of a model with so many rows."""
+    special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    if any(token >= rows for token in tokenizer.get_vocab().values() if token not in special):
+        return False
+    # Models pad their vocabulary by a few rows; by more only if both come from one place.
+    names = {tokenizer.name_or_path, model.config._name_or_path} - {""}
+    return len(tokenizer) >= 0.9 * rows or len(names) < 2
+
+
+# The last tokenizer fitted to each: a sweep asks for the same one at every point.
+_fitted: WeakKeyDictionary = WeakKeyDictionary()

@@ -1,0 +1,375 @@
+"""Files and folders written whole or not at all, and never over what the package did not write.
+
+What is being written stands in a scratch folder beside its place and takes its name in one step,
+so a call that is interrupted or killed leaves the old or the new, never half. A scratch folder is
+locked by the process that writes it: the next call removes those whose process is gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from filelock import FileLock, Timeout
+
+from ..checks import (
+    UnusablePath,
+    file_to_read,
+    file_to_write,
+    folder_to_write,
+    located,
+    require_makeable,
+)
+from . import files
+
+_LOCK, _NEW, _OLD = "owner.lock", "new", "old"
+_SUFFIX = ".writing"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+#: What a disk or its permissions refuse; other errors while writing are not about the disk.
+_TROUBLE = (*_FULL, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
+Loaded = TypeVar("Loaded")
+
+
+class NotWritten(OSError):
+    """The disk refused what was to be written: full, read-only or at a limit."""
+
+
+class Damaged(ValueError):
+    """A file of the package that cannot be read whole."""
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it.
+
+    Raises
+    ------
+    NotWritten
+        If the system refuses.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise not_written(folder, error.errno or errno.EIO) from error
+
+
+class Scratch:
+    """A folder beside what is written, locked while this process uses it.
+
+    Parameters
+    ----------
+    parent : pathlib.Path
+        Where to make it; scratch folders of processes that are gone are removed there.
+    name : str
+        What it is for.
+
+    Attributes
+    ----------
+    path : pathlib.Path
+        To write in.
+    """
+
+    def __init__(self, parent: Path, name: str):
+        make_folder(parent)
+        clear_scratch(parent)
+        here = parent.absolute()  # the working folder may be another one when it is closed
+        while True:
+            folder = tempfile.mkdtemp(prefix=f".{name[:40]}-", suffix=_SUFFIX, dir=here)
+            self.folder = Path(folder)
+            self._lock = FileLock(self.folder / _LOCK, thread_local=False)
+            # another process may clear it before it is locked
+            with contextlib.suppress(FileNotFoundError, FileExistsError):
+                self._lock.acquire()
+                if (self.folder / _LOCK).exists():
+                    break
+                self._lock.release()
+        self.path = self.folder / _NEW
+        self.path.mkdir()
+
+    def __enter__(self) -> Scratch:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Remove the folder."""
+        _put_back(self.folder)
+        shutil.rmtree(self.path, ignore_errors=True)
+        shutil.rmtree(self.folder / _OLD, ignore_errors=True)
+        self._lock.release()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def clear_scratch(parent: Path) -> None:
+    """Remove scratch folders of processes that are gone; put back what they had moved away."""
+    with contextlib.suppress(OSError):
+        for folder in [*parent.glob(f".*{_SUFFIX}")]:
+            if folder.is_dir() and not folder.is_symlink():
+                _clear(folder)
+
+
+def _clear(folder: Path) -> None:
+    with contextlib.suppress(OSError, NotImplementedError, RuntimeError, Timeout):
+        content = {path.name for path in folder.iterdir()}
+        if content and not {_LOCK} <= content <= {_LOCK, _NEW, _OLD}:
+            return  # of somebody else
+        if not content:
+            folder.rmdir()  # killed before it was locked
+            return
+        with FileLock(folder / _LOCK, timeout=0):  # or its process still runs
+            _put_back(folder)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _put_back(scratch: Path) -> None:
+    """Return what was moved away for a replacement that did not come."""
+    with contextlib.suppress(OSError):
+        for old in (scratch / _OLD).iterdir():
+            if not os.path.lexists(scratch.parent / old.name):
+                old.rename(scratch.parent / old.name)
+
+
+def settled(path: Path) -> Path:
+    """The same path, after a killed call that was replacing it has been undone."""
+    if not os.path.lexists(path):
+        clear_scratch(path.parent)
+    return path
+
+
+@contextlib.contextmanager
+def staged(path: Path, ours: Callable[[Path], set[str]] | None = None) -> Iterator[Path]:
+    """Yield a scratch path that takes the name of `path`, in one step, on success.
+
+    On an exception (Ctrl-C too) `path` is left as it was. A link is followed. A file replaces a
+    file, never a folder. A folder replaces a folder, whose other files (a user's) are kept.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+        Of the file or folder.
+    ours : callable, optional
+        Gives, for the old folder, the files (paths from it) that earlier calls wrote: they go.
+        Files that the new folder has too are replaced in any case.
+
+    Raises
+    ------
+    NotWritten
+        If the disk refuses.
+    UnusablePath
+        If the path cannot be written.
+    """
+    final = located(path).resolve()
+    require_makeable(final)
+    with explained(final), Scratch(final.parent, final.name) as scratch:
+        staging = scratch.path / final.name
+        yield staging
+        if not staging.is_dir():
+            staging.replace(file_to_write(final))
+        else:
+            _name(final, staging, scratch.folder / _OLD, ours or (lambda _: set()))
+
+
+def _name(
+    final: Path, new: Path, old: Path, ours: Callable[[Path], set[str]], again: int = 9
+) -> None:
+    """Give a folder its name; again if another process has made or removed one there meanwhile."""
+    try:
+        if os.path.lexists(final):
+            _keep_others(folder_to_write(final), new, ours(final))
+            _swap(final, new, old)
+        else:
+            new.rename(final)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY) or not again:
+            raise
+        _name(final, new, old, ours, again - 1)
+
+
+def _swap(final: Path, new: Path, old: Path) -> None:
+    """Give a new folder the name of an old one; there is one under the name at any moment.
+
+    Where the system cannot exchange two names in one step, the old one waits in the scratch folder
+    for an instant, from where `settled` would bring it back.
+    """
+    if _exchange(final, new):
+        return
+    old.mkdir(exist_ok=True)
+    final.rename(old / final.name)
+    new.rename(final)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two names in one step; False where system or file system cannot."""
+    paths = os.fsencode(one), os.fsencode(other)
+    if sys.platform == "linux":
+        name, here = "renameat2", -100  # AT_FDCWD
+        arguments = (here, paths[0], here, paths[1], 2)  # RENAME_EXCHANGE
+    elif sys.platform == "darwin":
+        name, arguments = "renamex_np", (*paths, 2)  # RENAME_SWAP
+    else:
+        return False
+    call = getattr(ctypes.CDLL(None), name, None)
+    return call is not None and call(*arguments) == 0
+
+
+def _keep_others(old: Path, new: Path, ours: set[str], above: str = "") -> None:
+    """Give a new folder what the old one holds beside our files: links to the same content."""
+    for entry in old.iterdir():
+        twin, name = new / entry.name, above + entry.name
+        if name in ours or (os.path.lexists(twin) and not twin.is_dir()):
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            twin.mkdir(exist_ok=True)
+            _keep_others(entry, twin, ours, f"{name}/")
+            if any(entry.iterdir()):
+                remove_empty(twin)  # all in it was ours
+        elif entry.is_symlink():
+            twin.symlink_to(entry.readlink())
+        else:
+            try:
+                os.link(entry, twin)
+            except OSError:  # no links on this file system
+                shutil.copy2(entry, twin)
+
+
+def remove_empty(folder: Path) -> None:
+    """Remove a folder that holds nothing; any other is left."""
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+@contextlib.contextmanager
+def explained(final: Path) -> Iterator[None]:
+    """Say in one sentence that, and why, the disk refused to take a file.
+
+    Raises
+    ------
+    NotWritten
+        With the errno of the cause.
+    """
+    try:
+        yield
+    except Exception as error:
+        number = _disk_trouble(error)
+        if number is None or isinstance(error, NotWritten | UnusablePath):
+            raise
+        raise not_written(final, number) from error
+
+
+def not_written(final: Path, number: int, remedy: str = "choose another path") -> NotWritten:
+    """The error of a disk that refused."""
+    why = os.strerror(number)
+    if number in _FULL:
+        there = next(folder for folder in final.absolute().parents if folder.is_dir())
+        why = f"{why}, {shutil.disk_usage(there).free / 2**20:.1f} MiB free"
+        remedy = f"make room or {remedy}"
+    found = NotWritten(f"{final} could not be written ({why}); {remedy}")
+    found.errno = number
+    return found
+
+
+def _disk_trouble(error: BaseException | None) -> int | None:
+    """The errno of what a disk refused, also where a library (Rust's) hides it in its words."""
+    if isinstance(error, OSError) and error.errno:
+        return error.errno if error.errno in _TROUBLE else None
+    said = re.search(r"\(os error (\d+)\)", str(error))
+    return int(said[1]) if said and int(said[1]) in _TROUBLE else None
+
+
+@contextlib.contextmanager
+def returned_anyway(what: str) -> Iterator[None]:
+    """Warn instead of raising where a result is only kept for later: it took long, and is there."""
+    try:
+        yield
+    except OSError as error:
+        warnings.warn(f"{what} returned, but not kept: {error}", stacklevel=4)
+
+
+def set_aside(path: Path, reason: str) -> None:
+    """Rename a damaged file or folder, with one line; what it held is made anew."""
+    number = 1
+    while os.path.lexists(aside := path.with_name(f"{path.name}.damaged-{number}")):
+        number += 1
+    try:
+        path.rename(aside)
+        done = f"set aside as {aside.name}"
+    except OSError as error:
+        done = f"left there ({os.strerror(error.errno or errno.EIO)})"
+    warnings.warn(
+        f"{path} is damaged ({reason}): {done}, and what it held is made anew", stacklevel=4
+    )
+
+
+def kept(path: str | os.PathLike, load: Callable[[Path], Loaded], suffix: str) -> Loaded | None:
+    """What an earlier call kept in a file; None if there is no file yet, or a damaged one.
+
+    Parameters
+    ----------
+    path : str or path
+        Where it will be written; asked before the work begins.
+    load : callable
+        Reads it; raises `Damaged` if it cannot be read, another ValueError for a file of another
+        kind.
+    suffix : str
+        Of such files: a damaged one with another name is not taken for ours.
+
+    Raises
+    ------
+    FileExistsError
+        If the file is something else: it is left alone.
+    UnusablePath
+        If the path cannot be written.
+    """
+    path = file_to_write(path)
+    if not path.exists() or not path.stat().st_size:
+        return None
+    try:
+        return load(path)
+    except Damaged as error:
+        if path.suffix != suffix:
+            raise FileExistsError(f"{error}; it is left alone: choose another path") from error
+        set_aside(path, str(error.__cause__ or error))
+        return None
+    except ValueError as error:
+        raise FileExistsError(f"{error}; it is left alone: choose another path") from error
+
+
+def read_json(path: Path) -> object:
+    """Content of a JSON file of ours.
+
+    Raises
+    ------
+    Damaged
+        If it cannot be read.
+    """
+    path = file_to_read(path)
+    try:
+        return files.read_user_json(path)
+    except ValueError as error:
+        raise Damaged(str(error)) from error
+
+
+def write_json(path: Path, content: object, indent: int | None = None) -> Path:
+    """Write a JSON file whole or not at all."""
+    text = json.dumps(content, ensure_ascii=False, indent=indent)
+    with staged(path) as staging:
+        staging.write_text(text, encoding="utf-8")
+    return path
+
+
+def sha256(path: Path) -> str:
+    """Hex SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

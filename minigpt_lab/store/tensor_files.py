@@ -1,0 +1,100 @@
+"""Tensors in one safetensors file, with what they are and a hash of their content."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ..checks import file_to_read, file_to_write, plain
+from .storage import Damaged, staged
+
+SUFFIX = ".safetensors"
+_HASH = "content_sha256"
+
+
+def write_tensors(
+    path: str | os.PathLike,
+    kind: str,
+    header: Mapping[str, object],
+    tensors: Mapping[str, torch.Tensor],
+) -> Path:
+    """Write tensors whole or not at all; an existing file is replaced if it is of the same kind.
+
+    Parameters
+    ----------
+    path : str or path
+        Of the file.
+    kind : str
+        What they are: the name of the header in the file.
+    header : mapping
+        Plain data beside them.
+    tensors : mapping
+        By name.
+
+    Raises
+    ------
+    FileExistsError
+        If `path` holds something else.
+    NotWritten
+        If the disk refuses.
+    """
+    path = file_to_write(path)
+    if path.exists() and not is_of(path, kind):
+        raise FileExistsError(
+            f"{path} exists and holds no {kind}; it is left alone: choose another path"
+        )
+    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    # one entry: the order of several is random, and so would be the file
+    metadata = json.dumps({**header, _HASH: _digest(tensors)}, default=plain)
+    with staged(path) as staging:
+        save_file(tensors, staging, {kind: metadata})
+    return path
+
+
+def read_tensors(path: Path, kind: str) -> tuple[dict, dict[str, torch.Tensor]]:
+    """Header and tensors of a file that `write_tensors` wrote.
+
+    Raises
+    ------
+    Damaged
+        If it cannot be read, or its content is no longer what was written.
+    ValueError
+        If it holds something else.
+    """
+    path = file_to_read(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if kind not in metadata:
+                raise ValueError(f"{path} is no readable {kind} file: it holds something else")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            header = json.loads(metadata[kind])
+    except (SafetensorError, json.JSONDecodeError, RecursionError) as error:
+        raise Damaged(f"{path} is no readable {kind} file ({error})") from error
+    digest = _digest(tensors)
+    if not isinstance(header, dict) or header.pop(_HASH, digest) != digest:
+        raise Damaged(f"{path} is no readable {kind} file (its content has changed)")
+    return header, tensors
+
+
+def is_of(path: Path, kind: str) -> bool:
+    """Whether a file is empty or of a kind, as far as its first bytes tell."""
+    with path.open("rb") as file:
+        head = file.read(4096)  # it may be damaged further on
+    return not head or f'"{kind}":'.encode() in head
+
+
+def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    content = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        content.update(f"{name} {tensor.dtype} {[*tensor.shape]}".encode())
+        if tensor.numel():
+            content.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return content.hexdigest()

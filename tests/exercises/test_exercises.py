@@ -1,0 +1,297 @@
+"""Exercises: asked once, solved, and helpful about whatever a student may write."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pandas as pd
+import papermill
+import pytest
+import torch
+from helpers import random_model
+from hypothesis import given
+from hypothesis import strategies as st
+
+import minigpt_lab as lab
+from minigpt_lab.exercises.checking import EXERCISES
+from minigpt_lab.exercises.verdicts import Count, Members, Name, Number, Plan, Share
+from minigpt_lab.models.anatomy import Anatomy
+
+NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
+
+
+def asked(path: Path) -> dict[str, ast.Call]:
+    """Exercise to its ``lab.check`` call, of a notebook's code cells."""
+    found = {}
+    for cell in nbformat.read(path, as_version=4).cells:
+        if cell.cell_type != "code" or "lab.check(" not in cell.source:
+            continue
+        (call,) = (
+            node
+            for node in ast.walk(ast.parse(cell.source))
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "lab.check"
+        )
+        if path.stem != "solutions":  # running all cells of a fresh notebook answers nothing
+            assert "answer = None  #" in cell.source, cell.id
+        found[call.args[0].value] = call
+    return found
+
+
+def test_every_exercise_is_asked_once_and_solved():
+    names = [name for path in NOTEBOOKS for name in asked(path) if path.stem != "solutions"]
+    assert sorted(names) == sorted(EXERCISES)
+    assert list(asked(NOTEBOOKS[-1])) == names  # in the same order
+    for path in NOTEBOOKS:
+        for name, call in asked(path).items():
+            named = {keyword.arg for keyword in call.keywords} - {None}
+            needed = set(inspect.signature(EXERCISES[name]).parameters)
+            starred = any(keyword.arg is None for keyword in call.keywords)
+            assert named <= needed if starred else named == needed, (path.stem, name)
+
+
+@pytest.mark.parametrize(
+    "domains", [["tiny-law", "tiny-games", "tiny-medical"], ["tiny-games", "tiny-economics"]]
+)
+def test_every_solution_is_right(domains, tmp_path):
+    path = NOTEBOOKS[-1]
+    assert path.stem == "solutions"
+    executed = papermill.execute_notebook(
+        str(path), str(tmp_path / path.name), {"domains": domains}, kernel_name="python3",
+        cwd=str(tmp_path), progress_bar=False, extra_arguments=["--log-level=ERROR"],
+    )  # fmt: skip
+    said = {
+        cell.id: cell.outputs[-1].data["text/plain"]
+        for cell in executed.cells
+        if cell.cell_type == "code" and "lab.check(" in cell.source
+    }
+    assert len(said) == len(EXERCISES)
+    assert not {key: line for key, line in said.items() if not line.startswith("✓")}
+
+
+@pytest.mark.parametrize("name", EXERCISES)
+@pytest.mark.parametrize("empty", [None, ...])
+def test_no_answer_yet_is_no_error(name, empty):
+    verdict = lab.check(name, empty, **dict.fromkeys(inspect.signature(EXERCISES[name]).parameters))
+    assert verdict.right is None and not verdict
+    assert str(verdict).startswith(f"· {name}: not answered yet; expected is a ")
+
+
+def test_what_is_no_answer_but_a_slip_of_the_call_is_an_error():
+    with pytest.raises(ValueError, match="no exercise 'chance'; did you mean 'chance "):
+        lab.check("chance", 0.2, share=0.3)
+    with pytest.raises(TypeError, match="'chance overlap' is computed from share; got q"):
+        lab.check("chance overlap", 0.2, q=0.3)
+
+
+SWEPT = {"component": ["linear"] * 2, "method": ["contextual", "random"], "perplexity_ratio": 2.0}
+LEVELS = {"text": "law/test", "variant": ["dense", "mild", "mild, full"], "perplexity": 7.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "held", "reason"),
+    [
+        ("advantage over random", {"final": pd.DataFrame(SWEPT), "component": "activation"},
+         "activation was not swept, only linear; give it thresholds"),
+        ("advantage over random", {"final": pd.DataFrame(SWEPT)[:1], "component": "linear"},
+         "there is no 'random'"),
+        ("recovered share", {"table": pd.DataFrame(LEVELS), "text": "law/test", "pruned": "mild",
+                             "recovered": "mild, lora"}, "there is no 'mild, lora'"),
+        ("recovered share", {"table": pd.DataFrame(LEVELS), "text": "law/test", "pruned": "mild",
+                             "recovered": "mild, full"}, "zero"),  # nothing was lost
+        ("chance level", {"questions": {}}, "concatenate"),
+        ("dominated share", {"table": pd.DataFrame({"front": []})}, "would be nan"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_computed_is_a_verdict(name, held, reason):
+    verdict = lab.check(name, 0.5, **held)
+    assert verdict.right is None and "\n" not in verdict.message
+    assert f"{name}: cannot be computed from what was measured here: " in verdict.message
+    assert reason in verdict.message
+
+
+RIGHT = 0.3 / 1.7
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (RIGHT, "right"),
+        (round(RIGHT, 3), "right"),
+        (np.float32(RIGHT), "right"),
+        (torch.tensor(RIGHT), "right"),
+        (pd.Series([RIGHT]), "right"),
+        (0.09, "this is the expected intersection; divide it by the expected union"),
+        (17.647, "this is a percentage; divide by 100"),
+        (1 - RIGHT, "this is the rest, 1 minus what is asked for"),
+        (0.05, "too small, by a factor of about 3.5"),
+        (0.18, "close, but too large"),
+        (0, "too small"),
+        (3, "a share lies between 0 and 1, this is 3"),
+        (float("nan"), "it is nan: was something divided by 0, or averaged over nothing?"),
+        ("0.176", "expected a share between 0 and 1, got the text '0.176'"),
+        (True, "expected a share between 0 and 1, got True"),
+        (np.bool_(False), "expected a share between 0 and 1, got False"),
+        ([0.1, 0.2], "expected a share between 0 and 1, got a list of 2"),
+        (np.zeros((2, 3)), "expected a share between 0 and 1, got a ndarray of shape (2, 3)"),
+        (pd.DataFrame({"a": [1, 2]}), "got a DataFrame of shape (2, 1)"),
+        (lab.perplexity, "got the function perplexity; call it, with ()"),
+        (object(), "expected a share between 0 and 1, got an object"),
+        (1j, "got a complex"),
+        (10**400, "expected a share between 0 and 1, got an int"),
+    ],
+)  # fmt: skip
+def test_a_share(answer, message):
+    verdict = lab.check("chance overlap", answer, share=0.3)
+    assert verdict.right == (message == "right") == bool(verdict)
+    assert message in verdict.message and "\n" not in str(verdict)
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.complex_numbers(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner) | st.tuples(inner, inner),
+)
+
+
+@given(ANYTHING)
+def test_no_answer_is_an_exception(answer):
+    plan = Plan(lambda _: pytest.fail("not a plan"))
+    for kind in (Number(0.25), Share(0.25), Count(3), Members({3, 5}), Name("a", ["a"]), plan):
+        problem = kind.problem(answer)
+        assert problem is None or (problem and "\n" not in problem)
+
+
+def test_numbers_know_their_sign_and_counts_are_whole():
+    assert "wrong sign" in Number(-0.2).problem(0.2)
+    assert Number(-0.2).problem(-0.1) == "too large, by a factor of about 2"
+    assert Number(0.0).problem(0.1) == "too large" and Number(0.0).problem(0.0) is None
+    assert Count(1152).problem(np.int64(1152)) is None and Count(1152).problem(1152.0) is None
+    assert Count(1152).problem(1152.5) == "expected a whole number, got 1152.5"
+    assert Count(1152).problem(1153) == "close, but too large"
+    assert Share(0.5, {"one half of all": 0.25}).problem(0.25) == "this is one half of all"
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ({3, 5, 8}, None),
+        ([8, 5, 3, 3], None),
+        (np.array([3, 5, 8]), None),
+        (pd.Index([3.0, 5.0, 8.0]), None),
+        ([np.int32(3), 5, 8], None),
+        ({3, 5}, "1 of 3 missing, 8 is one"),
+        ({3, 5, 8, 9}, "1 too many, 9 is one"),
+        ({5, 9}, "2 of 3 missing, 3 is one; 1 too many, 9 is one"),
+        (set(), "3 of 3 missing, 3 is one"),
+        ({1, 2}, "this is the other way round"),
+        (np.array([False, True]), "this is a mask of True and False; the places of True are"),
+        ({(0, 3), (0, 5)}, "expected a set of whole numbers; one of yours is (0, "),
+        ([[3, 5, 8]], "one of yours is [3, 5, 8]"),
+        (["3"], "one of yours is '3'"),
+        (3, "expected a set of whole numbers, got 3"),
+        ("358", "expected a set of whole numbers, got the text '358'"),
+    ],
+)
+def test_a_set(answer, message):
+    problem = Members({3, 5, 8}, {"the other way round": {1, 2}}).problem(answer)
+    assert (problem is None) if message is None else message in problem
+
+
+def test_a_name():
+    question = Name("law", ["law", "games", "medical"], {"the worst": "games"})
+    assert question.problem("law") is None
+    assert question.problem("games") == "this is the worst"
+    assert question.problem("medical") == "it is not 'medical'"
+    assert question.problem("lwa") == "'lwa' is not among the names; did you mean 'law'?"
+    assert question.problem(2) == "expected a name, in quotes, got 2"
+
+
+def test_a_plan_of_the_wrong_size_shape_or_choice(tiny, tiny_statistics):
+    model, _ = tiny
+    cut = lab.contextual_plan(model, tiny_statistics, epsilon_activation=0.1)
+    held = {"model": model, "statistics": tiny_statistics, "cut": cut}
+    share = sum(cut.removed["ffn"]) / sum(cut.units["ffn"])
+    scores = lab.score("contextual", model, statistics=tiny_statistics, sites=("ffn",))
+    stored = cut.predicted_size(model).stored
+    assert lab.check("even cut", lab.plan_from_scores(model, scores, parameters=stored), **held)
+
+    def problem(plan) -> str:
+        verdict = lab.check("even cut", plan, **held)
+        assert verdict.right is False
+        return verdict.message
+
+    assert "take the same share of each" in problem(cut)
+    smaller = lab.contextual_plan(model, tiny_statistics, quantile=share / 2)
+    assert "more parameters than the cut by ε" in problem(smaller)
+    at_random = lab.score("random", model, sites=("ffn",))
+    assert "more active than one that stays" in problem(
+        lab.plan_from_scores(model, at_random, parameters=stored)
+    )
+    heads = lab.score("contextual", model, statistics=tiny_statistics)
+    assert "heads, tokens or single weights" in problem(
+        lab.plan_from_scores(model, heads, ratio=0.5)
+    )
+    other = random_model("llama")
+    foreign = lab.contextual_plan(other, _statistics(other), quantile=0.3)
+    assert "the model it was made for" in problem(foreign)
+    assert problem(0.3) == "even cut: expected a pruning plan, got 0.3"
+
+
+def _statistics(model):
+    ids = torch.randint(3, 97, (2, 12), generator=torch.Generator().manual_seed(1))
+    return lab.collect_statistics(model, [{"input_ids": ids}], progress=False)
+
+
+def test_a_channel_costs_what_leaves_with_it(model):
+    """On every family, gated or not, with biases or without."""
+    one = 1.2 / Anatomy(model).units("ffn")[0]
+    plan = lab.contextual_plan(model, _statistics(model), quantile=one)
+    assert plan.removed["ffn"] == [1, 1, 1]
+    size = plan.predicted_size(model)
+    cost = (size.dense - size.stored) // 3
+    assert lab.check("channel cost", cost, model=model)
+    assert lab.check("channels alone", 3 * cost, model=model, plan=plan)
+    one_matrix = lab.check("channel cost", model.config.hidden_size, model=model)
+    assert "what one of the FFN's matrices loses" in one_matrix.message
+    assert (
+        "the number of channels" in lab.check("channels alone", 3, model=model, plan=plan).message
+    )
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda moment, block: torch.linalg.inv(block), None),
+        (lambda moment, block: moment, "nothing makes up for it"),
+        (lambda moment, block: block, "invert that block"),
+        (lambda moment, block: torch.diag(1 / block.diagonal()), "diagonal of H⁻¹ alone"),
+    ],
+)
+def test_an_exact_loss_and_what_it_is_taken_for(answer, message):
+    torch.manual_seed(0)
+    x = torch.randn(5, 60, dtype=torch.float64)
+    x[4] += x[0] + x[1]
+    weight, hessian, leaves = torch.randn(3, 5, dtype=torch.float64), x @ x.T / 60, [1, 4]
+    gone, block = weight[:, leaves], torch.linalg.inv(hessian)[leaves][:, leaves]
+    found = torch.trace(gone @ answer(hessian[leaves][:, leaves], block) @ gone.T)
+    verdict = lab.check("exact loss", found, weight=weight, hessian=hessian, leaves=leaves)
+    assert verdict.right == (message is None) and (message or "right") in verdict.message
+
+
+@pytest.mark.parametrize("depth", [4, 30, 32])
+def test_a_last_ratio_gives_the_mean(depth):
+    held = {"depth": depth, "first": 0.125, "mean": 0.5}
+    steps = np.log(np.arange(depth) + 1) / np.log(depth)
+    found = 0.125 + 0.375 / steps.mean()
+    assert np.mean(0.125 + (found - 0.125) * steps) == pytest.approx(0.5)
+    assert lab.check("last ratio", found, **held)
+    assert "linear increase" in lab.check("last ratio", 0.875, **held).message
+
+
+def test_the_tokens_that_invert_a_moment(model):
+    channels = Anatomy(model).units("ffn")[0]
+    assert lab.check("tokens to invert", channels, model=model)
+    assert "one too few" in lab.check("tokens to invert", channels - 1, model=model).message

@@ -1,0 +1,128 @@
+"""The comparison of methods: same sizes, same text, every criterion, a user's own too."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from helpers import random_model
+
+import minigpt_lab as lab
+from minigpt_lab import figures
+from minigpt_lab.criteria.scores import CRITERIA
+from minigpt_lab.models.anatomy import Anatomy
+from minigpt_lab.studies.methods import (
+    Method,
+    method_comparison,
+    method_overlap,
+    method_plans,
+    method_scores,
+    registered_methods,
+)
+
+
+@pytest.fixture(scope="module")
+def compared(tiny, tiny_domain, tmp_path_factory):
+    """Plans and table of three methods on the tiny Llama, and where its cells are kept."""
+    model, tokenizer = tiny
+    batches = lab.tokenize(tiny_domain.calibration, tokenizer, 64, 512)
+    statistics = lab.collect_statistics(model, batches, progress=False)
+    methods = {
+        "random": Method("random", {"seed": 1}), "wanda": Method("wanda"),
+        "flap": Method("fluctuation", bias_compensation=True),
+    }  # fmt: skip
+    scores = method_scores(model, batches, statistics, methods, cache=False)
+    plans = method_plans(model, scores, methods, statistics, [0.25, 0.5], ["ffn", "both"])
+    folder = tmp_path_factory.mktemp("comparison")
+    texts = [tiny_domain.test, lab.load_domain("tiny-games").test]
+    table = method_comparison(model, tokenizer, plans, texts, 256, 64, out_dir=folder)
+    return plans, table, folder, texts
+
+
+def test_all_methods_store_the_same(compared):
+    _, table, _, texts = compared
+    assert len(table) == len(texts) * (1 + 3 * 2 * 2)
+    cuts = table[~table["method"].isin(["dense", "flap"])]
+    assert (cuts.groupby(["sites", "ratio"])["stored"].nunique() == 1).all()
+    widest = table[table["method"] == "dense"]["stored"].iloc[0]
+    assert table["removed"].to_numpy() == pytest.approx(1 - table["stored"] / widest)
+
+
+def test_cells_are_those_of_the_functions(compared, tiny):
+    plans, table, _, texts = compared
+    model, tokenizer = tiny
+    mini = lab.shrink(model, plans["flap", "both", 0.5])
+    row = table.query("method == 'flap' and sites == 'both' and ratio == 0.5").iloc[1]
+    held_out = lab.excerpt(texts[1], tokenizer, 256)
+    expected = lab.perplexity(mini, tokenizer, held_out, 64, max_characters=None)
+    assert row["perplexity"] == pytest.approx(expected.value)
+    assert row["stored"] == lab.model_size(mini).stored
+
+
+def test_finished_cells_are_not_measured_again(compared, tiny, monkeypatch):
+    plans, table, folder, texts = compared
+    monkeypatch.setattr("minigpt_lab.studies.methods.perplexity", None)
+    again = method_comparison(*tiny, plans, texts, 256, 64, out_dir=folder)
+    assert again.equals(table)
+
+
+def test_recovered_cells_are_others(compared, tiny, tiny_domain):
+    plans, table, _, texts = compared
+    some = {cell: plan for cell, plan in plans.items() if cell == ("random", "ffn", 0.5)}
+    recovery = {"method": "lora", "tokens": 1024, "seq_len": 64, "learning_rate": 5e-3}
+    after = method_comparison(
+        *tiny, some, texts[:1], 256, 64, recover_on=tiny_domain, recovery=recovery
+    )
+    assert list(after["recovered"]) == [False, True]
+    before = table.query("method == 'random' and sites == 'ffn' and ratio == 0.5").iloc[0]
+    assert after["perplexity"].iloc[1] < before["perplexity"]
+    assert after["perplexity"].iloc[0] == table["perplexity"].iloc[0]  # dense
+
+
+def test_overlap_of_what_leaves(compared):
+    plans, _, _, _ = compared
+    table = method_overlap(plans, "ffn", 0.5).set_index(["domain", "other"])
+    assert table.loc[("wanda", "wanda"), "jaccard"] == 1
+    ours, flap = (
+        {(i, u) for i, units in enumerate(plans[name, "ffn", 0.5].keep["ffn"]) for u in units}
+        for name in ("wanda", "flap")
+    )
+    every = {(i, u) for i, n in enumerate(plans["flap", "ffn", 0.5].units["ffn"]) for u in range(n)}
+    gone = every - ours, every - flap
+    expected = len(gone[0] & gone[1]) / len(gone[0] | gone[1])
+    assert table.loc[("wanda", "flap"), "jaccard"] == pytest.approx(expected)
+
+
+def test_a_users_criterion_takes_part(monkeypatch):
+    def by_index(model, batches=None, statistics=None, *, sites):
+        anatomy = Anatomy(model)
+        return {site: [np.arange(n, dtype=float) for n in anatomy.units(site)] for site in sites}
+
+    monkeypatch.setitem(CRITERIA, "index", by_index)
+    methods = registered_methods()
+    assert {*CRITERIA} <= set(methods) and methods["index"].criterion == "index"
+    model = random_model("llama")
+    scores = {"index": lab.score("index", model)}
+    plans = method_plans(model, scores, methods, None, [0.5], ["ffn"])
+    assert plans["index", "ffn", 0.5].keep["ffn"][0] == list(range(10, 20))
+
+
+def test_curves_of_every_method(compared):
+    _, table, _, texts = compared
+    figure = figures.method_curves(table, "tiny")
+    assert len(figure.axes) == 2 * len(texts)
+    axis = figure.axes[0]
+    labels = [line.get_label() for line in axis.lines]
+    assert labels == ["random", "wanda", "flap", "dense"]
+    points = table.query("method == 'wanda' and sites == 'ffn'")
+    points = points[points["text"] == points["text"].iloc[0]].sort_values("stored")
+    assert list(axis.lines[1].get_ydata()) == list(points["perplexity"])
+
+
+def test_curves_name_what_is_off_the_scale(compared):
+    _, table, _, _ = compared
+    worse = table.copy()
+    worse.loc[worse["method"] == "random", "perplexity"] *= 1e4
+    axis = figures.method_curves(worse, "tiny").axes[0]
+    assert [note.get_text() for note in axis.texts] == ["above the scale: random"]
+    kept = worse[(worse["text"] == worse["text"].iloc[0]) & (worse["method"] != "random")]
+    assert kept["perplexity"].max() < axis.get_ylim()[1] < worse["perplexity"].max()
