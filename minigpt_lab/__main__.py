@@ -154,9 +154,9 @@ def _sweep(arguments: argparse.Namespace) -> int:
 
 
 def _results(arguments: argparse.Namespace) -> None:
-    from .checks import file_to_write
+    from .checks import writable_file
     from .experiments import results, varying
-    from .store import staged
+    from .store import atomic_write
 
     frame = results(arguments.folder, arguments.all)
     names = frame["metric"].fillna("")
@@ -166,7 +166,7 @@ def _results(arguments: argparse.Namespace) -> None:
         raise ValueError(f"no metric's name holds {arguments.metric!r}; some are: {some}")
     frame = chosen
     if arguments.csv:
-        with staged(file_to_write(arguments.csv)) as staging:
+        with atomic_write(writable_file(arguments.csv)) as staging:
             frame.to_csv(staging, index=False)
         print(arguments.csv)
         return

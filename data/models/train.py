@@ -28,7 +28,7 @@ from transformers import (
 )
 
 import minigpt_lab as lab
-from minigpt_lab.store.storage import staged
+from minigpt_lab.store import atomic_write
 
 FOLDER = Path(__file__).resolve().parent
 VOCABULARY, WINDOW, STRIDE = 1024, 128, 16
@@ -91,7 +91,7 @@ def train(name: str, tokenizer: PreTrainedTokenizerFast, train_texts, validation
             callbacks=[EarlyStoppingCallback(early_stopping_patience=3)],
         )
         trainer.train()
-    with staged(FOLDER / name) as staging:
+    with atomic_write(FOLDER / name) as staging:
         model.cpu().save_pretrained(staging)
         tokenizer.save_pretrained(staging)
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..checks import hooked, restoring
+from ..checks import hooked, safe_contextmanager
 from ..models import Anatomy, weight_axis
 
 _BLOCK = 256  # rows of activations summed at once
@@ -43,7 +43,7 @@ class Collector:
         self.shifts: dict[Key, torch.Tensor] = {}
         self._last: tuple[torch.Tensor, str] | None = None
 
-    @restoring
+    @safe_contextmanager
     def hooks(self) -> Iterator[None]:
         """Add up all that passes while inside."""
         modules = self.modules.items()

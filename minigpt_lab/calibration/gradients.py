@@ -12,7 +12,17 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from ..checks import Batches, Flag, Model, checked, hooked, nearest, refuse, restoring, unchanged
+from ..checks import (
+    Batches,
+    Flag,
+    Model,
+    checked,
+    hooked,
+    invalid,
+    restore_on_exit,
+    safe_contextmanager,
+    suggest,
+)
 from ..domains import unpadded
 from ..models import Anatomy, check_token_ids, inference
 
@@ -147,11 +157,11 @@ def linear_modules(model: PreTrainedModel, names: Iterable[str]) -> dict[str, nn
     for name in wanted or [None]:
         if not isinstance(name, str) or name not in known:
             expected = "full names of linear layers of the decoder"
-            raise refuse("names", name, expected, nearest(str(name), known))
+            raise invalid("names", name, expected, suggest(str(name), known))
     return {name: known[name] for name in wanted}
 
 
-@restoring
+@safe_contextmanager
 def _gradients_of(
     model: PreTrainedModel,
     modules: Mapping[str, nn.Module],
@@ -159,7 +169,7 @@ def _gradients_of(
     checkpointed: Iterable[nn.Module],
 ) -> Iterator[None]:
     """Evaluation mode in which just these weights have gradients, handed over one by one."""
-    with unchanged(model), inference(model), torch.enable_grad():
+    with restore_on_exit(model), inference(model), torch.enable_grad():
         for parameter in model.parameters():
             parameter.requires_grad_(False)
             parameter.grad = None

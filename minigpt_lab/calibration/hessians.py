@@ -27,8 +27,8 @@ from ..checks import (
     Text,
     checked,
     hooked,
-    nearest,
-    restoring,
+    safe_contextmanager,
+    suggest,
 )
 from ..domains import unpadded
 from ..models import (
@@ -119,7 +119,7 @@ class Moments:
         return found.addr_(self.mean.to(self.sums), shift)
 
 
-@restoring
+@safe_contextmanager
 def second_moments(modules: dict[str, nn.Module]) -> Iterator[dict[str, Moments]]:
     """Moments of every token that enters linear layers while inside, by their names.
 
@@ -177,7 +177,7 @@ def collect_hessians(
     linears = {name: module for _, name, module in Anatomy(model).linears()}
     for name in names:
         if name not in linears:
-            hint = nearest(name, [*linears])
+            hint = suggest(name, [*linears])
             raise InvalidArgument(f"names has {name!r}, no linear layer of the decoder; {hint}")
     modules = {name: linears[name] for name in names}
     n_tokens = 0

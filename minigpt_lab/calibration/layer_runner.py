@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..checks import hooked, restoring
+from ..checks import hooked, safe_contextmanager
 from ..domains import unpadded
 from ..models import SITES, Anatomy, check_token_ids, execution_device, inference
 from ..store import Shards
@@ -193,7 +193,7 @@ def _stop(_module: nn.Module, args: tuple) -> None:
     raise _Reached(args[0])
 
 
-@restoring
+@safe_contextmanager
 def replaced(module: nn.Module, forward: Callable) -> Iterator[None]:
     """Let a module do something else while inside: ``forward(its own forward, …)``."""
     own = module.__dict__.get("forward")
@@ -206,7 +206,7 @@ def replaced(module: nn.Module, forward: Callable) -> Iterator[None]:
             module.forward = own
 
 
-@restoring
+@safe_contextmanager
 def _all_replaced(modules: Iterable[nn.Module], forward: Callable) -> Iterator[None]:
     """The same in several modules."""
     with contextlib.ExitStack() as stack:

@@ -29,7 +29,7 @@ from ..models import (
     require_weights,
     weight_axis,
 )
-from ..store import SUFFIX, Damaged, kept, read_tensors, returned_anyway, write_tensors
+from ..store import SUFFIX, DamagedFile, read_cached, read_tensors, warn_if_unsaved, write_tensors
 from .collector import Collector, Key
 
 #: Fields of `Statistics` beside the sums, in a file's header and among its tensors.
@@ -234,7 +234,7 @@ class Statistics:
             arrays = {name: tensors[f"|{name}"].numpy() for name in _ARRAYS}
             return cls(sums=sums, **header, **arrays)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise Damaged(f"{path} is no readable statistics file ({error})") from error
+            raise DamagedFile(f"{path} is no readable statistics file ({error})") from error
 
 
 @checked(model=Model(), batches=Batches(), path=Location() | None, progress=Flag())
@@ -274,7 +274,7 @@ def collect_statistics(
     """
     if path is not None and not isinstance(batches, list):
         batches = list(batches)  # read twice
-    known = None if path is None else kept(path, Statistics.load, SUFFIX)
+    known = None if path is None else read_cached(path, Statistics.load, SUFFIX)
     if known is not None:
         merges = getattr(batches, "merges", known.merges)
         same_text = known.content_hash == tokens_hash(batches)
@@ -329,7 +329,7 @@ def collect_statistics(
         content_hash=content.hexdigest(),
     )
     if path is not None:
-        with returned_anyway("the statistics are"):
+        with warn_if_unsaved("the statistics are"):
             found.save(path)
     return found
 

@@ -26,7 +26,7 @@ from ..checks import (
     OneOf,
     checked,
     hooked,
-    restoring,
+    safe_contextmanager,
 )
 from ..domains import unpadded
 from ..models import SITES, Anatomy, inference
@@ -155,7 +155,7 @@ def _direction(seed: int, draw: int, place: int, like: torch.Tensor) -> torch.Te
     return torch.randn(like.shape, generator=generator, device=like.device, dtype=torch.float32)
 
 
-@restoring
+@safe_contextmanager
 def _perturbed(modules: dict[str, nn.Module], seed: int, draw: int, step: float) -> Iterator[None]:
     """While a layer runs, its weight is ``W + step · z``."""
     kept: dict[nn.Module, torch.Tensor] = {}

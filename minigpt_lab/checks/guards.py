@@ -20,7 +20,7 @@ _waiting: dict[threading.Thread, _Turn] = {}
 
 
 class _Deferred:
-    """Ctrl-C, put off while a `restoring` context is entered or left."""
+    """Ctrl-C, put off while a `safe_contextmanager` context is entered or left."""
 
     def __init__(self):
         self.contexts = 0  # open in the main thread
@@ -117,7 +117,7 @@ def _due() -> bool:
     return True
 
 
-def restoring(function: Callable) -> Callable:
+def safe_contextmanager(function: Callable) -> Callable:
     """`contextlib.contextmanager` for changes that must be undone: Ctrl-C never leaves half of one.
 
     An interrupt that comes while the context is entered or left is raised right after; what was
@@ -141,7 +141,7 @@ class _Turn:
         self.depth = 0
 
     def take(self) -> None:
-        """Wait until nobody else holds it; Ctrl-C and what `when_waiting` was given end that."""
+        """Wait until nobody else holds it; Ctrl-C and what `on_wait` was given end that."""
         me = threading.current_thread()
         if self.owner is not me:
             self._wait(me)
@@ -193,7 +193,7 @@ def _say(name: str, waited: float) -> None:
         )
 
 
-def when_waiting(call: Callable[[str, float], None]) -> None:
+def on_wait(call: Callable[[str, float], None]) -> None:
     """Call this, in this thread, about ten times a second while it waits for a model.
 
     Parameters
@@ -204,14 +204,14 @@ def when_waiting(call: Callable[[str, float], None]) -> None:
     _told.call = call
 
 
-def waits_for_me(thread: threading.Thread) -> bool:
+def waits_for_this_thread(thread: threading.Thread) -> bool:
     """Whether another thread waits for a model that this one holds."""
     turn = _waiting.get(thread)
     return turn is not None and turn.owner is threading.current_thread()
 
 
-@restoring
-def in_use(*models: object) -> Iterator[None]:
+@safe_contextmanager
+def locked(*models: object) -> Iterator[None]:
     """Hold models for this thread; a call of another thread that needs one of them waits.
 
     The thread that holds a model may call further functions on it.
@@ -236,7 +236,7 @@ def in_use(*models: object) -> Iterator[None]:
         yield
 
 
-class ModelFactory:
+class GlobalState:
     """What transformers and peft change for all threads while they build a model.
 
     Among it are torch's default type and its functions that initialise weights: two threads that
@@ -245,7 +245,7 @@ class ModelFactory:
 
 
 #: Held, like a model, for as long as something is built.
-FACTORY = ModelFactory()
+GLOBAL_STATE = GlobalState()
 
 
 class Snapshot:
@@ -290,10 +290,10 @@ def _entries(value: object) -> dict | set | None:
     return value.copy() if isinstance(value, dict | set) else None
 
 
-@restoring
-def unchanged(model) -> Iterator[Snapshot]:
+@safe_contextmanager
+def restore_on_exit(model) -> Iterator[Snapshot]:
     """Hold a model, and put back what it is made of on leaving (see `Snapshot`)."""
-    with in_use(model):
+    with locked(model):
         before = Snapshot(model)
         try:
             yield before
@@ -301,7 +301,7 @@ def unchanged(model) -> Iterator[Snapshot]:
             before.restore()
 
 
-@restoring
+@safe_contextmanager
 def hooked(*registrations: Callable[[], object]) -> Iterator[None]:
     """Have hooks for as long as the block runs.
 

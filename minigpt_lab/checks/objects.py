@@ -12,9 +12,9 @@ import pandas as pd
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .guards import in_use
+from .guards import locked
 from .python_values import well_formed
-from .values import REFUSED, AnyOf, Check, Instance, InvalidArgument, refuse
+from .values import REFUSED, AnyOf, Check, Instance, InvalidArgument, invalid
 
 
 def checked(**checks: Check) -> Callable:
@@ -47,7 +47,7 @@ def checked(**checks: Check) -> Callable:
             models = [
                 value for name, value in bound.arguments.items() if _holds(checks.get(name), value)
             ]
-            with in_use(*models):
+            with locked(*models):
                 return function(*bound.args, **bound.kwargs)
 
         return call
@@ -90,7 +90,7 @@ class Model(Instance):
     def __call__(self, name, value):
         """Refuse weights of a type that nothing can be computed with."""
         value = super().__call__(name, value)
-        odd = {p.dtype for p in value.parameters() if p.dtype not in COMPUTED}
+        odd = {p.dtype for p in value.parameters() if p.dtype not in COMPUTE_DTYPES}
         if odd:
             kinds = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in odd))
             raise InvalidArgument(
@@ -100,7 +100,7 @@ class Model(Instance):
         return value
 
 
-COMPUTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Tokenizer(Instance):
@@ -145,7 +145,7 @@ class Dtype(Check):
     def take(self, value):
         """A `torch.dtype`."""
         found = getattr(torch, value, None) if isinstance(value, str) else value
-        return found if isinstance(found, torch.dtype) and found in COMPUTED else REFUSED
+        return found if isinstance(found, torch.dtype) and found in COMPUTE_DTYPES else REFUSED
 
 
 class Texts(Check):
@@ -218,13 +218,13 @@ class Batches(Check):
         odd = isinstance(value, str | bytes | Mapping | torch.Tensor | np.ndarray)
         if odd or hasattr(value, "calibration") or not isinstance(value, Iterable):
             remedy = "put it into a list" if isinstance(value, Mapping) else self.remedy
-            raise refuse(name, value, self.expected, remedy)
+            raise invalid(name, value, self.expected, remedy)
         if not isinstance(value, Sequence) and self.again:
             value = list(value)
         if not isinstance(value, Sequence):
             return self._as_read(name, value)
         if not len(value):
-            raise refuse(name, value, "at least one batch (there are no tokens)", self.remedy)
+            raise invalid(name, value, "at least one batch (there are no tokens)", self.remedy)
         for place, batch in enumerate(value):
             check_batch(f"{name}[{place}]", batch)
         return value
@@ -251,16 +251,16 @@ def check_batch(name: str, batch: object) -> None:
         Naming what is wrong with it.
     """
     if not isinstance(batch, Mapping) or "input_ids" not in batch:
-        raise refuse(name, batch, "a mapping with input_ids [batch, token]", Batches.remedy)
+        raise invalid(name, batch, "a mapping with input_ids [batch, token]", Batches.remedy)
     ids, mask = batch["input_ids"], batch.get("attention_mask")
     whole = isinstance(ids, torch.Tensor) and ids.dtype in (torch.int64, torch.int32)
     if not whole or ids.ndim != 2 or ids.is_meta:
         expected = "a tensor of whole numbers (int64 or int32) [batch, token]"
-        raise refuse(f"{name}['input_ids']", ids, expected, "one text alone is ids[None]")
+        raise invalid(f"{name}['input_ids']", ids, expected, "one text alone is ids[None]")
     if mask is None:
         return
     if not isinstance(mask, torch.Tensor) or mask.shape != ids.shape:
-        raise refuse(f"{name}['attention_mask']", mask, f"a tensor of shape {[*ids.shape]}")
+        raise invalid(f"{name}['attention_mask']", mask, f"a tensor of shape {[*ids.shape]}")
     odd = mask[(mask != 0) & (mask != 1)]
     if len(odd):
         raise InvalidArgument(

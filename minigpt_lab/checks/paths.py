@@ -12,7 +12,7 @@ class UnusablePath(OSError, ValueError):
     """A path that cannot be read or written as asked."""
 
 
-def located(path: str | os.PathLike) -> Path:
+def to_path(path: str | os.PathLike) -> Path:
     """The path that a user means: a leading ``~`` is the home folder, as in a shell.
 
     Raises
@@ -33,7 +33,7 @@ def located(path: str | os.PathLike) -> Path:
     return Path(os.path.expanduser(text))  # noqa: PTH111, an unknown user's name stays as it is
 
 
-def file_to_write(path: str | os.PathLike) -> Path:
+def writable_file(path: str | os.PathLike) -> Path:
     """The path of a file that can be written, or written anew; asked before long work begins.
 
     Raises
@@ -41,8 +41,8 @@ def file_to_write(path: str | os.PathLike) -> Path:
     UnusablePath
         If it is a folder, a device or read-only, or its folder cannot be made or written.
     """
-    final = located(path)
-    require_makeable(final)
+    final = to_path(path)
+    require_creatable(final)
     if final.is_dir() or os.fspath(path).endswith(("/", os.sep)):
         raise UnusablePath(
             f"{path} names a folder; expected the path of a file, and a folder is never replaced; "
@@ -56,7 +56,7 @@ def file_to_write(path: str | os.PathLike) -> Path:
     return final
 
 
-def folder_to_write(path: str | os.PathLike) -> Path:
+def writable_folder(path: str | os.PathLike) -> Path:
     """The path of a folder that can be made or written into; asked before long work begins.
 
     Raises
@@ -64,8 +64,8 @@ def folder_to_write(path: str | os.PathLike) -> Path:
     UnusablePath
         If it is a file, or cannot be made or written.
     """
-    final = located(path)
-    require_makeable(final)
+    final = to_path(path)
+    require_creatable(final)
     try:  # one look: another process may be replacing it
         folder = stat.S_ISDIR(final.stat().st_mode)
     except OSError:
@@ -77,7 +77,7 @@ def folder_to_write(path: str | os.PathLike) -> Path:
     return final
 
 
-def file_to_read(path: str | os.PathLike) -> Path:
+def readable_file(path: str | os.PathLike) -> Path:
     """The path of a file that can be opened.
 
     Raises
@@ -87,7 +87,7 @@ def file_to_read(path: str | os.PathLike) -> Path:
     UnusablePath
         If it is a folder, pipe or device (opening a pipe would wait for a writer).
     """
-    final = located(path)
+    final = to_path(path)
     if not final.exists():
         raise FileNotFoundError(f"{final} does not exist; give the path that it was saved under")
     if not final.is_file():
@@ -97,7 +97,7 @@ def file_to_read(path: str | os.PathLike) -> Path:
     return final
 
 
-def require_makeable(final: Path) -> None:
+def require_creatable(final: Path) -> None:
     """Refuse a path whose folders cannot be made, or that has a name the system does not take."""
     try:
         final.stat()

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 
-def plain(value: object) -> object:
+def to_python(value: object) -> object:
     """A scalar of NumPy or torch as Python's; everything else as it is."""
     if isinstance(value, torch.Tensor | np.ndarray) and value.ndim == 0:
         return value.item()
@@ -39,11 +39,11 @@ def as_json(value: object, unknown: Callable = _by_name) -> object:
     unknown : callable, optional
         What becomes of anything else; by default its name.
     """
-    value = plain(value)
+    value = to_python(value)
     if isinstance(value, torch.Tensor | np.ndarray):
         return value.tolist()
     if isinstance(value, Mapping):
-        return {str(plain(key)): as_json(item, unknown) for key, item in value.items()}
+        return {str(to_python(key)): as_json(item, unknown) for key, item in value.items()}
     if isinstance(value, Sequence | Set) and not isinstance(value, str | bytes):
         return [as_json(item, unknown) for item in value]
     if isinstance(value, os.PathLike):

@@ -11,16 +11,16 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .paths import UnusablePath, located
-from .python_values import plain, well_formed
-from .words import nearest
+from .paths import UnusablePath, to_path
+from .python_values import to_python, well_formed
+from .words import suggest
 
 
 class InvalidArgument(ValueError, TypeError):
     """An argument of the wrong type or out of range."""
 
 
-def refuse(name: str, value: object, expected: str, remedy: str = "") -> InvalidArgument:
+def invalid(name: str, value: object, expected: str, remedy: str = "") -> InvalidArgument:
     """The error of an argument: its name and value, what is expected, what to do."""
     return InvalidArgument(
         f"{name} is {_shown(value)}; expected {expected}{remedy and '; '}{remedy}"
@@ -66,7 +66,7 @@ class Check:
         """
         taken = self.take(value)
         if taken is REFUSED:
-            raise refuse(name, value, self.expected, self.remedy)
+            raise invalid(name, value, self.expected, self.remedy)
         return taken
 
     def take(self, value: object) -> object:
@@ -103,7 +103,7 @@ class AnyOf(Check):
         rest = [(c, error) for c, error in refusals if not isinstance(c, Nothing)]
         if len(rest) == 1 and type(rest[0][0]).__call__ is not Check.__call__:
             raise rest[0][1]
-        raise refuse(name, value, self.expected, self.remedy)
+        raise invalid(name, value, self.expected, self.remedy)
 
     def take(self, value):
         """Ask one after the other."""
@@ -146,7 +146,7 @@ class Number(Check):
 
     def take(self, value):
         """A Python number in range."""
-        value = self.number(plain(value))
+        value = self.number(to_python(value))
         if (
             value is REFUSED
             or math.isnan(value)
@@ -195,7 +195,7 @@ class Flag(Check):
 
     def take(self, value):
         """A truth value, also NumPy's."""
-        value = plain(value)
+        value = to_python(value)
         return value if isinstance(value, bool) else REFUSED
 
 
@@ -219,9 +219,9 @@ class OneOf(Check):
     def __call__(self, name, value):
         """Also offer what was probably meant."""
         if self.take(value) is REFUSED and isinstance(value, str):
-            close = nearest(value, [*self.choices])
+            close = suggest(value, [*self.choices])
             remedy = close if close.startswith("did") else ""
-            raise refuse(name, value, self.expected, remedy)
+            raise invalid(name, value, self.expected, remedy)
         return super().__call__(name, value)
 
     def take(self, value):
@@ -249,7 +249,7 @@ class Location(Check):
         if not isinstance(value, str | os.PathLike) or not value:
             return REFUSED
         try:
-            found = located(value)
+            found = to_path(value)
         except UnusablePath:
             return REFUSED
         # text stays as it is written: "tiny-opt" may be a name, and a slash at its end says folder
@@ -299,7 +299,7 @@ class Items(ListOf):
         return taken if taken is REFUSED else list(taken)
 
 
-class Table(Check):
+class DictOf(Check):
     """A mapping whose keys and values other checks take; the function gets a dictionary.
 
     Parameters
@@ -325,7 +325,7 @@ class Table(Check):
         if not isinstance(value, Mapping) or len(value) < self.least:
             return REFUSED
         keys = [self.key.take(key) for key in value]
-        take = self.value.take if self.value else plain
+        take = self.value.take if self.value else to_python
         values = [take(each) for each in value.values()]
         return (
             REFUSED

@@ -10,7 +10,7 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def nearest(name: str, known: list[str]) -> str:
+def suggest(name: str, known: list[str]) -> str:
     """``"did you mean …?"`` with the closest known names, or the list of all of them."""
     close = get_close_matches(name, known, n=3, cutoff=0.5)
     return (

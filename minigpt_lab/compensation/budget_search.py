@@ -35,7 +35,7 @@ from ..checks import (
 from ..domains import unpadded
 from ..models import fingerprint, is_offloaded
 from ..planning import Group, unit_counts, unit_steps
-from ..store import Ledger, Shards
+from ..store import ResultCache, Shards
 from .budgets import Budget, Budgets
 from .descent import Descent
 from .layer import Solver
@@ -168,7 +168,7 @@ def search_counts(
         "solver": options.facts(),
         "sites": [[group.site, group.layer] for group in groups],
     }
-    ledger = Ledger(out_dir and f"{out_dir}/search.jsonl")
+    ledger = ResultCache(out_dir and f"{out_dir}/search.jsonl")
     history: list[dict] = []
     passes = search.rounds * (search.steps + min(MEASURED, search.steps) + 1) + len(starts) - 1
     with tqdm(total=passes, desc="search", unit="pass", disable=not progress) as bar:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..calibration import DAMPINGS, Indefinite, LayerPass, Moments
-from ..checks import Flag, Integer, Number, OneOf, check_fields, plain, refuse
+from ..checks import Flag, Integer, Number, OneOf, check_fields, invalid, to_python
 from ..models import Anatomy, give_bias, weight_axis
 from .obs import ERRORS, Elimination, Schedule, eliminations, group_schedule
 
@@ -62,11 +62,11 @@ class Solver:
             bias=OneOf(BIASES),
             compensate=Flag(),
         )
-        object.__setattr__(self, "schedule", plain(self.schedule))
+        object.__setattr__(self, "schedule", to_python(self.schedule))
         group_schedule(self.schedule)
         if self.dtype not in (torch.float32, torch.float64):
             expected = "torch.float32 or torch.float64"
-            raise refuse("dtype", self.dtype, expected)
+            raise invalid("dtype", self.dtype, expected)
 
     def facts(self) -> dict[str, object]:
         """The settings as plain data."""

@@ -32,8 +32,8 @@ from ..checks import (
     Number,
     OneOf,
     checked,
-    nearest,
-    refuse,
+    invalid,
+    suggest,
 )
 from ..criteria import chosen_sites
 from ..models import (
@@ -286,7 +286,7 @@ def _made(kind: type, fields: Mapping[str, object], others: Iterable[str] = ()):
     known = [field.name for field in dataclass_fields(kind)]
     for name in fields:
         if name not in known:
-            raise ValueError(f"unknown option {name!r}; {nearest(name, [*known, *others])}")
+            raise ValueError(f"unknown option {name!r}; {suggest(name, [*known, *others])}")
     return kind(**fields)
 
 
@@ -301,7 +301,7 @@ def _check_allocation(allocation: str | Allocation | Sequence[float]) -> None:
             f"layer; expected a share per layer, or one of {', '.join(known)}"
         )
     if allocation not in known:
-        raise ValueError(f"unknown allocation {allocation!r}; {nearest(allocation, known)}")
+        raise ValueError(f"unknown allocation {allocation!r}; {suggest(allocation, known)}")
 
 
 def _whole_counts(
@@ -309,7 +309,7 @@ def _whole_counts(
 ) -> dict[str, tuple[int, ...]]:
     """Counts as plain numbers, if they fit the model: at least one unit stays everywhere."""
     if not isinstance(counts, Mapping):
-        raise refuse("counts", counts, "a site to a count per layer")
+        raise invalid("counts", counts, "a site to a count per layer")
     counts = {site: ListOf(Integer(0))(f"counts[{site!r}]", n) for site, n in counts.items()}
     shape = {site: len(layers) for site, layers in counts.items()}
     if shape != {site: len(layers) for site, layers in totals.items()}:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from ..calibration import Indefinite, damped_inverse, refit
-from ..checks import REFUSED, Function, Integer, ListOf, OneOf, restoring
+from ..checks import REFUSED, Function, Integer, ListOf, OneOf, safe_contextmanager
 
 Schedule = Callable[[int, int], int]  # (removed so far, to remove) -> size of the next group
 
@@ -284,7 +284,7 @@ def _quadratic(weight: torch.Tensor, hessian: torch.Tensor) -> float:
     return float(((weight @ hessian) * weight).sum())
 
 
-@restoring
+@safe_contextmanager
 def full_precision() -> Iterator[None]:
     """float32 products in float32 while inside (CUDA's TF32 keeps ten bits of each factor)."""
     before = torch.get_float32_matmul_precision()

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import torch
 
-from ..checks import folder_to_write
+from ..checks import writable_folder
 from ..models import Anatomy, give_bias
 from ..store import (
     SUFFIX,
-    Damaged,
+    DamagedFile,
     Shards,
-    is_of,
-    kept,
+    holds_kind,
     make_folder,
+    read_cached,
     read_json,
     read_tensors,
     remove_empty,
@@ -56,22 +56,22 @@ class Finished:
     """
 
     def __init__(self, folder: str | os.PathLike):
-        self.folder = folder_to_write(folder).absolute()
+        self.folder = writable_folder(folder).absolute()
         make_folder(self.folder)
-        found = kept(self.folder / STATE, _read_state, ".json") or {}
+        found = read_cached(self.folder / STATE, _read_state, ".json") or {}
         self.found: dict[str, object] | None = found.get("recipe")
         self.layers: list[dict[str, dict]] = found.get("layers", [])  # site to {"kept", "error"}
         self.recipe: dict[str, object] = {}
         needed = [self._weights(layer) for layer, cuts in enumerate(self.layers) if cuts]
         hidden = self._hidden(len(self.layers))
         for path in {*_tensor_files(self.folder)} - {*needed, hidden}:
-            if not is_of(path, _KIND):
+            if not holds_kind(path, _KIND):
                 raise FileExistsError(
                     f"{path} exists and is of no run; it is left alone: choose another folder"
                 )
-        missing = [path for path in needed if kept(path, _read, SUFFIX) is None]
+        missing = [path for path in needed if read_cached(path, _read, SUFFIX) is None]
         waits = found.get("hidden", hidden.exists())
-        if missing or (waits and kept(hidden, _read, SUFFIX) is None):
+        if missing or (waits and read_cached(hidden, _read, SUFFIX) is None):
             self.found, self.layers = None, []
 
     def require(self, facts: Mapping[str, object]) -> None:
@@ -178,14 +178,14 @@ def _read_state(path: Path) -> dict:
     if not isinstance(state, dict) or not state.keys() >= {"recipe", "layers"}:
         raise ValueError(f"{path} is no state of a run: it holds something else")
     if not isinstance(state["recipe"], dict) or not isinstance(state["layers"], list):
-        raise Damaged(f"{path} is no readable state of a run")
+        raise DamagedFile(f"{path} is no readable state of a run")
     return state
 
 
 def discard(folder: str | os.PathLike) -> None:
     """Remove what `slimgpt` keeps in a folder of its own, and the folder if that was all."""
     folder = Path(folder)
-    tensors = [path for path in _tensor_files(folder) if is_of(path, _KIND)]
+    tensors = [path for path in _tensor_files(folder) if holds_kind(path, _KIND)]
     for path in (folder / STATE, folder / "search.jsonl", *tensors):
         path.unlink(missing_ok=True)
     remove_empty(folder)

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..calibration import LayerPass, enter
-from ..checks import restoring, unchanged
+from ..checks import restore_on_exit, safe_contextmanager
 from ..models import Anatomy, inference, weight_axis
 from ..planning import Group
 from ..store import Shards
@@ -137,7 +137,7 @@ class Supernet:
             rises.append(rise.to(value.device))
         return float(value.detach()), np.array(torch.stack(rises).tolist())
 
-    @restoring
+    @safe_contextmanager
     def _asked(self) -> Iterator[list[tuple[nn.Parameter, nn.Parameter | None]]]:
         """Every projection's weight and bias, to be differentiated."""
         pairs = []
@@ -169,7 +169,7 @@ class Supernet:
         return group * max(map(len, self.counts)) + level
 
 
-@restoring
+@safe_contextmanager
 def supernet(
     model: PreTrainedModel,
     groups: Sequence[Group],
@@ -186,7 +186,7 @@ def supernet(
         See `Supernet`.
     """
     net = Supernet(Anatomy(model), groups, counts, offload)
-    with unchanged(model), inference(model), full_precision():
+    with restore_on_exit(model), inference(model), full_precision():
         model.requires_grad_(False)  # `slopes` asks for the gradients that it needs
         yield net
 

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from ..store import Ledger, Shards, content_hash
+from ..store import ResultCache, Shards, content_hash
 from .budgets import Budget
 from .supernetwork import Supernet, find_levels
 
@@ -29,7 +29,7 @@ class Trials:
         Arguments of `find_levels` after the supernet.
     dense : Shards
         Where the dense predictions wait.
-    ledger : Ledger
+    ledger : ResultCache
         Where measurements are kept.
     """
 
@@ -41,7 +41,7 @@ class Trials:
         net: Supernet,
         build: tuple,
         dense: Shards,
-        ledger: Ledger,
+        ledger: ResultCache,
     ):
         self.model, self.chosen, self.net, self.build = model, chosen, net, build
         self.dense, self.ledger = dense, ledger

@@ -26,19 +26,19 @@ from ..checks import (
     Text,
     as_json,
     checked,
-    folder_to_write,
-    nearest,
-    plain,
+    suggest,
+    to_python,
+    writable_folder,
 )
 from ..models import ALL_SITES, SITES, Anatomy, fingerprint, label, require_weights
 from ..store import (
     SUFFIX,
-    Damaged,
+    DamagedFile,
     cache_folder,
     content_hash,
-    kept,
+    read_cached,
     read_tensors,
-    returned_anyway,
+    warn_if_unsaved,
     write_tensors,
 )
 from .units import check_option, chosen_sites
@@ -138,7 +138,7 @@ class Scores:
             }
             return cls(values=values, **header)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise Damaged(f"{path} is no readable scores file ({error})") from error
+            raise DamagedFile(f"{path} is no readable scores file ({error})") from error
 
 
 #: Criteria by name; see `criterion` for what they are.
@@ -225,7 +225,7 @@ def score(
     _refuse_quantised(model)
     if statistics is not None:
         statistics.require(model)
-    options = {key: plain(value) for key, value in options.items()}
+    options = {key: to_python(value) for key, value in options.items()}
     _check_names(name, options)
     batches = batches if batches is None or isinstance(batches, list) else list(batches)
     written = as_json(options)
@@ -237,10 +237,10 @@ def score(
         try:
             _checked(name, model, sites, found.values)
         except ValueError as error:
-            raise Damaged(f"{path} holds other scores than it should ({error})") from error
+            raise DamagedFile(f"{path} holds other scores than it should ({error})") from error
         return found
 
-    known = None if path is None else kept(path, load, SUFFIX)
+    known = None if path is None else read_cached(path, load, SUFFIX)
     if known is not None:
         return known
     values = _asked(name, model, batches, statistics, sites, options)
@@ -248,7 +248,7 @@ def score(
         raise RuntimeError(f"the {name} criterion changed the model's weights")
     scores = Scores(name, _checked(name, model, sites, values), **facts)
     if path is not None:
-        with returned_anyway("the scores are"):
+        with warn_if_unsaved("the scores are"):
             scores.save(path)
     return scores
 
@@ -263,7 +263,7 @@ def _check_names(name: str, options: Mapping[str, object]) -> None:
     ]
     for option in options:
         if option not in own:
-            hint = nearest(option, own) if own else "it takes none"
+            hint = suggest(option, own) if own else "it takes none"
             raise InvalidArgument(f"the {name} criterion has no option {option!r}; {hint}")
 
 
@@ -343,7 +343,7 @@ def _cached(cache, name: str, sites: tuple[str, ...], facts: dict, options: dict
         json.dumps(options)
     except (OSError, TypeError):  # typed at a prompt, or no plain data: it may not be the same
         return None
-    folder = cache_folder() / "scores" if cache is True else folder_to_write(cache)
+    folder = cache_folder() / "scores" if cache is True else writable_folder(cache)
     key = content_hash([json.dumps([name, code, list(sites), facts], sort_keys=True)])
     return folder / f"{name}-{key[:16]}.safetensors"
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..calibration import Statistics, collect_statistics
-from ..checks import InvalidArgument, OneOf, nearest, refuse
+from ..checks import InvalidArgument, OneOf, invalid, suggest
 from ..models import ALL_SITES, ATTENTION_UNITS, Anatomy, Projection, weight_axis
 
 #: How the scores ``[structure, …]`` of a unit's coupled structures become one. ``"last"`` is the
@@ -29,7 +29,7 @@ def check_option(name: str, value: object, known: Collection[str]) -> None:
     if not isinstance(value, str):
         OneOf(known)(name, value)
     if value not in known:
-        raise InvalidArgument(f"unknown {name} {value!r:.60}; {nearest(value, list(known))}")
+        raise InvalidArgument(f"unknown {name} {value!r:.60}; {suggest(value, list(known))}")
 
 
 def attention_site(model, units: str) -> str:
@@ -60,7 +60,7 @@ def chosen_sites(model, sites: Iterable[str], units: str) -> tuple[str, ...]:
     """
     attention = attention_site(model, units)
     if isinstance(sites, str) or not np.iterable(sites) or not (sites := tuple(sites)):
-        raise refuse("sites", sites, "one or more of them, as in ('ffn',)")
+        raise invalid("sites", sites, "one or more of them, as in ('ffn',)")
     for site in sites:
         check_option("site", site, ALL_SITES)
     return tuple(dict.fromkeys(attention if site == "attention" else str(site) for site in sites))

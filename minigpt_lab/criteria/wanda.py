@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ..calibration import walk
-from ..checks import Number, checked, hooked, restoring, unchanged
+from ..checks import Number, checked, hooked, restore_on_exit, safe_contextmanager
 from ..models import Anatomy, weight_axis
 from .scores import criterion
 from .units import by_input, input_norms, known_statistics, per_feature, unit_scores
@@ -82,12 +82,12 @@ def _sequential_norms(model, batches, sites, ratio: float) -> dict[str, np.ndarr
             zeroed = module.weight.detach().index_fill(axis, index, 0)
             module.weight = torch.nn.Parameter(zeroed, requires_grad=False)
 
-    with unchanged(model):  # its own weights come back, untouched
+    with restore_on_exit(model):  # its own weights come back, untouched
         walk(model, batches, visit)
     return norms
 
 
-@restoring
+@safe_contextmanager
 def _squares(modules: dict[str, torch.nn.Module]) -> Iterator[dict[str, np.ndarray]]:
     """Sums of squares of every input feature that the modules read while inside."""
     sums: dict[str, np.ndarray] = {}

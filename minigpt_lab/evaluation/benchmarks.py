@@ -14,10 +14,19 @@ from pathlib import Path
 import pandas as pd
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..checks import Integer, ListOf, Location, Model, Tokenizer, checked, first_line, restoring
+from ..checks import (
+    Integer,
+    ListOf,
+    Location,
+    Model,
+    Tokenizer,
+    checked,
+    first_line,
+    safe_contextmanager,
+)
 from ..domains import encode, window_prefix
 from ..models import inference, seeded, tokenizer_for
-from ..store import hub_in_reach
+from ..store import hub_reachable
 
 # lm-eval and all it brings along takes seconds to import: it is imported where it is used.
 
@@ -238,7 +247,7 @@ def _table(found: dict) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-@restoring
+@safe_contextmanager
 def _quiet() -> Iterator[None]:
     """Without lm-eval's warnings that a model in memory was given, and of defaults it uses."""
     logger = logging.getLogger("lm_eval")
@@ -250,14 +259,14 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-@restoring
+@safe_contextmanager
 def _offline_unless_in_reach() -> Iterator[None]:
     """Use what the cache holds, at once: the hub's client retries for half a minute."""
     import datasets
     from huggingface_hub import constants
 
     before = [(module, module.HF_HUB_OFFLINE) for module in (constants, datasets.config)]
-    out_of_reach = not hub_in_reach()
+    out_of_reach = not hub_reachable()
     try:
         for module, offline in before:
             module.HF_HUB_OFFLINE = offline or out_of_reach

@@ -14,7 +14,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..checks import Integer, Model, Tokenizer, checked, restoring
+from ..checks import Integer, Model, Tokenizer, checked, safe_contextmanager
 from ..models import inference, label, model_size
 
 
@@ -182,7 +182,7 @@ def macs_per_token(model: PreTrainedModel, ids: torch.Tensor) -> float:
     return counter.get_total_flops() / 2 / ids.numel()
 
 
-@restoring
+@safe_contextmanager
 def _eager(model: PreTrainedModel) -> Iterator[None]:
     """Within: attention as written out in Python."""
     before = model.config._attn_implementation

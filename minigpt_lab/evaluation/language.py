@@ -21,7 +21,7 @@ from ..checks import (
     Texts,
     Tokenizer,
     checked,
-    restoring,
+    safe_contextmanager,
 )
 from ..domains import Part, excerpt, running_text, token_ids, window_prefix
 from ..models import check_token_ids, inference, tokenizer_for
@@ -309,7 +309,7 @@ def generate(
     return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
 
 
-@restoring
+@safe_contextmanager
 def _greedy(model: PreTrainedModel, max_new_tokens: int) -> Iterator[None]:
     """Within: nothing of the model's own generation settings counts but its end of text."""
     own = model.generation_config  # None where someone took it away

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from typing import get_type_hints
 
-from ..checks import InvalidArgument, first_line, nearest
+from ..checks import InvalidArgument, first_line, suggest
 from .verdicts import Members, Name, Number, Plan, Verdict
 
 #: Exercises by name: from what a notebook holds to an answer's kind, the right one and those that
@@ -45,7 +45,7 @@ def check(name: str, answer: object, /, **given: object) -> Verdict:
         If there is no such exercise, or other objects are given than the exercise is computed from.
     """
     if not isinstance(name, str) or name not in EXERCISES:
-        hint = nearest(str(name), list(EXERCISES))
+        hint = suggest(str(name), list(EXERCISES))
         raise InvalidArgument(f"no exercise {name!r:.60}; {hint}")
     asked = EXERCISES[name]
     needed = list(inspect.signature(asked).parameters)

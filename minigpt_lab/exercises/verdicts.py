@@ -16,7 +16,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from ..checks import nearest
+from ..checks import suggest
 from ..models import PruningPlan
 
 
@@ -197,7 +197,7 @@ class Name:
         if not isinstance(answer, str):
             return _other_kind(self.kind, answer)
         if answer not in self.options:
-            return f"{answer!r} is not among the names; {nearest(answer, list(self.options))}"
+            return f"{answer!r} is not among the names; {suggest(answer, list(self.options))}"
         if answer == self.value:
             return None
         for what, value in self.mistakes.items():

@@ -21,7 +21,7 @@ from ..checks import (
     Text,
     checked,
     first_line,
-    nearest,
+    suggest,
 )
 from ..store import read_text
 from .records import read_records
@@ -192,7 +192,7 @@ def select(
         known = list(dict.fromkeys(kept[column]))
         for name in wanted or ():
             if known and name not in known:
-                raise ValueError(f"no run has the {column} {name!r}; {nearest(name, known)}")
+                raise ValueError(f"no run has the {column} {name!r}; {suggest(name, known)}")
         dense = (column == "method") & kept["method"].eq("dense")
         kept = kept[kept[column].isin(known if wanted is None else wanted) | dense]
     cut = kept.loc[kept["method"] != "dense", list(COMPARABLE)]  # a dense model alone says nothing

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..checks import Instance, ListOf, Location, Number, checked, nearest
+from ..checks import Instance, ListOf, Location, Number, checked, suggest
 from .parameters import (
     absolute,
     cells,
@@ -94,7 +94,7 @@ def _grid(path: Path, content: object) -> Grid:
         )
     for key in content:
         if key not in _KEYS:
-            raise ValueError(f"unknown key {key!r}; {nearest(str(key), list(_KEYS))}")
+            raise ValueError(f"unknown key {key!r}; {suggest(str(key), list(_KEYS))}")
     beside = path.parent / content["notebook"]
     notebook = find_notebook(beside if beside.suffix == ".ipynb" else content["notebook"])
     kinds = {"parameters": dict, "grid": dict, "exclude": list, "resources": dict}
@@ -146,7 +146,7 @@ def _combinations(axes: Mapping[str, object], known: Mapping[str, object]) -> It
             )
         bundle = name not in known and all(isinstance(value, dict) for value in values)
         if name not in known and not bundle:
-            raise ValueError(f"grid: no parameter {name!r}; {nearest(name, list(known))}")
+            raise ValueError(f"grid: no parameter {name!r}; {suggest(name, list(known))}")
     count = math.prod(map(len, axes.values()))
     if count > _MOST:
         raise ValueError(f"grid: {count:,} combinations; expected at most {_MOST:,}: split it")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from ..checks import Location, nearest, refuse
+from ..checks import Location, invalid, suggest
 from ..store import DATA, read_text, read_toml, read_user_json
 
 NOTEBOOKS = DATA.parent / "notebooks"
@@ -101,7 +101,7 @@ def find_notebook(name: str | os.PathLike) -> Path:
     start = f"{int(name):02d}_" if name.isdecimal() else name
     found = [name] if name in names else [known for known in names if known.startswith(start)]
     if len(found) != 1:
-        hint = f"it could be {' or '.join(found)}" if found else nearest(name, names)
+        hint = f"it could be {' or '.join(found)}" if found else suggest(name, names)
         raise ValueError(f"no notebook {name!r}; {hint}")
     return NOTEBOOKS / f"{found[0]}.ipynb"
 
@@ -214,13 +214,13 @@ def check_parameters(notebook: Path, parameters: Mapping[str, object]) -> None:
         Naming the value, what was expected, and what to do.
     """
     if not isinstance(parameters, Mapping):
-        raise refuse("parameters", parameters, "a mapping of names to values")
+        raise invalid("parameters", parameters, "a mapping of names to values")
     name, defaults = notebook.stem, default_parameters(notebook)
     for parameter, value in parameters.items():
         if parameter in CIRCUMSTANCES:
             raise ValueError(f"{parameter} is set by the runner; --out (out_dir=) names the folder")
         if parameter not in defaults:
-            hint = nearest(parameter, list(defaults)) if defaults else "it has none"
+            hint = suggest(parameter, list(defaults)) if defaults else "it has none"
             raise ValueError(f"{name} has no parameter {parameter!r}; {hint}")
         default = defaults[parameter]
         if not (_is_plain(value) and _fits(value, default)):

@@ -22,7 +22,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..checks import Flag, Location, as_json, checked
-from ..store import DATA, kept, read_json, remove_empty, staged
+from ..store import DATA, atomic_write, read_cached, read_json, remove_empty
 
 ROOT = DATA.parent
 RECORD = "record.json"
@@ -62,10 +62,10 @@ def write_record(folder: Path, content: Mapping[str, object]) -> Path:
     FileExistsError
         If a file of that name is there that is no record: it is left alone.
     """
-    kept(folder / RECORD, own_record, ".json")
+    read_cached(folder / RECORD, own_record, ".json")
     plain = _json(as_json({**content, "schema": SCHEMA}))
     text = json.dumps(plain, indent=1, sort_keys=True, ensure_ascii=False)
-    with staged(folder / RECORD) as staging:
+    with atomic_write(folder / RECORD) as staging:
         staging.write_text(text, encoding="utf-8")
     return folder / RECORD
 

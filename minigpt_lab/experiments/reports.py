@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..checks import Flag, Location, OneOf, checked, file_to_write, located
+from ..checks import Flag, Location, OneOf, checked, to_path, writable_file
 from ..figures import pareto_front, png_bytes
-from ..store import staged
+from ..store import atomic_write
 from .comparisons import measurements, pareto, select
 from .records import read_records, results, varying
 
@@ -59,8 +59,8 @@ def write_report(
     FileExistsError
         If ``report.html`` in it is another page; with `path` given, a file there is replaced.
     """
-    folder = located(folder)
-    given, path = bool(path), file_to_write(path or folder / "report.html")
+    folder = to_path(folder)
+    given, path = bool(path), writable_file(path or folder / "report.html")
     if path.exists() and not given and _GENERATOR not in path.read_text("utf-8", "replace"):
         raise FileExistsError(f"{path} is no report of runs; name another file for it (--out)")
     runs = [
@@ -87,7 +87,7 @@ def write_report(
          f"<title>{html.escape(name)}</title><style>{_STYLE}</style></head><body>",
          *body, "</body></html>\n"]
     )  # fmt: skip
-    with staged(path) as staging:
+    with atomic_write(path) as staging:
         staging.write_text(page, encoding="utf-8")
     return path
 

@@ -25,15 +25,15 @@ from ..checks import (
     Text,
     as_json,
     checked,
-    file_to_write,
     first_line,
-    folder_to_write,
-    plain,
-    refuse,
+    invalid,
+    to_python,
+    writable_file,
+    writable_folder,
 )
 from ..domains import Domain
 from ..models import fingerprint, label
-from ..store import content_hash, kept, read_json, staged
+from ..store import atomic_write, content_hash, read_cached, read_json
 from .parameters import (
     CIRCUMSTANCES,
     absolute,
@@ -96,7 +96,7 @@ def run_notebook(
     home = runs / "smoke" if smoke else runs
     named = out_dir != ""
     if named:
-        folder = folder_to_write(out_dir).resolve()
+        folder = writable_folder(out_dir).resolve()
         _require_no_other(folder / notebook.name)
     else:
         folder = _new_folder(home / notebook.stem)
@@ -138,7 +138,7 @@ def run_once(
         As `run_notebook`.
     """
     notebook, given = _prepared(name, parameters, smoke)
-    folder = folder_to_write(folder).resolve()
+    folder = writable_folder(folder).resolve()
     if folder.is_dir() and any(folder.iterdir()) and not (folder / RECORD).is_file():
         raise FileExistsError(f"{folder} holds something that is no run; choose another folder")
     scratch = folder.parent / ".unfinished" / folder.name
@@ -157,7 +157,7 @@ def run_once(
 def install_run(scratch: Path, final: Path) -> None:
     """Give a run its name; files of an earlier one there go, a user's are kept."""
     if final.is_dir():
-        with staged(final, own_files) as staging:
+        with atomic_write(final, own_files) as staging:
             scratch.replace(staging)
     else:
         final.parent.mkdir(exist_ok=True)
@@ -203,7 +203,7 @@ def _execute(notebook: Path, parameters: dict, folder: Path, smoke: bool) -> str
 
     started, reason = time.time(), None
     folder.mkdir(parents=True, exist_ok=True)
-    kept(folder / RECORD, own_record, ".json")  # or it is none of ours
+    read_cached(folder / RECORD, own_record, ".json")  # or it is none of ours
     (folder / RECORD).unlink(missing_ok=True)  # of an earlier run, should this one be killed
     known = default_parameters(notebook)
     circumstances = {"out_dir": str(folder), "interactive": False}
@@ -259,7 +259,7 @@ def _require_no_other(path: Path) -> None:
     FileExistsError
         If there is such a notebook.
     """
-    if file_to_write(path).exists():
+    if writable_file(path).exists():
         content = read_json(path) if path.stat().st_size else {}
         facts = content.get("metadata") if isinstance(content, dict) else None
         if not isinstance(facts, dict) or "papermill" not in facts:
@@ -322,7 +322,7 @@ def record(
     tables = _mapping("tables", {} if tables is None else tables)
     for name, table in tables.items():
         if not isinstance(name, str) or Path(name).name != name:
-            raise refuse("a table's name", name, "a file's name without its suffix")
+            raise invalid("a table's name", name, "a file's name without its suffix")
         Instance(pd.DataFrame)(f"tables[{name!r}]", table)
     beside = Path(f"{notebook}.ipynb")  # a user's own notebook, or the copy under execution
     known = default_parameters(find_notebook(beside if beside.is_file() else notebook))
@@ -332,7 +332,7 @@ def record(
     parameters = {name: namespace[name] for name in known if name not in CIRCUMSTANCES}
     folder = Path(str(namespace["out_dir"]))
     for name, table in tables.items():
-        with staged(file_to_write(folder / f"{name}.csv")) as staging:
+        with atomic_write(writable_file(folder / f"{name}.csv")) as staging:
             table.to_csv(staging, index=False)
     content = {
         "notebook": notebook,
@@ -364,10 +364,10 @@ def _mapping(name: str, value: object) -> dict:
 
 def _metric(name: object, value: object) -> float | bool | None:
     """A number of Python's, or None."""
-    value = plain(value)
+    value = to_python(value)
     if value is None or isinstance(value, bool | int | float):
         return value
-    raise refuse(f"metrics[{name!r}]", value, "a number or None")
+    raise invalid(f"metrics[{name!r}]", value, "a number or None")
 
 
 def _domains(values) -> Iterator[Domain]:

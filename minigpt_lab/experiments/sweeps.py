@@ -22,7 +22,7 @@ import pandas as pd
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-from ..checks import Instance, Integer, Location, OneOf, Text, checked, first_line, folder_to_write
+from ..checks import Instance, Integer, Location, OneOf, Text, checked, first_line, writable_folder
 from .grids import Grid, run_id
 from .parameters import NOTEBOOKS, find_notebook
 from .records import (
@@ -83,7 +83,7 @@ def sweep(
     """
     jobs = grid.jobs if jobs is None else jobs
     home = Path("runs/smoke/sweeps" if grid.smoke else "runs/sweeps")
-    folder = folder_to_write(out_dir or home / grid.name).resolve()
+    folder = writable_folder(out_dir or home / grid.name).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
         skipped = {run for run in grid.runs if is_finished(folder / run)}

@@ -17,7 +17,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image
 
-from ..checks import Instance, Table, Text, checked
+from ..checks import DictOf, Instance, Text, checked
 from ..models import Size
 from ..studies import COMPONENTS, Magnitudes, Reading
 from .style import COMPONENT_STYLE, PART_STYLE, STYLE, colour, log_ticks
@@ -44,8 +44,8 @@ class ThresholdPicture:
     """
 
     @checked(
-        magnitudes=Table(Text(), Instance(Magnitudes), 1),
-        sweeps=Table(Text(), Instance(pd.DataFrame)) | None,
+        magnitudes=DictOf(Text(), Instance(Magnitudes), 1),
+        sweeps=DictOf(Text(), Instance(pd.DataFrame)) | None,
     )
     def __init__(
         self,

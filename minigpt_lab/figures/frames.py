@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ..checks import Instance, InvalidArgument, Text, first_line, nearest
+from ..checks import Instance, InvalidArgument, Text, first_line, suggest
 from .style import STYLE
 
 _LONGEST = 40  # characters of a name
@@ -68,7 +68,7 @@ def _refuse_missing(first: str, frame: pd.DataFrame, needed: list[str]) -> None:
     absent = [name for name in needed if name not in frame]
     if absent:
         known = [str(name) for name in frame.columns]
-        hint = nearest(absent[0], known) if known else "it has none"
+        hint = suggest(absent[0], known) if known else "it has none"
         raise InvalidArgument(f"{first} has no column {', '.join(map(repr, absent))}; {hint}")
 
 

@@ -23,8 +23,8 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import get_font_names
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
-from ..checks import Instance, ListOf, Location, Text, checked, file_to_write, located
-from ..store import staged
+from ..checks import Instance, ListOf, Location, Text, checked, to_path, writable_file
+from ..store import atomic_write
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "h")  # what grey print tells apart
@@ -224,16 +224,16 @@ def save_figure(figure: Figure, path: str | os.PathLike, data: pd.DataFrame) -> 
     """
     figure = Instance(Figure)("figure", figure)
     data = Instance(pd.DataFrame)("data", data)
-    path = located(Location()("path", path))
+    path = to_path(Location()("path", path))
     stem = path.name.removesuffix(".png").removesuffix(".svg").removesuffix(".csv")
     png, svg, csv = (
-        file_to_write(path.with_name(f"{stem}.{kind}")) for kind in ("png", "svg", "csv")
+        writable_file(path.with_name(f"{stem}.{kind}")) for kind in ("png", "svg", "csv")
     )
     with mpl.rc_context({**STYLE, "svg.hashsalt": "minigpt_lab"}):
-        with staged(png) as staging:
+        with atomic_write(png) as staging:
             figure.savefig(staging, metadata={"Software": None})
-        with staged(svg) as staging:
+        with atomic_write(svg) as staging:
             figure.savefig(staging, metadata={"Date": None})
-    with staged(csv) as staging:
+    with atomic_write(csv) as staging:
         data.to_csv(staging, index=False)
     return figure

@@ -3,9 +3,9 @@
 from .anatomy import Anatomy, weight_axis
 from .architectures import ALL_SITES, ATTENTION_UNITS, FAMILIES, SITES, Projection
 from .biases import give_bias
+from .by_name import load_model
 from .offloading import execution_device, is_offloaded, present
 from .plan import PruningPlan, whole
-from .by_name import load_model
 from .runtime import check_token_ids, fingerprint, inference, label, require_weights, seeded
 from .saving import save_model
 from .sizes import Size, describe, layer_parameters, model_size, token_parameters

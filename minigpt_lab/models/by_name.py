@@ -20,8 +20,18 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..checks import FACTORY, Device, Dtype, Location, OneOf, checked, first_line, in_use, nearest
-from ..store import DATA, hub_in_reach, read_toml, settled
+from ..checks import (
+    GLOBAL_STATE,
+    Device,
+    Dtype,
+    Location,
+    OneOf,
+    checked,
+    first_line,
+    locked,
+    suggest,
+)
+from ..store import DATA, hub_reachable, read_toml, undo_interrupted_write
 from .conversion import converted
 from .loading import load_folder, load_pretrained, load_tokenizer, refuse_quantised
 from .merging import ADAPTER, load_adapter
@@ -67,7 +77,7 @@ def load_model(
     ValueError
         If a folder is damaged or lacks weights, a hash differs or a weight is not finite.
     """
-    with in_use(FACTORY):
+    with locked(GLOBAL_STATE):
         model, tokenizer = _open(name_or_path, dtype)
     _refuse_non_finite(model, str(name_or_path))
     model.to(device or default_device()).eval()
@@ -86,7 +96,7 @@ def _open(name_or_path: str | os.PathLike, dtype: str | torch.dtype, above: tupl
             field: entry[field] for field in ("title", "note", "licence")
         }
         return model, load_tokenizer(folder)
-    if settled(folder).is_dir():
+    if undo_interrupted_write(folder).is_dir():
         if (folder / ADAPTER).is_file():
             return load_adapter(folder, above, functools.partial(_open, dtype=dtype))
         return load_folder(folder, dtype), load_tokenizer(folder)
@@ -96,14 +106,14 @@ def _open(name_or_path: str | os.PathLike, dtype: str | torch.dtype, above: tupl
             "*.safetensors"
         )
     if isinstance(name_or_path, os.PathLike) or folder.is_absolute() or name.startswith("."):
-        near = nearest(folder.name, sorted(p.name for p in folder.parent.glob("*/")))
+        near = suggest(folder.name, sorted(p.name for p in folder.parent.glob("*/")))
         offer = f"; {near}" if near.startswith("did") else ""
         raise FileNotFoundError(f"no model {name!r}: there is no such folder{offer}")
     return _load_hub(name, dtype)
 
 
 def _load_hub(name: str, dtype: str | torch.dtype) -> tuple:
-    where = {"local_files_only": not hub_in_reach()}
+    where = {"local_files_only": not hub_reachable()}
     with _hub_errors(name):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, **where)
     refuse_quantised(getattr(config, "quantization_config", None), name)
@@ -120,7 +130,7 @@ def _hub_errors(name: str) -> Iterator[None]:
         raise
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
-            f"no model {name!r}: not a name of this kit ({nearest(name, list(registry()))}), not a "
+            f"no model {name!r}: not a name of this kit ({suggest(name, list(registry()))}), not a "
             f"local folder, and the hub said: {first_line(error)}"
         ) from error
 

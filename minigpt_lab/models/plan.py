@@ -17,8 +17,8 @@ import numpy as np
 import pandas as pd
 from transformers import PreTrainedModel
 
-from ..checks import Integer, Items, Location, Model, Number, OneOf, Table, Text, checked, located
-from ..store import Damaged, kept, read_json, write_json
+from ..checks import DictOf, Integer, Items, Location, Model, Number, OneOf, Text, checked, to_path
+from ..store import DamagedFile, read_cached, read_json, write_json
 from .anatomy import Anatomy, weight_axis
 from .architectures import ALL_SITES, ATTENTION_UNITS, SITES
 from .sizes import Size, layer_parameters, token_parameters
@@ -28,14 +28,14 @@ _SIDES = OneOf(["input", "output", "bias"])
 _NEURONS = OneOf(["input", "output", "bias", "activation"])
 _FIELDS = {
     "model_hash": Text(),
-    "units": Table(OneOf(ALL_SITES), Items(Integer(1))),
-    "keep": Table(OneOf(ALL_SITES), Items(_INDICES)),
-    "zero": Table(Text(), Table(_SIDES, _INDICES)),
+    "units": DictOf(OneOf(ALL_SITES), Items(Integer(1))),
+    "keep": DictOf(OneOf(ALL_SITES), Items(_INDICES)),
+    "zero": DictOf(Text(), DictOf(_SIDES, _INDICES)),
     "vocabulary_size": Integer(0),
     "vocabulary": _INDICES | None,
-    "origin": Table(Text()),
-    "shift": Table(Text(), Items(Number())),
-    "neurons": Table(Text(), Table(_NEURONS, _INDICES)),
+    "origin": DictOf(Text()),
+    "shift": DictOf(Text(), Items(Number())),
+    "neurons": DictOf(Text(), DictOf(_NEURONS, _INDICES)),
 }
 _AXES = {"input": "input", "output": "output", "bias": "output"}
 _HASH = re.compile(r"\b[0-9a-f]{64}\b")  # shown by its first digits
@@ -359,8 +359,8 @@ class PruningPlan:
         OSError
             If it cannot be written.
         """
-        kept(path, _read_fields, ".json")
-        return write_json(located(path), self.to_dict())
+        read_cached(path, _read_fields, ".json")
+        return write_json(to_path(path), self.to_dict())
 
     @classmethod
     @checked(path=Location())
@@ -379,8 +379,8 @@ def _read_fields(path: Path) -> dict:
     """A plan's fields from its file, their values as they stand there."""
     try:
         data = read_json(path)
-    except Damaged as error:
-        raise Damaged(f"{path} is no pruning plan: {error}") from error
+    except DamagedFile as error:
+        raise DamagedFile(f"{path} is no pruning plan: {error}") from error
     if not isinstance(data, dict) or not {"model_hash", "units", "keep"} <= data.keys():
         raise ValueError(f"{path} is no pruning plan: it holds something else")
     return data

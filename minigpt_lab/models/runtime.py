@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 
-from ..checks import Instance, Model, Text, checked, in_use, restoring
+from ..checks import Instance, Model, Text, checked, locked, safe_contextmanager
 from .offloading import weights
 from .sizes import dense_parameters
 
@@ -42,10 +42,10 @@ def label(model: PreTrainedModel) -> str:
     return f"{name}, cut to {left:.1%} of its parameters"
 
 
-@restoring
+@safe_contextmanager
 def inference(model: nn.Module) -> Iterator[nn.Module]:
     """Evaluation mode without gradients; the model is held, and its training flags come back."""
-    with in_use(model):
+    with locked(model):
         training = {module: module.training for module in model.modules()}
         try:
             model.eval()
@@ -63,10 +63,10 @@ class GlobalGenerators:
 _GENERATORS = GlobalGenerators()
 
 
-@restoring
+@safe_contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Seed the global generators of random, NumPy and torch; they go on afterwards as before."""
-    with in_use(_GENERATORS), contextlib.ExitStack() as undo:
+    with locked(_GENERATORS), contextlib.ExitStack() as undo:
         undo.callback(random.setstate, random.getstate())
         undo.callback(np.random.set_state, np.random.get_state())  # noqa: NPY002
         undo.callback(torch.set_rng_state, torch.get_rng_state())
@@ -80,7 +80,7 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-@restoring
+@safe_contextmanager
 def settings_saved_as_they_are(model: PreTrainedModel) -> Iterator[None]:
     """Let transformers save generation settings that it would refuse, such as a temperature unused.
 

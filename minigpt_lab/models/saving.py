@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..checks import Flag, Location, Model, Tokenizer, UnusablePath, checked, folder_to_write
-from ..store import Damaged, read_json, staged, write_json
+from ..checks import Flag, Location, Model, Tokenizer, UnusablePath, checked, writable_folder
+from ..store import DamagedFile, atomic_write, read_json, write_json
 from .anatomy import Anatomy
 from .biases import given_parameters
-from .loading import FORMAT, SIDECAR
 from .by_name import load_model
+from .loading import FORMAT, SIDECAR
 from .runtime import inference, settings_saved_as_they_are
 from .vocabulary import tokenizer_for
 
@@ -65,7 +65,7 @@ def save_model(
     RuntimeError
         If the reloaded model gives other logits.
     """
-    final = folder_to_write(path)
+    final = writable_folder(path)
     if final.is_dir() and any(final.iterdir()) and not _is_saved(final):
         raise FileExistsError(
             f"{final} exists and was not written by save_model; choose another folder"
@@ -82,7 +82,7 @@ def save_model(
             "transformers cannot load it whole; save it without portable=True"
         )
     stored = _padded(model) if portable else model
-    with staged(final, _written) as staging:
+    with atomic_write(final, _written) as staging:
         # names as in memory: a layer's own widths leave no loader but ours, which knows no others
         with settings_saved_as_they_are(stored):
             stored.save_pretrained(staging, max_shard_size="1TB", save_original_format=False)
@@ -105,7 +105,7 @@ def _is_saved(folder: Path) -> bool:
         return "widths" in _sidecar(folder)
     except (FileNotFoundError, UnusablePath):
         return False
-    except Damaged:
+    except DamagedFile:
         return True
 
 
@@ -113,7 +113,7 @@ def _written(folder: Path) -> set[str]:
     """Names of the files in a folder that `save_model` wrote, as far as it says."""
     try:
         found = _sidecar(folder).get("files", [])
-    except (OSError, Damaged):
+    except (OSError, DamagedFile):
         found = []
     return {SIDECAR, *(name for name in found if isinstance(name, str))}
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..checks import Instance, Model, checked, in_use, restoring
+from ..checks import Instance, Model, checked, locked, safe_contextmanager
 from .anatomy import Anatomy, weight_axis
 from .biases import give_bias, take_bias
 from .offloading import is_offloaded
@@ -28,7 +28,7 @@ _masks: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model to the 
 
 
 @checked(plan=_PLAN, model=Model(hold=False))
-@restoring
+@safe_contextmanager
 def masked(model: PreTrainedModel, plan: PruningPlan) -> Iterator[PreTrainedModel]:
     """Zero everything that a plan cuts; every weight is its old self, bit for bit, on leaving.
 
@@ -60,7 +60,7 @@ def masked(model: PreTrainedModel, plan: PruningPlan) -> Iterator[PreTrainedMode
         On leaving, if a mask that was put on later has not been left yet; all masks down to this
         one are then taken off.
     """
-    with in_use(model):
+    with locked(model):
         mask, masks = contextlib.ExitStack(), _masks.setdefault(model, [])
         masks.append(mask)
         try:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..checks import REFUSED, Function, InvalidArgument, ListOf, Number, as_json, nearest
+from ..checks import REFUSED, Function, InvalidArgument, ListOf, Number, as_json, suggest
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def allocation_rule(allocation: str | Allocation | Sequence[float]) -> Allocatio
         return _given(ListOf(Number(0), 1)("allocation", allocation))
     if not isinstance(allocation, str) or allocation not in ALLOCATIONS:
         shown = " ".join(repr(allocation).split())[:60]
-        hint = nearest(str(allocation), list(ALLOCATIONS))
+        hint = suggest(str(allocation), list(ALLOCATIONS))
         raise InvalidArgument(f"unknown allocation {shown}; {hint}")
     return ALLOCATIONS[allocation]
 

@@ -17,8 +17,8 @@ from ..checks import (
     Number,
     as_json,
     checked,
-    nearest,
-    refuse,
+    invalid,
+    suggest,
 )
 from ..criteria import Scores, check_option
 from ..models import ALL_SITES, SITES, Anatomy, PruningPlan, layer_parameters, whole
@@ -260,7 +260,7 @@ def kept_ends(keep_layers: tuple[int, int]) -> tuple[int, int]:
     """How many layers stay whole at either end, checked."""
     ends = ListOf(Integer(0)).take(keep_layers)
     if ends is REFUSED or len(ends) != 2:
-        raise refuse("keep_layers", keep_layers, "how many at either end, as in (1, 1)")
+        raise invalid("keep_layers", keep_layers, "how many at either end, as in (1, 1)")
     return ends
 
 
@@ -269,7 +269,7 @@ def unit_steps(groups: Sequence[Group], multiple_of: int | Mapping[str, int]) ->
     per_site = multiple_of if isinstance(multiple_of, Mapping) else {"ffn": multiple_of}
     for name in per_site:
         if name not in ALL_SITES:
-            raise ValueError(f"multiple_of has {name!r}; {nearest(str(name), list(ALL_SITES))}")
+            raise ValueError(f"multiple_of has {name!r}; {suggest(str(name), list(ALL_SITES))}")
     per_site = {site: Integer(1)("multiple_of", step) for site, step in per_site.items()}
     steps = [per_site.get(group.site, 1) for group in groups]
     for group, step in zip(groups, steps, strict=True):

@@ -10,7 +10,7 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..calibration import Statistics
-from ..checks import REFUSED, Instance, ListOf, Model, Number, Tokenizer, checked, refuse
+from ..checks import REFUSED, Instance, ListOf, Model, Number, Tokenizer, checked, invalid
 from ..criteria import attention_site
 from ..models import (
     Anatomy,
@@ -133,7 +133,7 @@ def _rules(epsilon_linear, epsilon_activation, quantile) -> dict[str, tuple[str,
     several = np.iterable(epsilon_linear) and not isinstance(epsilon_linear, str)
     pair = tuple(epsilon_linear) if several else (epsilon_linear,) * 2
     if len(pair) != 2:
-        raise refuse("epsilon_linear", epsilon_linear, "one number, or two: input, output")
+        raise invalid("epsilon_linear", epsilon_linear, "one number, or two: input, output")
     given = dict(zip(COMPONENTS, (*pair, epsilon_activation), strict=False))
     given = {name: EPSILON(f"epsilon_{name}", value) for name, value in given.items()}
     rules = {name: ("epsilon", float(value)) for name, value in given.items() if value is not None}
@@ -278,7 +278,7 @@ def _counted(token_counts: object) -> np.ndarray:
     counts = ListOf(Number(0)).take(token_counts)
     if counts is REFUSED or not len(counts):
         expected = "a count, 0 or more, for every token"
-        raise refuse("token_counts", token_counts, expected, "lab.count_tokens gives them")
+        raise invalid("token_counts", token_counts, expected, "lab.count_tokens gives them")
     return np.array(counts)
 
 

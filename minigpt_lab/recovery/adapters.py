@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..checks import FACTORY, Snapshot, in_use, nearest, restoring, unchanged
+from ..checks import GLOBAL_STATE, Snapshot, locked, restore_on_exit, safe_contextmanager, suggest
 from ..models import Anatomy, weight_axis
 
 
@@ -38,7 +38,7 @@ def adapter_targets(model: PreTrainedModel, wanted: Sequence[str] | None) -> lis
     for target in wanted:
         if not any(_fits(name, target) for name in names):
             known = names if "." in target else sorted({name.rpartition(".")[2] for name in names})
-            raise ValueError(f"no linear layer {target!r} to adapt; {nearest(target, known)}")
+            raise ValueError(f"no linear layer {target!r} to adapt; {suggest(target, known)}")
     chosen = [name for name in names if any(_fits(name, target) for target in wanted)]
     if not chosen:
         raise ValueError("targets is empty; give at least one name, or None for every linear layer")
@@ -85,7 +85,7 @@ class Trainable:
                 value = parameter.detach().to(_wide(parameter)) + delta
             yield parameter, value.to(parameter.dtype)
 
-    @restoring
+    @safe_contextmanager
     def given_back(self) -> Iterator[PreTrainedModel]:
         """The plain model with its new weights, rounded to how they are stored, while inside."""
         training = Snapshot(self.model)
@@ -103,7 +103,7 @@ def _put(parameter: nn.Parameter, tensor: torch.Tensor, device: torch.device) ->
     parameter.data = tensor.to(device)
 
 
-@restoring
+@safe_contextmanager
 def adapted(
     model: PreTrainedModel, names: Sequence[str] | None = None, **lora
 ) -> Iterator[Trainable]:
@@ -129,8 +129,8 @@ def adapted(
     Trainable
     """
     half = any(parameter.dtype == torch.float16 for parameter in model.parameters())
-    with in_use(model):
-        with unchanged(model) as before:
+    with locked(model):
+        with restore_on_exit(model) as before:
             if names is None:
                 module, sources = model, _replace_by_copies(model)
                 _keep_zeros(sources.values())
@@ -176,7 +176,7 @@ def _replace_by_copies(model: PreTrainedModel) -> dict[nn.Parameter, nn.Paramete
 def _with_adapters(model: PreTrainedModel, names: Sequence[str], **lora) -> nn.Module:
     """Put LoRA adapters around linear layers of the model."""
     with (
-        in_use(FACTORY),
+        locked(GLOBAL_STATE),
         warnings.catch_warnings(),
     ):  # peft asks transformers by a name that it now warns of
         warnings.simplefilter("ignore", FutureWarning)

@@ -18,12 +18,12 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from ..checks import folder_to_write
+from ..checks import writable_folder
 from ..store import (
     Scratch,
     clear_scratch,
-    kept,
     make_folder,
+    read_cached,
     read_json,
     remove_empty,
     sha256,
@@ -55,7 +55,7 @@ def run_folder(out_dir: str | os.PathLike | None) -> Iterator[Path]:
         If several processes train together and no folder is given for all of them.
     """
     if out_dir is not None:
-        folder = folder_to_write(out_dir).resolve()
+        folder = writable_folder(out_dir).resolve()
         make_folder(folder)
         clear_scratch(folder)
         yield folder
@@ -86,7 +86,7 @@ def resume_run(folder: Path, facts: dict) -> dict | None:
     FileExistsError
         If its ``run.json`` is something else.
     """
-    run = kept(folder / RUN, _read_run, ".json")
+    run = read_cached(folder / RUN, _read_run, ".json")
     if run is None:
         if _checkpoints(folder):
             raise ValueError(

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 from transformers.utils import logging
 
-from ..checks import first_line, restoring
+from ..checks import first_line, safe_contextmanager
 from ..evaluation import perplexity
 from .adapters import Trainable
 from .checkpoints import (
@@ -202,7 +202,7 @@ class KitTrainer(Trainer):
             rotate(folder.parent, self.state.best_model_checkpoint)
 
 
-@restoring
+@safe_contextmanager
 def _quiet() -> Iterator[None]:
     """Without a bar per file, or a warning that checkpoints of the same second look alike."""
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

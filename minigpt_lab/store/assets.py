@@ -25,16 +25,16 @@ from urllib.request import getproxies
 
 from platformdirs import user_cache_path
 
-from ..checks import located
+from ..checks import to_path
 from .storage import (
-    Damaged,
+    DamagedFile,
     Scratch,
-    explained,
-    kept,
-    not_written,
+    explain_disk_errors,
+    read_cached,
     read_json,
-    returned_anyway,
     sha256,
+    warn_if_unsaved,
+    write_failed,
     write_json,
 )
 
@@ -43,7 +43,7 @@ DATA = Path(__file__).resolve().parents[2] / "data"
 
 
 #: What to do when the disk of the cache is full.
-ELSEWHERE = "set MINIGPT_LAB_CACHE to a folder on another disk"
+CACHE_REMEDY = "set MINIGPT_LAB_CACHE to a folder on another disk"
 _NO_SPACE = re.compile(r"no space left|disk quota exceeded", re.IGNORECASE)
 
 
@@ -80,7 +80,7 @@ def read_toml(path: Path) -> dict:
     return tomllib.loads(path.read_text(encoding="utf-8"))
 
 
-def packages() -> dict[str, Package]:
+def pinned_packages() -> dict[str, Package]:
     """Every pinned package of ``data/packages.toml``, by name."""
     entries = read_toml(DATA / "packages.toml")
     return {name: Package(name=name, **entry) for name, entry in entries.items()}
@@ -94,7 +94,7 @@ def cache_folder() -> Path:
     PermissionError
         If the folder cannot be created or written.
     """
-    folder = located(os.environ.get("MINIGPT_LAB_CACHE") or user_cache_path("minigpt_lab"))
+    folder = to_path(os.environ.get("MINIGPT_LAB_CACHE") or user_cache_path("minigpt_lab"))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -107,7 +107,7 @@ def cache_folder() -> Path:
     return folder
 
 
-def hub_in_reach() -> bool:
+def hub_reachable() -> bool:
     """Whether the Hugging Face hub's name resolves (or a proxy may do so for us).
 
     Its clients retry for most of a minute before they say that there is no network.
@@ -122,7 +122,7 @@ def hub_in_reach() -> bool:
     return True
 
 
-def remembered(kind: str, name: str, recipe: list, make: Callable[[], dict]) -> dict:
+def cached(kind: str, name: str, recipe: list, make: Callable[[], dict]) -> dict:
     """Plain data from the cache, or (first use) made and kept there with its hash.
 
     A file that is damaged or was changed is set aside, and the data made anew.
@@ -138,11 +138,11 @@ def remembered(kind: str, name: str, recipe: list, make: Callable[[], dict]) -> 
     """
     key = hashlib.sha256(json.dumps(["hashed", *recipe]).encode()).hexdigest()[:12]
     cached = cache_folder() / kind / f"{name}-{key}.json"
-    known = kept(cached, _read_hashed, ".json")
+    known = read_cached(cached, _read_hashed, ".json")
     if known is not None:
         return known
     made = make()
-    with returned_anyway(f"{name} is"):
+    with warn_if_unsaved(f"{name} is"):
         write_json(cached, {"sha256": _json_hash(made), "made": made})
     return made
 
@@ -150,7 +150,7 @@ def remembered(kind: str, name: str, recipe: list, make: Callable[[], dict]) -> 
 def _read_hashed(path: Path) -> dict:
     content = read_json(path)
     if not isinstance(content, dict) or content.get("sha256") != _json_hash(content.get("made")):
-        raise Damaged(f"{path} is not what was written")
+        raise DamagedFile(f"{path} is not what was written")
     return content["made"]
 
 
@@ -195,7 +195,7 @@ def fetch(package: Package, instead: str) -> Path:
         If the registry or its client cannot be reached.
     ValueError
         If the downloaded file's hash differs from the pinned one.
-    minigpt_lab.storage.NotWritten
+    minigpt_lab.store.WriteFailed
         If the disk is full.
     """
     final = cache_folder() / "packages" / f"{package.name}-{package.version}.{package.kind}"
@@ -206,13 +206,13 @@ def fetch(package: Package, instead: str) -> Path:
         except ValueError as error:
             warnings.warn(f"{error}; fetched again", stacklevel=2)
     clients = {"wheel": _download_wheel, "deb": _download_deb, "npm": _download_npm}
-    with explained(final), Scratch(cache_folder(), package.name) as scratch:
+    with explain_disk_errors(final), Scratch(cache_folder(), package.name) as scratch:
         reason = clients[package.kind](package, str(scratch.path))
         suffixes = (".whl", ".deb", ".tgz")
         found = [path for path in scratch.path.iterdir() if path.suffix in suffixes]
         if _NO_SPACE.search(reason or ""):
             # what there is of the file is cut off, and removed: it would keep the disk full
-            raise not_written(final, errno.ENOSPC, ELSEWHERE)
+            raise write_failed(final, errno.ENOSPC, CACHE_REMEDY)
         if len(found) != 1:
             raise SourceUnavailable(f"{what} could not be downloaded ({reason}); {instead}")
         verify(found[0], package.sha256, what)
@@ -256,7 +256,7 @@ def _download_npm(package: Package, folder: str) -> str:
     return _run("npm", "pack", "--silent", f"{package.name}@{package.version}", cwd=folder)
 
 
-def members(archive: Path, pattern: str) -> dict[str, bytes]:
+def read_archive(archive: Path, pattern: str) -> dict[str, bytes]:
     """Content of an archive's files whose path matches a glob, by path, sorted.
 
     Parameters

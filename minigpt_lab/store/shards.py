@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from ..checks import Location, OneOf, checked, folder_to_write
-from .storage import Scratch, explained
+from ..checks import Location, OneOf, checked, writable_folder
+from .storage import Scratch, explain_disk_errors
 
 PLACES = ("device", "cpu", "disk")
 
@@ -37,7 +37,7 @@ class Shards(MutableMapping):
         self._devices: dict[int, torch.device] = {}
         self._disk: Path | None = None
         if place == "disk":
-            scratch = Scratch(folder_to_write(folder or tempfile.gettempdir()), "shards")
+            scratch = Scratch(writable_folder(folder or tempfile.gettempdir()), "shards")
             self._disk = scratch.path
             weakref.finalize(self, scratch.close)
 
@@ -50,7 +50,7 @@ class Shards(MutableMapping):
             tensor = tensor.cpu()
         elif self.place == "disk":
             path = self._disk / f"{key}.safetensors"
-            with explained(path):
+            with explain_disk_errors(path):
                 save_file({"tensor": tensor.contiguous()}, path)
             tensor = path
         self._kept[key] = tensor

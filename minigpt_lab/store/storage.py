@@ -26,11 +26,11 @@ from filelock import FileLock, Timeout
 
 from ..checks import (
     UnusablePath,
-    file_to_read,
-    file_to_write,
-    folder_to_write,
-    located,
-    require_makeable,
+    readable_file,
+    require_creatable,
+    to_path,
+    writable_file,
+    writable_folder,
 )
 from . import files
 
@@ -42,11 +42,11 @@ _TROUBLE = (*_FULL, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPE
 Loaded = TypeVar("Loaded")
 
 
-class NotWritten(OSError):
+class WriteFailed(OSError):
     """The disk refused what was to be written: full, read-only or at a limit."""
 
 
-class Damaged(ValueError):
+class DamagedFile(ValueError):
     """A file of the package that cannot be read whole."""
 
 
@@ -55,13 +55,13 @@ def make_folder(folder: Path) -> None:
 
     Raises
     ------
-    NotWritten
+    WriteFailed
         If the system refuses.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise not_written(folder, error.errno or errno.EIO) from error
+        raise write_failed(folder, error.errno or errno.EIO) from error
 
 
 class Scratch:
@@ -141,7 +141,7 @@ def _put_back(scratch: Path) -> None:
                 old.rename(scratch.parent / old.name)
 
 
-def settled(path: Path) -> Path:
+def undo_interrupted_write(path: Path) -> Path:
     """The same path, after a killed call that was replacing it has been undone."""
     if not os.path.lexists(path):
         clear_scratch(path.parent)
@@ -149,7 +149,7 @@ def settled(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def staged(path: Path, ours: Callable[[Path], set[str]] | None = None) -> Iterator[Path]:
+def atomic_write(path: Path, ours: Callable[[Path], set[str]] | None = None) -> Iterator[Path]:
     """Yield a scratch path that takes the name of `path`, in one step, on success.
 
     On an exception (Ctrl-C too) `path` is left as it was. A link is followed. A file replaces a
@@ -165,18 +165,18 @@ def staged(path: Path, ours: Callable[[Path], set[str]] | None = None) -> Iterat
 
     Raises
     ------
-    NotWritten
+    WriteFailed
         If the disk refuses.
     UnusablePath
         If the path cannot be written.
     """
-    final = located(path).resolve()
-    require_makeable(final)
-    with explained(final), Scratch(final.parent, final.name) as scratch:
+    final = to_path(path).resolve()
+    require_creatable(final)
+    with explain_disk_errors(final), Scratch(final.parent, final.name) as scratch:
         staging = scratch.path / final.name
         yield staging
         if not staging.is_dir():
-            staging.replace(file_to_write(final))
+            staging.replace(writable_file(final))
         else:
             _name(final, staging, scratch.folder / _OLD, ours or (lambda _: set()))
 
@@ -187,7 +187,7 @@ def _name(
     """Give a folder its name; again if another process has made or removed one there meanwhile."""
     try:
         if os.path.lexists(final):
-            _keep_others(folder_to_write(final), new, ours(final))
+            _keep_others(writable_folder(final), new, ours(final))
             _swap(final, new, old)
         else:
             new.rename(final)
@@ -201,7 +201,7 @@ def _swap(final: Path, new: Path, old: Path) -> None:
     """Give a new folder the name of an old one; there is one under the name at any moment.
 
     Where the system cannot exchange two names in one step, the old one waits in the scratch folder
-    for an instant, from where `settled` would bring it back.
+    for an instant, from where `undo_interrupted_write` would bring it back.
     """
     if _exchange(final, new):
         return
@@ -251,31 +251,31 @@ def remove_empty(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def explained(final: Path) -> Iterator[None]:
+def explain_disk_errors(final: Path) -> Iterator[None]:
     """Say in one sentence that, and why, the disk refused to take a file.
 
     Raises
     ------
-    NotWritten
+    WriteFailed
         With the errno of the cause.
     """
     try:
         yield
     except Exception as error:
         number = _disk_trouble(error)
-        if number is None or isinstance(error, NotWritten | UnusablePath):
+        if number is None or isinstance(error, WriteFailed | UnusablePath):
             raise
-        raise not_written(final, number) from error
+        raise write_failed(final, number) from error
 
 
-def not_written(final: Path, number: int, remedy: str = "choose another path") -> NotWritten:
+def write_failed(final: Path, number: int, remedy: str = "choose another path") -> WriteFailed:
     """The error of a disk that refused."""
     why = os.strerror(number)
     if number in _FULL:
         there = next(folder for folder in final.absolute().parents if folder.is_dir())
         why = f"{why}, {shutil.disk_usage(there).free / 2**20:.1f} MiB free"
         remedy = f"make room or {remedy}"
-    found = NotWritten(f"{final} could not be written ({why}); {remedy}")
+    found = WriteFailed(f"{final} could not be written ({why}); {remedy}")
     found.errno = number
     return found
 
@@ -289,7 +289,7 @@ def _disk_trouble(error: BaseException | None) -> int | None:
 
 
 @contextlib.contextmanager
-def returned_anyway(what: str) -> Iterator[None]:
+def warn_if_unsaved(what: str) -> Iterator[None]:
     """Warn instead of raising where a result is only kept for later: it took long, and is there."""
     try:
         yield
@@ -312,7 +312,9 @@ def set_aside(path: Path, reason: str) -> None:
     )
 
 
-def kept(path: str | os.PathLike, load: Callable[[Path], Loaded], suffix: str) -> Loaded | None:
+def read_cached(
+    path: str | os.PathLike, load: Callable[[Path], Loaded], suffix: str
+) -> Loaded | None:
     """What an earlier call kept in a file; None if there is no file yet, or a damaged one.
 
     Parameters
@@ -320,8 +322,8 @@ def kept(path: str | os.PathLike, load: Callable[[Path], Loaded], suffix: str) -
     path : str or path
         Where it will be written; asked before the work begins.
     load : callable
-        Reads it; raises `Damaged` if it cannot be read, another ValueError for a file of another
-        kind.
+        Reads it; raises `DamagedFile` if it cannot be read, another ValueError for a file of
+        another kind.
     suffix : str
         Of such files: a damaged one with another name is not taken for ours.
 
@@ -332,12 +334,12 @@ def kept(path: str | os.PathLike, load: Callable[[Path], Loaded], suffix: str) -
     UnusablePath
         If the path cannot be written.
     """
-    path = file_to_write(path)
+    path = writable_file(path)
     if not path.exists() or not path.stat().st_size:
         return None
     try:
         return load(path)
-    except Damaged as error:
+    except DamagedFile as error:
         if path.suffix != suffix:
             raise FileExistsError(f"{error}; it is left alone: choose another path") from error
         set_aside(path, str(error.__cause__ or error))
@@ -351,20 +353,20 @@ def read_json(path: Path) -> object:
 
     Raises
     ------
-    Damaged
+    DamagedFile
         If it cannot be read.
     """
-    path = file_to_read(path)
+    path = readable_file(path)
     try:
         return files.read_user_json(path)
     except ValueError as error:
-        raise Damaged(str(error)) from error
+        raise DamagedFile(str(error)) from error
 
 
 def write_json(path: Path, content: object, indent: int | None = None) -> Path:
     """Write a JSON file whole or not at all."""
     text = json.dumps(content, ensure_ascii=False, indent=indent)
-    with staged(path) as staging:
+    with atomic_write(path) as staging:
         staging.write_text(text, encoding="utf-8")
     return path
 

@@ -12,8 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..checks import file_to_read, file_to_write, plain
-from .storage import Damaged, staged
+from ..checks import readable_file, to_python, writable_file
+from .storage import DamagedFile, atomic_write
 
 SUFFIX = ".safetensors"
 _HASH = "content_sha256"
@@ -42,18 +42,18 @@ def write_tensors(
     ------
     FileExistsError
         If `path` holds something else.
-    NotWritten
+    WriteFailed
         If the disk refuses.
     """
-    path = file_to_write(path)
-    if path.exists() and not is_of(path, kind):
+    path = writable_file(path)
+    if path.exists() and not holds_kind(path, kind):
         raise FileExistsError(
             f"{path} exists and holds no {kind}; it is left alone: choose another path"
         )
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     # one entry: the order of several is random, and so would be the file
-    metadata = json.dumps({**header, _HASH: _digest(tensors)}, default=plain)
-    with staged(path) as staging:
+    metadata = json.dumps({**header, _HASH: _digest(tensors)}, default=to_python)
+    with atomic_write(path) as staging:
         save_file(tensors, staging, {kind: metadata})
     return path
 
@@ -63,12 +63,12 @@ def read_tensors(path: Path, kind: str) -> tuple[dict, dict[str, torch.Tensor]]:
 
     Raises
     ------
-    Damaged
+    DamagedFile
         If it cannot be read, or its content is no longer what was written.
     ValueError
         If it holds something else.
     """
-    path = file_to_read(path)
+    path = readable_file(path)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -77,14 +77,14 @@ def read_tensors(path: Path, kind: str) -> tuple[dict, dict[str, torch.Tensor]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             header = json.loads(metadata[kind])
     except (SafetensorError, json.JSONDecodeError, RecursionError) as error:
-        raise Damaged(f"{path} is no readable {kind} file ({error})") from error
+        raise DamagedFile(f"{path} is no readable {kind} file ({error})") from error
     digest = _digest(tensors)
     if not isinstance(header, dict) or header.pop(_HASH, digest) != digest:
-        raise Damaged(f"{path} is no readable {kind} file (its content has changed)")
+        raise DamagedFile(f"{path} is no readable {kind} file (its content has changed)")
     return header, tensors
 
 
-def is_of(path: Path, kind: str) -> bool:
+def holds_kind(path: Path, kind: str) -> bool:
     """Whether a file is empty or of a kind, as far as its first bytes tell."""
     with path.open("rb") as file:
         head = file.read(4096)  # it may be damaged further on

@@ -16,12 +16,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..calibration import LayerPass, damped_inverse, enter, refit, tokens_hash
-from ..checks import Instance, Integer, ListOf, Model, Table, Text, as_json, checked
+from ..checks import DictOf, Instance, Integer, ListOf, Model, Text, as_json, checked
 from ..compensation import Problem, Search, Solver, full_precision, problem, slimgpt, solve
 from ..domains import Part, excerpt, tokenize, unpadded
 from ..evaluation import generate, perplexity, timed
 from ..models import Anatomy, PruningPlan, fingerprint, inference, model_size
-from ..store import Ledger, Shards, content_hash
+from ..store import ResultCache, Shards, content_hash
 from .arguments import BATCHES, DRAWS, FOLDER, PAIR, PART, PROTOCOL, SHARES, TEXTS
 
 #: SlimGPT's dense model: perplexity of LLaMA-7B on WikiText2 in windows of 128.
@@ -41,7 +41,7 @@ _DEFAULTS = asdict(Solver()) | {
 
 
 @checked(
-    **PAIR, **PROTOCOL, variants=Table(Text(), Instance(Mapping), 1), batches=BATCHES, texts=TEXTS,
+    **PAIR, **PROTOCOL, variants=DictOf(Text(), Instance(Mapping), 1), batches=BATCHES, texts=TEXTS,
     prompt=Text(), new_tokens=Integer(1), out_dir=FOLDER,
 )  # fmt: skip
 def slimgpt_variants(
@@ -90,7 +90,7 @@ def slimgpt_variants(
     """
     if "dense" in variants or {"inplace", "out_dir", "progress"} & set().union(*variants.values()):
         raise ValueError("a study names 'dense' and sets inplace, out_dir, progress by itself")
-    ledger = Ledger(out_dir and Path(out_dir) / "variants.jsonl")
+    ledger = ResultCache(out_dir and Path(out_dir) / "variants.jsonl")
     read = [excerpt(text, tokenizer, max_tokens) for text in texts]
     protocol = {"seq_len": seq_len, "max_characters": None}
     recipe = [fingerprint(model), [*map(content_hash, read)], protocol, prompt, new_tokens]
@@ -186,7 +186,7 @@ def one_layer_at_a_time(
 
 
 @checked(
-    **PAIR, source=PART, texts=TEXTS, options=Table(Text()), tokens=ListOf(Integer(2), 1),
+    **PAIR, source=PART, texts=TEXTS, options=DictOf(Text()), tokens=ListOf(Integer(2), 1),
     lengths=ListOf(Integer(2), 1), total=Integer(2), seq_len=Integer(2),
 )  # fmt: skip
 def calibration_amounts(
@@ -275,7 +275,7 @@ def layer_problems(
         }
 
 
-@checked(problems=Table(Text(), Instance(Problem), 1), ratios=SHARES, **DRAWS)
+@checked(problems=DictOf(Text(), Instance(Problem), 1), ratios=SHARES, **DRAWS)
 def layer_losses(
     problems: Mapping[str, Problem], ratios: Sequence[float], draws: int = 3, seed: int = 0
 ) -> pd.DataFrame:
@@ -381,7 +381,7 @@ def slimgpt_timing(
             "repeats": repeats, "device": str(model.device),
         }  # fmt: skip
 
-    ledger = Ledger(out_dir and Path(out_dir) / "timing.jsonl")
+    ledger = ResultCache(out_dir and Path(out_dir) / "timing.jsonl")
     recipe = [fingerprint(model), str(model.device), repeats]  # the hash is kept from now on
     rows = []
     for found in tqdm(calibrations, desc="timing", unit="calibration"):

@@ -13,13 +13,13 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..calibration import Statistics
-from ..checks import Frame, Instance, Integer, ListOf, Model, Number, OneOf, Table, Text, checked
+from ..checks import DictOf, Frame, Instance, Integer, ListOf, Model, Number, OneOf, Text, checked
 from ..criteria import score
 from ..domains import Part, excerpt
 from ..evaluation import perplexity
 from ..models import PruningPlan, fingerprint, masked, model_size, weight_axis
 from ..planning import contextual_plan
-from ..store import Ledger, content_hash
+from ..store import ResultCache, content_hash
 from .arguments import COUNTS, FOLDER, PAIR, PART, STATISTICS, TEXTS
 
 #: The thresholds that Mini-GPTs' grid tries (arXiv 2312.12682).
@@ -29,7 +29,7 @@ SWEEPS = ("linear", "activation", "embedding", "all")
 CONTROL = OneOf(("random", "magnitude"))
 
 
-@checked(statistics=Table(Text(), STATISTICS, 1))
+@checked(statistics=DictOf(Text(), STATISTICS, 1))
 def activation_frame(statistics: Mapping[str, Statistics]) -> pd.DataFrame:
     """FFN activations of several domains in one table: ``domain, layer, neuron, mean_abs``."""
     parts = [
@@ -48,7 +48,7 @@ def _activations(statistics: Statistics) -> list[np.ndarray]:
 
 
 @checked(
-    draws=Table(Text(), ListOf(STATISTICS), 1), epsilon=Number(0) | None,
+    draws=DictOf(Text(), ListOf(STATISTICS), 1), epsilon=Number(0) | None,
     quantile=Number(0, below=1) | None,
 )  # fmt: skip
 def neuron_overlap(
@@ -97,7 +97,7 @@ def neuron_overlap(
     return set_overlap(unused).rename(columns={"size": "unused"})
 
 
-@checked(draws=Table(Text(), ListOf(Instance(Sequence))))
+@checked(draws=DictOf(Text(), ListOf(Instance(Sequence))))
 def set_overlap(draws: Mapping[str, Sequence[list[np.ndarray]]]) -> pd.DataFrame:
     """Jaccard overlap of sets given as flags ``[member]`` per layer, mean over pairs of draws.
 
@@ -122,7 +122,7 @@ def set_overlap(draws: Mapping[str, Sequence[list[np.ndarray]]]) -> pd.DataFrame
     return pd.DataFrame(rows, columns=["domain", "other", "jaccard", "chance", "size"])
 
 
-@checked(pieces=Table(Text(), ListOf(STATISTICS, 1), 1), quantile=Number(0, below=1))
+@checked(pieces=DictOf(Text(), ListOf(STATISTICS, 1), 1), quantile=Number(0, below=1))
 def calibration_stability(
     pieces: Mapping[str, Sequence[Statistics]], quantile: float
 ) -> pd.DataFrame:
@@ -227,7 +227,7 @@ def matched_plan(
 
 @checked(
     **PAIR, statistics=STATISTICS, texts=PART,
-    epsilons=Table(OneOf(SWEEPS), ListOf(Number(0))), controls=ListOf(CONTROL),
+    epsilons=DictOf(OneOf(SWEEPS), ListOf(Number(0))), controls=ListOf(CONTROL),
     token_counts=COUNTS, path=FOLDER, seeds=ListOf(Integer(0)),
 )  # fmt: skip
 def threshold_sweep(
@@ -285,7 +285,7 @@ def threshold_sweep(
         raise ValueError(f"{lists}; give at least one threshold")
     texts = excerpt(texts, tokenizer, protocol.pop("max_tokens", None))
     protocol["max_characters"] = None
-    ledger = Ledger(path)
+    ledger = ResultCache(path)
     dense = _point(model, tokenizer, None, texts, protocol, ledger)
     jobs = list(_jobs(model, statistics, epsilons, controls, token_counts, seeds))
     rows = []
@@ -322,7 +322,7 @@ def _jobs(model, statistics, epsilons, controls, token_counts, seeds) -> Iterato
                     yield component, control, epsilon, seed, matched
 
 
-def _point(model, tokenizer, plan, texts, protocol, ledger: Ledger) -> dict:
+def _point(model, tokenizer, plan, texts, protocol, ledger: ResultCache) -> dict:
     """Perplexity of one plan, from the finished points if it is there."""
     cuts = None if plan is None else [plan.keep, plan.zero, plan.vocabulary]
 

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from ..calibration import Statistics
-from ..checks import Array, Frame, Instance, Number, OneOf, Table, Text, check_fields, checked
+from ..checks import Array, DictOf, Frame, Instance, Number, OneOf, Text, check_fields, checked
 
 #: What a threshold can act on, in the order of the controls.
 COMPONENTS = ("linear", "activation", "embedding")
@@ -77,7 +77,7 @@ class Magnitudes:
 
 
 @checked(
-    magnitudes=Table(Text(), Instance(Magnitudes), 1), component=OneOf(COMPONENTS),
+    magnitudes=DictOf(Text(), Instance(Magnitudes), 1), component=OneOf(COMPONENTS),
     epsilon=Number(0) | None,
 )  # fmt: skip
 def threshold_range(

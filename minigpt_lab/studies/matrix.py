@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..calibration import collect_statistics
 from ..checks import (
+    DictOf,
     Instance,
     Integer,
     ListOf,
@@ -26,7 +27,6 @@ from ..checks import (
     Model,
     Number,
     OneOf,
-    Table,
     Tokenizer,
     checked,
 )
@@ -36,7 +36,7 @@ from ..evaluation import perplexity
 from ..models import PruningPlan, fingerprint, model_size, shrink
 from ..planning import plan_from_scores
 from ..recovery import recover
-from ..store import Ledger, content_hash
+from ..store import ResultCache, content_hash
 from .analysis import set_overlap
 
 #: Cuts that no domain has chosen: all domains together, random units, smallest weights.
@@ -129,7 +129,7 @@ def domain_plans(
     return plans
 
 
-@checked(plans=Table(Instance(tuple), Instance(PruningPlan)))
+@checked(plans=DictOf(Instance(tuple), Instance(PruningPlan)))
 def kept_overlap(plans: Plans) -> pd.DataFrame:
     """Jaccard overlap of the units that two cuts keep; a cut with itself: between its draws.
 
@@ -228,7 +228,9 @@ def domain_matrix(
     own = {domain.name: domain for domain in domains}
     mix = mixed(domains) if recovery_tokens else None
     jobs = [("dense", 0, None), *((cut, draw, plan) for (cut, draw), plan in plans.items())]
-    cells = _Cells(model, tokenizer, texts, seq_len, Ledger(out_dir and f"{out_dir}/cells.jsonl"))
+    cells = _Cells(
+        model, tokenizer, texts, seq_len, ResultCache(out_dir and f"{out_dir}/cells.jsonl")
+    )
     rows = []
     for cut, draw, plan in tqdm(jobs, desc="matrix", unit="model"):
         rows += cells.measure(cut, draw, plan)
@@ -242,7 +244,7 @@ def domain_matrix(
 class _Cells:
     """Measures one model on all texts; what the ledger knows is not computed again."""
 
-    def __init__(self, model, tokenizer, texts: dict[str, Part], seq_len: int, ledger: Ledger):
+    def __init__(self, model, tokenizer, texts: dict[str, Part], seq_len: int, ledger: ResultCache):
         self.model, self.tokenizer, self.texts = model, tokenizer, texts
         self.seq_len, self.ledger = seq_len, ledger
 

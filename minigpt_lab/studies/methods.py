@@ -18,13 +18,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..calibration import Statistics, tokens_hash
 from ..checks import (
+    DictOf,
     Flag,
     Instance,
     Integer,
     ListOf,
     Number,
     OneOf,
-    Table,
     Text,
     check_fields,
     checked,
@@ -36,7 +36,7 @@ from ..evaluation import peak_memory, perplexity
 from ..models import PruningPlan, fingerprint, model_size, shrink
 from ..planning import plan_from_scores
 from ..recovery import recover
-from ..store import Ledger, content_hash
+from ..store import ResultCache, content_hash
 from .analysis import set_overlap
 from .arguments import BATCHES, CACHE, FOLDER, MODEL, PAIR, PROTOCOL, SITES, STATISTICS, TEXTS
 
@@ -62,7 +62,7 @@ class Compensated:
     options: Mapping[str, object]
 
     def __post_init__(self):
-        check_fields(self, batches=BATCHES, options=Table(Text()))
+        check_fields(self, batches=BATCHES, options=DictOf(Text()))
 
 
 Cut = PruningPlan | Compensated
@@ -89,12 +89,12 @@ class Method:
 
     def __post_init__(self):
         check_fields(
-            self, criterion=OneOf(CRITERIA), options=Table(Text()), bias_compensation=Flag()
+            self, criterion=OneOf(CRITERIA), options=DictOf(Text()), bias_compensation=Flag()
         )
 
 
-_METHODS = Table(Text(), Instance(Method), 1)
-_PLANS = Table(Instance(tuple), Instance(PruningPlan) | Instance(Compensated))
+_METHODS = DictOf(Text(), Instance(Method), 1)
+_PLANS = DictOf(Instance(tuple), Instance(PruningPlan) | Instance(Compensated))
 
 
 def registered_methods() -> dict[str, Method]:
@@ -138,7 +138,7 @@ def method_scores(
 
 
 @checked(
-    model=MODEL, scores=Table(Text(), Instance(Scores), 1), methods=_METHODS,
+    model=MODEL, scores=DictOf(Text(), Instance(Scores), 1), methods=_METHODS,
     statistics=STATISTICS | None, ratios=ListOf(Number(0, below=1), 1),
     sites=ListOf(OneOf(KINDS), 1),
 )  # fmt: skip
@@ -180,7 +180,7 @@ def method_plans(
     return plans
 
 
-@checked(plans=_PLANS, batches=BATCHES, variants=Table(Text(), Instance(Mapping), 1))
+@checked(plans=_PLANS, batches=BATCHES, variants=DictOf(Text(), Instance(Mapping), 1))
 def slimgpt_cuts(
     plans: Plans, batches: Sequence[dict], variants: Mapping[str, Mapping[str, object]]
 ) -> Cuts:
@@ -224,7 +224,7 @@ def _recipe(cut: Cut) -> list:
 @checked(
     **PAIR, plans=_PLANS, texts=TEXTS,
     **PROTOCOL, recover_on=Instance(Domain) | None,
-    recovery=Table(Text()) | None, out_dir=FOLDER,
+    recovery=DictOf(Text()) | None, out_dir=FOLDER,
 )  # fmt: skip
 def method_comparison(
     model: PreTrainedModel,
@@ -263,7 +263,7 @@ def method_comparison(
         One row per plan and text: ``method, sites, ratio, recovered, stored, removed`` (share of
         the model), and those of `Perplexity.row`.
     """
-    ledger = Ledger(out_dir and Path(out_dir) / "comparison.jsonl")
+    ledger = ResultCache(out_dir and Path(out_dir) / "comparison.jsonl")
     read = [excerpt(text, tokenizer, max_tokens) for text in texts]
     settings = {} if recover_on is None else {"progress": False, **(recovery or {})}
     trained = recover_on and [content_hash(recover_on.train), settings]
@@ -357,7 +357,7 @@ def scoring_costs(
     dict, pandas.DataFrame
         Name to `Scores`; columns ``gradient`` (the method's name), ``peak_mib, seconds``.
     """
-    ledger = Ledger(out_dir and Path(out_dir) / "costs.jsonl")
+    ledger = ResultCache(out_dir and Path(out_dir) / "costs.jsonl")
     cache = False if out_dir is None else Path(out_dir) / "scores"
     scores, rows = {}, []
     for name, method in tqdm(methods.items(), desc="scores", unit="method"):

@@ -31,7 +31,7 @@ from ..domains import Domain
 from ..evaluation import perplexity
 from ..models import Anatomy, PruningPlan, fingerprint, model_size, shrink, whole
 from ..planning import allocation_name
-from ..store import Ledger, content_hash
+from ..store import ResultCache, content_hash
 
 
 @checked(
@@ -123,7 +123,7 @@ def smallest_within(
         "options": {name: str(value) for name, value in options.items()}
         | {"allocation": allocation_name(options["allocation"])},
     }
-    ledger = Ledger(out_dir and f"{out_dir}/sizes.jsonl")
+    ledger = ResultCache(out_dir and f"{out_dir}/sizes.jsonl")
     made: dict[float, tuple[PreTrainedModel, PruningPlan]] = {}  # the last one within the limit
     rows: dict[float, dict] = {}
 

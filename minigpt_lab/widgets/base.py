@@ -10,7 +10,7 @@ import ipywidgets
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ..checks import Function, Instance, plain, refuse
+from ..checks import Function, Instance, invalid, to_python
 from ..figures import png_bytes
 from ..models import Size
 
@@ -130,11 +130,11 @@ def _choices(name: str, choices: Sequence) -> list:
     """Choices of a dropdown, with numbers of Python's."""
     odd = isinstance(choices, str | bytes) or not isinstance(choices, Iterable)
     if odd or getattr(choices, "ndim", 1) != 1:
-        raise refuse(name, choices, "a list of choices")
-    found = [plain(choice) for choice in choices]
+        raise invalid(name, choices, "a list of choices")
+    found = [to_python(choice) for choice in choices]
     if not found:
-        raise refuse(name, found, "at least one choice")
+        raise invalid(name, found, "at least one choice")
     for choice in found:
         if isinstance(choice, float) and choice != choice:
-            raise refuse(name, found, "choices that can be told apart (NaN equals nothing)")
+            raise invalid(name, found, "choices that can be told apart (NaN equals nothing)")
     return found

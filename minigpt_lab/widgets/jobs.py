@@ -20,8 +20,8 @@ from ..checks import (
     Tokenizer,
     checked,
     hooked,
-    waits_for_me,
-    when_waiting,
+    on_wait,
+    waits_for_this_thread,
 )
 from ..domains import excerpt
 from ..evaluation import perplexity
@@ -93,7 +93,7 @@ class ModelJob:
         """
         while self._thread is not None and self._thread.is_alive():
             self._thread.join(0.1)
-            if waits_for_me(self._thread):
+            if waits_for_this_thread(self._thread):
                 self._stop.set()
                 raise RuntimeError(
                     f"the job {self.button.description!r} waits for a model that this cell holds; "
@@ -111,7 +111,7 @@ class ModelJob:
         self.state.value = f"waiting: the {html.escape(name)} is in use …"
 
     def _run(self) -> None:
-        when_waiting(self._waits)
+        on_wait(self._waits)
         try:
             self.result.value = html.escape(self.work(self._tick))
             self.state.value, self.progress.value = "", 1.0

@@ -10,7 +10,7 @@ import pandas as pd
 from transformers import PreTrainedModel
 
 from ..calibration import Statistics
-from ..checks import Array, Instance, Model, Number, Table, Text, checked, nearest
+from ..checks import Array, DictOf, Instance, Model, Number, Text, checked, suggest
 from ..criteria import Scores
 from ..figures import ThresholdPicture, cut_heatmap, png_bytes
 from ..models import PruningPlan, Size
@@ -47,9 +47,9 @@ class ThresholdExplorer(Explorer):
     """
 
     @checked(
-        model=Model(hold=False), statistics=Table(Text(), Instance(Statistics), 1), domain=Text(),
-        epsilon=Number(low=0), token_counts=Table(Text(), Array(), 1) | None,
-        sweeps=Table(Text(), Instance(pd.DataFrame), 1) | None,
+        model=Model(hold=False), statistics=DictOf(Text(), Instance(Statistics), 1), domain=Text(),
+        epsilon=Number(low=0), token_counts=DictOf(Text(), Array(), 1) | None,
+        sweeps=DictOf(Text(), Instance(pd.DataFrame), 1) | None,
     )  # fmt: skip
     def __init__(
         self,
@@ -67,7 +67,7 @@ class ThresholdExplorer(Explorer):
         for name, given in (("token_counts", token_counts), ("sweeps", sweeps)):
             for key in given or ():
                 if key not in statistics:
-                    close = nearest(str(key), [*statistics])
+                    close = suggest(str(key), [*statistics])
                     raise ValueError(
                         f"{name} has {key!r}, of which there are no statistics; {close}"
                     )
@@ -223,7 +223,7 @@ class RatioExplorer(Explorer):
     """
 
     @checked(
-        model=Model(hold=False), scores=Table(Text(), Instance(Scores), 1),
+        model=Model(hold=False), scores=DictOf(Text(), Instance(Scores), 1),
         ratio=Number(low=0, high=_MOST),
     )  # fmt: skip
     def __init__(self, model: PreTrainedModel, scores: Mapping[str, Scores], ratio: float = 0.2):

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from minigpt_lab.checks.guards import in_use
+from minigpt_lab.checks.guards import locked
 from minigpt_lab.checks.objects import Batches, Device, Dtype, Model, Texts, checked
 from minigpt_lab.checks.values import (
+    DictOf,
     Flag,
     Integer,
     InvalidArgument,
@@ -19,7 +20,6 @@ from minigpt_lab.checks.values import (
     Location,
     Number,
     OneOf,
-    Table,
     Text,
 )
 
@@ -39,8 +39,8 @@ TAKEN = [
     (ListOf(Integer(0)), torch.tensor([1, 2]), (1, 2)),
     (Items(Integer(0)), np.array([1, 2]), [1, 2]),
     (Items(Integer(0)), [1, np.int64(2)], [1, 2]),
-    (Table(Text(), Items(RATIO)), {"a": (np.float32(0.5),)}, {"a": [0.5]}),
-    (Table(Text()), {"a": np.int64(3)}, {"a": 3}),
+    (DictOf(Text(), Items(RATIO)), {"a": (np.float32(0.5),)}, {"a": [0.5]}),
+    (DictOf(Text()), {"a": np.int64(3)}, {"a": 3}),
 ]
 
 
@@ -71,11 +71,11 @@ REFUSED = [
     (Items(Integer(0)), [1, -1], r"x is \[1, -1\]; expected a list, each item a whole number"),
     (Items(Integer(0)), [1, True], "expected a list"),
     (
-        Table(Text(), Integer(0)),
+        DictOf(Text(), Integer(0)),
         {1: 1},
         "expected a dictionary, each key a string, each value a wh",
     ),
-    (Table(Text(), Integer(0)), [1], "expected a dictionary"),
+    (DictOf(Text(), Integer(0)), [1], "expected a dictionary"),
     (Dtype(), "int8", "x is 'int8'; expected a type of weights: 'float32'"),
     (Dtype(), torch.float8_e4m3fn, "expected a type of weights"),
     (Device(), "gpu0", "x is 'gpu0'; expected a device of this machine: 'cpu'"),
@@ -132,7 +132,7 @@ def test_a_model_that_may_be_left_out_is_held_and_checked_like_any_other(tiny):
     @checked(dense=Model() | None)
     def look(dense=None):
         def other():
-            with in_use(model):
+            with locked(model):
                 taken.append(True)
 
         thread = threading.Thread(target=other, daemon=True)

@@ -11,17 +11,17 @@ import pytest
 import torch
 
 from minigpt_lab.checks import guards
-from minigpt_lab.checks.guards import in_use, restoring
+from minigpt_lab.checks.guards import locked, safe_contextmanager
 
 
 def test_a_second_thread_waits_for_the_model_and_the_same_one_does_not():
     model, log = torch.nn.Linear(1, 1), []
 
     def other():
-        with in_use(model):
+        with locked(model):
             log.append("second")
 
-    with in_use(model), in_use(model, model):
+    with locked(model), locked(model, model):
         thread = threading.Thread(target=other)
         thread.start()
         thread.join(0.2)
@@ -35,7 +35,7 @@ def test_two_calls_with_the_same_two_models_in_either_order_both_end():
 
     def use(*models):
         for _ in range(200):
-            with in_use(*models):
+            with locked(*models):
                 pass
         done.append(models)
 
@@ -53,7 +53,7 @@ def test_two_calls_with_the_same_two_models_in_either_order_both_end():
 def test_an_interrupt_is_raised_once_and_nothing_stays_changed(place):
     state = []
 
-    @restoring
+    @safe_contextmanager
     def changed():
         state.append("half")
         if place == "enter":
@@ -76,10 +76,10 @@ def test_an_interrupt_is_raised_once_and_nothing_stays_changed(place):
 
 HAMMERED = """
 import contextlib, os, random, signal, sys, threading, time
-from minigpt_lab.guards import restoring
+from minigpt_lab.checks import safe_contextmanager
 state = [0, 0]
 
-@restoring
+@safe_contextmanager
 def changed():
     state[0] = state[1] = 1
     try:
@@ -120,7 +120,7 @@ def test_ctrl_c_ends_a_wait():
     model, held, done = torch.nn.Linear(1, 1), threading.Event(), threading.Event()
 
     def other():
-        with in_use(model):
+        with locked(model):
             held.set()
             done.wait(120)
 
@@ -135,13 +135,13 @@ def test_ctrl_c_ends_a_wait():
     held.wait(60)
     sender.start()
     try:
-        with pytest.raises(KeyboardInterrupt), in_use(model):
+        with pytest.raises(KeyboardInterrupt), locked(model):
             raise AssertionError
     finally:
         done.set()
         holder.join(60)
         sender.join(60)
-    with in_use(model):
+    with locked(model):
         pass
     assert signal.getsignal(signal.SIGINT) is before and not guards._waiting
 
@@ -149,7 +149,7 @@ def test_ctrl_c_ends_a_wait():
 def test_hooks_and_parts_come_back():
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU())
     keys, weight = [sorted(vars(m)) for m in model.modules()], model[0].weight
-    with pytest.raises(KeyError), guards.unchanged(model):
+    with pytest.raises(KeyError), guards.restore_on_exit(model):
         model[0].weight = torch.nn.Parameter(torch.zeros(2, 2), requires_grad=False)
         model[1] = torch.nn.Identity()
         model.extra = torch.nn.Linear(1, 1)

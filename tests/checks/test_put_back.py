@@ -20,7 +20,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 import minigpt_lab as lab
 from minigpt_lab.calibration.gradients import collect_gradients
 from minigpt_lab.calibration.spsa import estimate_gradients
-from minigpt_lab.checks.guards import in_use
+from minigpt_lab.checks.guards import locked
 from minigpt_lab.models.anatomy import Anatomy
 from minigpt_lab.models.runtime import fingerprint
 from minigpt_lab.recovery.adapters import adapted
@@ -266,7 +266,7 @@ def test_a_mask_in_a_generator_or_another_thread_comes_off():
     leaving.start()
     leaving.join(60)
     assert picture(model) == before
-    with in_use(model):
+    with locked(model):
         pass
 
 
@@ -446,10 +446,10 @@ def test_waiting_that_would_never_end_is_refused():
     models, both, refused = [random_model("llama"), random_model("opt")], threading.Barrier(2), []
 
     def use(first, second):
-        with in_use(first):
+        with locked(first):
             both.wait(60)
             try:
-                with in_use(second):
+                with locked(second):
                     pass
             except RuntimeError as error:
                 refused.append(str(error))
@@ -464,5 +464,5 @@ def test_waiting_that_would_never_end_is_refused():
     ended = threading.Thread(target=mask.__enter__)
     ended.start()
     ended.join(60)
-    with pytest.raises(RuntimeError, match="held by a thread that has ended"), in_use(models[0]):
+    with pytest.raises(RuntimeError, match="held by a thread that has ended"), locked(models[0]):
         pass

