@@ -93,7 +93,7 @@ def random_plan(model, seed: int, vocabulary: bool = True) -> lab.PruningPlan:
     rows = model.get_input_embeddings().weight.shape[0]
     kept = sorted({*range(3), *subset(rows, 20)}) if vocabulary else None
     # features of removed units are not listed in a plan
-    stay = lab.PruningPlan("random", units, keep).staying_features(anatomy)
+    stay = lab.PruningPlan("random", units, keep).kept_features(anatomy)
     for name, sides in zero.items():
         for side, indices in sides.items():
             mask = stay.get((name, "output" if side == "bias" else side))

@@ -45,7 +45,7 @@ def bias_compensated(model, plan: PruningPlan, statistics: Statistics) -> Prunin
             gone = np.setdiff1d(np.arange(total), units)
             if len(gone):
                 name, module = anatomy.name(layer, consumer), anatomy.module(layer, consumer)
-                features = anatomy.positions(consumer, gone, total, layer=layer)
+                features = anatomy.unit_features(consumer, layer)[gone].ravel()
                 mean = np.zeros(module.weight.shape[weight_axis(module, "input")])
                 mean[features] = statistics.mean(name, "input", "sum")[features]
                 written = per_feature(
@@ -88,7 +88,7 @@ def weight_compensated(
     hessians.require(model)
     plan.require(model)
     updated = copy.deepcopy(model)
-    for (name, side), stay in plan.staying_features(Anatomy(updated)).items():
+    for (name, side), stay in plan.kept_features(Anatomy(updated)).items():
         if side == "output":
             continue
         module, axis = (

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..calibration import DAMPINGS, Indefinite, LayerPass, Moments
 from ..checks import Flag, Integer, Number, OneOf, check_fields, invalid, to_python
-from ..models import Anatomy, give_bias, weight_axis
+from ..models import Anatomy, add_bias, rebuild_layer, weight_axis
 from .obs import ERRORS, Elimination, Schedule, eliminations, group_schedule
 
 BIASES = ["refit", "add", "keep"]
@@ -140,7 +140,7 @@ def problem(
         )
     if not torch.isfinite(module.weight).all():
         raise ValueError(f"{name} has NaN or infinite weights: check the model")
-    places = anatomy.unit_positions(reader, total, layer=layer)
+    places = anatomy.unit_features(reader, layer)
     weight = module.weight.detach().to(hessian.dtype).movedim(axis, 1)
     return Problem(name, weight, hessian, mean, torch.as_tensor(places, device=hessian.device))
 
@@ -197,8 +197,8 @@ def carry_out(
     axis, columns = weight_axis(module, "input"), given.units[found.kept].ravel()
     if options.refits_bias(module):
         if module.bias is None:
-            give_bias(module)
+            add_bias(module)
         module.bias += bias_shift(given, found).to(module.bias)
     module.weight.index_copy_(axis, columns, found.weight.movedim(1, axis).to(module.weight))
-    anatomy.rebuild(site, layer, found.kept)
+    rebuild_layer(anatomy, site, layer, found.kept)
     one.keep_columns(part_of(site), columns.sort().values)

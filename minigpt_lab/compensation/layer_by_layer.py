@@ -42,8 +42,9 @@ from ..models import (
     fingerprint,
     inference,
     is_offloaded,
-    present,
+    materialized,
     refuse_masked,
+    update_config,
 )
 from ..planning import (
     BY_DEPTH,
@@ -218,7 +219,7 @@ def slimgpt(
             finished.restore_hidden(hidden)
         layers = tqdm(anatomy.layers, "SlimGPT", unit="layer", disable=not progress)
         for index, layer in enumerate(layers):
-            with present(layer, out_dir and Path(out_dir) / f"offloaded-{index}"):
+            with materialized(layer, out_dir and Path(out_dir) / f"offloaded-{index}"):
                 if finished and index < len(finished.layers):
                     cuts.append(finished.restore(anatomy, index))
                     continue
@@ -230,7 +231,7 @@ def slimgpt(
                 if finished:
                     finished.add(anatomy, cut, hidden)
                 cuts.append(cut)
-    anatomy.set_config()
+    update_config(anatomy)
     uncut = {site: [{"kept": [*range(n)], "error": 0.0} for n in totals[site]] for site in sites}
     found = {site: [cut.get(site, uncut[site][i]) for i, cut in enumerate(cuts)] for site in sites}
     keep = {site: [cut["kept"] for cut in layers] for site, layers in found.items()}

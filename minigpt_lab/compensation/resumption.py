@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ..checks import writable_folder
-from ..models import Anatomy, give_bias
+from ..models import Anatomy, add_bias, rebuild_layer
 from ..store import (
     SUFFIX,
     DamagedFile,
@@ -113,9 +113,9 @@ class Finished:
         tensors = _read(self._weights(layer)) if cuts else {}
         for site, cut in cuts.items():
             module = anatomy.module(layer, anatomy.family.consumes[site])
-            anatomy.rebuild(site, layer, cut["kept"])
+            rebuild_layer(anatomy, site, layer, cut["kept"])
             if f"{site}.bias" in tensors and module.bias is None:
-                give_bias(module)
+                add_bias(module)
             for name, parameter in module.named_parameters():
                 parameter.copy_(tensors[f"{site}.{name}"])
         return cuts

@@ -24,8 +24,8 @@ def contextual_scores(model, batches=None, statistics=None, *, sites):
     for site in sites:
         consumer = anatomy.family.consumes[site]
         found[site] = []
-        for layer, total in enumerate(anatomy.units(site)):
+        for layer in range(len(anatomy.layers)):
             mean_abs = statistics.mean(anatomy.name(layer, consumer), "input", "absolute")
-            positions = anatomy.unit_positions(consumer, total, layer=layer)
-            found[site].append(mean_abs[positions].mean(1))
+            features = anatomy.unit_features(consumer, layer)
+            found[site].append(mean_abs[features].mean(1))
     return found

@@ -79,6 +79,6 @@ def fluctuation_scores(
         for site, layers in scores.items():
             consumer = anatomy.family.consumes[site]
             for layer, values in enumerate(layers):
-                features = anatomy.unit_positions(consumer, len(values), layer=layer)
+                features = anatomy.unit_features(consumer, layer)
                 layers[layer] = values / features.shape[1]
     return scores

@@ -126,7 +126,6 @@ def unit_scores(
     check_option("reduce", reduce, REDUCTIONS)
     anatomy = Anatomy(model)
     found: dict[str, list[np.ndarray]] = {site: [] for site in sites}
-    totals = {site: anatomy.units(site) for site in sites}
     for layer in range(len(anatomy.layers)):
         for site in sites:
             structures = []
@@ -134,7 +133,7 @@ def unit_scores(
                 name, module = anatomy.name(layer, projection), anatomy.module(layer, projection)
                 scores = feature_scores(name, module, side).detach().cpu().double().numpy()
                 for block in projection.unit_blocks:
-                    features = anatomy.unit_positions(projection, totals[site][layer], block, layer)
+                    features = anatomy.unit_features(projection, layer, block=block)
                     structures.append(scores[features])  # [unit, feature]
             width = min(each.shape[1] for each in structures) if by_channel else 1
             channels = [each.reshape(len(each), -1, width).sum(1) for each in structures]

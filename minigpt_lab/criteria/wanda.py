@@ -60,7 +60,6 @@ def _columns(module, side: str, norms: np.ndarray) -> torch.Tensor:
 def _sequential_norms(model, batches, sites, ratio: float) -> dict[str, np.ndarray]:
     """Input norms of every consumer, each layer reading what the pruned layers before it write."""
     anatomy, norms = Anatomy(model), {}
-    widths = {site: anatomy.units(site) for site in sites}
 
     def visit(layer: int, forward) -> None:
         consumers = {site: anatomy.family.consumes[site] for site in sites}
@@ -73,11 +72,11 @@ def _sequential_norms(model, batches, sites, ratio: float) -> dict[str, np.ndarr
                 raise ValueError(f"{name} has NaN or infinite values at its input")
             found = norms[name] = np.sqrt(squares[site])
             columns = _columns(module, "input", found).cpu().numpy()
-            total = widths[site][layer]
-            scores = columns[anatomy.unit_positions(consumers[site], total, layer=layer)].sum(1)
-            lowest = np.argsort(scores, kind="stable")[: min(round(ratio * total), total - 1)]
-            features = anatomy.positions(consumers[site], lowest, total, layer=layer)
-            index = torch.as_tensor(features, device=module.weight.device)
+            unit_features = anatomy.unit_features(consumers[site], layer)
+            scores = columns[unit_features].sum(1)
+            count = min(round(ratio * len(scores)), len(scores) - 1)
+            lowest = unit_features[np.argsort(scores, kind="stable")[:count]].ravel()
+            index = torch.as_tensor(lowest, device=module.weight.device)
             axis = weight_axis(module, "input")
             zeroed = module.weight.detach().index_fill(axis, index, 0)
             module.weight = torch.nn.Parameter(zeroed, requires_grad=False)

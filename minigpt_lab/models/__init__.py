@@ -2,10 +2,11 @@
 
 from .anatomy import Anatomy, weight_axis
 from .architectures import ALL_SITES, ATTENTION_UNITS, FAMILIES, SITES, Projection
-from .biases import give_bias
 from .by_name import load_model
-from .offloading import execution_device, is_offloaded, present
-from .plan import PruningPlan, whole
+from .layers import add_bias
+from .offloading import execution_device, is_offloaded, materialized
+from .plan import PruningPlan, keep_all
+from .resizing import rebuild_layer, set_units, update_config
 from .runtime import check_token_ids, fingerprint, inference, label, require_weights, seeded
 from .saving import save_model
 from .sizes import Size, describe, layer_parameters, model_size, token_parameters
@@ -28,31 +29,34 @@ __all__ = [
     "Projection",
     "PruningPlan",
     "Size",
+    "add_bias",
     "check_token_ids",
     "close_over_merges",
     "describe",
     "execution_device",
     "fingerprint",
-    "give_bias",
     "inference",
     "is_offloaded",
+    "keep_all",
     "label",
     "layer_parameters",
     "load_model",
     "masked",
+    "materialized",
     "merge_table",
     "model_size",
-    "present",
     "protected_tokens",
+    "rebuild_layer",
     "refuse_masked",
     "require_byte_pairs",
     "require_weights",
     "save_model",
     "seeded",
+    "set_units",
     "shrink",
     "token_parameters",
     "tokenizer_for",
     "trim_tokenizer",
+    "update_config",
     "weight_axis",
-    "whole",
 ]

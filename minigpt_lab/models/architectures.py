@@ -42,8 +42,13 @@ class Projection:
 
     @property
     def unit_blocks(self) -> tuple[str, ...]:
-        """Blocks of which every unit owns a part, each once."""
-        return tuple(dict.fromkeys(self.blocks)) if self.axis == 0 else ("query",)
+        """Blocks of which every unit owns a part."""
+        return self.blocks if self.axis == 0 else ("query",)
+
+    @property
+    def part(self) -> str:
+        """``"attention"`` or ``"ffn"``."""
+        return "attention" if {"query", "key", "value"} & {*self.blocks} else "ffn"
 
 
 @dataclass(frozen=True)

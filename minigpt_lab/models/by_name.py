@@ -47,6 +47,7 @@ def registry() -> dict[str, dict]:
 @checked(name_or_path=Location(), dtype=Dtype() | OneOf(["auto"]), device=Device() | None)
 def load_model(
     name_or_path: str | os.PathLike,
+    *,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -6,6 +6,9 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import PretrainedConfig
+from transformers.pytorch_utils import Conv1D
+
+from .anatomy import weight_axis
 
 
 class LayerConfig:
@@ -37,7 +40,7 @@ def set_attribute(layer: nn.Module, path: str, value: int) -> None:
     setattr(owner, name, value)
 
 
-def own_share(argument: str, layer: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
+def select_heads(argument: str, layer: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
     """Forward pre-hook: of an argument with an entry per head, only those of the layer's heads.
 
     The model goes on building the argument for the heads of its config. Which of them a layer
@@ -46,19 +49,50 @@ def own_share(argument: str, layer: nn.Module, args: tuple, kwargs: dict) -> tup
     """
     if layer.surviving_heads is None:
         return None
-    whole: torch.Tensor = kwargs[argument]  # [batch * heads, …]
-    by_head = whole.unflatten(0, (len(args[0]), -1))
+    every: torch.Tensor = kwargs[argument]  # [batch * heads, …]
+    by_head = every.unflatten(0, (len(args[0]), -1))  # [batch, heads, …]
     own = by_head.index_select(1, layer.surviving_heads).flatten(0, 1)
     return args, {**kwargs, argument: own}
 
 
-def moved(
-    tensor: torch.Tensor, axis: int, source: np.ndarray, target: np.ndarray, width: int
+def set_features(
+    module: nn.Module, side: str, old: np.ndarray, new: np.ndarray, width: int
+) -> None:
+    """Give a linear layer `width` inputs or outputs; feature ``old[i]`` becomes ``new[i]``."""
+    module.weight = _moved(module.weight, weight_axis(module, side), old, new, width)
+    if side == "output":
+        if module.bias is not None:
+            module.bias = _moved(module.bias, 0, old, new, width)
+        setattr(module, "nf" if isinstance(module, Conv1D) else "out_features", width)
+    else:
+        setattr(module, "nx" if isinstance(module, Conv1D) else "in_features", width)
+
+
+def _moved(
+    tensor: torch.Tensor, axis: int, old: np.ndarray, new: np.ndarray, width: int
 ) -> nn.Parameter:
-    """Copy slices `source` of an axis to places `target` of a new one, zero elsewhere."""
     shape = list(tensor.shape)
     shape[axis] = width
-    new = tensor.new_zeros(shape)
-    source, target = (torch.as_tensor(index, device=tensor.device) for index in (source, target))
-    new.index_copy_(axis, target, tensor.index_select(axis, source))
-    return nn.Parameter(new, requires_grad=tensor.requires_grad)
+    moved = tensor.new_zeros(shape)
+    source, target = (torch.as_tensor(index, device=tensor.device) for index in (old, new))
+    moved.index_copy_(axis, target, tensor.index_select(axis, source))
+    return nn.Parameter(moved, requires_grad=tensor.requires_grad)
+
+
+def add_bias(module: nn.Module) -> None:
+    """Give a linear layer a bias of zeros, and mark it as one that its architecture lacks."""
+    outputs = module.weight.shape[weight_axis(module, "output")]
+    zeros = module.weight.new_zeros(outputs)
+    module.bias = nn.Parameter(zeros, requires_grad=module.weight.requires_grad)
+    module.added_bias = True
+
+
+def remove_bias(module: nn.Module) -> None:
+    """Undo `add_bias`."""
+    module.bias = None
+    del module.added_bias
+
+
+def has_added_bias(model: nn.Module) -> bool:
+    """Whether `add_bias` gave some layer a bias that its architecture lacks."""
+    return any(hasattr(module, "added_bias") for module in model.modules())

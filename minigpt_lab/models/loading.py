@@ -25,8 +25,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from ..checks import COMPUTE_DTYPES
 from .anatomy import Anatomy
-from .biases import give_bias
+from .layers import add_bias
 from .plan import PruningPlan
+from .resizing import set_units
 from .vocabulary import TrimmedVocabulary
 from .weight_files import (
     WRAPPERS,
@@ -37,8 +38,8 @@ from .weight_files import (
     read_object,
     reading,
     refuse_unfit,
+    safetensors_files,
     stored_tensors,
-    weight_files,
 )
 
 SIDECAR = "minigpt_lab.json"
@@ -210,10 +211,10 @@ def _shrunk(
     if most > _MOST_UNITS:
         raise damaged(folder, f"config.json asks for layers of {most:,} units")
     widths = _checked_widths(folder, sidecar.get("widths"), dense)
-    anatomy.set_units({site: [list(range(n)) for n in counts] for site, counts in widths.items()})
+    set_units(anatomy, {site: [[*range(n)] for n in counts] for site, counts in widths.items()})
     for _, name, module in anatomy.linears():
         if module.bias is None and f"{name}.bias" in tensors:
-            give_bias(module)
+            add_bias(module)
     _filled(model, folder, tensors, stored)
     _check_heads(folder, model)
     plans = sidecar.get("plans")
@@ -268,7 +269,7 @@ def _filled(
     _check_state(folder, model, tensors)
     separate = tensors.keys() & model.all_tied_weights_keys.keys()  # a head of its own after all
     state = {}
-    for file in weight_files(folder):
+    for file in safetensors_files(folder):
         for name, tensor in _unwrapped(load_file(file)).items():
             state[name] = tensor.to(dtype if tensor.is_floating_point() else tensor.dtype)
     model.load_state_dict(state, strict=False, assign=True)

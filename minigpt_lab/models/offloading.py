@@ -41,7 +41,7 @@ def execution_device(module: nn.Module) -> torch.device:
 
 
 @safe_contextmanager
-def present(layer: nn.Module, folder: str | os.PathLike | None = None) -> Iterator[None]:
+def materialized(layer: nn.Module, folder: str | os.PathLike | None = None) -> Iterator[None]:
     """A layer with all its weights on its device while inside, where they may change.
 
     A layer that was offloaded is so again afterwards: what it has become waits in host memory, or

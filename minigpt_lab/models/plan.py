@@ -111,7 +111,7 @@ class PruningPlan:
             for site, layers in self.keep.items()
         }
 
-    def stays(self, site: str) -> list[np.ndarray]:
+    def kept_mask(self, site: str) -> list[np.ndarray]:
         """Whether each unit of a site stays, flags ``[layer][unit]``."""
         return [
             np.isin(np.arange(total), units)
@@ -189,7 +189,7 @@ class PruningPlan:
         dense = sum(p.numel() for p in model.parameters())
         layers_dense = layer_parameters(model)
         gone = zeroed = 0
-        stay = self.staying_features(anatomy)
+        stay = self.kept_features(anatomy)
         for _, name, module in anatomy.linears():
             rows, columns = (
                 stay.get(
@@ -250,8 +250,7 @@ class PruningPlan:
             # of a gated FFN the one that feeds the activation
             for projection in anatomy.family.produces[site][: 1 if site == "ffn" else None]:
                 block = "gate" if "gate" in projection.blocks else None
-                total = self.units[site][layer]
-                rows = anatomy.positions(projection, units, total, block, layer)
+                rows = anatomy.unit_features(projection, layer, block=block)[units]
                 for side in ("output", "bias"):
                     dead[anatomy.name(layer, projection)][side][rows] = True
         zeros = 0
@@ -278,7 +277,7 @@ class PruningPlan:
             for site, layers in self.keep.items():
                 yield site, layer, np.setdiff1d(np.arange(self.units[site][layer]), layers[layer])
 
-    def staying_features(self, anatomy: Anatomy) -> dict[tuple[str, str], np.ndarray]:
+    def kept_features(self, anatomy: Anatomy) -> dict[tuple[str, str], np.ndarray]:
         """``(module, side)`` to a mask of the features that stay, where units leave."""
         found = {}
         for site, layers in self.keep.items():
@@ -290,12 +289,12 @@ class PruningPlan:
                 for projection, side in anatomy.coupled(site):
                     module = anatomy.module(layer, projection)
                     mask = np.ones(module.weight.shape[weight_axis(module, side)], bool)
-                    mask[anatomy.positions(projection, gone, total, layer=layer)] = False
+                    mask[anatomy.unit_features(projection, layer)[gone]] = False
                     key = anatomy.name(layer, projection), side
                     found[key] = mask & found.get(key, True)
         return found
 
-    def frame(self) -> pd.DataFrame:
+    def to_frame(self) -> pd.DataFrame:
         """Units kept and removed, one row per site and layer."""
         rows = [
             (site, layer, total, total - gone, gone)
@@ -395,6 +394,6 @@ def _check_subset(chosen: list[int], total: int, what: str) -> None:
         )
 
 
-def whole(anatomy: Anatomy, sites: Iterable[str] = SITES) -> dict[str, list[list[int]]]:
+def keep_all(anatomy: Anatomy, sites: Iterable[str] = SITES) -> dict[str, list[list[int]]]:
     """`PruningPlan.keep` that keeps every unit of some sites."""
     return {site: [list(range(n)) for n in anatomy.units(site)] for site in sites}

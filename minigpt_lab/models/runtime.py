@@ -18,7 +18,6 @@ from transformers import PreTrainedModel, set_seed
 
 from ..checks import Instance, Model, Text, checked, locked, safe_contextmanager
 from .offloading import weights
-from .sizes import dense_parameters
 
 
 def default_device() -> torch.device:
@@ -30,7 +29,7 @@ def default_device() -> torch.device:
 
 @checked(model=Instance(PreTrainedModel, "lab.load_model returns a model and its tokenizer"))
 def label(model: PreTrainedModel) -> str:
-    """The model's name for captions and records, with its origin and how much was cut from it."""
+    """The model's name for captions and records, with its origin and its size if it was pruned."""
     origin = getattr(model.config, "minigpt_lab_origin", None)
     if origin:
         name = f"{origin['title']} ({origin['note']})"
@@ -38,8 +37,7 @@ def label(model: PreTrainedModel) -> str:
         name = Path(model.config._name_or_path or model.config.model_type).name
     if not getattr(model, "pruning_plans", None):
         return name
-    left = sum(parameter.numel() for parameter in model.parameters()) / dense_parameters(model)
-    return f"{name}, cut to {left:.1%} of its parameters"
+    return f"{name}, pruned to {model.num_parameters():,} parameters"
 
 
 @safe_contextmanager

@@ -12,9 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..checks import Flag, Location, Model, Tokenizer, UnusablePath, checked, writable_folder
 from ..store import DamagedFile, atomic_write, read_json, write_json
 from .anatomy import Anatomy
-from .biases import given_parameters
 from .by_name import load_model
+from .layers import has_added_bias
 from .loading import FORMAT, SIDECAR
+from .resizing import config_widths, padding, set_units, update_config
 from .runtime import inference, settings_saved_as_they_are
 from .vocabulary import tokenizer_for
 
@@ -25,6 +26,7 @@ def save_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     path: str | os.PathLike,
+    *,
     portable: bool = False,
 ) -> Path:
     """Save a model so that it reloads, here or with plain transformers.
@@ -76,7 +78,7 @@ def save_model(
             "a mask over the vocabulary cannot be saved: its tokens are forbidden, not gone; "
             "shrink the model and save that"
         )
-    if portable and given_parameters(model):
+    if portable and has_added_bias(model):
         raise ValueError(
             "bias compensation gave this model biases that its architecture lacks, so plain "
             "transformers cannot load it whole; save it without portable=True"
@@ -129,15 +131,15 @@ def _padded(model: PreTrainedModel) -> PreTrainedModel:
     anatomy = Anatomy(model)
     for site, counts in anatomy.layer_widths().items():
         _pad(anatomy, site, [max(counts)] * len(counts))
-    anatomy.set_config()
-    for site, counts in anatomy.config_widths().items():
+    update_config(anatomy)
+    for site, counts in config_widths(anatomy).items():
         _pad(anatomy, site, counts)
     return model
 
 
 def _pad(anatomy: Anatomy, site: str, widths: list[int]) -> None:
-    units = [anatomy.padding(site, layer, width) for layer, width in enumerate(widths)]
-    anatomy.set_units({site: units})
+    units = [padding(anatomy, site, layer, width) for layer, width in enumerate(widths)]
+    set_units(anatomy, {site: units})
 
 
 def _compare_reloaded(model: PreTrainedModel, folder: Path) -> None:

@@ -9,8 +9,6 @@ from transformers import PreTrainedModel
 
 from ..checks import Model, checked
 from .anatomy import Anatomy
-from .architectures import SITES
-from .biases import given_parameters
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class Size:
         """Share of the decoder layers' parameters that stays."""
         return self.layers_stored / self.layers_dense
 
-    def frame(self) -> pd.DataFrame:
+    def to_frame(self) -> pd.DataFrame:
         """One row with the counts and their shares of the dense model."""
         return pd.DataFrame(
             [
@@ -95,22 +93,6 @@ def model_size(model: PreTrainedModel, dense: PreTrainedModel | None = None) -> 
 def layer_parameters(model: PreTrainedModel) -> int:
     """Parameters inside the decoder layers."""
     return sum(p.numel() for layer in Anatomy(model).layers for p in layer.parameters())
-
-
-def dense_parameters(model: PreTrainedModel) -> int:
-    """Parameters of the model that a shrunk one was cut from; those of any other model."""
-    anatomy = Anatomy(model)
-    total = sum(parameter.numel() for parameter in model.parameters()) - given_parameters(model)
-    tokens = rows = model.get_input_embeddings().weight.shape[0]
-    units = {}
-    for plan in reversed(getattr(model, "pruning_plans", [])):  # the first plan saw the dense model
-        units |= plan.units
-        tokens = max(tokens, plan.vocabulary_size)
-    for layer in range(len(anatomy.layers)):
-        before = {site: widths[layer] for site, widths in units.items()}
-        for site in SITES:
-            total += anatomy.parameters(layer, site, before) - anatomy.parameters(layer, site)
-    return total + (tokens - rows) * token_parameters(model)
 
 
 @checked(model=Model(hold=False))

@@ -18,9 +18,10 @@ from transformers import PreTrainedModel
 
 from ..checks import Instance, Model, checked, locked, safe_contextmanager
 from .anatomy import Anatomy, weight_axis
-from .biases import give_bias, take_bias
+from .layers import add_bias, remove_bias
 from .offloading import is_offloaded
 from .plan import PruningPlan
+from .resizing import set_units, update_config
 from .vocabulary import TrimmedVocabulary
 
 _PLAN = Instance(PruningPlan, "pass it after the model: shrink(model, plan), masked(model, plan)")
@@ -104,8 +105,8 @@ def _zero(model: PreTrainedModel, plan: PruningPlan, undo: contextlib.ExitStack)
         copied(parameter).index_fill_(axis, index, 0)
     for module, shift in _shifts(model, plan):
         if module.bias is None:
-            give_bias(module)
-            undo.callback(take_bias, module)
+            add_bias(module)
+            undo.callback(remove_bias, module)
         else:
             copied(module.bias)
         module.bias.add_(shift)
@@ -165,7 +166,7 @@ def _cuts(anatomy: Anatomy, plan: PruningPlan) -> Iterator[tuple[torch.Tensor, i
             gone = np.setdiff1d(np.arange(total), units)
             for projection, side in anatomy.coupled(site) if len(gone) else ():
                 module = anatomy.module(layer, projection)
-                features = anatomy.positions(projection, gone, total, layer=layer)
+                features = anatomy.unit_features(projection, layer)[gone].ravel()
                 yield module.weight, weight_axis(module, side), features
                 if side == "output" and module.bias is not None:
                     yield module.bias, 0, features
@@ -249,10 +250,10 @@ def shrink(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
         tensor.index_fill_(axis, torch.as_tensor(features, device=tensor.device), 0)
     for module, shift in _shifts(mini, plan):
         if module.bias is None:
-            give_bias(module)
+            add_bias(module)
         module.bias.add_(shift)
-    anatomy.set_units(plan.keep)
-    anatomy.set_config()
+    set_units(anatomy, plan.keep)
+    update_config(anatomy)
     if plan.vocabulary is not None:
         mini.trimmed_vocabulary = TrimmedVocabulary.of(model).cut(plan.vocabulary, mask=False)
         _trim_vocabulary(mini, plan.vocabulary)

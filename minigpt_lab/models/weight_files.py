@@ -66,7 +66,7 @@ def read_object(path: Path) -> dict:
     return found
 
 
-def weight_files(folder: Path) -> list[Path]:
+def safetensors_files(folder: Path) -> list[Path]:
     """The files that transformers reads a folder's weights from.
 
     Raises
@@ -108,7 +108,7 @@ def stored_tensors(folder: Path) -> dict[str, tuple[list[int], str]]:
         If a file is not there, or a weight is quantised.
     """
     found = {}
-    for file in weight_files(folder):
+    for file in safetensors_files(folder):
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118 (no mapping)
                 entry = opened.get_slice(name)

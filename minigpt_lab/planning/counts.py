@@ -21,7 +21,7 @@ from ..checks import (
     suggest,
 )
 from ..criteria import Scores, check_option
-from ..models import ALL_SITES, SITES, Anatomy, PruningPlan, layer_parameters, whole
+from ..models import ALL_SITES, SITES, Anatomy, PruningPlan, keep_all, layer_parameters
 from .allocations import Allocation, Group, allocation_name, allocation_rule
 
 RATIOS = ("units", "decoder", "model")
@@ -96,7 +96,7 @@ def plan_from_scores(
     origin |= {"keep_layers": [*keep_layers]}
     origin |= {"allocation": allocation_name(allocation), "ratio_of": ratio_of}
     origin["removed"] = removed_shares(model, groups, counts)
-    keep = whole(anatomy, dict.fromkeys((*SITES, *values)))
+    keep = keep_all(anatomy, dict.fromkeys((*SITES, *values)))
     for group, gone in zip(groups, counts, strict=True):
         ranked = np.argsort(group.scores, kind="stable")
         keep[group.site][group.layer] = np.sort(ranked[gone:]).tolist()

@@ -16,10 +16,10 @@ from ..models import (
     Anatomy,
     PruningPlan,
     close_over_merges,
+    keep_all,
     merge_table,
     protected_tokens,
     require_byte_pairs,
-    whole,
 )
 
 EPSILON = Number(0) | None
@@ -97,7 +97,7 @@ def contextual_plan(
         for component, rule in rules.items()
     }
     zero = _zero_lists(statistics, cut, rules)
-    keep, idle = whole(anatomy), _with_silent_values(anatomy, zero)
+    keep, idle = keep_all(anatomy), _with_silent_values(anatomy, zero)
     for site in pruned:
         keep[site] = [
             _staying_units(anatomy, statistics, site, layer, total, idle, cut)
@@ -124,7 +124,7 @@ def contextual_plan(
         vocabulary=vocabulary,
         origin=origin,
     )
-    left = _without_removed(plan.staying_features(anatomy), zero)
+    left = _without_removed(plan.kept_features(anatomy), zero)
     return replace(plan, zero=left, neurons=_all_cut_neurons(zero, cut))
 
 
@@ -205,7 +205,7 @@ def _with_silent_values(anatomy: Anatomy, zero: dict) -> dict[str, dict[str, np.
                 silent |= _silent(anatomy, layer, projection, total, zero, "value")
         if silent.any():
             sides = zero.get(name := anatomy.name(layer, reader), {})
-            unread = anatomy.positions(reader, np.flatnonzero(silent), total, layer=layer)
+            unread = anatomy.unit_features(reader, layer)[silent].ravel()
             found[name] = {**sides, "input": np.append(unread, sides.get("input", unread[:0]))}
     return found
 
@@ -231,7 +231,7 @@ def _staying_units(
                 for block in projection.blocks:
                     dead |= _silent(anatomy, layer, projection, total, zero, block)
     if dead.all():
-        features = anatomy.unit_positions(consumer, total, layer=layer)
+        features = anatomy.unit_features(consumer, layer)
         strength = statistics.mean(name, "input", "absolute")[features].mean(1)
         dead[strength.argmax()] = False
     return np.flatnonzero(~dead).tolist()
@@ -250,7 +250,7 @@ def _all_cut(anatomy, layer, projection, total, features, block=None) -> np.ndar
     """Units ``[total]`` all of whose features (of one block) are among the given ones."""
     if features is None or len(features) == 0:
         return np.zeros(total, bool)
-    return np.isin(anatomy.unit_positions(projection, total, block, layer), features).all(1)
+    return np.isin(anatomy.unit_features(projection, layer, block=block), features).all(1)
 
 
 def _without_removed(stay: dict, zero: dict) -> dict[str, dict[str, list[int]]]:

@@ -134,7 +134,7 @@ def _settings(options: Mapping[str, object]) -> dict[str, object]:
 
 
 def _budget(model: PreTrainedModel, plan: PruningPlan) -> list[dict]:
-    frame, anatomy, errors = plan.frame(), Anatomy(model), plan.origin["error"]
+    frame, anatomy, errors = plan.to_frame(), Anatomy(model), plan.origin["error"]
     places = list(zip(frame["site"], frame["layer"], strict=True))
     frame["cost"] = [anatomy.unit_parameters(*place) for place in places]
     frame["error"] = [errors[site][layer] for site, layer in places]

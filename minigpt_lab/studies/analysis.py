@@ -209,7 +209,7 @@ def matched_plan(
         plan.model_hash, plan.units, keep, {}, plan.vocabulary_size, plan.vocabulary,
         {"method": criterion, **options, "matched": plan.origin},
     )  # fmt: skip
-    stay = matched.staying_features(anatomy)
+    stay = matched.kept_features(anatomy)
     rng = np.random.default_rng(seed)
     for name, sides in plan.zero.items():
         module = model.get_submodule(name)
@@ -291,7 +291,7 @@ def threshold_sweep(
     rows = []
     for component, method, epsilon, seed, plan in tqdm(jobs, desc="sweep", unit="point"):
         found = _point(model, tokenizer, plan, texts, protocol, ledger)
-        size = plan.predicted_size(model).frame().iloc[0].to_dict()
+        size = plan.predicted_size(model).to_frame().iloc[0].to_dict()
         # token counts differ once tokens leave: compare per character, on the scale of the dense
         # model's tokens
         excess = found["bits_per_character"] / dense["bits_per_character"]

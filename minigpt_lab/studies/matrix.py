@@ -146,7 +146,9 @@ def kept_overlap(plans: Plans) -> pd.DataFrame:
 
 def _flags(plan: PruningPlan) -> list[np.ndarray]:
     """Per site and layer, whether each unit stays; sites that lose nothing say nothing."""
-    return [flags for site in plan.keep if any(plan.removed[site]) for flags in plan.stays(site)]
+    return [
+        flags for site in plan.keep if any(plan.removed[site]) for flags in plan.kept_mask(site)
+    ]
 
 
 @checked(

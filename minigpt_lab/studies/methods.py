@@ -300,7 +300,7 @@ def method_overlap(plans: Plans, sites: str, ratio: float) -> pd.DataFrame:
         As `set_overlap` gives it; a method agrees with itself wholly.
     """
     removed = {
-        name: [~flags for site in KINDS[sites] for flags in plan.stays(site)]
+        name: [~flags for site in KINDS[sites] for flags in plan.kept_mask(site)]
         for (name, kind, share), plan in plans.items()
         if (kind, share) == (sites, ratio)
     }

@@ -29,7 +29,7 @@ from ..checks import (
 from ..compensation import discard, slimgpt
 from ..domains import Domain
 from ..evaluation import perplexity
-from ..models import Anatomy, PruningPlan, fingerprint, model_size, shrink, whole
+from ..models import Anatomy, PruningPlan, fingerprint, keep_all, model_size, shrink
 from ..planning import allocation_name
 from ..store import ResultCache, content_hash
 
@@ -169,7 +169,7 @@ def smallest_within(
         plan = PruningPlan(
             recipe["model"],
             Anatomy(model).layer_widths(),
-            whole(Anatomy(model)),
+            keep_all(Anatomy(model)),
             vocabulary_size=len(model.get_input_embeddings().weight),
             origin={"method": "smallest_within", "increase": increase},
         )

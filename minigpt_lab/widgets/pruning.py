@@ -162,7 +162,7 @@ class ThresholdExplorer(Explorer):
         else:
             sweep = self.sweeps.get(domain)
             readings = {name: read_sweep(sweep, name, value) for name, value in chosen.items()}
-        self._picture.draw(domain, marks, plan.frame(), size, readings)
+        self._picture.draw(domain, marks, plan.to_frame(), size, readings)
         lines = [f"<b>{escaped(domain)}</b>: {size_words(size)}", *self._shares(chosen)]
         lines += [
             f"{name} alone: validation perplexity {reading} (from the sweep)"
@@ -248,4 +248,6 @@ class RatioExplorer(Explorer):
         """Sizes, and what leaves every layer."""
         plan = self.plan
         words = size_words(plan.predicted_size(self.model))
-        return f"<b>{escaped(self.method.value)}</b>: {words}", png_bytes(cut_heatmap(plan.frame()))
+        return f"<b>{escaped(self.method.value)}</b>: {words}", png_bytes(
+            cut_heatmap(plan.to_frame())
+        )

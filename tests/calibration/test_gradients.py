@@ -92,14 +92,14 @@ def structures(model, per_weight: dict[str, torch.Tensor], vector: bool = False)
     """``(site, layer)`` to the scores ``[unit, feature]`` of each structure."""
     anatomy, found = Anatomy(model), {}
     for site in SITES:
-        for layer, total in enumerate(anatomy.units(site)):
+        for layer in range(len(anatomy.layers)):
             rows = []
             for projection, side in anatomy.coupled(site):
                 matrix = per_weight[anatomy.name(layer, projection)].double().numpy()
                 features = matrix.sum(1 - weight_axis(anatomy.module(layer, projection), side))
                 features = np.abs(features) if vector else features
                 for block in dict.fromkeys(projection.blocks):
-                    of_unit = anatomy.unit_positions(projection, total, block)
+                    of_unit = anatomy.unit_features(projection, layer, block=block)
                     rows.append(features[of_unit])
             found[site, layer] = rows
     return found

@@ -322,7 +322,7 @@ def test_models_are_built_one_at_a_time():
         try:
             start.wait(60)
             for _ in range(6):
-                model, _ = lab.load_model("tiny-llama", dtype, "cpu")
+                model, _ = lab.load_model("tiny-llama", dtype=dtype, device="cpu")
                 assert {p.dtype for p in model.parameters()} == {dtype}
                 assert {b.dtype for b in model.buffers()} == {torch.float32}
         except BaseException as error:  # noqa: BLE001
@@ -372,7 +372,7 @@ MADE = {
 
 
 def read_by(model, plan, batches) -> lab.Hessians:
-    names = [name for name, side in plan.staying_features(Anatomy(model)) if side == "input"]
+    names = [name for name, side in plan.kept_features(Anatomy(model)) if side == "input"]
     return lab.collect_hessians(model, batches, names, progress=False)
 
 

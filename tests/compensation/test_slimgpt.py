@@ -277,7 +277,11 @@ def test_channels_take_up_what_whole_heads_leave(allocation):
     anatomy = Anatomy(model)
     channel = anatomy.unit_parameters("ffn", 0)
     sites = ("ffn", "attention")
-    total = sum(anatomy.parameters(layer, site) for layer in range(3) for site in sites)
+    total = sum(
+        anatomy.unit_parameters(site, layer) * anatomy.units(site)[layer]
+        for layer in range(3)
+        for site in sites
+    )
     gone = plan.origin["removed"]["units"] * total
     wanted = 0.3 * lab.model_size(model).layers_dense
     assert abs(gone - wanted) <= 2 * channel

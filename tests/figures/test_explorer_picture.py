@@ -25,7 +25,7 @@ def drawn(tiny, tiny_statistics):
     def draw(marks, quantile=None, readings=None, **epsilons):
         plan = lab.contextual_plan(tiny[0], tiny_statistics, quantile=quantile, **epsilons)
         size = plan.predicted_size(tiny[0])
-        return picture.draw("tiny-law", marks, plan.frame(), size, readings or {}), plan
+        return picture.draw("tiny-law", marks, plan.to_frame(), size, readings or {}), plan
 
     return draw
 
@@ -55,7 +55,7 @@ def test_shares_of_each_layer_are_steps(drawn, tiny_statistics):
     )
     assert not axis_of(figure, "activation").lines[-1].get_visible()
     steps = axis_of(figure, "Which layers").patches[0].get_data()
-    frame = plan.frame().query("site == 'ffn'")
+    frame = plan.to_frame().query("site == 'ffn'")
     assert steps.values == pytest.approx((frame["removed"] / frame["units"]).to_numpy())
 
 
@@ -86,7 +86,7 @@ def test_without_a_sweep_sizes_stand_there(tiny, tiny_statistics):
     picture = ThresholdPicture({"tiny-law": Magnitudes(tiny_statistics)})
     plan = lab.contextual_plan(tiny[0], tiny_statistics, epsilon_activation=0.1)
     size = plan.predicted_size(tiny[0])
-    figure = picture.draw("tiny-law", {"activation": 0.1}, plan.frame(), size, {})
+    figure = picture.draw("tiny-law", {"activation": 0.1}, plan.to_frame(), size, {})
     widths = [bar.get_width() for bar in axis_of(figure, "How large").patches]
     expected = [size.stored / size.dense, size.nonzero / size.dense]
     assert widths == pytest.approx([*expected, size.layers_stored / size.layers_dense])
@@ -95,7 +95,7 @@ def test_without_a_sweep_sizes_stand_there(tiny, tiny_statistics):
 def test_words_stay_off_the_bars_and_in_their_panels(tiny, tiny_statistics):
     picture = ThresholdPicture({"tiny-law": Magnitudes(tiny_statistics)})
     plan = lab.contextual_plan(tiny[0], tiny_statistics, epsilon_activation=0.1)
-    figure = picture.draw("tiny-law", {}, plan.frame(), plan.predicted_size(tiny[0]), {})
+    figure = picture.draw("tiny-law", {}, plan.to_frame(), plan.predicted_size(tiny[0]), {})
     axis = axis_of(figure, "embedding")
     (note,) = (text for text in axis.texts if "exactly 0" in text.get_text())
     picture.png()

@@ -100,7 +100,7 @@ def test_every_option_is_pruned_counted_saved_and_loaded(
         torch.testing.assert_close(logits(mini, PROBE), masked, atol=1e-6, rtol=1e-6)
         assert plan.predicted_size(model) == lab.model_size(mini, model)
         portable = name == "even"
-        folder = lab.save_model(mini, words, tmp_path / name, portable)
+        folder = lab.save_model(mini, words, tmp_path / name, portable=portable)
         again, _ = lab.load_model(folder, device="cpu")
         # what is computed anew in double differs from what was cast to it (Gemma's √hidden)
         torch.testing.assert_close(logits(again, PROBE), masked, atol=1e-4, rtol=1e-4)

@@ -10,14 +10,14 @@ from transformers import AutoModelForCausalLM, GPTJConfig
 import minigpt_lab as lab
 from minigpt_lab.models.anatomy import Anatomy, weight_axis
 from minigpt_lab.models.architectures import ALL_SITES, Projection
-from minigpt_lab.models.plan import whole
+from minigpt_lab.models.plan import keep_all
 
 
 def test_units_and_costs_match_the_model(model):
     anatomy = Anatomy(model)
     dense = sum(p.numel() for p in model.parameters())
     for site in (site for site in ALL_SITES if anatomy.units(site)[1] > 1):
-        keep = whole(anatomy, ALL_SITES)
+        keep = keep_all(anatomy, ALL_SITES)
         keep[site][1] = keep[site][1][1:]
         plan = lab.PruningPlan("", anatomy.layer_widths(), keep)
         mini = lab.shrink(model, plan)
@@ -46,7 +46,7 @@ def _fewer_tokens(model):
 
 def _narrower(model):
     anatomy = Anatomy(model)
-    keep = {"ffn": whole(anatomy)["ffn"]}
+    keep = {"ffn": keep_all(anatomy)["ffn"]}
     keep["ffn"][1].pop()
     return lab.PruningPlan("", {"ffn": anatomy.units("ffn")}, keep)
 
@@ -58,23 +58,23 @@ def _narrower(model):
 def test_fused_projections_find_the_rows_of_a_head(interleaved, expected):
     anatomy = Anatomy(random_model("opt"))  # 4 heads of 8
     fused = Projection("qkv", ("query", "key", "value"), interleaved)
-    assert anatomy.positions(fused, [2], total=4).tolist() == expected
-    keys = anatomy.positions(fused, [2], total=4, block="key")
+    assert anatomy.unit_features(fused, 0)[2].tolist() == expected
+    keys = anatomy.unit_features(fused, 0, block="key")[2]
     assert keys.tolist() == expected[8:16]
 
 
 def test_gate_and_up_of_a_channel_stand_in_two_blocks():
     anatomy = Anatomy(random_model("phi3"))
     fused = anatomy.family.produces["ffn"][0]
-    assert anatomy.positions(fused, [3, 5], total=20).tolist() == [3, 23, 5, 25]
-    assert anatomy.positions(fused, [3, 5], total=20, block="up").tolist() == [23, 25]
+    assert anatomy.unit_features(fused, 0)[[3, 5]].tolist() == [[3, 23], [5, 25]]
+    assert anatomy.unit_features(fused, 0, block="up")[[3, 5], 0].tolist() == [23, 25]
 
 
 def test_grouped_queries_move_with_their_key():
     anatomy = Anatomy(random_model("llama"))
     query, key = anatomy.family.produces["attention"][:2]
-    assert anatomy.positions(query, [1], 2).tolist() == list(range(16, 32))
-    assert anatomy.positions(key, [1], 2).tolist() == list(range(8, 16))
+    assert anatomy.unit_features(query, 0)[1].tolist() == list(range(16, 32))
+    assert anatomy.unit_features(key, 0)[1].tolist() == list(range(8, 16))
 
 
 def test_an_unknown_architecture_is_told_what_to_do():
@@ -88,6 +88,5 @@ def test_positions_of_all_units_cover_every_feature(model):
     for site in ("ffn", "attention"):
         for projection, side in anatomy.coupled(site):
             axis = weight_axis(module := anatomy.module(0, projection), side)
-            total = anatomy.units(site)[0]
-            found = anatomy.positions(projection, list(range(total)), total)
+            found = anatomy.unit_features(projection, 0).ravel()
             assert np.array_equal(np.sort(found), np.arange(module.weight.shape[axis]))

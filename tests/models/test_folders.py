@@ -210,7 +210,7 @@ def test_everyday_mistakes_get_a_sentence(folder):
             lab.load_model(missing)
     for dtype in ("int8", "float8_e4m3fn", "float33", None, 3, torch.int64):
         with pytest.raises(ValueError, match=r"dtype is .*; expected a type of weights: 'float32'"):
-            lab.load_model(folder, dtype)
+            lab.load_model(folder, dtype=dtype)
     for device in ("gpu0", "cuda:99", 3, "", "meta"):
         with pytest.raises(ValueError, match=r"device is .*; expected a device of this machine"):
             lab.load_model(folder, device=device)

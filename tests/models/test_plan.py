@@ -136,7 +136,7 @@ def test_the_papers_count_is_what_its_code_would_count(name, before, linear, act
         assert size.paper_nonzero / size.dense == pytest.approx(0.739, abs=0.01)
         assert size.nonzero / size.dense == pytest.approx(0.499, abs=0.01)
     assert "as Mini-GPTs counts" in str(size)
-    assert size.frame()["paper_nonzero"][0] == size.paper_nonzero
+    assert size.to_frame()["paper_nonzero"][0] == size.paper_nonzero
 
 
 def test_a_plan_by_scores_counts_as_the_paper_would(model, family):

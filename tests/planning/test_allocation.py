@@ -71,7 +71,7 @@ def test_flaps_scores_are_cut_at_one_threshold_for_all_layers_and_sites(model, p
     ranked = scores.frame().sort_values("score", kind="stable")
     units = list(ranked[["site", "layer", "unit"]].itertuples(index=False, name=None))
     cost = np.array([anatomy.unit_parameters(site, layer) for site, layer, _ in units])
-    stays = {site: plan.stays(site) for site in plan.keep}
+    stays = {site: plan.kept_mask(site) for site in plan.keep}
     gone = [not stays[site][layer][unit] for site, layer, unit in units]
     assert gone == sorted(gone, reverse=True)  # the lowest of one ranking
     assert abs(cost[gone].sum() - ratio * cost.sum()) <= cost.max()

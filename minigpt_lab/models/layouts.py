@@ -1,0 +1,99 @@
+"""How features lie along a projection: the rows or columns of every channel, head and group.
+
+The units of a layer form a grid ``[group, head, feature]``: so many key/value groups, of so many
+query heads each, of `head_dim` features each. Without grouped queries a group is one head; an FFN
+of *n* channels is the grid ``[n, 1, 1]``. A unit is one index along axis 0 (a channel, head or
+group) or axis 1 (the query head of one place in every group): `Projection.axis`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from .architectures import Projection
+
+Grid = tuple[int, int, int]
+
+
+def resized(grid: Grid, axis: int, units: int) -> Grid:
+    """The grid with another number of units along an axis."""
+    groups, heads, features = grid
+    return (units, heads, features) if axis == 0 else (groups, units, features)
+
+
+def width(projection: Projection, grid: Grid) -> int:
+    """Number of features along a projection."""
+    return sum(math.prod(_block_shape(block, grid)) for block in projection.blocks)
+
+
+def block_features(projection: Projection, grid: Grid) -> dict[str, np.ndarray]:
+    """Indices ``[group, head, feature]`` of the features of every block of a projection.
+
+    The blocks of a fused projection lie one after the other (GPT-2, Phi-3) or, interleaved, side
+    by side in every head (BLOOM, GPT-NeoX)::
+
+        q₀ q₁ q₂ q₃ | k₀ k₁ k₂ k₃ | v₀ v₁ v₂ v₃          q₀ k₀ v₀ | q₁ k₁ v₁ | q₂ k₂ v₂ | …
+    """
+    shapes = {block: _block_shape(block, grid) for block in projection.blocks}
+    if projection.interleaved:
+        ends = np.cumsum([math.prod(shape[1:]) for shape in shapes.values()])  # within a group
+        index = np.arange(grid[0] * ends[-1]).reshape(grid[0], -1)  # [group, feature]
+    else:
+        ends = np.cumsum([math.prod(shape) for shape in shapes.values()])
+        index = np.arange(ends[-1])  # [feature]
+    parts = np.split(index, ends[:-1], axis=-1)
+    return {
+        block: part.reshape(shape)
+        for (block, shape), part in zip(shapes.items(), parts, strict=True)
+    }
+
+
+def unit_features(projection: Projection, grid: Grid, block: str | None = None) -> np.ndarray:
+    """Indices ``[unit, feature]`` of the features of every unit, of one block or of all."""
+    axis, index = projection.axis, block_features(projection, grid)
+    blocks = [each for each in projection.unit_blocks if block in (None, each)]
+    by_unit = [np.moveaxis(index[each], axis, 0).reshape(grid[axis], -1) for each in blocks]
+    return np.concatenate(by_unit, axis=1)
+
+
+def selected_features(
+    projection: Projection, grid: Grid, units: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Where the features of the selected units come from, and where they go.
+
+    Parameters
+    ----------
+    projection : Projection
+        The projection.
+    grid : tuple of int
+        Of the layer before the selection.
+    units : sequence of int
+        Units in their new order; -1 is a new unit, which nothing is copied to.
+
+    Returns
+    -------
+    old, new : numpy.ndarray
+        Indices ``[n]``: feature ``old[i]`` becomes feature ``new[i]``.
+    """
+    axis, chosen = projection.axis, np.asarray(units)
+    places = np.flatnonzero(chosen >= 0)
+    before = block_features(projection, grid)
+    after = block_features(projection, resized(grid, axis, len(units)))
+    old, new = [], []
+    for block in projection.blocks:
+        if block in projection.unit_blocks:
+            old.append(before[block].take(chosen[places], axis).ravel())
+            new.append(after[block].take(places, axis).ravel())
+        else:  # every group keeps its key and value, however many of its query heads are selected
+            old.append(before[block].ravel())
+            new.append(after[block].ravel())
+    return np.concatenate(old), np.concatenate(new)
+
+
+def _block_shape(block: str, grid: Grid) -> Grid:
+    """Only queries have several heads per group."""
+    groups, heads, features = grid
+    return groups, heads if block == "query" else 1, features
