@@ -2,7 +2,7 @@
 
 from .gradients import collect_gradients
 from .hessians import (
-    DAMPINGS,
+    DAMPING_MODES,
     Hessians,
     Indefinite,
     Moments,
@@ -10,26 +10,26 @@ from .hessians import (
     damped_inverse,
     refit,
 )
-from .layer_runner import LayerPass, enter, walk
+from .layer_runner import LayerRunner, catch_inputs, for_each_layer
 from .neuron_statistics import Statistics, collect_statistics, tokens_hash
 from .spsa import estimate_gradients, gradient_cosine, scored_weights
 
 __all__ = [
-    "DAMPINGS",
+    "DAMPING_MODES",
     "Hessians",
     "Indefinite",
-    "LayerPass",
+    "LayerRunner",
     "Moments",
     "Statistics",
+    "catch_inputs",
     "collect_gradients",
     "collect_hessians",
     "collect_statistics",
     "damped_inverse",
-    "enter",
     "estimate_gradients",
+    "for_each_layer",
     "gradient_cosine",
     "refit",
     "scored_weights",
     "tokens_hash",
-    "walk",
 ]

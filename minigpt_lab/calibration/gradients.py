@@ -79,13 +79,14 @@ def _capped(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
-@checked(model=Model(), batches=Batches(), squares=Flag(), checkpointing=Flag())
+@checked(model=Model(), batches=Batches(), squares=Flag(), gradient_checkpointing=Flag())
 def collect_gradients(
     model: PreTrainedModel,
     batches: Iterable[dict[str, torch.Tensor]],
     names: Iterable[str],
+    *,
     squares: bool = False,
-    checkpointing: bool = False,
+    gradient_checkpointing: bool = False,
 ) -> Gradients:
     """Backpropagate through one window after another, and keep the mean.
 
@@ -102,7 +103,7 @@ def collect_gradients(
         Full names of the linear layers.
     squares : bool
         Keep the mean of the squares besides.
-    checkpointing : bool
+    gradient_checkpointing : bool
         Keep only the decoder layers' inputs, and compute the rest twice.
 
     Raises
@@ -127,7 +128,7 @@ def collect_gradients(
             square[name].addcmul_(gradient, gradient)
 
     n_windows = 0
-    layers = Anatomy(model).layers if checkpointing else []
+    layers = Anatomy(model).layers if gradient_checkpointing else []
     with _gradients_of(model, modules, keep, layers):
         for ids in unpadded(batches):
             for window in ids.split(1):

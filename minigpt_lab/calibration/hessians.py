@@ -152,6 +152,7 @@ def collect_hessians(
     model: PreTrainedModel,
     batches: Iterable[dict[str, torch.Tensor]],
     names: Iterable[str],
+    *,
     progress: bool = True,
 ) -> Hessians:
     """Second moments of the inputs of linear layers, in one pass over the dense model.
@@ -198,11 +199,11 @@ class Indefinite(ValueError):
 
 
 #: What a share of damping is a share of.
-DAMPINGS = ("mean", "feature")
+DAMPING_MODES = ("mean", "feature")
 
 
 def damped_inverse(
-    hessian: torch.Tensor, damp: float, damping: str = "mean"
+    hessian: torch.Tensor, damping: float, damping_mode: str = "mean"
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """H with a share of its diagonal added to it, and the inverse of that.
 
@@ -213,9 +214,9 @@ def damped_inverse(
     ----------
     hessian : torch.Tensor
         ``[feature, feature]``.
-    damp : float
+    damping : float
         The share.
-    damping : {"mean", "feature"}
+    damping_mode : {"mean", "feature"}
         Of the mean of the diagonal, for every feature the same (SparseGPT, SlimGPT); or of each
         feature's own second moment, which shrinks all correlations alike and so does not depend on
         how features are scaled.
@@ -226,21 +227,22 @@ def damped_inverse(
         If H is not finite, an option is out of range, or no damping up to the whole diagonal is
         enough.
     """
-    damp, damping = Number(0)("damp", damp), OneOf(DAMPINGS)("damping", damping)
+    damping = Number(0)("damping", damping)
+    damping_mode = OneOf(DAMPING_MODES)("damping_mode", damping_mode)
     if not torch.isfinite(hessian).all():
         raise ValueError("the second moment has NaN or infinite values")
     damped = (hessian + hessian.mT).div_(2)
     diagonal = damped.diagonal().clone()
-    unit = diagonal.mean() if damping == "mean" else diagonal
-    for share in (damp, *(10.0**power for power in range(-6, 1) if 10.0**power > damp)):
+    unit = diagonal.mean() if damping_mode == "mean" else diagonal
+    for share in (damping, *(10.0**power for power in range(-6, 1) if 10.0**power > damping)):
         damped.diagonal().copy_(torch.where(diagonal == 0, 1, diagonal + share * unit))
         factor, failed = torch.linalg.cholesky_ex(damped)
         # a pivot is what a feature varies beside those before it: below rounding it is none
         pivots, noise = factor.diagonal().square(), torch.finfo(damped.dtype).eps
         if not failed and (pivots > noise * damped.diagonal()).all():
-            if share != damp:
+            if share != damping:
                 warnings.warn(
-                    f"a second moment of {len(hessian)} features is singular at damp={damp}: "
+                    f"a second moment of {len(hessian)} features is singular at damping={damping}: "
                     f"damped by {share:g} of its diagonal; more calibration tokens help",
                     stacklevel=2,
                 )

@@ -19,7 +19,7 @@ from ..store import Shards
 Calls = list[list[dict]]  # [window][layer]: keyword arguments; masks may differ between layers
 
 
-def walk(
+def for_each_layer(
     model: PreTrainedModel,
     batches: Iterable[dict[str, torch.Tensor]],
     visit: Callable[[int, Callable[[], None]], None],
@@ -41,15 +41,15 @@ def walk(
     """
     anatomy, hidden = Anatomy(model), Shards()
     with inference(model):
-        calls = enter(model, batches, hidden)
+        calls = catch_inputs(model, batches, hidden)
         for index in range(len(anatomy.layers)):
-            one = LayerPass(anatomy, index, hidden, calls)
+            one = LayerRunner(anatomy, index, hidden, calls)
             visit(index, lambda one=one: [one.run(window) for window in range(len(calls))])
             if index + 1 < len(anatomy.layers):
                 one.finish()
 
 
-def enter(
+def catch_inputs(
     model: PreTrainedModel, batches: Iterable[dict[str, torch.Tensor]], hidden: Shards
 ) -> Calls:
     """Run the embeddings alone: what the first layer reads, and how each layer is called.
@@ -82,7 +82,7 @@ def enter(
         calls[-1].append({k: v for k, v in kwargs.items() if k != "hidden_states"})
         return (states, None) if wraps else states
 
-    with inference(model), _all_replaced(Anatomy(model).layers, record):
+    with inference(model), _all_patched(Anatomy(model).layers, record):
         for ids in unpadded(batches):
             check_token_ids(model, ids)
             calls.append([])
@@ -90,7 +90,7 @@ def enter(
     return calls
 
 
-class LayerPass:
+class LayerRunner:
     """One decoder layer over all windows, in parts, so that no matrix product runs twice.
 
     What a projection that reads units (o, down) should become depends on all that it reads. So
@@ -107,7 +107,7 @@ class LayerPass:
     hidden : Shards
         Its inputs ``[batch, token, feature]`` by window; `finish` replaces them by its outputs.
     calls : list of list of dict
-        From `enter`.
+        From `catch_inputs`.
     """
 
     def __init__(self, anatomy: Anatomy, index: int, hidden: Shards, calls: Calls):
@@ -154,8 +154,8 @@ class LayerPass:
         if until is not None:
             hooks.append(partial(self.readers[until].register_forward_pre_hook, _stop))
         # outputs of the producers are not read: pass anything through
-        through = _all_replaced(passed, lambda _forward, states: states)
-        with replaced(self.attention, attend), through, hooked(*hooks):
+        through = _all_patched(passed, lambda _forward, states: states)
+        with patched_forward(self.attention, attend), through, hooked(*hooks):
             # not layer(…): what its hooks do to the arguments was done when they were recorded
             found = self.layer.forward(self.hidden[window], **self.arguments[window])
         return found[0] if isinstance(found, tuple) else found
@@ -194,7 +194,7 @@ def _stop(_module: nn.Module, args: tuple) -> None:
 
 
 @safe_contextmanager
-def replaced(module: nn.Module, forward: Callable) -> Iterator[None]:
+def patched_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
     """Let a module do something else while inside: ``forward(its own forward, …)``."""
     own = module.__dict__.get("forward")
     module.forward = partial(forward, module.forward)
@@ -207,9 +207,9 @@ def replaced(module: nn.Module, forward: Callable) -> Iterator[None]:
 
 
 @safe_contextmanager
-def _all_replaced(modules: Iterable[nn.Module], forward: Callable) -> Iterator[None]:
+def _all_patched(modules: Iterable[nn.Module], forward: Callable) -> Iterator[None]:
     """The same in several modules."""
     with contextlib.ExitStack() as stack:
         for module in modules:
-            stack.enter_context(replaced(module, forward))
+            stack.enter_context(patched_forward(module, forward))
         yield

@@ -118,7 +118,7 @@ class Statistics:
     def __repr__(self) -> str:  # the arrays fill pages
         return f"Statistics of {self.n_tokens:,} tokens of {self.domain} under {self.model_name}"
 
-    def frame(self) -> pd.DataFrame:
+    def to_frame(self) -> pd.DataFrame:
         """Tidy table, one row per neuron.
 
         Returns
@@ -241,6 +241,7 @@ class Statistics:
 def collect_statistics(
     model: PreTrainedModel,
     batches: Iterable[dict[str, torch.Tensor]],
+    *,
     path: str | os.PathLike | None = None,
     progress: bool = True,
 ) -> Statistics:

@@ -80,14 +80,15 @@ class Estimate:
 
 @checked(
     model=Model(), batches=Batches(), eps=Number(above=0),
-    n_draws=Integer(1), per_sample=Flag(), seed=Integer(0),
+    n_directions=Integer(1), per_sample=Flag(), seed=Integer(0),
 )  # fmt: skip
 def estimate_gradients(
     model: PreTrainedModel,
     batches: Iterable[dict[str, torch.Tensor]],
     names: Iterable[str],
+    *,
     eps: float = 1e-3,
-    n_draws: int = 1,
+    n_directions: int = 1,
     per_sample: bool = False,
     seed: int = 0,
 ) -> Estimate:
@@ -110,11 +111,11 @@ def estimate_gradients(
         Full names of the linear layers.
     eps : float
         ε.
-    n_draws : int
+    n_directions : int
         Directions for the text, or for each window.
     per_sample : bool
         Give each window directions of its own instead of measuring all along the same ones: for
-        as many passes, `n_draws` times as many directions as there are windows.
+        as many passes, `n_directions` times as many directions as there are windows.
     seed : int
         Of the directions; the same on one kind of device.
 
@@ -128,7 +129,7 @@ def estimate_gradients(
     groups = [[row] for ids in windows for row in ids.split(1)] if per_sample else [windows]
     coefficients = []
     with inference(model):
-        for group in groups * n_draws:
+        for group in groups * n_directions:
             losses = []
             for step in (eps, -eps):
                 with _perturbed(modules, seed, len(coefficients), step):
@@ -181,12 +182,13 @@ def _perturbed(modules: dict[str, nn.Module], seed: int, draw: int, step: float)
             restore(module)
 
 
-@checked(model=Model(), batches=Batches(), sites=_SITES, checkpointing=Flag())
+@checked(model=Model(), batches=Batches(), sites=_SITES, gradient_checkpointing=Flag())
 def gradient_cosine(
     model: PreTrainedModel,
     batches: Iterable[dict[str, torch.Tensor]],
+    *,
     sites: tuple[str, ...] = SITES,
-    checkpointing: bool = False,
+    gradient_checkpointing: bool = False,
     **options,
 ) -> float:
     """Cosine between a zeroth-order estimate and the true gradient.
@@ -200,14 +202,16 @@ def gradient_cosine(
         As for `score`.
     sites : tuple of str
         Sites whose weights are perturbed.
-    checkpointing : bool
+    gradient_checkpointing : bool
         Of the backpropagation.
     **options
-        Of the estimate: ``eps``, ``n_draws``, ``per_sample``, ``seed``.
+        Of the estimate: ``eps``, ``n_directions``, ``per_sample``, ``seed``.
     """
     batches, names = list(batches), scored_weights(model, sites)
     estimate = estimate_gradients(model, batches, names, **options)
-    return estimate.cosine(collect_gradients(model, batches, names, checkpointing=checkpointing))
+    return estimate.cosine(
+        collect_gradients(model, batches, names, gradient_checkpointing=gradient_checkpointing)
+    )
 
 
 def scored_weights(model: PreTrainedModel, sites: tuple[str, ...]) -> list[str]:

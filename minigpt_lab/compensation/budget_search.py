@@ -34,7 +34,7 @@ from ..checks import (
 )
 from ..domains import unpadded
 from ..models import fingerprint, is_offloaded
-from ..planning import Group, unit_counts, unit_steps
+from ..planning import LayerSite, unit_counts, unit_steps
 from ..store import ResultCache, Shards
 from .budgets import Budget, Budgets
 from .descent import Descent
@@ -85,14 +85,14 @@ class Search:
 
 
 @checked(
-    model=Model(), batches=Batches(), groups=ListOf(Instance(Group), 1), leave=Number(),
+    model=Model(), batches=Batches(), groups=ListOf(Instance(LayerSite), 1), leave=Number(),
     options=Instance(Solver) | None, search=Instance(Search) | None, out_dir=Location() | None,
     progress=Flag(),
 )  # fmt: skip
 def search_counts(
     model: PreTrainedModel,
     batches: Iterable[dict[str, torch.Tensor]],
-    groups: Sequence[Group],
+    groups: Sequence[LayerSite],
     leave: float,
     multiple_of: int | Mapping[str, int] = 1,
     options: Solver | None = None,
@@ -114,8 +114,8 @@ def search_counts(
         A supported causal language model; the same, bit for bit, afterwards.
     batches : iterable of dict
         Calibration tokens; padding is left out.
-    groups : sequence of Group
-        From `prunable`; scores are not used.
+    groups : sequence of LayerSite
+        From `prunable_sites`; scores are not used.
     leave : float
         Parameters that are to leave, at least.
     multiple_of : int or mapping

@@ -11,7 +11,7 @@ from functools import cached_property
 
 import numpy as np
 
-from ..planning import Group
+from ..planning import LayerSite
 
 Budget = tuple[int, ...]  # a level of every group
 
@@ -22,8 +22,8 @@ class Budgets:
 
     Parameters
     ----------
-    groups : sequence of Group
-        From `prunable`.
+    groups : sequence of LayerSite
+        From `prunable_sites`.
     steps : sequence of int
         For each group, what the number of units that stay must be a multiple of.
     counts : list of list of int
@@ -32,7 +32,7 @@ class Budgets:
         Parameters that are to leave.
     """
 
-    groups: Sequence[Group]
+    groups: Sequence[LayerSite]
     steps: Sequence[int]
     counts: list[list[int]]
     leave: float
@@ -41,7 +41,7 @@ class Budgets:
     def around(
         cls,
         starts: Iterable[Sequence[int]],
-        groups: Sequence[Group],
+        groups: Sequence[LayerSite],
         steps: Sequence[int],
         levels: int,
         leave: float,

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import nn
 
-from ..calibration import DAMPINGS, Indefinite, LayerPass, Moments
+from ..calibration import DAMPING_MODES, Indefinite, LayerRunner, Moments
 from ..checks import Flag, Integer, Number, OneOf, check_fields, invalid, to_python
 from ..models import Anatomy, add_bias, rebuild_layer, weight_axis
 from .obs import ERRORS, Elimination, Schedule, eliminations, group_schedule
@@ -58,7 +58,7 @@ class Solver:
             error=OneOf(ERRORS),
             heads_per_round=Integer(1),
             damp=Number(0),
-            damping=OneOf(DAMPINGS),
+            damping=OneOf(DAMPING_MODES),
             bias=OneOf(BIASES),
             compensate=Flag(),
         )
@@ -112,7 +112,7 @@ def part_of(site: str) -> str:
 
 
 def problem(
-    anatomy: Anatomy, one: LayerPass, layer: int, site: str, total: int, options: Solver
+    anatomy: Anatomy, one: LayerRunner, layer: int, site: str, total: int, options: Solver
 ) -> Problem:
     """What a site's projection reads, over all windows.
 
@@ -185,7 +185,7 @@ def bias_shift(given: Problem, found: Elimination) -> torch.Tensor:
 
 def carry_out(
     anatomy: Anatomy,
-    one: LayerPass,
+    one: LayerRunner,
     layer: int,
     site: str,
     given: Problem,

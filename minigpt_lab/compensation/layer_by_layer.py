@@ -21,7 +21,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..calibration import LayerPass, enter, tokens_hash
+from ..calibration import LayerRunner, catch_inputs, tokens_hash
 from ..checks import (
     Batches,
     Flag,
@@ -50,12 +50,12 @@ from ..planning import (
     BY_DEPTH,
     RANKINGS,
     Allocation,
-    Group,
+    LayerSite,
     allocation_name,
-    kept_ends,
-    leaving_parameters,
+    check_keep_layers,
     one_target,
-    prunable,
+    parameters_to_remove,
+    prunable_sites,
     removed_shares,
     unit_counts,
 )
@@ -166,8 +166,8 @@ def slimgpt(
     sites = chosen_sites(model, sites, units)
     totals = {site: anatomy.units(site) for site in sites}
     zeros = {site: [np.zeros(n) for n in layers] for site, layers in totals.items()}
-    keep_layers = kept_ends(keep_layers)
-    groups = prunable(anatomy, zeros, keep_layers)
+    keep_layers = check_keep_layers(keep_layers)
+    groups = prunable_sites(anatomy, zeros, keep_layers)
     ratio, parameters = (
         (Number() | None)("ratio", ratio),
         (Integer() | None)("parameters", parameters),
@@ -188,7 +188,7 @@ def slimgpt(
         finished.require({**text, **options.facts()})
     origin = {"method": "slimgpt", **options.facts(), "keep_layers": [*keep_layers]}
     if searches:
-        to_leave = leaving_parameters(model, groups, ratio, parameters, ratio_of)
+        to_leave = parameters_to_remove(model, groups, ratio, parameters, ratio_of)
         if finished:
             finished.require({"search": {**asdict(searching), "leave": to_leave}})
         found, history = search_counts(
@@ -214,7 +214,7 @@ def slimgpt(
     hidden = Shards(offload)
     cuts: list[dict[str, dict]] = []
     with inference(mini), full_precision():
-        calls = enter(mini, batches, hidden)
+        calls = catch_inputs(mini, batches, hidden)
         if finished:
             finished.restore_hidden(hidden)
         layers = tqdm(anatomy.layers, "SlimGPT", unit="layer", disable=not progress)
@@ -223,7 +223,7 @@ def slimgpt(
                 if finished and index < len(finished.layers):
                     cuts.append(finished.restore(anatomy, index))
                     continue
-                one = LayerPass(anatomy, index, hidden, calls)
+                one = LayerRunner(anatomy, index, hidden, calls)
                 with _room(anatomy, index, options):
                     cut = _cut_layer(anatomy, one, index, totals, leave, options)
                     if index + 1 < len(anatomy.layers):
@@ -244,7 +244,7 @@ def slimgpt(
 
 def _cut_layer(
     anatomy: Anatomy,
-    one: LayerPass,
+    one: LayerRunner,
     layer: int,
     totals: Mapping[str, Sequence[int]],
     leave: Mapping[str, Sequence[int]],
@@ -306,7 +306,7 @@ def _check_allocation(allocation: str | Allocation | Sequence[float]) -> None:
 
 
 def _whole_counts(
-    totals: Mapping[str, Sequence[int]], groups: Sequence[Group], counts: object
+    totals: Mapping[str, Sequence[int]], groups: Sequence[LayerSite], counts: object
 ) -> dict[str, tuple[int, ...]]:
     """Counts as plain numbers, if they fit the model: at least one unit stays everywhere."""
     if not isinstance(counts, Mapping):

@@ -17,10 +17,10 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..calibration import LayerPass, enter
+from ..calibration import LayerRunner, catch_inputs
 from ..checks import restore_on_exit, safe_contextmanager
 from ..models import Anatomy, inference, weight_axis
-from ..planning import Group
+from ..planning import LayerSite
 from ..store import Shards
 from .budgets import Budget
 from .layer import Problem, Solver, bias_shift, problem, solve_levels
@@ -50,8 +50,8 @@ class Supernet:
     ----------
     anatomy : Anatomy
         Of the model that is set.
-    groups : sequence of Group
-        From `prunable`.
+    groups : sequence of LayerSite
+        From `prunable_sites`.
     counts : sequence of sequence of int
         For each group, the units that leave at every level: ascending, the first 0.
     offload : {"device", "cpu", "disk"}
@@ -62,7 +62,7 @@ class Supernet:
     def __init__(
         self,
         anatomy: Anatomy,
-        groups: Sequence[Group],
+        groups: Sequence[LayerSite],
         counts: Sequence[Sequence[int]],
         offload: str = "device",
     ):
@@ -172,7 +172,7 @@ class Supernet:
 @safe_contextmanager
 def supernet(
     model: PreTrainedModel,
-    groups: Sequence[Group],
+    groups: Sequence[LayerSite],
     counts: Sequence[Sequence[int]],
     offload: str = "device",
 ) -> Iterator[Supernet]:
@@ -195,7 +195,7 @@ def find_levels(
     model: PreTrainedModel,
     net: Supernet,
     windows: Sequence[torch.Tensor],
-    groups: Sequence[Group],
+    groups: Sequence[LayerSite],
     base: Budget,
     options: Solver,
     offload: str = "device",
@@ -226,10 +226,13 @@ def find_levels(
         If a hidden state is not finite (its layer is named).
     """
     hidden = Shards(offload)
-    anatomy, calls = Anatomy(model), enter(model, [{"input_ids": ids} for ids in windows], hidden)
+    anatomy, calls = (
+        Anatomy(model),
+        catch_inputs(model, [{"input_ids": ids} for ids in windows], hidden),
+    )
     last = max(group.layer for group in groups)
     for layer in tqdm(range(last + 1), "supernet", unit="layer", disable=not progress):
-        one = LayerPass(anatomy, layer, hidden, calls)
+        one = LayerRunner(anatomy, layer, hidden, calls)
         parts = [index for index, group in enumerate(groups) if group.layer == layer]
         for index in sorted(parts, key=lambda i: groups[i].site == "ffn"):  # as the data flows
             site, total = groups[index].site, len(groups[index])

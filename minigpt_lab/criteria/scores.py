@@ -72,7 +72,7 @@ class Scores:
     content_hash: str = ""
     n_tokens: int = 0
 
-    def frame(self) -> pd.DataFrame:
+    def to_frame(self) -> pd.DataFrame:
         """Tidy table with columns ``site, layer, unit, score``."""
         parts = [
             pd.DataFrame({"site": site, "layer": i, "unit": np.arange(len(layer)), "score": layer})
@@ -81,7 +81,7 @@ class Scores:
         ]
         return pd.concat(parts, ignore_index=True)
 
-    def highest_cut(self, keep: dict[str, list[list[int]]], site: str = "ffn") -> float:
+    def highest_pruned(self, keep: dict[str, list[list[int]]], site: str = "ffn") -> float:
         """The highest score among the units that leave: for a global cut, its threshold ε."""
         layers = zip(self.values[site], keep[site], strict=True)
         gone = np.concatenate([np.delete(values, units) for values, units in layers])
@@ -173,9 +173,10 @@ def criterion(name: str) -> Callable:
     cache=Flag() | Location(),
 )
 def score(
-    name: str,
     model: PreTrainedModel,
+    criterion: str,
     batches: Iterable[dict] | None = None,
+    *,
     statistics: Statistics | None = None,
     sites: tuple[str, ...] = SITES,
     units: str = "kv_group",
@@ -186,10 +187,10 @@ def score(
 
     Parameters
     ----------
-    name : str
-        A key of `CRITERIA`.
     model : transformers.PreTrainedModel
         A supported causal language model; left as it was.
+    criterion : str
+        A key of `CRITERIA`.
     batches : iterable of dict, optional
         Calibration tokens, for criteria that look at activations or gradients.
     statistics : Statistics, optional
@@ -220,22 +221,22 @@ def score(
     RuntimeError
         If the criterion changed the model.
     """
-    check_option("criterion", name, CRITERIA)
+    check_option("criterion", criterion, CRITERIA)
     sites = chosen_sites(model, sites, units)
     _refuse_quantised(model)
     if statistics is not None:
         statistics.require(model)
     options = {key: to_python(value) for key, value in options.items()}
-    _check_names(name, options)
+    _check_names(criterion, options)
     batches = batches if batches is None or isinstance(batches, list) else list(batches)
     written = as_json(options)
     facts = {"model_hash": fingerprint(model), "options": written, **_text(batches, statistics)}
-    path = _cached(cache, name, sites, facts, options)
+    path = _cached(cache, criterion, sites, facts, options)
 
     def load(path: Path) -> Scores:
         found = Scores.load(path)
         try:
-            _checked(name, model, sites, found.values)
+            _checked(criterion, model, sites, found.values)
         except ValueError as error:
             raise DamagedFile(f"{path} holds other scores than it should ({error})") from error
         return found
@@ -243,10 +244,10 @@ def score(
     known = None if path is None else read_cached(path, load, SUFFIX)
     if known is not None:
         return known
-    values = _asked(name, model, batches, statistics, sites, options)
+    values = _asked(criterion, model, batches, statistics, sites, options)
     if fingerprint(model) != facts["model_hash"]:
-        raise RuntimeError(f"the {name} criterion changed the model's weights")
-    scores = Scores(name, _checked(name, model, sites, values), **facts)
+        raise RuntimeError(f"the {criterion} criterion changed the model's weights")
+    scores = Scores(criterion, _checked(criterion, model, sites, values), **facts)
     if path is not None:
         with warn_if_unsaved("the scores are"):
             scores.save(path)

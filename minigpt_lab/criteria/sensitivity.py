@@ -26,8 +26,8 @@ MINI_LLM = {
 
 @criterion("sensitivity")
 @checked(
-    eps=Number(above=0), n_draws=Integer(1), per_sample=Flag(), seed=Integer(0),
-    checkpointing=Flag(),
+    eps=Number(above=0), n_directions=Integer(1), per_sample=Flag(), seed=Integer(0),
+    gradient_checkpointing=Flag(),
 )  # fmt: skip
 def sensitivity_scores(
     model,
@@ -39,10 +39,10 @@ def sensitivity_scores(
     reduce: str = "max",
     scope: str = "coupled",
     eps: float = 1e-3,
-    n_draws: int = 1,
+    n_directions: int = 1,
     per_sample: bool = True,
     seed: int = 0,
-    checkpointing: bool = False,
+    gradient_checkpointing: bool = False,
 ):
     """``Σ |W_ij| · ‖X_j‖₂ · |g_ij|`` over each structure of a unit, and of these the maximum.
 
@@ -51,7 +51,7 @@ def sensitivity_scores(
     source at hand, which has the text alone: the norm on *X*, the sum over a structure's weights
     before the maximum, ε (10⁻³ is MeZO's) and whether its ten samples share one direction are
     choices made here. With a single direction |g| is |c|·|z|, so that the score is Wanda's with
-    noise: hence directions of each window's own, and `n_draws`. See `gradient_cosine`.
+    noise: hence directions of each window's own, and `n_directions`. See `gradient_cosine`.
 
     Parameters
     ----------
@@ -61,9 +61,9 @@ def sensitivity_scores(
         How the structures' scores become one.
     scope : {"coupled", "consumer"}
         All weights of a unit, or the o/down columns only.
-    eps, n_draws, per_sample, seed
+    eps, n_directions, per_sample, seed
         Of the zeroth-order estimate, see `spsa.estimate_gradients`.
-    checkpointing : bool
+    gradient_checkpointing : bool
         Of backpropagation: trade time for memory.
 
     Raises
@@ -78,9 +78,19 @@ def sensitivity_scores(
     names = scored_layers(model, sites, scope)
     found = None
     if gradient == "backprop":
-        found = collect_gradients(model, batches, names, checkpointing=checkpointing)
+        found = collect_gradients(
+            model, batches, names, gradient_checkpointing=gradient_checkpointing
+        )
     elif gradient == "zeroth-order":
-        found = estimate_gradients(model, batches, names, eps, n_draws, per_sample, seed)
+        found = estimate_gradients(
+            model,
+            batches,
+            names,
+            eps=eps,
+            n_directions=n_directions,
+            per_sample=per_sample,
+            seed=seed,
+        )
 
     def sensitivity(name, module, side):
         weights = module.weight.float().abs()

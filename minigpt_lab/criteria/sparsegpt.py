@@ -11,7 +11,7 @@ from .units import by_input, per_feature, scored_layers, unit_scores
 
 
 @criterion("sparsegpt")
-@checked(damp=Number(0), layers_per_pass=Integer(1) | None)
+@checked(damping=Number(0), layers_per_pass=Integer(1) | None)
 def sparsegpt_scores(
     model,
     batches=None,
@@ -19,7 +19,7 @@ def sparsegpt_scores(
     *,
     sites,
     scope: str = "consumer",
-    damp: float = 0.01,
+    damping: float = 0.01,
     layers_per_pass: int | None = None,
 ):
     """``Σ W_ij² / [H⁻¹]_jj`` over a unit's weights, with ``H = X Xᵀ / N`` of the layer's inputs.
@@ -35,7 +35,7 @@ def sparsegpt_scores(
     scope : {"consumer", "coupled"}
         The o/down columns only, whose error is what removing the unit does to the layer; or all
         weights of a unit.
-    damp : float
+    damping : float
         Share of the mean diagonal of H that is added to it (SparseGPT's 0.01).
     layers_per_pass : int, optional
         Keep the Hessians of only so many layers at once, at the price of more passes.
@@ -60,7 +60,7 @@ def sparsegpt_scores(
             hessians = collect_hessians(model, batches, names)
         hessian = hessians.matrices[name]
         alive = hessian.diagonal() > 0
-        cost = alive / damped_inverse(hessian, damp)[1].diagonal()
+        cost = alive / damped_inverse(hessian, damping)[1].diagonal()
         weight = module.weight.float()
         return per_feature(weight.square() * by_input(cost.to(torch.float32), module), module, side)
 

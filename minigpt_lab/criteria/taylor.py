@@ -11,7 +11,7 @@ VARIANTS = ("vector", "element1", "element2", "mix")
 
 
 @criterion("taylor")
-@checked(checkpointing=Flag())
+@checked(gradient_checkpointing=Flag())
 def taylor_scores(
     model,
     batches=None,
@@ -21,7 +21,7 @@ def taylor_scores(
     variant: str = "element1",
     reduce: str = "sum",
     scope: str = "coupled",
-    checkpointing: bool = False,
+    gradient_checkpointing: bool = False,
 ):
     """Terms of ``L(w = 0) - L(w)``, reduced over the structures of a unit (arXiv 2305.11627, §3.2).
 
@@ -42,7 +42,7 @@ def taylor_scores(
         added up first.
     scope : {"coupled", "consumer"}
         All weights of a unit, or the o/down columns only.
-    checkpointing : bool
+    gradient_checkpointing : bool
         Trade time for memory (gradient checkpointing).
 
     Raises
@@ -55,7 +55,9 @@ def taylor_scores(
         raise ValueError("the taylor criterion needs batches: statistics hold no gradients")
     names = scored_layers(model, sites, scope)
     squares = variant in ("element2", "mix")
-    found = collect_gradients(model, batches, names, squares, checkpointing)
+    found = collect_gradients(
+        model, batches, names, squares=squares, gradient_checkpointing=gradient_checkpointing
+    )
 
     def change(name, module, side):
         weight = module.weight.float()

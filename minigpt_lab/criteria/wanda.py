@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from ..calibration import walk
+from ..calibration import for_each_layer
 from ..checks import Number, checked, hooked, restore_on_exit, safe_contextmanager
 from ..models import Anatomy, weight_axis
 from .scores import criterion
@@ -82,7 +82,7 @@ def _sequential_norms(model, batches, sites, ratio: float) -> dict[str, np.ndarr
             module.weight = torch.nn.Parameter(zeroed, requires_grad=False)
 
     with restore_on_exit(model):  # its own weights come back, untouched
-        walk(model, batches, visit)
+        for_each_layer(model, batches, visit)
     return norms
 
 

@@ -113,7 +113,7 @@ def chance_overlap(share: float) -> Share:
 @exercise
 def epsilon_for_a_tenth(statistics: Statistics) -> Number:
     """The absolute ε that cuts a tenth of all FFN activations."""
-    frame = statistics.frame()
+    frame = statistics.to_frame()
     found = frame.loc[frame["side"] == "activation", ["layer", "mean_abs"]]
     mistakes = {
         "the ε that leaves a tenth": found["mean_abs"].quantile(0.9),
@@ -133,7 +133,7 @@ def epsilon_for_a_tenth(statistics: Statistics) -> Number:
 @exercise
 def even_cut(model: PreTrainedModel, statistics: Statistics, cut: PruningPlan) -> Plan:
     """A plan of the size of a cut by one ε that takes the same share of every layer instead."""
-    magnitudes = score("contextual", model, statistics=statistics, sites=("ffn",)).values["ffn"]
+    magnitudes = score(model, "contextual", statistics=statistics, sites=("ffn",)).values["ffn"]
     target = cut.predicted_size(model).stored
 
     def judge(plan: PruningPlan) -> str | None:

@@ -1,12 +1,12 @@
 """From thresholds or scores to a pruning plan; allocation of a ratio over layers."""
 
-from .allocations import ALLOCATIONS, BY_DEPTH, RANKINGS, Allocation, Group, allocation_name
+from .allocations import ALLOCATIONS, BY_DEPTH, RANKINGS, Allocation, LayerSite, allocation_name
 from .counts import (
-    kept_ends,
-    leaving_parameters,
+    check_keep_layers,
     one_target,
+    parameters_to_remove,
     plan_from_scores,
-    prunable,
+    prunable_sites,
     removed_shares,
     unit_counts,
     unit_steps,
@@ -18,14 +18,14 @@ __all__ = [
     "BY_DEPTH",
     "RANKINGS",
     "Allocation",
-    "Group",
+    "LayerSite",
     "allocation_name",
+    "check_keep_layers",
     "contextual_plan",
-    "kept_ends",
-    "leaving_parameters",
     "one_target",
+    "parameters_to_remove",
     "plan_from_scores",
-    "prunable",
+    "prunable_sites",
     "removed_shares",
     "unit_counts",
     "unit_steps",

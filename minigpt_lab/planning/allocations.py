@@ -12,7 +12,7 @@ from ..checks import REFUSED, Function, InvalidArgument, ListOf, Number, as_json
 
 
 @dataclass(frozen=True)
-class Group:
+class LayerSite:
     """The units of one site in one layer that may lose some.
 
     Parameters
@@ -37,15 +37,15 @@ class Group:
         return len(self.scores)
 
 
-Allocation = Callable[[float, Sequence[Group]], Sequence[float]]
+Allocation = Callable[[float, Sequence[LayerSite]], Sequence[float]]
 
 
-def uniform(ratio: float, groups: Sequence[Group]) -> list[float]:
+def uniform(ratio: float, groups: Sequence[LayerSite]) -> list[float]:
     """The same share of every layer."""
     return [ratio] * len(groups)
 
 
-def log_increase(ratio: float, groups: Sequence[Group]) -> list[float]:
+def log_increase(ratio: float, groups: Sequence[LayerSite]) -> list[float]:
     """Shares that grow with log(i + 1), last four times the first (SlimGPT, 2412.18110, eq. 6).
 
     Its 20 % pair, 0.0625 to 0.25, scaled to the ratio; the authors' pairs for other ratios are not
@@ -54,17 +54,17 @@ def log_increase(ratio: float, groups: Sequence[Group]) -> list[float]:
     return _increase(ratio, groups, lambda i, n: math.log(i + 1) / math.log(n))
 
 
-def linear_increase(ratio: float, groups: Sequence[Group]) -> list[float]:
+def linear_increase(ratio: float, groups: Sequence[LayerSite]) -> list[float]:
     """Shares that grow with the layer's index, last four times the first."""
     return _increase(ratio, groups, lambda i, n: i / (n - 1))
 
 
-def log_decrease(ratio: float, groups: Sequence[Group]) -> list[float]:
+def log_decrease(ratio: float, groups: Sequence[LayerSite]) -> list[float]:
     """`log_increase` from the other end: an ablation of SlimGPT."""
     return _increase(ratio, groups, lambda i, n: math.log(n - i) / math.log(n))
 
 
-def linear_decrease(ratio: float, groups: Sequence[Group]) -> list[float]:
+def linear_decrease(ratio: float, groups: Sequence[LayerSite]) -> list[float]:
     """`linear_increase` from the other end: an ablation of SlimGPT."""
     return _increase(ratio, groups, lambda i, n: 1 - i / (n - 1))
 
@@ -75,7 +75,7 @@ def _increase(ratio, groups, progress: Callable[[int, int], float]) -> list[floa
     return list(_scaled(weights, _sizes(groups), ratio))
 
 
-def _sizes(groups: Sequence[Group]) -> np.ndarray:
+def _sizes(groups: Sequence[LayerSite]) -> np.ndarray:
     return np.array([len(group) * group.cost for group in groups])
 
 
@@ -92,16 +92,16 @@ def _scaled(weights: np.ndarray, sizes: np.ndarray, ratio: float) -> np.ndarray:
     return np.clip(shares, 0, 1)
 
 
-def global_ranking(ratio: float, groups: Sequence[Group]) -> list[float]:
+def global_ranking(ratio: float, groups: Sequence[LayerSite]) -> list[float]:
     """The lowest scores *per parameter*, wherever they are, across layers and sites.
 
     For one site with units of one cost that is a single threshold on the score: with contextual
-    scores one absolute ε for all layers, as in Mini-GPTs (see `Scores.highest_cut`).
+    scores one absolute ε for all layers, as in Mini-GPTs (see `Scores.highest_pruned`).
     """
     return _ranked(ratio, groups, [group.scores / group.cost for group in groups])
 
 
-def global_standardised(ratio: float, groups: Sequence[Group]) -> list[float]:
+def global_standardised(ratio: float, groups: Sequence[LayerSite]) -> list[float]:
     """The lowest z-scores within site and layer, wherever they are, for any criterion.
 
     The idea of FLAP's adaptive structure (2312.11983), which standardises features instead of
@@ -111,7 +111,7 @@ def global_standardised(ratio: float, groups: Sequence[Group]) -> list[float]:
     return _ranked(ratio, groups, keys)
 
 
-def global_as_scored(ratio: float, groups: Sequence[Group]) -> list[float]:
+def global_as_scored(ratio: float, groups: Sequence[LayerSite]) -> list[float]:
     """The lowest scores as they are, for criteria whose layers and sites can be compared.
 
     With standardised `fluctuation` scores this is FLAP's adaptive global structure (AL-AM,
@@ -122,7 +122,7 @@ def global_as_scored(ratio: float, groups: Sequence[Group]) -> list[float]:
     return _ranked(ratio, groups, [group.scores for group in groups])
 
 
-def _ranked(ratio: float, groups: Sequence[Group], keys: Sequence[np.ndarray]) -> list[float]:
+def _ranked(ratio: float, groups: Sequence[LayerSite], keys: Sequence[np.ndarray]) -> list[float]:
     """Share of each group among the lowest keys that together hold a ratio of the parameters."""
     owner = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
     cost = np.array([group.cost for group in groups], float)[owner]
@@ -175,7 +175,7 @@ def allocation_rule(allocation: str | Allocation | Sequence[float]) -> Allocatio
 def _answering(allocation: Allocation) -> Allocation:
     """A user's rule whose shares are checked: one number for each group."""
 
-    def spread(ratio: float, groups: Sequence[Group]) -> list[float]:
+    def spread(ratio: float, groups: Sequence[LayerSite]) -> list[float]:
         name = f"{allocation_name(allocation)}({ratio:.3g}, groups)"
         shares = ListOf(Number())(name, allocation(ratio, groups))
         if len(shares) != len(groups):
@@ -197,7 +197,7 @@ def allocation_name(allocation: str | Allocation | Sequence[float]) -> str | lis
 def _given(shares: Sequence[float]) -> Allocation:
     """One share per layer of the model, scaled to the ratio."""
 
-    def spread(ratio: float, groups: Sequence[Group]) -> list[float]:
+    def spread(ratio: float, groups: Sequence[LayerSite]) -> list[float]:
         if len(shares) != groups[0].depth or min(shares) < 0 or max(shares) <= 0:
             raise ValueError(
                 f"the allocation lists {len(shares)} shares from {min(shares)} to {max(shares)}; "

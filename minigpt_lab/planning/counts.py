@@ -22,7 +22,7 @@ from ..checks import (
 )
 from ..criteria import Scores, check_option
 from ..models import ALL_SITES, SITES, Anatomy, PruningPlan, keep_all, layer_parameters
-from .allocations import Allocation, Group, allocation_name, allocation_rule
+from .allocations import Allocation, LayerSite, allocation_name, allocation_rule
 
 RATIOS = ("units", "decoder", "model")
 
@@ -37,6 +37,7 @@ RATIOS = ("units", "decoder", "model")
 def plan_from_scores(
     model: PreTrainedModel,
     scores: Scores,
+    *,
     ratio: float | None = None,
     parameters: int | None = None,
     threshold: float | None = None,
@@ -61,7 +62,7 @@ def plan_from_scores(
         Remove units with a score at or below this. Give exactly one of these three.
     allocation : str, callable or sequence of float
         How it is spread over layers: a key of `ALLOCATIONS`, a function from a ratio and a list of
-        `Group` to one share of units per group, or one share per layer, scaled to the ratio.
+        `LayerSite` to one share of units per group, or one share per layer, scaled to the ratio.
     ratio_of : {"units", "decoder", "model"}
         What `ratio` is a share of: the scored units of the layers that may lose some (counted in
         their parameters), the decoder layers' parameters, or all of the model's.
@@ -85,8 +86,8 @@ def plan_from_scores(
     chosen = one_target(ratio=ratio, parameters=parameters, threshold=threshold)
     values = scores.require(model)
     anatomy = Anatomy(model)
-    keep_layers = kept_ends(keep_layers)
-    groups = prunable(anatomy, values, keep_layers)
+    keep_layers = check_keep_layers(keep_layers)
+    groups = prunable_sites(anatomy, values, keep_layers)
     if threshold is not None:
         gone = [int((group.scores <= threshold).sum()) for group in groups]
         counts = _whole_units(groups, gone, unit_steps(groups, multiple_of))
@@ -121,7 +122,7 @@ def one_target(**targets) -> dict[str, object]:
 
 def unit_counts(
     model: PreTrainedModel,
-    groups: Sequence[Group],
+    groups: Sequence[LayerSite],
     ratio: float | None,
     parameters: int | None,
     allocation: str | Allocation | Sequence[float],
@@ -133,8 +134,8 @@ def unit_counts(
 
     Parameters
     ----------
-    groups : sequence of Group
-        From `prunable`.
+    groups : sequence of LayerSite
+        From `prunable_sites`.
     even_out : bool
         Let a layer's FFN channels take up what whole heads leave too much or too little.
 
@@ -144,7 +145,7 @@ def unit_counts(
         As `plan_from_scores` does.
     """
     spread, steps = allocation_rule(allocation), unit_steps(groups, multiple_of)
-    leave = leaving_parameters(model, groups, ratio, parameters, ratio_of)
+    leave = parameters_to_remove(model, groups, ratio, parameters, ratio_of)
 
     def counts_at(share: float) -> list[int]:
         shares = spread(share, groups)
@@ -168,7 +169,7 @@ def unit_counts(
     return counts
 
 
-def _check_reached(ratio: float, shares: Sequence[float], groups: Sequence[Group]) -> None:
+def _check_reached(ratio: float, shares: Sequence[float], groups: Sequence[LayerSite]) -> None:
     """Refuse shares that fall short of the ratio, and say so if equal scores exceed it."""
     sizes = np.array([len(group) * group.cost for group in groups])
     reached, unit = np.average(shares, weights=sizes), max(group.cost for group in groups)
@@ -184,9 +185,9 @@ def _check_reached(ratio: float, shares: Sequence[float], groups: Sequence[Group
         )
 
 
-def leaving_parameters(
+def parameters_to_remove(
     model: PreTrainedModel,
-    groups: Sequence[Group],
+    groups: Sequence[LayerSite],
     ratio: float | None,
     parameters: int | None,
     ratio_of: str = "units",
@@ -209,7 +210,7 @@ def leaving_parameters(
     return bases["model"] - parameters if ratio is None else ratio * bases[ratio_of]
 
 
-def _bases(model: PreTrainedModel, groups: Sequence[Group]) -> dict[str, int]:
+def _bases(model: PreTrainedModel, groups: Sequence[LayerSite]) -> dict[str, int]:
     """Parameters that a ratio can be a share of."""
     return {
         "units": sum(len(group) * group.cost for group in groups),
@@ -219,7 +220,7 @@ def _bases(model: PreTrainedModel, groups: Sequence[Group]) -> dict[str, int]:
 
 
 def _evened(
-    groups: Sequence[Group], gone: Sequence[float], counts: Sequence[int], steps: Sequence[int]
+    groups: Sequence[LayerSite], gone: Sequence[float], counts: Sequence[int], steps: Sequence[int]
 ) -> list[int]:
     """Counts whose FFN channels make up, layer by layer, for heads rounded to whole ones."""
     owed: dict[int, float] = {}
@@ -235,9 +236,9 @@ def _evened(
     return _whole_units(groups, wishes, steps)
 
 
-def prunable(
+def prunable_sites(
     anatomy: Anatomy, scores: Mapping[str, Sequence[np.ndarray]], keep_layers: tuple[int, int]
-) -> list[Group]:
+) -> list[LayerSite]:
     """The groups of units, of every scored site, that are in layers which may lose some.
 
     Raises
@@ -246,17 +247,17 @@ def prunable(
         If `keep_layers` leaves none.
     """
     depth = len(anatomy.layers)
-    first, last = keep_layers = kept_ends(keep_layers)
+    first, last = keep_layers = check_keep_layers(keep_layers)
     if first + last >= depth:
         raise ValueError(f"keep_layers={keep_layers} leaves nothing of {depth} layers")
     return [
-        Group(site, layer, depth, layers[layer], anatomy.unit_parameters(site, layer))
+        LayerSite(site, layer, depth, layers[layer], anatomy.unit_parameters(site, layer))
         for site, layers in scores.items()
         for layer in range(first, depth - last)
     ]
 
 
-def kept_ends(keep_layers: tuple[int, int]) -> tuple[int, int]:
+def check_keep_layers(keep_layers: tuple[int, int]) -> tuple[int, int]:
     """How many layers stay whole at either end, checked."""
     ends = ListOf(Integer(0)).take(keep_layers)
     if ends is REFUSED or len(ends) != 2:
@@ -264,7 +265,7 @@ def kept_ends(keep_layers: tuple[int, int]) -> tuple[int, int]:
     return ends
 
 
-def unit_steps(groups: Sequence[Group], multiple_of: int | Mapping[str, int]) -> list[int]:
+def unit_steps(groups: Sequence[LayerSite], multiple_of: int | Mapping[str, int]) -> list[int]:
     """For each group, what the number of staying units must be a multiple of."""
     per_site = multiple_of if isinstance(multiple_of, Mapping) else {"ffn": multiple_of}
     for name in per_site:
@@ -281,7 +282,9 @@ def unit_steps(groups: Sequence[Group], multiple_of: int | Mapping[str, int]) ->
     return steps
 
 
-def _whole_units(groups: Sequence[Group], gone: Sequence[float], steps: Sequence[int]) -> list[int]:
+def _whole_units(
+    groups: Sequence[LayerSite], gone: Sequence[float], steps: Sequence[int]
+) -> list[int]:
     """Numbers of units that leave: whole, in steps, and never all."""
     counts = []
     for group, lost, step in zip(groups, gone, steps, strict=True):
@@ -324,7 +327,7 @@ def _solve(counts_at, groups, leave: float, dense: int, exceed: bool) -> list[in
 
 
 def removed_shares(
-    model: PreTrainedModel, groups: Sequence[Group], counts: Sequence[int]
+    model: PreTrainedModel, groups: Sequence[LayerSite], counts: Sequence[int]
 ) -> dict[str, float]:
     """Shares that leave under the three meanings of a ratio."""
     gone = sum(n * group.cost for n, group in zip(counts, groups, strict=True))

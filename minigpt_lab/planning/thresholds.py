@@ -35,6 +35,7 @@ COMPONENTS = ("linear_input", "linear_output", "activation", "embedding")
 def contextual_plan(
     model: PreTrainedModel,
     statistics: Statistics,
+    *,
     epsilon_linear: float | tuple[float | None, float | None] | None = None,
     epsilon_activation: float | None = None,
     epsilon_embedding: float | None = None,

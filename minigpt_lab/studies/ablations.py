@@ -15,7 +15,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..calibration import LayerPass, damped_inverse, enter, refit, tokens_hash
+from ..calibration import LayerRunner, catch_inputs, damped_inverse, refit, tokens_hash
 from ..checks import DictOf, Instance, Integer, ListOf, Model, Text, as_json, checked
 from ..compensation import Problem, Search, Solver, full_precision, problem, slimgpt, solve
 from ..domains import Part, excerpt, tokenize, unpadded
@@ -265,10 +265,10 @@ def layer_problems(
     """
     anatomy, hidden, options = Anatomy(model), Shards(), Solver(**solver)
     with inference(model), full_precision():
-        calls = enter(model, batches, hidden)
+        calls = catch_inputs(model, batches, hidden)
         for index in range(layer):
-            LayerPass(anatomy, index, hidden, calls).finish()
-        one = LayerPass(anatomy, layer, hidden, calls)
+            LayerRunner(anatomy, index, hidden, calls).finish()
+        one = LayerRunner(anatomy, layer, hidden, calls)
         return {
             site: problem(anatomy, one, layer, site, anatomy.units(site)[layer], options)
             for site in ("attention", "ffn")  # in the order of the data flow

@@ -197,7 +197,7 @@ def matched_plan(
     """
     anatomy = plan.require(model)
     options = {"seed": seed} if criterion == "random" else {}
-    values = score(criterion, model, sites=tuple(plan.keep), **options).values
+    values = score(model, criterion, sites=tuple(plan.keep), **options).values
     keep = {
         site: [
             np.sort(np.argsort(row, kind="stable")[len(row) - len(units) :]).tolist()

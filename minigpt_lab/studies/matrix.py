@@ -105,7 +105,7 @@ def domain_plans(
     plans = {}
 
     def add(cut: str, draw: int, criterion: str, **how) -> None:
-        scores = score(criterion, model, sites=sites, **how)
+        scores = score(model, criterion, sites=sites, **how)
         plans[cut, draw] = plan_from_scores(model, scores, ratio=ratio)
 
     found = {}
@@ -119,7 +119,7 @@ def domain_plans(
             )
         for draw, batch in enumerate(batches.draws(draws)):
             path = out_dir and Path(out_dir) / f"statistics-{domain.name}-{draw}.safetensors"
-            found[domain.name, draw] = collect_statistics(model, batch, path)
+            found[domain.name, draw] = collect_statistics(model, batch, path=path)
             add(domain.name, draw, "contextual", statistics=found[domain.name, draw])
     for draw in range(draws):
         first, *rest = (found[name, draw] for name in names)

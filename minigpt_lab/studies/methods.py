@@ -131,7 +131,7 @@ def method_scores(
     """
     return {
         name: score(
-            method.criterion, model, batches, statistics, cache=cache, **dict(method.options)
+            model, method.criterion, batches, statistics=statistics, cache=cache, **method.options
         )
         for name, method in tqdm(methods.items(), desc="scores", unit="method")
     }
@@ -321,7 +321,7 @@ def gradient_methods(directions: Sequence[int], seeds: int = 3) -> dict[str, Met
     found = {"backprop": Method("sensitivity", {"gradient": "backprop"})}
     for n in directions:
         for seed in range(seeds):
-            options = {"gradient": "zeroth-order", "n_draws": n, "seed": seed}
+            options = {"gradient": "zeroth-order", "n_directions": n, "seed": seed}
             found[f"zeroth-order, {n} (seed {seed})"] = Method("sensitivity", options)
     found["none"] = Method("sensitivity", {"gradient": "none"})
     for seed in range(seeds):
@@ -363,8 +363,8 @@ def scoring_costs(
     for name, method in tqdm(methods.items(), desc="scores", unit="method"):
 
         def scored(method=method) -> Scores:
-            found = statistics, sites
-            return score(method.criterion, model, batches, *found, cache=cache, **method.options)
+            how = {"statistics": statistics, "sites": sites, "cache": cache}
+            return score(model, method.criterion, batches, **how, **method.options)
 
         def measured(name=name, scored=scored) -> dict:
             start = time.perf_counter()

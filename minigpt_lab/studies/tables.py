@@ -95,7 +95,7 @@ def cosine_curve(
     rows = []
     for n in directions:
         for seed in range(seeds):
-            found = estimate_gradients(model, batches, names, n_draws=n, seed=seed, **options)
+            found = estimate_gradients(model, batches, names, n_directions=n, seed=seed, **options)
             tried = len(found.coefficients)
             expected = (tried / weights) ** 0.5
             rows.append([tried, seed, found.cosine(truth), expected])

@@ -46,7 +46,7 @@ def estimate(model, batches) -> None:
 
 
 def scorer(name: str, **options):
-    return lambda model, batches: lab.score(name, model, batches, **options)
+    return lambda model, batches: lab.score(model, name, batches, **options)
 
 
 PASSES = {
@@ -57,7 +57,7 @@ PASSES = {
     "sensitivity, backprop": scorer("sensitivity", gradient="backprop"),
     "sensitivity, none": scorer("sensitivity", gradient="none"),
     "taylor element1": scorer("taylor"),
-    "taylor element1, checkpointing": scorer("taylor", checkpointing=True),
+    "taylor element1, checkpointing": scorer("taylor", gradient_checkpointing=True),
     "taylor mix": scorer("taylor", variant="mix"),
     "sparsegpt": scorer("sparsegpt"),
     "sparsegpt, a layer at a time": scorer("sparsegpt", layers_per_pass=1),

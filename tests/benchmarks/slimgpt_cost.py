@@ -25,7 +25,7 @@ from minigpt_lab.models.runtime import inference
 WINDOWS, SEQ_LEN = 32, 256
 PARTS = {  # what is timed: owner and name
     "embeddings": (importlib.import_module("minigpt_lab.slimgpt"), "enter"),
-    "layers": (layerwise.LayerPass, "run"),
+    "layers": (layerwise.LayerRunner, "run"),
     "second moments": (compensation.Moments, "add"),
     "choosing and refitting": (compensation, "eliminations"),
 }

@@ -55,9 +55,12 @@ def main() -> None:
 def sizes(model, tokenizer, law) -> Iterator[tuple[str, PreTrainedModel]]:
     """Channels at three sizes, then a third of the heads."""
     batches, quiet = lab.tokenize(law.calibration, tokenizer, SEQ_LEN, TOKENS), {"progress": False}
-    wanda = lab.score("wanda", model, batches, sites=("ffn",))
+    wanda = lab.score(model, "wanda", batches, sites=("ffn",))
     for ratio in RATIOS:
-        yield f"{ratio:.0%} Wanda", lab.shrink(model, lab.plan_from_scores(model, wanda, ratio))
+        yield (
+            f"{ratio:.0%} Wanda",
+            lab.shrink(model, lab.plan_from_scores(model, wanda, ratio=ratio)),
+        )
         for name, options in VARIANTS.items():
             mini, _ = lab.slimgpt(model, batches, ratio, sites=("ffn",), **options, **quiet)
             yield f"{ratio:.0%} {name}", mini

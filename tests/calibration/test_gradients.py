@@ -56,7 +56,8 @@ def test_the_loss_is_transformers_own(model, probe):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_windows_add_up_to_the_gradient_of_the_mean(model, probe, checkpointing):
-    found = collect_gradients(model, [{"input_ids": probe}], names(model), True, checkpointing)
+    options = {"squares": True, "gradient_checkpointing": checkpointing}
+    found = collect_gradients(model, [{"input_ids": probe}], names(model), **options)
     each = true_gradients(model, probe)
     for name in names(model):
         stack = torch.stack([window[name] for window in each])
@@ -80,7 +81,7 @@ def test_backpropagation_leaves_the_model_as_it_was(model, probe):
     kept = [p for p in model.parameters() if p is not frozen][0]
     kept.grad = torch.ones_like(kept)
     model.train()
-    collect_gradients(model, [{"input_ids": probe}], names(model), checkpointing=True)
+    collect_gradients(model, [{"input_ids": probe}], names(model), gradient_checkpointing=True)
     assert same_bits(model, before) and model.training and not frozen.requires_grad
     assert all(p.requires_grad for p in model.parameters() if p is not frozen)
     assert torch.equal(kept.grad, torch.ones_like(kept))
@@ -108,8 +109,7 @@ def structures(model, per_weight: dict[str, torch.Tensor], vector: bool = False)
 @pytest.mark.parametrize("variant", ["vector", "element1", "element2", "mix"])
 @pytest.mark.parametrize("reduce", ["sum", "max"])
 def test_taylor_is_llm_pruners(model, probe, variant, reduce):
-    scores = lab.score(
-        "taylor", model, [{"input_ids": probe}], variant=variant, reduce=reduce
+    scores = lab.score(model, "taylor", [{"input_ids": probe}], variant=variant, reduce=reduce
     )  # fmt: skip
     each, per_weight = true_gradients(model, probe), {}
     for name in names(model):
@@ -130,12 +130,12 @@ def test_taylor_is_llm_pruners(model, probe, variant, reduce):
 @pytest.mark.parametrize("gradient", ["backprop", "zeroth-order", "none"])
 def test_sensitivity_is_weight_times_input_times_gradient(model, probe, gradient):
     batches = [{"input_ids": probe}]
-    scores = lab.score("sensitivity", model, batches, gradient=gradient, n_draws=3, seed=4)
+    scores = lab.score(model, "sensitivity", batches, gradient=gradient, n_directions=3, seed=4)
     norms = lab.collect_statistics(model, batches, progress=False)
     gradients = {
         "backprop": lambda: collect_gradients(model, batches, names(model)),
         "zeroth-order": lambda: estimate_gradients(
-            model, batches, names(model), n_draws=3, per_sample=True, seed=4
+            model, batches, names(model), n_directions=3, per_sample=True, seed=4
         ),
         "none": lambda: {name: torch.ones(()) for name in names(model)},
     }[gradient]()
@@ -150,10 +150,10 @@ def test_sensitivity_is_weight_times_input_times_gradient(model, probe, gradient
         np.testing.assert_allclose(scores.values[site][layer], expected, rtol=1e-4)
 
 
-@pytest.mark.parametrize("options", [{}, {"n_draws": 2}, {"per_sample": True}])
+@pytest.mark.parametrize("options", [{}, {"n_directions": 2}, {"per_sample": True}])
 def test_the_estimate_is_the_mean_of_c_times_z(model, probe, options):
     found = estimate_gradients(model, [{"input_ids": probe}], names(model), seed=5, **options)
-    expected = options.get("n_draws", 1) * (len(probe) if options.get("per_sample") else 1)
+    expected = options.get("n_directions", 1) * (len(probe) if options.get("per_sample") else 1)
     assert len(found.coefficients) == expected
     name, place = names(model)[3], 3
     weight = model.get_submodule(name).weight
@@ -176,9 +176,9 @@ def test_the_estimate_is_the_mean_of_c_times_z(model, probe, options):
 def test_every_bit_comes_back(model, probe, dtype):
     model.to(dtype)
     before = bits(model)
-    scores = lab.score("sensitivity", model, [{"input_ids": probe}], n_draws=3, eps=0.1)
+    scores = lab.score(model, "sensitivity", [{"input_ids": probe}], n_directions=3, eps=0.1)
     assert same_bits(model, before) and not any(m._forward_hooks for m in model.modules())
-    assert scores.frame()["score"].gt(0).all()
+    assert scores.to_frame()["score"].gt(0).all()
 
 
 def test_every_bit_comes_back_from_an_interrupted_pass(model, probe, monkeypatch):
@@ -209,7 +209,7 @@ def test_one_layer_is_perturbed_at_a_time_and_no_direction_kept(model, probe, mo
             return own(x)
 
         monkeypatch.setattr(module, "forward", forward)
-    found = estimate_gradients(model, [{"input_ids": probe}], names(model), n_draws=2)
+    found = estimate_gradients(model, [{"input_ids": probe}], names(model), n_directions=2)
     assert len(changed) == 4 * len(originals) and all(changed)
     assert found.coefficients.shape == (2,)
     for name, weight in found.weights.items():
@@ -235,7 +235,7 @@ def test_the_estimate_is_unbiased_and_cosine_grows_with_draws(quadratic):
     gradients = spsa.Gradients({"layer": truth}, {}, 1)
     for draws in (1, 30, 1000):
         found = [
-            estimate(model, batches, ["layer"], eps=0.1, n_draws=draws, seed=seed)
+            estimate(model, batches, ["layer"], eps=0.1, n_directions=draws, seed=seed)
             for seed in range(8)
         ]
         cosines = [each.cosine(gradients) for each in found]
@@ -247,13 +247,15 @@ def test_the_estimate_is_unbiased_and_cosine_grows_with_draws(quadratic):
 
 def test_the_cosine_is_a_diagnostic_of_any_model(probe):
     model, batches = random_model("llama"), [{"input_ids": probe}]
-    few, many = (lab.gradient_cosine(model, batches, n_draws=k, sites=("ffn",)) for k in (1, 200))
+    few, many = (
+        lab.gradient_cosine(model, batches, n_directions=k, sites=("ffn",)) for k in (1, 200)
+    )
     assert abs(few) < 0.1 < many < 0.5
 
 
 def test_seeds_decide_the_estimate(model, probe):
     a, b, c = (
-        lab.score("sensitivity", model, [{"input_ids": probe}], seed=seed).frame()["score"]
+        lab.score(model, "sensitivity", [{"input_ids": probe}], seed=seed).to_frame()["score"]
         for seed in (1, 1, 2)
     )
     assert a.equals(b) and not a.equals(c)
@@ -262,7 +264,7 @@ def test_seeds_decide_the_estimate(model, probe):
 def test_mini_llms_preset_keeps_the_ends(tiny, tiny_statistics):
     model, _ = tiny
     setting = {**lab.MINI_LLM["score"], "gradient": "none"}
-    scores = lab.score("sensitivity", model, statistics=tiny_statistics, **setting)
+    scores = lab.score(model, "sensitivity", statistics=tiny_statistics, **setting)
     with pytest.raises(ValueError, match=r"keep_layers=\(4, 3\) leaves nothing of 4 layers"):
         lab.plan_from_scores(model, scores, ratio=0.5, **lab.MINI_LLM["plan"])
 
@@ -288,7 +290,7 @@ def test_what_is_not_finite_is_named(model, probe):
         "taylor": {}, "sensitivity": {"gradient": "backprop"}, "wanda": {"sequential": 0.5}
     }.items():  # fmt: skip
         with pytest.raises(ValueError, match=r"(layers|h)\.1\..* NaN or infinite values"):
-            lab.score(name, model, batches, **options)
+            lab.score(model, name, batches, **options)
     with pytest.raises(ValueError, match=r"(layers|h)\.1\..* NaN or infinite values"):
         estimate_gradients(model, batches, names(model))
     with pytest.raises(ValueError, match="layer 1 reads or writes NaN"):
@@ -300,7 +302,7 @@ def test_gradients_that_overflow_are_named(model, probe, monkeypatch):
     weight = model.get_submodule(name).weight
     weight.register_hook(lambda gradient: gradient * float("inf"))
     with pytest.raises(ValueError, match=f"{name} has NaN or infinite gradients"):
-        lab.score("taylor", model, [{"input_ids": probe}])
+        lab.score(model, "taylor", [{"input_ids": probe}])
 
 
 def test_bad_options(model, probe, tiny_statistics):
@@ -310,12 +312,12 @@ def test_bad_options(model, probe, tiny_statistics):
         ("taylor", {"reduce": "median"}, "unknown reduce 'median'"),
         ("sensitivity", {"gradient": "zeroth"}, "did you mean 'zeroth-order'"),
         ("sensitivity", {"eps": 0.0}, "eps is 0.0"),
-        ("sensitivity", {"n_draws": 0}, "n_draws is 0"),
+        ("sensitivity", {"n_directions": 0}, "n_directions is 0"),
     ):
         with pytest.raises(ValueError, match=words):
-            lab.score(name, model, batches, **options)
+            lab.score(model, name, batches, **options)
     for name in ("taylor", "sensitivity"):
         with pytest.raises(ValueError, match="needs batches"):
-            lab.score(name, model)
+            lab.score(model, name)
     with pytest.raises(ValueError, match="no tokens"):
-        lab.score("taylor", model, [{"input_ids": probe[:, :1]}])
+        lab.score(model, "taylor", [{"input_ids": probe[:, :1]}])

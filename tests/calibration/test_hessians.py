@@ -30,7 +30,7 @@ def damped(x: np.ndarray, damp: float = 0.01) -> np.ndarray:
 
 
 def test_sparsegpt_is_weights_over_the_inverse(model, probe):
-    scores = lab.score("sparsegpt", model, [{"input_ids": probe}])
+    scores = lab.score(model, "sparsegpt", [{"input_ids": probe}])
     for (site, layer), (weight, x) in consumer_inputs(model, probe).items():
         columns = (weight**2).sum(0) / np.linalg.inv(damped(x)).diagonal() * (x**2).any(0)
         found = scores.values[site][layer]
@@ -40,8 +40,8 @@ def test_sparsegpt_is_weights_over_the_inverse(model, probe):
 def test_a_layer_at_a_time_gives_the_same(model, probe):
     batches = [{"input_ids": probe}]
     for scope in ("consumer", "coupled"):
-        whole = lab.score("sparsegpt", model, batches, scope=scope).frame()
-        parts = lab.score("sparsegpt", model, batches, scope=scope, layers_per_pass=1).frame()
+        whole = lab.score(model, "sparsegpt", batches, scope=scope).to_frame()
+        parts = lab.score(model, "sparsegpt", batches, scope=scope, layers_per_pass=1).to_frame()
         np.testing.assert_allclose(parts["score"], whole["score"], rtol=1e-6)
 
 
@@ -61,7 +61,7 @@ def test_layers_that_read_one_tensor_share_a_matrix(probe):
 
 def test_the_update_is_the_best_the_kept_columns_can_do(model, probe):
     batches = [{"input_ids": probe}]
-    scores = lab.score("sparsegpt", model, batches, sites=("ffn",))
+    scores = lab.score(model, "sparsegpt", batches, sites=("ffn",))
     plan = lab.plan_from_scores(model, scores, ratio=0.5)
     hessians = lab.collect_hessians(model, batches, consumers(model), progress=False)
     updated = lab.weight_compensated(model, plan, hessians)
@@ -82,7 +82,7 @@ def test_the_update_is_the_best_the_kept_columns_can_do(model, probe):
 
 def test_a_singular_matrix_is_damped_until_it_can_be_inverted():
     vector = torch.randn(6, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    with pytest.warns(UserWarning, match="singular at damp=0"):
+    with pytest.warns(UserWarning, match="singular at damping=0"):
         matrix, inverse = damped_inverse(vector @ vector.T, 0)
     torch.testing.assert_close(matrix @ inverse, torch.eye(6, dtype=torch.float64))
     regular = torch.eye(3, dtype=torch.float64) * 4
@@ -96,7 +96,7 @@ def test_features_that_are_always_zero_cost_nothing(probe):
     with torch.no_grad():
         model.model.decoder.layers[0].fc1.weight[3] = 0
         model.model.decoder.layers[0].fc1.bias[3] = -1  # ReLU: never active
-    scores = lab.score("sparsegpt", model, [{"input_ids": probe}], sites=("ffn",))
+    scores = lab.score(model, "sparsegpt", [{"input_ids": probe}], sites=("ffn",))
     assert scores.values["ffn"][0][3] == 0 < scores.values["ffn"][0].max()
     found, _ = damped_inverse(torch.diag(torch.tensor([2.0, 0.0])), 0.0)
     assert torch.equal(found, torch.diag(torch.tensor([2.0, 1.0])))
@@ -104,18 +104,18 @@ def test_features_that_are_always_zero_cost_nothing(probe):
 
 def test_bad_input(model, probe):
     with pytest.raises(ValueError, match="needs batches"):
-        lab.score("sparsegpt", model)
-    with pytest.raises(ValueError, match="damp is -1"):
-        lab.score("sparsegpt", model, [{"input_ids": probe}], damp=-1)
+        lab.score(model, "sparsegpt")
+    with pytest.raises(ValueError, match="damping is -1"):
+        lab.score(model, "sparsegpt", [{"input_ids": probe}], damping=-1)
     with pytest.raises(ValueError, match="no tokens|at least one batch"):
-        lab.score("sparsegpt", model, [])
-    plan = lab.plan_from_scores(model, lab.score("random", model), ratio=0.5)
+        lab.score(model, "sparsegpt", [])
+    plan = lab.plan_from_scores(model, lab.score(model, "random"), ratio=0.5)
     some = lab.collect_hessians(model, [{"input_ids": probe}], consumers(model)[:1], progress=False)
     with pytest.raises(ValueError, match="no Hessian of"):
         lab.weight_compensated(model, plan, some)
     spoil(model, float("nan"))
     with pytest.raises(ValueError, match=r"1\..* has NaN or infinite values at its input"):
-        lab.score("sparsegpt", model, [{"input_ids": probe}])
+        lab.score(model, "sparsegpt", [{"input_ids": probe}])
     with pytest.raises(ValueError, match="of another model"):
         lab.weight_compensated(model, plan, some)
 

@@ -53,7 +53,7 @@ def test_moments_equal_a_naive_computation(model, padded):
 
 
 def test_frame_has_every_neuron_and_a_true_variance(model, padded):
-    frame = lab.collect_statistics(model, [padded], progress=False).frame()
+    frame = lab.collect_statistics(model, [padded], progress=False).to_frame()
     linears = [module for _, _, module in Anatomy(model).linears()]
     ffn = sum(Anatomy(model).units("ffn"))
     assert len(frame) == sum(sum(m.weight.shape) for m in linears) + ffn
@@ -88,15 +88,15 @@ def test_the_model_is_left_as_it_was(model, padded):
 def test_saved_statistics_are_the_same_and_know_their_model(tmp_path, tiny, tiny_domain):
     model, tokenizer = tiny
     batches = lab.tokenize(tiny_domain.calibration, tokenizer, 64, 512)
-    found = lab.collect_statistics(model, batches, tmp_path / "s.safetensors", progress=False)
+    found = lab.collect_statistics(model, batches, path=tmp_path / "s.safetensors", progress=False)
     again = lab.Statistics.load(tmp_path / "s.safetensors")
     assert again.domain == "tiny-law/calibration"
     assert (again.model_hash, again.content_hash) == (found.model_hash, found.content_hash)
-    assert again.frame().equals(found.frame())
+    assert again.to_frame().equals(found.to_frame())
     with pytest.raises(ValueError, match="not of"):
         lab.contextual_plan(random_model("llama"), again, epsilon_activation=0.1)
     with pytest.raises(ValueError, match="not of"):
-        lab.score("contextual", random_model("llama"), statistics=again)
+        lab.score(random_model("llama"), "contextual", statistics=again)
 
 
 def test_a_kept_file_is_used_only_for_the_same_tokens(tmp_path, tiny, tiny_domain, monkeypatch):
@@ -104,22 +104,22 @@ def test_a_kept_file_is_used_only_for_the_same_tokens(tmp_path, tiny, tiny_domai
     path = tmp_path / "s.safetensors"
     short = lab.tokenize(tiny_domain.calibration, tokenizer, 64, 256)
     longer = lab.tokenize(tiny_domain.calibration, tokenizer, 64, 512)
-    lab.collect_statistics(model, short, path, progress=False)
-    assert lab.collect_statistics(model, longer, path, progress=False).n_tokens == 512
+    lab.collect_statistics(model, short, path=path, progress=False)
+    assert lab.collect_statistics(model, longer, path=path, progress=False).n_tokens == 512
     other_windows = lab.tokenize(tiny_domain.calibration, tokenizer, 32, 512)
-    mean = lab.collect_statistics(model, other_windows, path, progress=False).frame()["mean_abs"]
-    found = lab.collect_statistics(model, longer, path, progress=False)
-    assert not mean.equals(found.frame()["mean_abs"])
+    other = lab.collect_statistics(model, other_windows, path=path, progress=False)
+    found = lab.collect_statistics(model, longer, path=path, progress=False)
+    assert not other.to_frame()["mean_abs"].equals(found.to_frame()["mean_abs"])
     monkeypatch.setattr(type(model), "forward", None)  # a second pass would now fail
-    assert lab.collect_statistics(model, longer, path, progress=False).n_tokens == 512
+    assert lab.collect_statistics(model, longer, path=path, progress=False).n_tokens == 512
 
 
 def test_a_loader_is_read_as_often_as_it_takes(tmp_path, model, probe):
     path, rows = tmp_path / "s.safetensors", [{"input_ids": row} for row in probe]
-    lab.collect_statistics(model, [{"input_ids": probe[:1]}], path, progress=False)
+    lab.collect_statistics(model, [{"input_ids": probe[:1]}], path=path, progress=False)
     for _ in range(2):
         loader = torch.utils.data.DataLoader(rows)
-        found = lab.collect_statistics(model, loader, path, progress=False)
+        found = lab.collect_statistics(model, loader, path=path, progress=False)
         assert found.n_tokens == probe.numel()
 
 
@@ -145,7 +145,7 @@ def test_bad_input(model, probe):
 def test_bfloat16_models_work(probe):
     model = random_model("llama").bfloat16()
     found = lab.collect_statistics(model, [{"input_ids": probe}], progress=False)
-    assert model.dtype == torch.bfloat16 and np.isfinite(found.frame()["mean_abs"]).all()
+    assert model.dtype == torch.bfloat16 and np.isfinite(found.to_frame()["mean_abs"]).all()
 
 
 def test_statistics_own_their_memory(tiny, tiny_domain):
@@ -184,4 +184,4 @@ def test_statistics_of_no_tokens_give_nothing(wrong, tiny, tiny_statistics):
     key = next(iter(tiny_statistics.sums))
     tables = {**tiny_statistics.sums, key: tiny_statistics.sums[key] * np.nan}
     with pytest.raises(ValueError, match="NaN or infinite"):
-        lab.score("wanda", tiny[0], statistics=replace(tiny_statistics, sums=tables))
+        lab.score(tiny[0], "wanda", statistics=replace(tiny_statistics, sums=tables))

@@ -75,7 +75,7 @@ def things(tmp_path_factory):
     domain = lab.load_domain("tiny-law")
     batches = lab.tokenize(domain.calibration, tokenizer, seq_len=32, max_tokens=128)
     statistics = lab.collect_statistics(model, batches, progress=False)
-    scores = lab.score("magnitude", model)
+    scores = lab.score(model, "magnitude")
     plan = lab.contextual_plan(model, statistics, quantile=0.2)
     names = ["model.layers.0.mlp.down_proj"]
     questions = domain.questions[:2]
@@ -135,8 +135,9 @@ def calls(t: dict) -> dict[str, dict]:
         "excerpt": {"texts": test, "tokenizer": t["tokenizer"], "max_tokens": 64,
                     "max_characters": 100},
         "generate": {**pair, "prompt": "The court", "max_new_tokens": 2},
-        "gradient_cosine": {**read, "sites": ("ffn",), "checkpointing": False, "eps": 1e-3,
-                            "n_draws": 1, "per_sample": False, "seed": 0},
+        "gradient_cosine": {**read, "sites": ("ffn",), "eps": 1e-3,
+                            "gradient_checkpointing": False, "n_directions": 1,
+                            "per_sample": False, "seed": 0},
         "label": {"model": t["model"]},
         "load_domain": {"name_or_path": "tiny-law", "column": None, "online": False},
         "load_domains": {"names_or_paths": ["tiny-law"]},
@@ -164,8 +165,8 @@ def calls(t: dict) -> dict[str, dict]:
         },
         "save_model": {**pair, "path": t["folder"] / "saved", "portable": False},
         "score": {
-            "name": "magnitude", "model": t["model"], "batches": t["batches"], "statistics": None,
-            "sites": ("ffn",), "units": "kv_group", "cache": False,
+            "model": t["model"], "criterion": "magnitude", "batches": t["batches"],
+            "statistics": None, "sites": ("ffn",), "units": "kv_group", "cache": False,
         },
         "shrink": {"model": t["model"], "plan": t["plan"]},
         "slimgpt": {

@@ -36,17 +36,20 @@ def masked_loss(model, batches):
         return model(input_ids=batches[0]["input_ids"]).logits
 
 
+CHECKPOINTED = {"squares": True, "gradient_checkpointing": True}
 CALLS = {
     "statistics": lambda m, b: lab.collect_statistics(m, b, progress=False).sums,
     "influence": lambda m, b: lab.block_influence(m, b)["influence"].to_numpy(),
     "gradients": lambda m, b: collect_gradients(m, b, linears(m)).mean,
-    "checkpointed": lambda m, b: collect_gradients(m, b, linears(m), True, True).square,
-    "spsa": lambda m, b: estimate_gradients(m, b, linears(m), n_draws=3).coefficients,
+    "checkpointed": lambda m, b: (
+        collect_gradients(m, b, linears(m), squares=True, gradient_checkpointing=True).square
+    ),
+    "spsa": lambda m, b: estimate_gradients(m, b, linears(m), n_directions=3).coefficients,
     "masked": masked_loss,
     "shrink": lambda m, b: dict(lab.shrink(m, random_plan(m, 4)).named_parameters()),
 }
 ALONE = {
-    "wanda": lambda m, b: lab.score("wanda", m, b, sequential=0.3),
+    "wanda": lambda m, b: lab.score(m, "wanda", b, sequential=0.3),
     "hessians": lambda m, b: lab.collect_hessians(m, b, linears(m)[:3], progress=False),
     "slimgpt": lambda m, b: lab.slimgpt(m, b, ratio=0.3, progress=False),
     "search": lambda m, b: lab.slimgpt(

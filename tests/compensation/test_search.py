@@ -24,16 +24,18 @@ from minigpt_lab.compensation.layer import Solver
 from minigpt_lab.compensation.obs import eliminate, eliminations
 from minigpt_lab.compensation.supernetwork import Level, find_levels, supernet
 from minigpt_lab.models.anatomy import Anatomy, weight_axis
-from minigpt_lab.planning.allocations import Group
-from minigpt_lab.planning.counts import leaving_parameters, prunable
+from minigpt_lab.planning.allocations import LayerSite
+from minigpt_lab.planning.counts import parameters_to_remove, prunable_sites
 
 CASES = [("llama", "balanced_heads"), *((name, "kv_group") for name in ("llama", "gpt2", "bloom"))]
 QUICK = {"levels": 4, "steps": 6}
 
 
-def groups_of(model, sites=("ffn", "attention")) -> list[Group]:
+def groups_of(model, sites=("ffn", "attention")) -> list[LayerSite]:
     anatomy = Anatomy(model)
-    return prunable(anatomy, {s: [np.zeros(n) for n in anatomy.units(s)] for s in sites}, (0, 0))
+    return prunable_sites(
+        anatomy, {s: [np.zeros(n) for n in anatomy.units(s)] for s in sites}, (0, 0)
+    )
 
 
 # one elimination, several levels
@@ -194,8 +196,8 @@ def test_an_error_leaves_the_model_as_it_was():
 
 
 def some_budgets(leave: float) -> Budgets:
-    groups = [Group("ffn", i, 3, np.zeros(16), 10) for i in range(3)]
-    groups += [Group("attention", i, 3, np.zeros(3), 45) for i in range(3)]
+    groups = [LayerSite("ffn", i, 3, np.zeros(16), 10) for i in range(3)]
+    groups += [LayerSite("attention", i, 3, np.zeros(3), 45) for i in range(3)]
     return Budgets.around([[5] * 3 + [1] * 3], groups, [1] * 6, 4, leave)
 
 
@@ -238,7 +240,7 @@ def test_budgets_between_levels(seed, share):
 
 
 def test_a_group_of_one_level_is_never_moved():
-    group = Group("ffn", 0, 1, np.zeros(16), 10)
+    group = LayerSite("ffn", 0, 1, np.zeros(16), 10)
     budgets = Budgets([group, group], [1, 1], [[0], [0, 8]], 40)
     gone = budgets.projected(np.array([30.0, 10.0]))
     below = budgets.below(gone)
@@ -328,7 +330,7 @@ def test_the_budget_that_is_found(searched, tiny, tiny_domain):
 def test_a_round_gains_on_where_it_starts(tiny, batches):
     model, search = tiny[0], Search(rounds=1, steps=30)
     groups = groups_of(model)
-    leave = leaving_parameters(model, groups, 0.5, None, "decoder") + 0.25
+    leave = parameters_to_remove(model, groups, 0.5, None, "decoder") + 0.25
     counts, history = search_counts(model, batches, groups, leave, search=search, progress=False)
     starts = history[history["stage"].isin(rounds.STARTS)]
     later = history.drop(starts.index)
@@ -342,7 +344,7 @@ def test_a_round_gains_on_where_it_starts(tiny, batches):
 
 def test_an_interrupted_search_goes_on(tiny, batches, tmp_path, monkeypatch):
     model = tiny[0]
-    groups, size = groups_of(model), leaving_parameters(model, groups_of(model), 0.4, None)
+    groups, size = groups_of(model), parameters_to_remove(model, groups_of(model), 0.4, None)
     options = {"search": Search(**QUICK), "progress": False}
     expected, history = search_counts(model, batches, groups, size, **options)
     measure, measured = trials.Trials._sloped, []

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 import minigpt_lab as lab
 from minigpt_lab.calibration.hessians import second_moments
-from minigpt_lab.calibration.layer_runner import LayerPass, enter
+from minigpt_lab.calibration.layer_runner import LayerRunner, catch_inputs
 from minigpt_lab.compensation import layer as compensation
 from minigpt_lab.compensation.obs import ERRORS, SCHEDULES, eliminate, group_schedule
 from minigpt_lab.models.anatomy import Anatomy
@@ -155,12 +155,12 @@ def test_parts_of_a_layer_are_the_layer(model):
         with second_moments(modules) as sums:
             for batch in batches:
                 states = model.base_model(**batch, output_hidden_states=True, use_cache=False)
-        calls = enter(model, batches, hidden)
+        calls = catch_inputs(model, batches, hidden)
         with FlopCounterMode(display=False) as whole:
-            LayerPass(anatomy, 0, hidden, calls).run(0)
+            LayerRunner(anatomy, 0, hidden, calls).run(0)
         with FlopCounterMode(display=False) as parts:
             for index in range(2):
-                one = LayerPass(anatomy, index, hidden, calls)
+                one = LayerRunner(anatomy, index, hidden, calls)
                 read = {site: list(one.inputs(site)) for site in ("attention", "ffn")}
                 one.finish()
     torch.testing.assert_close(hidden[5], states.hidden_states[2], rtol=1e-4, atol=1e-4)
@@ -329,7 +329,7 @@ def test_it_beats_cuts_of_the_same_size_without_compensation(tiny, tiny_domain):
 
     mini, _ = lab.slimgpt(model, batches, **arguments)
     plain, _ = lab.slimgpt(model, batches, **arguments, compensate=False)
-    scores = lab.score("random", model, batches, sites=("ffn",))
+    scores = lab.score(model, "random", batches, sites=("ffn",))
     random = lab.shrink(model, lab.plan_from_scores(model, scores, ratio=0.3))
     assert held_out(model) < held_out(mini) < held_out(plain) < held_out(random)
 

@@ -30,7 +30,7 @@ def _registry():
 
 def test_magnitude_is_the_sum_over_a_units_weights():
     model = random_model("llama")
-    values = lab.score("magnitude", model, norm="l1").values
+    values = lab.score(model, "magnitude", norm="l1").values
     mlp, attention = model.model.layers[1].mlp, model.model.layers[1].self_attn
     weights = [mlp.gate_proj.weight[5], mlp.up_proj.weight[5], mlp.down_proj.weight[:, 5]]
     assert values["ffn"][1][5] == pytest.approx(sum(w.abs().sum().item() for w in weights))
@@ -44,14 +44,14 @@ def test_magnitude_is_the_sum_over_a_units_weights():
 
 def test_query_heads_are_scored_over_all_groups_and_leave_them_alike(probe):
     model = random_model("llama")
-    values = lab.score("magnitude", model, norm="l1", units="balanced_heads").values
+    values = lab.score(model, "magnitude", norm="l1", units="balanced_heads").values
     attention = model.model.layers[1].self_attn
     rows = [*range(8, 16), *range(24, 32)]  # the second of the two query heads of both groups
     weights = [attention.q_proj.weight[rows], attention.o_proj.weight[:, rows]]
     assert [*values] == ["ffn", "balanced_heads"]
     expected = sum(w.abs().sum().item() for w in weights)
     assert values["balanced_heads"][1][1] == pytest.approx(expected)
-    scores = lab.score("contextual", model, [{"input_ids": probe}], units="balanced_heads")
+    scores = lab.score(model, "contextual", [{"input_ids": probe}], units="balanced_heads")
     plan = lab.plan_from_scores(model, scores, ratio=0.5)
     assert plan.units["balanced_heads"] == [2, 2, 2] and plan.removed["balanced_heads"] == [1, 1, 1]
     mini = lab.shrink(model, plan)
@@ -66,14 +66,14 @@ def test_criteria_score_what_uneven_cuts_left(probe):
     units = {"attention": [2, 2, 2], "balanced_heads": [2, 2, 2]}
     mini = lab.shrink(model, lab.PruningPlan("", units, keep))
     for name in ("magnitude", "contextual", "random"):
-        values = lab.score(name, mini, [{"input_ids": probe}], sites=ALL_SITES).values
+        values = lab.score(mini, name, [{"input_ids": probe}], sites=ALL_SITES).values
         assert [len(v) for v in values["attention"]] == [1, 2, 1]
         assert [len(v) for v in values["balanced_heads"]] == [2, 1, 1]
 
 
 def test_magnitude_of_the_consumer_is_a_norm_per_column():
     model = random_model("llama")
-    values = lab.score("magnitude", model, scope="consumer").values
+    values = lab.score(model, "magnitude", scope="consumer").values
     columns = model.model.layers[1].self_attn.o_proj.weight[:, 16:32]
     assert values["attention"][1][1] == pytest.approx(columns.norm(dim=0).sum().item(), rel=1e-5)
 
@@ -85,7 +85,7 @@ def test_structures_are_reduced_as_asked(reduce):
     structures = np.stack([w.detach().abs().sum(0).numpy() for w in weights])
     last = {"last": lambda found, _axis: found[-1]}
     expected = (last.get(reduce) or getattr(np, reduce))(structures, 0)
-    values = lab.score("magnitude", model, norm="l1", reduce=reduce).values
+    values = lab.score(model, "magnitude", norm="l1", reduce=reduce).values
     np.testing.assert_allclose(values["ffn"][0], expected, rtol=1e-5)
 
 
@@ -103,11 +103,11 @@ def test_scores_move_with_their_units(model, probe, name):
     channels = Anatomy(model).units("ffn")[0]
     batches = [{"input_ids": probe}]
     order = np.random.default_rng(0).permutation(channels).tolist()
-    before = lab.score(name, model, batches, **DETERMINED[name]).values
+    before = lab.score(model, name, batches, **DETERMINED[name]).values
     anatomy = Anatomy(model)
     whole = {site: [list(range(n)) for n in anatomy.units(site)] for site in before}
     set_units(anatomy, {**whole, "ffn": [order] * 3})
-    after = lab.score(name, model, batches, **DETERMINED[name]).values
+    after = lab.score(model, name, batches, **DETERMINED[name]).values
     for layer in range(3):
         moved = before["ffn"][layer][order]
         np.testing.assert_allclose(after["ffn"][layer], moved, rtol=1e-3, atol=2e-3)
@@ -125,9 +125,8 @@ def test_padding_changes_no_score(model, probe, name, dtype):
     ids, mask = torch.full((2, 12), -100, dtype=dtype), torch.zeros(2, 12, dtype=torch.long)
     ids[0, :8], mask[0, :8] = short[0][0], 1  # padded on the right
     ids[1, 2:], mask[1, 2:] = short[1][0], 1  # and on the left
-    alone = lab.score(name, model, [{"input_ids": row} for row in short], **DETERMINED[name])
-    padded = lab.score(
-        name, model, [{"input_ids": ids, "attention_mask": mask}], **DETERMINED[name]
+    alone = lab.score(model, name, [{"input_ids": row} for row in short], **DETERMINED[name])
+    padded = lab.score(model, name, [{"input_ids": ids, "attention_mask": mask}], **DETERMINED[name]
     )  # fmt: skip
     assert alone.n_tokens == padded.n_tokens == 18
     for site, layers in alone.values.items():
@@ -136,19 +135,19 @@ def test_padding_changes_no_score(model, probe, name, dtype):
 
 
 def test_random_is_seeded(model):
-    a, b, c = (lab.score("random", model, seed=seed).frame()["score"] for seed in (1, 1, 2))
+    a, b, c = (lab.score(model, "random", seed=seed).to_frame()["score"] for seed in (1, 1, 2))
     assert a.equals(b) and not a.equals(c)
 
 
 def test_contextual_scores_are_the_statistics(model, probe):
     batches = [{"input_ids": probe}]
     found = lab.collect_statistics(model, batches, progress=False)
-    values = lab.score("contextual", model, batches, sites=("ffn", "attention")).values
+    values = lab.score(model, "contextual", batches, sites=("ffn", "attention")).values
     np.testing.assert_allclose(
         values["ffn"][2], found.mean(found.activations[2], "activation", "absolute")
     )
     assert [len(v) for v in values["attention"]] == Anatomy(model).units("attention")
-    again = lab.score("contextual", model, statistics=found).values
+    again = lab.score(model, "contextual", statistics=found).values
     np.testing.assert_array_equal(again["ffn"][0], values["ffn"][0])
 
 
@@ -157,7 +156,7 @@ def test_a_users_criterion_joins_the_registry(model):
     def ascending(model, batches=None, statistics=None, *, sites):
         return {site: [np.arange(n) for n in Anatomy(model).units(site)] for site in sites}
 
-    scores = lab.score("first-units-first", model, sites=("ffn",))
+    scores = lab.score(model, "first-units-first", sites=("ffn",))
     plan = lab.plan_from_scores(model, scores, ratio=0.25)
     channels = Anatomy(model).units("ffn")[0]
     assert plan.keep["ffn"] == [list(range(channels // 4, channels))] * 3
@@ -165,15 +164,15 @@ def test_a_users_criterion_joins_the_registry(model):
 
 def test_unknown_names_get_the_nearest(model):
     with pytest.raises(ValueError, match="did you mean 'magnitude'"):
-        lab.score("magnitud", model)
+        lab.score(model, "magnitud")
     with pytest.raises(ValueError, match="unknown site 'head'"):
-        lab.score("random", model, sites=("head",))
+        lab.score(model, "random", sites=("head",))
     with pytest.raises(ValueError, match="unknown units 'heads'; did you mean 'balanced_heads'"):
-        lab.score("random", model, units="heads")
+        lab.score(model, "random", units="heads")
     with pytest.raises(ValueError, match="one query head per key/value group.*units='kv_group'"):
-        lab.score("random", random_model("opt"), units="balanced_heads")
+        lab.score(random_model("opt"), "random", units="balanced_heads")
     with pytest.raises(ValueError, match="needs batches"):
-        lab.score("contextual", model)
+        lab.score(model, "contextual")
 
 
 def test_every_file_with_a_criterion_is_imported():
@@ -194,15 +193,15 @@ def test_every_file_with_a_criterion_is_imported():
 def test_scores_for_other_units_are_refused(model, given, message):
     lab.criterion("short")(lambda *_, sites: given)
     with pytest.raises(ValueError, match=f"short .*{message}"):
-        lab.score("short", model)
+        lab.score(model, "short")
 
 
 def test_scores_may_be_lists(model):
     lab.criterion("listed")(
         lambda model, *_, sites: {s: [[*range(n)] for n in Anatomy(model).units(s)] for s in sites}
     )
-    scores = lab.score("listed", model)
-    assert lab.plan_from_scores(model, scores, 0.25, allocation="global-standardised")
+    scores = lab.score(model, "listed")
+    assert lab.plan_from_scores(model, scores, ratio=0.25, allocation="global-standardised")
 
 
 def test_scores_that_are_no_numbers_are_refused(model):
@@ -211,7 +210,7 @@ def test_scores_that_are_no_numbers_are_refused(model):
         return {site: [np.full(n, np.nan) for n in Anatomy(model).units(site)] for site in sites}
 
     with pytest.raises(ValueError, match="lost gives NaN"):
-        lab.score("lost", model)
+        lab.score(model, "lost")
 
 
 def test_a_criterion_that_changes_the_model_is_refused(model):
@@ -222,16 +221,16 @@ def test_a_criterion_that_changes_the_model_is_refused(model):
         return {}
 
     with pytest.raises(RuntimeError, match="vandal criterion changed"):
-        lab.score("vandal", model)
+        lab.score(model, "vandal")
 
 
 def test_saved_scores_are_the_same_and_know_their_model(
     tmp_path, tiny, tiny_statistics, monkeypatch
 ):
     model, _ = tiny
-    scores = lab.score("magnitude", model, statistics=tiny_statistics, norm="l1")
+    scores = lab.score(model, "magnitude", statistics=tiny_statistics, norm="l1")
     again = lab.Scores.load(scores.save(tmp_path / "scores.safetensors"))
-    assert again.frame().equals(scores.frame()) and again.options == {"norm": "l1"}
+    assert again.to_frame().equals(scores.to_frame()) and again.options == {"norm": "l1"}
     assert (again.domain, again.n_tokens) == ("tiny-law/calibration", 512)
     assert again.content_hash == tiny_statistics.content_hash
     expected = lab.plan_from_scores(model, scores, ratio=0.2).keep
@@ -255,10 +254,10 @@ def test_the_cache_finds_the_same_question_only(tmp_path, model, probe):
 
     def ask(tokens=probe, sites=("ffn",), **options):
         batches = ({"input_ids": rows} for rows in [tokens])  # read once, yet hashed and used
-        return lab.score("counted", model, batches, sites=sites, cache=tmp_path, **options)
+        return lab.score(model, "counted", batches, sites=sites, cache=tmp_path, **options)
 
     first, second = ask(), ask()
-    assert len(passes) == 1 and first.frame().equals(second.frame())
+    assert len(passes) == 1 and first.to_frame().equals(second.to_frame())
     assert first.n_tokens == probe.numel()
     ask(power=2), ask(probe + 1), ask(sites=("attention",))
     assert len(passes) == 4
@@ -266,7 +265,7 @@ def test_the_cache_finds_the_same_question_only(tmp_path, model, probe):
         next(model.parameters()).mul_(2)
     ask()
     assert len(passes) == 5
-    lab.score("counted", model, sites=("ffn",))
+    lab.score(model, "counted", sites=("ffn",))
     assert len(passes) == 6 and len(list(tmp_path.iterdir())) == 5
 
 
@@ -275,7 +274,7 @@ def test_quantised_models_are_refused(model):
     packed = torch.zeros(linear.weight.shape, dtype=torch.uint8)
     linear.weight = torch.nn.Parameter(packed, requires_grad=False)
     with pytest.raises(ValueError, match="weights of type uint8"):
-        lab.score("magnitude", model)
+        lab.score(model, "magnitude")
 
 
 def test_models_of_one_layer_have_scores_too(probe):
@@ -283,7 +282,7 @@ def test_models_of_one_layer_have_scores_too(probe):
     config.num_hidden_layers = 1
     model = AutoModelForCausalLM.from_config(config).eval()
     for name in lab.CRITERIA:
-        scores = lab.score(name, model, [{"input_ids": probe}])
+        scores = lab.score(model, name, [{"input_ids": probe}])
         plan = lab.plan_from_scores(model, scores, ratio=0.5)
         assert list(plan.removed.values()) == [[10], [1]]
 
@@ -309,17 +308,17 @@ def test_what_a_users_criterion_gives_is_checked_and_named(gives, words):
     model = random_model("llama")
     lab.criterion("mine")(lambda model, *_, sites: gives(model))
     if words is None:
-        scores = lab.score("mine", model, sites=("ffn",))
-        assert lab.plan_from_scores(model, scores, 0.5)
+        scores = lab.score(model, "mine", sites=("ffn",))
+        assert lab.plan_from_scores(model, scores, ratio=0.5)
         return
     with pytest.raises((ValueError, RuntimeError), match=words) as error:
-        lab.score("mine", model, sites=("ffn",))
+        lab.score(model, "mine", sites=("ffn",))
     assert "\n" not in str(error.value)
 
 
 def test_scores_changed_by_hand_give_no_plan():
     model = random_model("llama")
-    scores = lab.score("random", model)
+    scores = lab.score(model, "random")
     for ffn in ([np.full(20, np.nan)] * 3, [np.ones(19)] * 3, [np.ones(20)] * 2):
         with pytest.raises(ValueError, match="random gives"):
             lab.plan_from_scores(model, replace(scores, values={"ffn": ffn}), ratio=0.5)
@@ -327,10 +326,14 @@ def test_scores_changed_by_hand_give_no_plan():
 
 def test_numbers_of_numpy_and_torch_end_up_as_plain_ones():
     model = random_model("llama")
-    scores = lab.score("random", model, seed=np.int64(3))
+    scores = lab.score(model, "random", seed=np.int64(3))
     plan = lab.plan_from_scores(
-        model, scores, np.float32(0.5), keep_layers=np.array([1, 0]), allocation=torch.ones(3)
+        model,
+        scores,
+        ratio=np.float32(0.5),
+        keep_layers=np.array([1, 0]),
+        allocation=torch.ones(3),
     )
     assert json.loads(json.dumps(plan.to_dict())) == plan.to_dict()
     with pytest.raises(ValueError, match="has no option 'sed'; did you mean 'seed'"):
-        lab.score("random", model, sed=3)
+        lab.score(model, "random", sed=3)

@@ -16,7 +16,7 @@ from minigpt_lab.models.architectures import SITES
 
 
 def test_wanda_is_weights_times_norms(model, probe):
-    scores = lab.score("wanda", model, [{"input_ids": probe}])
+    scores = lab.score(model, "wanda", [{"input_ids": probe}])
     for (site, layer), (weight, x) in consumer_inputs(model, probe).items():
         columns = (np.abs(weight) * np.linalg.norm(x, axis=0)).mean(0)
         found = scores.values[site][layer]
@@ -26,9 +26,9 @@ def test_wanda_is_weights_times_norms(model, probe):
 def test_sequential_wanda_reads_what_pruned_layers_write(model, probe):
     batches = [{"input_ids": probe}]
     before = copy.deepcopy(model.state_dict())
-    scores = lab.score("wanda", model, batches, sequential=0.5)
+    scores = lab.score(model, "wanda", batches, sequential=0.5)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
-    dense = lab.score("wanda", model, batches)
+    dense = lab.score(model, "wanda", batches)
     np.testing.assert_allclose(scores.values["ffn"][0], dense.values["ffn"][0], rtol=1e-4)
     assert not np.allclose(scores.values["ffn"][2], dense.values["ffn"][2], rtol=1e-2)
     plan = lab.plan_from_scores(model, scores, ratio=0.5)
@@ -46,8 +46,8 @@ def test_sequential_wanda_reads_what_pruned_layers_write(model, probe):
 @pytest.mark.parametrize("metric", ["IFV", "WIFV", "WIFN"])
 def test_fluctuation_is_flaps_metric(model, probe, metric):
     model, batches = model.double(), [{"input_ids": probe}]  # near the mean, z is all rounding
-    raw = lab.score("fluctuation", model, batches, metric=metric, standardise=False)
-    standard = lab.score("fluctuation", model, batches, metric=metric)
+    raw = lab.score(model, "fluctuation", batches, metric=metric, standardise=False)
+    standard = lab.score(model, "fluctuation", batches, metric=metric)
     for (site, layer), (weight, x) in consumer_inputs(model, probe).items():
         expected = {
             "IFV": x.var(0),
@@ -68,7 +68,7 @@ def compensated(model, probe, plan):
 
 
 def test_compensation_keeps_the_mean_output(model, probe):
-    plan = lab.plan_from_scores(model, lab.score("random", model, sites=("ffn",)), ratio=0.5)
+    plan = lab.plan_from_scores(model, lab.score(model, "random", sites=("ffn",)), ratio=0.5)
     plan.keep["ffn"][1:] = [list(range(20))] * 2  # the inputs of layer 0 stay what they were
     anatomy = Anatomy(model)
     module = anatomy.module(0, anatomy.family.consumes["ffn"])
@@ -109,7 +109,7 @@ def test_masked_shrunk_and_predicted_agree_with_compensation(family, probe):
 
 def test_added_biases_are_saved_and_reloaded(tmp_path, tiny, tiny_domain, tiny_statistics):
     model, tokenizer = tiny
-    scores = lab.score("fluctuation", model, statistics=tiny_statistics)
+    scores = lab.score(model, "fluctuation", statistics=tiny_statistics)
     plan = lab.plan_from_scores(model, scores, ratio=0.3)
     mini = lab.shrink(model, lab.bias_compensated(model, plan, tiny_statistics))
     lab.save_model(mini, tokenizer, tmp_path / "mini")

@@ -35,7 +35,7 @@ def test_every_family_is_measured(model, tiny):
 
 def test_a_cut_model_beside_the_dense_one(tiny):
     model, tokenizer = tiny
-    scores = lab.score("magnitude", model)
+    scores = lab.score(model, "magnitude")
     mini = lab.shrink(model, lab.plan_from_scores(model, scores, ratio=0.5))
     table = lab.efficiency(mini, tokenizer, model, seq_len=64, new_tokens=4, repeats=3)
     dense, cut = table.set_index("variant").loc[["dense", "model"]].to_dict("records")

@@ -23,7 +23,7 @@ def test_recovery_presets_are_arguments(name):
 
 def test_a_preset_recovers(tiny, tiny_domain, tmp_path):
     model, tokenizer = tiny
-    plan = lab.plan_from_scores(model, lab.score("magnitude", model), ratio=0.1)
+    plan = lab.plan_from_scores(model, lab.score(model, "magnitude"), ratio=0.1)
     preset = lab.RECOVERY_PRESETS["slimgpt"] | {"seq_len": 32, "eval_every": 2048}
     history = lab.recover(
         lab.shrink(model, plan), tokenizer, tiny_domain, tokens=4096, eval_characters=1500,

@@ -214,7 +214,7 @@ def test_a_plan_of_the_wrong_size_shape_or_choice(tiny, tiny_statistics):
     cut = lab.contextual_plan(model, tiny_statistics, epsilon_activation=0.1)
     held = {"model": model, "statistics": tiny_statistics, "cut": cut}
     share = sum(cut.removed["ffn"]) / sum(cut.units["ffn"])
-    scores = lab.score("contextual", model, statistics=tiny_statistics, sites=("ffn",))
+    scores = lab.score(model, "contextual", statistics=tiny_statistics, sites=("ffn",))
     stored = cut.predicted_size(model).stored
     assert lab.check("even cut", lab.plan_from_scores(model, scores, parameters=stored), **held)
 
@@ -226,11 +226,11 @@ def test_a_plan_of_the_wrong_size_shape_or_choice(tiny, tiny_statistics):
     assert "take the same share of each" in problem(cut)
     smaller = lab.contextual_plan(model, tiny_statistics, quantile=share / 2)
     assert "more parameters than the cut by ε" in problem(smaller)
-    at_random = lab.score("random", model, sites=("ffn",))
+    at_random = lab.score(model, "random", sites=("ffn",))
     assert "more active than one that stays" in problem(
         lab.plan_from_scores(model, at_random, parameters=stored)
     )
-    heads = lab.score("contextual", model, statistics=tiny_statistics)
+    heads = lab.score(model, "contextual", statistics=tiny_statistics)
     assert "heads, tokens or single weights" in problem(
         lab.plan_from_scores(model, heads, ratio=0.5)
     )

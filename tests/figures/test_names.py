@@ -211,7 +211,7 @@ TAG = "<img src=x onerror=alert(1)> $a$"
 
 def test_widgets_show_names_and_run_none(tiny, tiny_statistics):
     model, _ = tiny
-    ratios = RatioExplorer(model, {TAG: lab.score("magnitude", model)})
+    ratios = RatioExplorer(model, {TAG: lab.score(model, "magnitude")})
     job = ModelJob(TAG, lambda tick: TAG)
     job.start()
     job.wait()
@@ -229,7 +229,7 @@ def test_widgets_show_names_and_run_none(tiny, tiny_statistics):
 
 def test_widgets_take_numbers_of_any_kind_and_refuse_what_they_cannot_show(tiny, tiny_statistics):
     model, _ = tiny
-    scores = {"magnitude": lab.score("magnitude", model)}
+    scores = {"magnitude": lab.score(model, "magnitude")}
     for ratio in (0.95, np.float32(0.5), 0, 0.99):
         assert RatioExplorer(model, scores, ratio).ratio.value == pytest.approx(float(ratio))
     for ratio in (1, 0.995, -0.1, np.nan, None, "0.2", True):

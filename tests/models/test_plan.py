@@ -123,7 +123,9 @@ def test_the_papers_count_is_what_its_code_would_count(name, before, linear, act
     model, tokenizer = lab.load_model(name, device="cpu")
     batches = lab.tokenize(lab.load_domain("tiny-medical").calibration, tokenizer, 64, 2048)
     statistics = lab.collect_statistics(model, batches, progress=False)
-    plan = lab.contextual_plan(model, statistics, linear, activation)
+    plan = lab.contextual_plan(
+        model, statistics, epsilon_linear=linear, epsilon_activation=activation
+    )
     size = plan.predicted_size(model)
     zeroed = as_the_paper_zeroes(model, statistics, linear, activation, before)
     already = size.dense - sum(int(p.count_nonzero()) for p in model.parameters())
@@ -141,7 +143,7 @@ def test_the_papers_count_is_what_its_code_would_count(name, before, linear, act
 
 def test_a_plan_by_scores_counts_as_the_paper_would(model, family):
     """A channel costs the row and bias before its activation, a token its rows, and no more."""
-    scores = lab.score("random", model, sites=("ffn",))
+    scores = lab.score(model, "random", sites=("ffn",))
     plan = lab.plan_from_scores(model, scores, ratio=0.5)
     gone = sum(plan.removed["ffn"])
     size = plan.predicted_size(model)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import minigpt_lab as lab
 from minigpt_lab.models.anatomy import Anatomy
 from minigpt_lab.models.sizes import layer_parameters
-from minigpt_lab.planning.allocations import ALLOCATIONS, RANKINGS, Group
+from minigpt_lab.planning.allocations import ALLOCATIONS, RANKINGS, LayerSite
 from minigpt_lab.planning.counts import RATIOS
 
 PROBE = torch.arange(60).view(4, 15)
@@ -21,7 +21,7 @@ PROBE = torch.arange(60).view(4, 15)
 def groups(widths, depth=None, cost=1, seed=0):
     rng = np.random.default_rng(seed)
     depth = depth or len(widths)
-    return [Group("ffn", i, depth, rng.random(n), cost) for i, n in enumerate(widths)]
+    return [LayerSite("ffn", i, depth, rng.random(n), cost) for i, n in enumerate(widths)]
 
 
 @given(
@@ -51,8 +51,8 @@ def test_increasing_schedules_are_the_papers():
 
 
 def test_a_ranking_across_sites_counts_what_units_cost():
-    cheap = Group("ffn", 0, 1, np.array([3.0, 8.0, 9.0]), cost=1)
-    dear = Group("attention", 0, 1, np.array([10.0, 90.0]), cost=10)
+    cheap = LayerSite("ffn", 0, 1, np.array([3.0, 8.0, 9.0]), cost=1)
+    dear = LayerSite("attention", 0, 1, np.array([10.0, 90.0]), cost=10)
     # per parameter the first head (1.0) is worth less than any channel
     shares = ALLOCATIONS["global"](10 / 23, [cheap, dear])
     assert shares == [0, 0.5]
@@ -66,9 +66,9 @@ def test_a_ranking_across_sites_counts_what_units_cost():
 
 @pytest.mark.parametrize("ratio", [0.0, 0.1, 0.3])
 def test_flaps_scores_are_cut_at_one_threshold_for_all_layers_and_sites(model, probe, ratio):
-    scores, anatomy = lab.score("fluctuation", model, [{"input_ids": probe}]), Anatomy(model)
+    scores, anatomy = lab.score(model, "fluctuation", [{"input_ids": probe}]), Anatomy(model)
     plan = lab.plan_from_scores(model, scores, ratio=ratio, allocation="global-as-scored")
-    ranked = scores.frame().sort_values("score", kind="stable")
+    ranked = scores.to_frame().sort_values("score", kind="stable")
     units = list(ranked[["site", "layer", "unit"]].itertuples(index=False, name=None))
     cost = np.array([anatomy.unit_parameters(site, layer) for site, layer, _ in units])
     stays = {site: plan.kept_mask(site) for site in plan.keep}
@@ -82,7 +82,7 @@ def test_flaps_scores_are_cut_at_one_threshold_for_all_layers_and_sites(model, p
 
 
 def test_a_layer_below_all_others_keeps_its_best_unit_of_each_site(model, probe):
-    scores = lab.score("fluctuation", model, [{"input_ids": probe}])
+    scores = lab.score(model, "fluctuation", [{"input_ids": probe}])
     for layers in scores.values.values():
         layers[0] -= 1e3
     plan = lab.plan_from_scores(model, scores, ratio=0.5, allocation="global-as-scored")
@@ -92,7 +92,7 @@ def test_a_layer_below_all_others_keeps_its_best_unit_of_each_site(model, probe)
 
 @pytest.mark.parametrize("allocation", sorted(ALLOCATIONS))
 def test_no_layer_is_left_without_units(model, allocation):
-    scores = lab.score("magnitude", model)
+    scores = lab.score(model, "magnitude")
     plan = lab.plan_from_scores(model, scores, ratio=0.97, allocation=allocation)
     assert all(len(units) >= 1 for layers in plan.keep.values() for units in layers)
     lab.shrink(model, plan)
@@ -102,7 +102,7 @@ def test_no_layer_is_left_without_units(model, allocation):
 @pytest.mark.parametrize("allocation", sorted(ALLOCATIONS))
 def test_a_ratio_means_what_it_says(model, ratio_of, allocation):
     sites = ("ffn",) if model.config.model_type != "llama" else ("ffn", "attention")
-    scores = lab.score("random", model, sites=sites)
+    scores = lab.score(model, "random", sites=sites)
     arguments = {"allocation": allocation, "ratio_of": ratio_of}
     plan = lab.plan_from_scores(model, scores, ratio=0.1, **arguments)
     mini, anatomy = lab.shrink(model, plan), Anatomy(model)
@@ -121,7 +121,7 @@ def test_a_ratio_means_what_it_says(model, ratio_of, allocation):
 
 
 def test_a_callable_decides(model):
-    scores = lab.score("random", model, sites=("ffn",))
+    scores = lab.score(model, "random", sites=("ffn",))
 
     def last_only(ratio, groups):
         return [ratio * (group.layer == group.depth - 1) for group in groups]
@@ -135,7 +135,7 @@ def test_a_callable_decides(model):
 
 def test_widths_in_multiples():
     model = random_model("llama")
-    scores = lab.score("random", model)
+    scores = lab.score(model, "random")
     plan = lab.plan_from_scores(model, scores, ratio=0.33, multiple_of=4)
     assert {len(units) for units in plan.keep["ffn"]} == {12}  # 13.4 of 20
     assert {len(units) for units in plan.keep["attention"]} <= {1, 3}
@@ -149,7 +149,7 @@ def test_widths_in_multiples():
 
 def test_targets_out_of_reach_say_what_can_be_reached():
     model = random_model("llama")
-    scores = lab.score("random", model, sites=("ffn",))
+    scores = lab.score(model, "random", sites=("ffn",))
     with pytest.raises(ValueError, match=r"still stores [\d,]+ of [\d,]+, \d+\.\d% less"):
         lab.plan_from_scores(model, scores, ratio=0.9, ratio_of="model")
     for first in (1, 0.1):  # a third of the units is in the first layer
@@ -166,7 +166,7 @@ def test_targets_out_of_reach_say_what_can_be_reached():
 @pytest.mark.parametrize("allocation", sorted(RANKINGS))
 def test_equal_scores_that_exceed_a_ratio_say_so(allocation):
     model = random_model("llama")
-    scores = lab.score("random", model, sites=("ffn",))
+    scores = lab.score(model, "random", sites=("ffn",))
     for layer in scores.values["ffn"]:
         layer[:] = 0.5
     with pytest.warns(UserWarning, match=r"100.0% of the units leave, not 10.0%"):
@@ -175,7 +175,7 @@ def test_equal_scores_that_exceed_a_ratio_say_so(allocation):
 
 def test_a_cut_of_nothing_says_so():
     model = random_model("llama")
-    scores = lab.score("random", model, sites=("attention",))
+    scores = lab.score(model, "random", sites=("attention",))
     with pytest.warns(UserWarning, match="nothing leaves: .* less than half a unit"):
         plan = lab.plan_from_scores(model, scores, ratio=0.1, allocation="uniform")
     assert not any(plan.removed["attention"])

@@ -203,7 +203,7 @@ def test_bad_thresholds_are_named(model, statistics, arguments, words):
 
 
 def test_ratio_and_untouched_layers(model):
-    scores = lab.score("random", model, seed=3)
+    scores = lab.score(model, "random", seed=3)
     plan = lab.plan_from_scores(model, scores, ratio=0.5, keep_layers=(1, 1))
     half = Anatomy(model).units("ffn")[1] // 2
     assert plan.removed["ffn"] == [0, half, 0]
@@ -212,7 +212,7 @@ def test_ratio_and_untouched_layers(model):
 
 
 def test_budget_is_met_to_within_one_unit_per_layer(model):
-    scores = lab.score("magnitude", model, sites=("ffn",))
+    scores = lab.score(model, "magnitude", sites=("ffn",))
     dense = sum(p.numel() for p in model.parameters())
     unit = Anatomy(model).unit_parameters("ffn", 0)
     for target in (dense, dense - 7 * unit, dense - 31 * unit):
@@ -221,7 +221,7 @@ def test_budget_is_met_to_within_one_unit_per_layer(model):
 
 
 def test_threshold_on_scores(model):
-    scores = lab.score("random", model, sites=("ffn",))
+    scores = lab.score(model, "random", sites=("ffn",))
     plan = lab.plan_from_scores(model, scores, threshold=0.5)
     assert plan.removed["ffn"] == [int((v <= 0.5).sum()) for v in scores.values["ffn"]]
 
@@ -239,26 +239,26 @@ def test_threshold_on_scores(model):
 )
 def test_bad_targets_are_named(model, arguments, words):
     with pytest.raises(ValueError, match=words):
-        lab.plan_from_scores(model, lab.score("random", model), **arguments)
+        lab.plan_from_scores(model, lab.score(model, "random"), **arguments)
 
 
 def test_scores_of_another_model_are_refused(model, family):
     with pytest.raises(ValueError, match="another model"):
-        lab.plan_from_scores(model, lab.score("random", random_model(family, 1)), ratio=0.1)
+        lab.plan_from_scores(model, lab.score(random_model(family, 1), "random"), ratio=0.1)
 
 
 def test_a_global_cut_is_one_threshold_for_all_layers(model, statistics):
-    scores = lab.score("contextual", model, statistics=statistics, sites=("ffn",))
+    scores = lab.score(model, "contextual", statistics=statistics, sites=("ffn",))
     plan = lab.plan_from_scores(model, scores, ratio=0.3, allocation="global")
-    level = scores.highest_cut(plan.keep)
+    level = scores.highest_pruned(plan.keep)
     assert plan.keep == lab.plan_from_scores(model, scores, threshold=level).keep
     assert plan.keep == lab.contextual_plan(model, statistics, epsilon_activation=level).keep
-    dead = int((scores.frame()["score"] == 0).sum())  # of a ReLU: all have the lowest score
+    dead = int((scores.to_frame()["score"] == 0).sum())  # of a ReLU: all have the lowest score
     wanted = max(dead, 0.3 * sum(Anatomy(model).units("ffn")))
     assert sum(plan.removed["ffn"]) == pytest.approx(wanted, abs=1)
     dense = lab.plan_from_scores(model, scores, ratio=0.0, allocation="global")
     assert not any(dense.removed["ffn"]) and dense.origin["allocation"] == "global"
     for layer in scores.values["ffn"]:
         layer -= 100.0  # as standardised scores, all may be negative
-    assert scores.highest_cut(plan.keep) == pytest.approx(level - 100)
-    assert scores.highest_cut(dense.keep) == 0
+    assert scores.highest_pruned(plan.keep) == pytest.approx(level - 100)
+    assert scores.highest_pruned(dense.keep) == 0

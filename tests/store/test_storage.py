@@ -55,7 +55,7 @@ def things(tiny, tiny_domain, tiny_statistics):
         "domain": tiny_domain,
         "batches": batches,
         "statistics": tiny_statistics,
-        "scores": lab.score("magnitude", model),
+        "scores": lab.score(model, "magnitude"),
         "plan": lab.contextual_plan(model, tiny_statistics, quantile=0.3),
     }
 
@@ -69,7 +69,9 @@ FILES = {
     "plan": lambda t, path: t["plan"].save(path),
     "statistics": lambda t, path: t["statistics"].save(path),
     "scores": lambda t, path: t["scores"].save(path),
-    "collect": lambda t, path: lab.collect_statistics(t["model"], t["batches"], path, False),
+    "collect": lambda t, path: lab.collect_statistics(
+        t["model"], t["batches"], path=path, progress=False
+    ),
     "ledger": lambda _, path: ResultCache(path).get(["a"], lambda: {"x": 1}),
     "figure": lambda _, path: figures.save_figure(figure(), f"{path}.png", pd.DataFrame()),
     "table": lambda _, path: results_csv(path),
@@ -77,7 +79,7 @@ FILES = {
 #: Every call that works in a folder, given its path.
 FOLDERS = {
     "model": lambda t, path: lab.save_model(t["model"], t["tokenizer"], path),
-    "score": lambda t, path: lab.score("magnitude", t["model"], cache=path),
+    "score": lambda t, path: lab.score(t["model"], "magnitude", cache=path),
     "slimgpt": lambda t, path: lab.slimgpt(
         t["model"], t["batches"], ratio=0.3, out_dir=path, progress=False
     ),
@@ -506,10 +508,10 @@ def test_what_cannot_be_saved_is_said_and_the_old_kept(kind, things, tmp_path):
 RETURNED = {
     "statistics": lambda t, folder: (
         lab.collect_statistics(
-            t["model"], t["batches"], folder / "x.safetensors", progress=False
+            t["model"], t["batches"], path=folder / "x.safetensors", progress=False
         ).n_tokens
     ),
-    "scores": lambda t, folder: lab.score("magnitude", t["model"], cache=folder).n_tokens,
+    "scores": lambda t, folder: lab.score(t["model"], "magnitude", cache=folder).n_tokens,
     "ledger": lambda _, folder: ResultCache(folder / "x.jsonl").get([1], lambda: {"x": "y" * 99})[
         "x"
     ],
@@ -610,10 +612,10 @@ def kept_files(things, folder: Path) -> dict:
     return {
         "statistics": lambda: (
             lab.collect_statistics(
-                things["model"], things["batches"], folder / "s.safetensors", progress=False
+                things["model"], things["batches"], path=folder / "s.safetensors", progress=False
             ).sums
         ),
-        "scores": lambda: lab.score("magnitude", things["model"], cache=folder).values,
+        "scores": lambda: lab.score(things["model"], "magnitude", cache=folder).values,
         "cache": lambda: assets.cached("kind", "x", [1], lambda: {"x": [1, 2.5]}),
         "ledger": lambda: ResultCache(folder / "l.jsonl").get([1], lambda: {"x": 1.5}),
         "resumption": lambda: lab.slimgpt(

@@ -11,7 +11,7 @@ from minigpt_lab.studies.lookups import COMPONENTS, Magnitudes, read_sweep, thre
 
 def test_shares_are_those_counted_by_hand(tiny_statistics):
     found = Magnitudes(tiny_statistics)
-    frame = tiny_statistics.frame()
+    frame = tiny_statistics.to_frame()
     activation = frame.loc[frame["side"] == "activation", "mean_abs"]
     for epsilon in (0.0, 0.03, 0.1, float(activation.iloc[7])):
         assert found.share("activation", epsilon) == pytest.approx((activation <= epsilon).mean())

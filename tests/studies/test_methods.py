@@ -101,7 +101,7 @@ def test_a_users_criterion_takes_part(monkeypatch):
     methods = registered_methods()
     assert {*CRITERIA} <= set(methods) and methods["index"].criterion == "index"
     model = random_model("llama")
-    scores = {"index": lab.score("index", model)}
+    scores = {"index": lab.score(model, "index")}
     plans = method_plans(model, scores, methods, None, [0.5], ["ffn"])
     assert plans["index", "ffn", 0.5].keep["ffn"][0] == list(range(10, 20))
 

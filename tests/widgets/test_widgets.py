@@ -159,7 +159,7 @@ def test_pages_with_and_without_widgets(explorer):
 
 @pytest.fixture
 def ratios(tiny):
-    scores = {name: lab.score(name, tiny[0]) for name in ("magnitude", "random")}
+    scores = {name: lab.score(tiny[0], name) for name in ("magnitude", "random")}
     return RatioExplorer(tiny[0], scores)
 
 
