@@ -1,106 +1,45 @@
-"""Checks of models, tokenizers, devices, texts and batches; the decorator that applies them."""
+"""Checks of models, tokenizers, devices, texts, tables and batches of tokens."""
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 
 import numpy as np
 import pandas as pd
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .guards import locked
+from .messages import InvalidArgument, invalid
 from .python_values import well_formed
-from .values import REFUSED, AnyOf, Check, Instance, InvalidArgument, invalid
+from .values import Check, Instance, Mismatch, require
 
-
-def checked(**checks: Check) -> Callable:
-    """Check a function's arguments before it runs, and hold the models among them for this call.
-
-    Defaults are not checked.
-
-    Parameters
-    ----------
-    **checks : Check
-        By the name of the argument.
-
-    Raises
-    ------
-    InvalidArgument
-        For the first argument that its check refuses.
-    """
-
-    def decorate(function: Callable) -> Callable:
-        signature = inspect.signature(function)
-        unknown = checks.keys() - signature.parameters.keys()
-        assert not unknown, f"{function.__name__} takes no {unknown}"
-
-        @functools.wraps(function)
-        def call(*args, **options):
-            bound = signature.bind(*args, **options)
-            for name, check in checks.items():
-                if name in bound.arguments:
-                    bound.arguments[name] = check(name, bound.arguments[name])
-            models = [
-                value for name, value in bound.arguments.items() if _holds(checks.get(name), value)
-            ]
-            with locked(*models):
-                return function(*bound.args, **bound.kwargs)
-
-        return call
-
-    return decorate
-
-
-def _holds(check: Check | None, value: object) -> bool:
-    """Whether a value is a model that the call holds."""
-    options = check.checks if isinstance(check, AnyOf) else [check]
-    wanted = any(isinstance(option, Model) and option.hold for option in options)
-    return wanted and isinstance(value, PreTrainedModel)
-
-
-def check_fields(record: object, **checks: Check) -> None:
-    """Check a dataclass's fields, in its ``__post_init__``; frozen or not, they become plain.
-
-    Raises
-    ------
-    InvalidArgument
-        For the first field that its check refuses.
-    """
-    for name, check in checks.items():
-        object.__setattr__(record, name, check(name, getattr(record, name)))
+#: Types of weights that can be computed with.
+COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Model(Instance):
-    """A transformers model with weights that can be computed with; held while the call runs.
+    """A transformers model with weights that can be computed with.
 
     Parameters
     ----------
-    hold : bool
-        False for calls that only look at shapes, and so need not wait for others.
+    lock : bool
+        Lock it for the thread of the call; False for calls that only look at shapes.
     """
 
-    def __init__(self, hold: bool = True):
+    def __init__(self, lock: bool = True):
         super().__init__(PreTrainedModel, "lab.load_model returns a model and its tokenizer")
-        self.hold = hold
+        self.locks = lock
 
-    def __call__(self, name, value):
-        """Refuse weights of a type that nothing can be computed with."""
-        value = super().__call__(name, value)
-        odd = {p.dtype for p in value.parameters() if p.dtype not in COMPUTE_DTYPES}
+    def _convert(self, name, value):
+        model = super()._convert(name, value)
+        odd = {p.dtype for p in model.parameters() if p.dtype not in COMPUTE_DTYPES}
         if odd:
             kinds = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in odd))
             raise InvalidArgument(
                 f"{name} has weights of type {kinds}; expected float32, bfloat16, float16 or "
                 "float64 (it is quantised); load the checkpoint it was made from, or dequantise it"
             )
-        return value
-
-
-COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+        return model
 
 
 class Tokenizer(Instance):
@@ -116,25 +55,21 @@ class Device(Check):
     """A device that this machine has, as a string or `torch.device`."""
 
     expected = "a device of this machine: " + ", ".join(
-        repr(name)
-        for name, there in (
-            ("cpu", True), ("cuda", torch.cuda.is_available()),
-            ("mps", torch.backends.mps.is_available()),
-        )
-        if there
-    )  # fmt: skip
+        repr(device)
+        for device in ("cpu", "cuda", "mps")
+        if device == "cpu" or getattr(torch, device).is_available()
+    )
     remedy = "leave it out for the best one"
 
-    def take(self, value):
-        """A `torch.device` on which a tensor can be made."""
-        if not isinstance(value, str | torch.device):
-            return REFUSED
-        with contextlib.suppress(RuntimeError, AssertionError, ImportError, NotImplementedError):
+    def _convert(self, name, value):
+        require(isinstance(value, str | torch.device))
+        try:
             device = torch.device(value)
-            if device.type != "meta":
-                torch.empty(0, device=device)
-                return device
-        return REFUSED
+            require(device.type != "meta")
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError, ImportError, NotImplementedError):
+            raise Mismatch from None
+        return device
 
 
 class Dtype(Check):
@@ -142,10 +77,10 @@ class Dtype(Check):
 
     expected = "a type of weights: 'float32', 'bfloat16', 'float16' or 'float64'"
 
-    def take(self, value):
-        """A `torch.dtype`."""
-        found = getattr(torch, value, None) if isinstance(value, str) else value
-        return found if isinstance(found, torch.dtype) and found in COMPUTE_DTYPES else REFUSED
+    def _convert(self, name, value):
+        dtype = getattr(torch, value, None) if isinstance(value, str) else value
+        require(isinstance(dtype, torch.dtype) and dtype in COMPUTE_DTYPES)
+        return dtype
 
 
 class Texts(Check):
@@ -153,27 +88,20 @@ class Texts(Check):
 
     expected = "texts: a Part such as domain.test, a string, or a list of strings"
 
-    def __call__(self, name, value):
-        """Say which part to pass where a whole domain is given."""
+    def _convert(self, name, value):
         if hasattr(value, "calibration"):
-            remedy = "pass one of its parts, e.g. domain.test"
             raise InvalidArgument(
-                f"{name} is the Domain {value.name!r}; expected one part; {remedy}"
+                f"{name} is the Domain {value.name!r}; expected one part; pass one of its parts, "
+                "e.g. domain.test"
             )
-        return super().__call__(name, value)
-
-    def take(self, value):
-        """A string, or a sequence of them (other iterables become a list)."""
         if isinstance(value, str):
             return well_formed(value)
-        odd = bytes | Mapping | Set | torch.Tensor | pd.DataFrame  # a set has no order
-        if isinstance(value, odd) or not isinstance(value, Iterable):
-            return REFUSED
+        not_texts = bytes | Mapping | Set | torch.Tensor | pd.DataFrame  # a set has no order
+        require(isinstance(value, Iterable) and not isinstance(value, not_texts))
         value = value if isinstance(value, Sequence) else list(value)
-        if not all(isinstance(text, str) for text in value):
-            return REFUSED
-        same = all(well_formed(text) is text for text in value)
-        return value if same else [well_formed(text) for text in value]
+        require(all(isinstance(text, str) for text in value))
+        valid = [well_formed(text) for text in value]
+        return value if all(map(str.__eq__, valid, value)) else valid
 
 
 class Frame(Check):
@@ -187,59 +115,35 @@ class Frame(Check):
 
     def __init__(self, names: Sequence[str] = (), numbers: Sequence[str] = ()):
         self.names, self.numbers = names, numbers
-        columns = ", ".join(map(repr, (*self.names, *self.numbers)))
+        columns = ", ".join(map(repr, (*names, *numbers)))
         self.expected = "a DataFrame" + (columns and f" with columns {columns:.200}")
 
-    def take(self, value):
-        """The frame itself."""
-        if not isinstance(value, pd.DataFrame) or {*self.names, *self.numbers} - {*value.columns}:
-            return REFUSED
-        numeric = (pd.api.types.is_numeric_dtype(value[name]) for name in self.numbers)
-        return value if value.empty or all(numeric) else REFUSED
+    def _convert(self, name, value):
+        require(isinstance(value, pd.DataFrame))
+        require({*self.names, *self.numbers} <= {*value.columns})
+        numeric = (pd.api.types.is_numeric_dtype(value[column]) for column in self.numbers)
+        require(value.empty or all(numeric))
+        return value
 
 
 class Batches(Check):
-    """Batches of token ids, as `tokenize` gives them; an iterator is checked as it is read.
-
-    Parameters
-    ----------
-    again : bool
-        Whether they are read more than once: an iterator becomes a list.
-    """
+    """Batches of token ids, as `tokenize` gives them; an iterator becomes a list."""
 
     expected = "an iterable of {'input_ids', 'attention_mask'} tensors [batch, token]"
     remedy = "lab.tokenize(domain.calibration, tokenizer) gives it"
 
-    def __init__(self, again: bool = False):
-        self.again = again
-
-    def __call__(self, name, value):
-        """Refuse what is no batch, naming its place."""
-        odd = isinstance(value, str | bytes | Mapping | torch.Tensor | np.ndarray)
-        if odd or hasattr(value, "calibration") or not isinstance(value, Iterable):
-            remedy = "put it into a list" if isinstance(value, Mapping) else self.remedy
-            raise invalid(name, value, self.expected, remedy)
-        if not isinstance(value, Sequence) and self.again:
-            value = list(value)
-        if not isinstance(value, Sequence):
-            return self._as_read(name, value)
-        if not len(value):
+    def _convert(self, name, value):
+        if isinstance(value, Mapping):
+            raise invalid(name, value, self.expected, "put it into a list")
+        not_batches = isinstance(value, str | bytes | torch.Tensor | np.ndarray)
+        require(isinstance(value, Iterable) and not not_batches)
+        require(not hasattr(value, "calibration"))  # a domain
+        batches = value if isinstance(value, Sequence) else list(value)
+        if not len(batches):
             raise invalid(name, value, "at least one batch (there are no tokens)", self.remedy)
-        for place, batch in enumerate(value):
-            check_batch(f"{name}[{place}]", batch)
-        return value
-
-    def take(self, value):
-        """As a call says; for lists of batches."""
-        try:
-            return self("it", value)
-        except InvalidArgument:
-            return REFUSED
-
-    def _as_read(self, name: str, batches: Iterable) -> Iterator:
-        for place, batch in enumerate(batches):
-            check_batch(f"{name}[{place}]", batch)
-            yield batch
+        for i, batch in enumerate(batches):
+            check_batch(f"{name}[{i}]", batch)
+        return batches
 
 
 def check_batch(name: str, batch: object) -> None:

@@ -1,115 +1,97 @@
-"""Checks of plain values: numbers, flags, choices, paths, lists."""
+"""Checks of plain values: numbers, flags, choices, strings, paths, lists, dictionaries."""
 
 from __future__ import annotations
 
 import math
+import operator
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
 
 import numpy as np
 import pandas as pd
 import torch
 
+from .messages import invalid, suggest
 from .paths import UnusablePath, to_path
 from .python_values import to_python, well_formed
-from .words import suggest
 
 
-class InvalidArgument(ValueError, TypeError):
-    """An argument of the wrong type or out of range."""
+class Mismatch(Exception):
+    """A value is not what its check expects."""
 
 
-def invalid(name: str, value: object, expected: str, remedy: str = "") -> InvalidArgument:
-    """The error of an argument: its name and value, what is expected, what to do."""
-    return InvalidArgument(
-        f"{name} is {_shown(value)}; expected {expected}{remedy and '; '}{remedy}"
-    )
-
-
-def _shown(value: object) -> str:
-    """A value in at most 60 characters; arrays, models and the like by their kind."""
-    if isinstance(value, torch.Tensor | np.ndarray) and value.ndim:
-        return f"a {type(value).__name__} of shape {[*value.shape]}"
-    if isinstance(value, torch.nn.Module) or not _is_plain(value):
-        return f"a {type(value).__name__}"
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _is_plain(value: object) -> bool:
-    kinds = (str, bytes, Real, Sequence, Mapping, set, os.PathLike, torch.Tensor, torch.dtype)
-    return value is None or isinstance(value, (*kinds, np.ndarray, np.generic, torch.device, type))
+def require(allowed: bool) -> None:
+    """Raise `Mismatch` unless the value is allowed."""
+    if not allowed:
+        raise Mismatch
 
 
 class Check:
-    """What an argument may be.
+    """Rule for one argument; ``a | b`` allows either, ``a | None`` also None.
 
-    Parameters
+    Attributes
     ----------
     expected : str
-        In words, for the error.
+        What is allowed, in words, for the error.
     remedy : str
-        What to do instead, if that is not clear from `expected`.
+        What to do instead, where `expected` does not tell.
+    locks : bool
+        Whether a call locks the value (a model) for its thread.
     """
 
     expected = "something else"
     remedy = ""
+    locks = False
 
     def __call__(self, name: str, value: object) -> object:
-        """The value as the function takes it.
+        """Return the value in the form that the function works with.
 
         Raises
         ------
         InvalidArgument
             If it is not allowed.
         """
-        taken = self.take(value)
-        if taken is REFUSED:
-            raise invalid(name, value, self.expected, self.remedy)
-        return taken
+        try:
+            return self._convert(name, value)
+        except Mismatch:
+            raise invalid(name, value, self.expected, self.remedy) from None
 
-    def take(self, value: object) -> object:
-        """The value in the form that the function works with, or `REFUSED`."""
+    def _convert(self, name: str, value: object) -> object:
+        """Return the converted value.
+
+        Raises
+        ------
+        Mismatch
+            If it is not what is expected.
+        InvalidArgument
+            If it is not, and the check can say more than that.
+        """
         raise NotImplementedError
 
     def __or__(self, other: Check | None) -> Check:
         return AnyOf(self, Nothing() if other is None else other)
 
 
-class _Refused:
-    """The answer of a check that refuses; no value of a user."""
-
-
-REFUSED = _Refused()
-
-
 class AnyOf(Check):
-    """One of several checks; the first that takes the value."""
+    """One of several checks; the first that allows the value converts it."""
 
     def __init__(self, *checks: Check):
         self.checks = checks
         self.expected = " or ".join(check.expected for check in checks)
         self.remedy = next((check.remedy for check in checks if check.remedy), "")
+        self.locks = any(check.locks for check in checks)
 
-    def __call__(self, name, value):
-        """As the first check that takes it says; a check with words of its own says them."""
-        refusals = []
+    def _convert(self, name, value):
+        details = []
         for check in self.checks:
             try:
-                return check(name, value)
-            except InvalidArgument as error:
-                refusals.append((check, error))
-        rest = [(c, error) for c, error in refusals if not isinstance(c, Nothing)]
-        if len(rest) == 1 and type(rest[0][0]).__call__ is not Check.__call__:
-            raise rest[0][1]
-        raise invalid(name, value, self.expected, self.remedy)
-
-    def take(self, value):
-        """Ask one after the other."""
-        return next(
-            (t for t in (check.take(value) for check in self.checks) if t is not REFUSED), REFUSED
-        )
+                return check._convert(name, value)
+            except Mismatch:
+                continue
+            except ValueError as error:
+                details.append(error)
+        raise details[0] if details else Mismatch
 
 
 class Nothing(Check):
@@ -117,9 +99,8 @@ class Nothing(Check):
 
     expected = "None"
 
-    def take(self, value):
-        """Only None."""
-        return None if value is None else REFUSED
+    def _convert(self, name, value):
+        require(value is None)
 
 
 class Number(Check):
@@ -136,39 +117,29 @@ class Number(Check):
     kind = "number"
 
     def __init__(self, low=None, high=None, above=None, below=None):
-        self.low, self.high, self.above, self.below = low, high, above, below
-        bounds = [
-            (f"above {above}", above), (f"of at least {low}", low),
-            (f"below {below}", below), (f"of at most {high}", high),
-        ]  # fmt: skip
-        limits = " and ".join(words for words, bound in bounds if bound is not None)
+        bounds = (
+            ("above", above, operator.gt),
+            ("of at least", low, operator.ge),
+            ("below", below, operator.lt),
+            ("of at most", high, operator.le),
+        )
+        self.bounds = [each for each in bounds if each[1] is not None]
+        self.infinite = {low, high} & {-math.inf, math.inf}
+        limits = " and ".join(f"{words} {bound}" for words, bound, _ in self.bounds)
         self.expected = f"a {self.kind} {limits}".strip()
 
-    def take(self, value):
-        """A Python number in range."""
-        value = self.number(to_python(value))
-        if (
-            value is REFUSED
-            or math.isnan(value)
-            or (math.isinf(value) and value not in (self.low, self.high))
-        ):
-            return REFUSED
-        inside = (
-            (self.low is None or value >= self.low)
-            and (self.high is None or value <= self.high)
-            and (self.above is None or value > self.above)
-            and (self.below is None or value < self.below)
-        )
-        return value if inside else REFUSED
+    def _convert(self, name, value):
+        value = self._number(to_python(value))
+        require(math.isfinite(value) or value in self.infinite)
+        require(all(within(value, bound) for _, bound, within in self.bounds))
+        return value
 
-    def number(self, value):
-        """A real number that is no truth value, as Python's int or float."""
-        if not isinstance(value, Real) or isinstance(value, bool):
-            return REFUSED
+    def _number(self, value: object) -> int | float:
+        require(isinstance(value, Real) and not isinstance(value, bool))
         try:
             as_float = float(value)
         except OverflowError:
-            return REFUSED
+            raise Mismatch from None
         return int(value) if isinstance(value, Integral) else as_float
 
 
@@ -180,23 +151,21 @@ class Integer(Number):
     def __init__(self, low=None, high=None):
         super().__init__(low, high)
 
-    def number(self, value):
-        """An integer, or a float that is one."""
-        value = super().number(value)
-        if value is REFUSED or isinstance(value, Integral):
-            return value
-        return int(value) if value.is_integer() else REFUSED
+    def _number(self, value):
+        value = super()._number(value)
+        require(isinstance(value, int) or value.is_integer())
+        return int(value)
 
 
 class Flag(Check):
-    """True or False."""
+    """True or False, also NumPy's."""
 
     expected = "True or False"
 
-    def take(self, value):
-        """A truth value, also NumPy's."""
+    def _convert(self, name, value):
         value = to_python(value)
-        return value if isinstance(value, bool) else REFUSED
+        require(isinstance(value, bool))
+        return value
 
 
 class OneOf(Check):
@@ -216,27 +185,22 @@ class OneOf(Check):
         """The choices."""
         return f"one of {', '.join(map(repr, self.choices))}"
 
-    def __call__(self, name, value):
-        """Also offer what was probably meant."""
-        if self.take(value) is REFUSED and isinstance(value, str):
-            close = suggest(value, [*self.choices])
-            remedy = close if close.startswith("did") else ""
-            raise invalid(name, value, self.expected, remedy)
-        return super().__call__(name, value)
-
-    def take(self, value):
-        """The string itself."""
-        return value if isinstance(value, str) and value in self.choices else REFUSED
+    def _convert(self, name, value):
+        require(isinstance(value, str))
+        if value not in self.choices:
+            hint = suggest(value, [*self.choices])
+            raise invalid(name, value, self.expected, hint if hint.startswith("did") else "")
+        return value
 
 
 class Text(Check):
-    """A string."""
+    """A string, also NumPy's; made valid Unicode."""
 
     expected = "a string"
 
-    def take(self, value):
-        """Any string, also NumPy's, as `well_formed` has it."""
-        return well_formed(str(value)) if isinstance(value, str) else REFUSED
+    def _convert(self, name, value):
+        require(isinstance(value, str))
+        return well_formed(str(value))
 
 
 class Location(Check):
@@ -244,20 +208,18 @@ class Location(Check):
 
     expected = "a path (str or os.PathLike)"
 
-    def take(self, value):
-        """A string that is not empty, or a path."""
-        if not isinstance(value, str | os.PathLike) or not value:
-            return REFUSED
+    def _convert(self, name, value):
+        require(isinstance(value, str | os.PathLike) and bool(value))
         try:
-            found = to_path(value)
+            path = to_path(value)
         except UnusablePath:
-            return REFUSED
+            raise Mismatch from None
         # text stays as it is written: "tiny-opt" may be a name, and a slash at its end says folder
-        return os.path.expanduser(value) if isinstance(value, str) else found  # noqa: PTH111
+        return os.path.expanduser(value) if isinstance(value, str) else path  # noqa: PTH111
 
 
 class ListOf(Check):
-    """A sequence whose items another check takes; the function gets a tuple.
+    """A sequence whose items another check allows.
 
     Parameters
     ----------
@@ -265,42 +227,33 @@ class ListOf(Check):
         For every item.
     least : int
         Items needed.
+    kind : type
+        What the function gets: ``tuple``, or ``list`` for data that goes to JSON.
     """
 
-    def __init__(self, item: Check, least: int = 0):
-        self.item, self.least = item, least
+    def __init__(self, item: Check, least: int = 0, kind: type = tuple):
+        self.item, self.least, self.kind = item, least, kind
         self.expected = f"a list, each item {item.expected}"
         if least:
             self.expected += f", with at least {least}"
 
-    def take(self, value):
-        """A tuple of what the items are taken as."""
-        odd = str | bytes | Mapping | pd.DataFrame  # a frame's items are its columns' names
-        if isinstance(value, odd) or not isinstance(value, Iterable):
-            return REFUSED
+    def _convert(self, name, value):
+        not_lists = str | bytes | Mapping | pd.DataFrame  # a frame's items are its columns' names
+        require(isinstance(value, Iterable) and not isinstance(value, not_lists))
         if isinstance(value, torch.Tensor | np.ndarray):
-            value = value.tolist() if value.ndim == 1 else [REFUSED]
-        items = tuple(self.item.take(item) for item in value)
-        return (
-            REFUSED if len(items) < self.least or any(item is REFUSED for item in items) else items
-        )
-
-
-class Items(ListOf):
-    """As `ListOf`, for data that goes to JSON: the function gets a list."""
-
-    def take(self, value):
-        """A list; long ones of whole numbers are checked by their extremes."""
-        if isinstance(self.item, Integer) and isinstance(value, list) and value:
-            ends = (min(value), max(value)) if {*map(type, value)} == {int} else (REFUSED,)
-            if all(self.item.take(end) is not REFUSED for end in ends):
-                return value
-        taken = super().take(value)
-        return taken if taken is REFUSED else list(taken)
+            require(value.ndim == 1)
+            value = value.tolist()
+        value = list(value)
+        require(len(value) >= self.least)
+        if isinstance(self.item, Integer) and {*map(type, value)} == {int}:
+            self.item(f"the least of {name}", min(value))  # long lists of indices: by their ends
+            self.item(f"the greatest of {name}", max(value))
+            return self.kind(value)
+        return self.kind(self.item(f"{name}[{i}]", item) for i, item in enumerate(value))
 
 
 class DictOf(Check):
-    """A mapping whose keys and values other checks take; the function gets a dictionary.
+    """A mapping whose keys and values other checks allow; the function gets a dictionary.
 
     Parameters
     ----------
@@ -320,42 +273,38 @@ class DictOf(Check):
         if least:
             self.expected += f", with at least {least}"
 
-    def take(self, value):
-        """A dictionary of what keys and values are taken as."""
-        if not isinstance(value, Mapping) or len(value) < self.least:
-            return REFUSED
-        keys = [self.key.take(key) for key in value]
-        take = self.value.take if self.value else to_python
-        values = [take(each) for each in value.values()]
-        return (
-            REFUSED
-            if any(each is REFUSED for each in (*keys, *values))
-            else dict(zip(keys, values, strict=True))
-        )
+    def _convert(self, name, value):
+        require(isinstance(value, Mapping) and len(value) >= self.least)
+        return {
+            self.key(f"a key of {name}", key): to_python(item)
+            if self.value is None
+            else self.value(f"{name}[{key!r:.60}]", item)
+            for key, item in value.items()
+        }
 
 
 class Array(Check):
-    """Numbers in one dimension."""
+    """Numbers in one dimension, as a NumPy array."""
 
     expected = "an array of numbers in one dimension"
 
-    def take(self, value):
-        """An array of NumPy's."""
+    def _convert(self, name, value):
         try:
-            found = np.asarray(value)
+            array = np.asarray(value)
         except (ValueError, TypeError, RuntimeError):
-            return REFUSED
-        return found if found.ndim == 1 and found.dtype.kind in "iuf" else REFUSED
+            raise Mismatch from None
+        require(array.ndim == 1 and array.dtype.kind in "iuf")
+        return array
 
 
 class Function(Check):
-    """Something to be called."""
+    """A callable; no module of torch."""
 
     expected = "a function"
 
-    def take(self, value):
-        """Any callable but a module."""
-        return value if callable(value) and not isinstance(value, torch.nn.Module) else REFUSED
+    def _convert(self, name, value):
+        require(callable(value) and not isinstance(value, torch.nn.Module))
+        return value
 
 
 class Instance(Check):
@@ -371,9 +320,8 @@ class Instance(Check):
 
     def __init__(self, kind: type, remedy: str = ""):
         self.kind, self.remedy = kind, remedy
-        article = "an" if kind.__name__[0] in "AEIOU" else "a"
-        self.expected = f"{article} {kind.__name__}"
+        self.expected = f"{'an' if kind.__name__[0] in 'AEIOU' else 'a'} {kind.__name__}"
 
-    def take(self, value):
-        """The object itself."""
-        return value if isinstance(value, self.kind) else REFUSED
+    def _convert(self, name, value):
+        require(isinstance(value, self.kind))
+        return value

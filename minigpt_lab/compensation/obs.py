@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from ..calibration import Indefinite, damped_inverse, refit
-from ..checks import REFUSED, Function, Integer, ListOf, OneOf, safe_contextmanager
+from ..checks import Function, Integer, ListOf, OneOf, safe_contextmanager
 
 Schedule = Callable[[int, int], int]  # (removed so far, to remove) -> size of the next group
 
@@ -59,7 +59,7 @@ def group_schedule(schedule: str | int | Schedule) -> Schedule:
     """
     if isinstance(schedule, str):
         rule = SCHEDULES[OneOf(SCHEDULES)("schedule", schedule)]
-    elif Function().take(schedule) is not REFUSED:
+    elif callable(schedule):
         rule = schedule
     else:
         expected = Integer(1) | OneOf(SCHEDULES) | Function()

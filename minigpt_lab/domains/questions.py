@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..checks import REFUSED, Integer, ListOf, Text, invalid, to_python
+from ..checks import Integer, ListOf, Text
 from ..store import cached, fetch, pinned_packages, read_archive, read_text
 from .passages import CJK, count_words, cut, near_duplicates, sentences, split_words
 from .sources import plain as plain_text
@@ -61,9 +61,7 @@ class Question:
     def __post_init__(self):
         for name in ("question", "context", "source", "licence"):
             object.__setattr__(self, name, Text()(name, getattr(self, name)).strip())
-        choices = ListOf(Text()).take(self.choices)
-        if not isinstance(choices, tuple):
-            raise invalid(f"the choices of {self!s}", self.choices, "a list of texts")
+        choices = ListOf(Text())(f"the choices of {self!s}", self.choices)
         object.__setattr__(self, "choices", tuple(choice.strip() for choice in choices))
         if not self.question:
             raise ValueError(f"a question without words (choices {self.choices})")
@@ -71,11 +69,8 @@ class Question:
             raise ValueError(f"{self!s} has choices {self.choices}; expected at least 2, different")
         if not all(self.choices):
             raise ValueError(f"{self!s} has an empty choice: {self.choices}; leave it out")
-        index = Integer(0, len(self.choices) - 1).take(self.answer)
-        if index is REFUSED or isinstance(to_python(self.answer), float):
-            what = f"{self!s} is a question without the right answer among its choices: answer"
-            raise invalid(what, self.answer, f"an index from 0 to {len(self.choices) - 1}")
-        object.__setattr__(self, "answer", index)
+        index = Integer(0, len(self.choices) - 1)
+        object.__setattr__(self, "answer", index(f"the answer to {self!s}", self.answer))
 
     def __str__(self) -> str:
         return repr(self.question if len(self.question) <= 60 else f"{self.question[:57]}...")

@@ -281,7 +281,7 @@ def _beside(notebook: Path, default: object) -> object:
     return str(path.resolve()) if path.exists() else default
 
 
-@checked(notebook=Text(), namespace=Instance(Mapping), model=Model(hold=False) | None)
+@checked(notebook=Text(), namespace=Instance(Mapping), model=Model(lock=False) | None)
 def record(
     notebook: str,
     namespace: Mapping[str, object],

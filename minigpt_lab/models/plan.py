@@ -17,24 +17,24 @@ import numpy as np
 import pandas as pd
 from transformers import PreTrainedModel
 
-from ..checks import DictOf, Integer, Items, Location, Model, Number, OneOf, Text, checked, to_path
+from ..checks import DictOf, Integer, ListOf, Location, Model, Number, OneOf, Text, checked, to_path
 from ..store import DamagedFile, read_cached, read_json, write_json
 from .anatomy import Anatomy, weight_axis
 from .architectures import ALL_SITES, ATTENTION_UNITS, SITES
 from .sizes import Size, layer_parameters, token_parameters
 
-_INDICES = Items(Integer(0))
+_INDICES = ListOf(Integer(0), kind=list)
 _SIDES = OneOf(["input", "output", "bias"])
 _NEURONS = OneOf(["input", "output", "bias", "activation"])
 _FIELDS = {
     "model_hash": Text(),
-    "units": DictOf(OneOf(ALL_SITES), Items(Integer(1))),
-    "keep": DictOf(OneOf(ALL_SITES), Items(_INDICES)),
+    "units": DictOf(OneOf(ALL_SITES), ListOf(Integer(1), kind=list)),
+    "keep": DictOf(OneOf(ALL_SITES), ListOf(_INDICES, kind=list)),
     "zero": DictOf(Text(), DictOf(_SIDES, _INDICES)),
     "vocabulary_size": Integer(0),
     "vocabulary": _INDICES | None,
     "origin": DictOf(Text()),
-    "shift": DictOf(Text(), Items(Number())),
+    "shift": DictOf(Text(), ListOf(Number(), kind=list)),
     "neurons": DictOf(Text(), DictOf(_NEURONS, _INDICES)),
 }
 _AXES = {"input": "input", "output": "output", "bias": "output"}
@@ -118,7 +118,7 @@ class PruningPlan:
             for total, units in zip(self.units[site], self.keep[site], strict=True)
         ]
 
-    @checked(model=Model(hold=False))
+    @checked(model=Model(lock=False))
     def require(self, model: PreTrainedModel) -> Anatomy:
         """The model's anatomy, if the plan fits the model's shape.
 
@@ -174,7 +174,7 @@ class PruningPlan:
                 )
         return anatomy
 
-    @checked(model=Model(hold=False))
+    @checked(model=Model(lock=False))
     def predicted_size(self, model: PreTrainedModel) -> Size:
         """What `surgery.shrink` would make of `model`, from shapes alone.
 
@@ -220,7 +220,7 @@ class PruningPlan:
         paper = dense - self.paper_zeros(model)
         return Size(stored, stored - zeroed, dense, layers_stored, layers_dense, paper)
 
-    @checked(model=Model(hold=False))
+    @checked(model=Model(lock=False))
     def paper_zeros(self, model: PreTrainedModel) -> int:
         """Weights that the code of Mini-GPTs sets to zero, where this plan cuts.
 

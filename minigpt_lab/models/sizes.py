@@ -95,7 +95,7 @@ def layer_parameters(model: PreTrainedModel) -> int:
     return sum(p.numel() for layer in Anatomy(model).layers for p in layer.parameters())
 
 
-@checked(model=Model(hold=False))
+@checked(model=Model(lock=False))
 def describe(model: PreTrainedModel) -> pd.DataFrame:
     """What can be pruned on this model.
 

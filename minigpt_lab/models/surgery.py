@@ -28,7 +28,7 @@ _PLAN = Instance(PruningPlan, "pass it after the model: shrink(model, plan), mas
 _masks: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model to the masks on it
 
 
-@checked(plan=_PLAN, model=Model(hold=False))
+@checked(plan=_PLAN, model=Model(lock=False))
 @safe_contextmanager
 def masked(model: PreTrainedModel, plan: PruningPlan) -> Iterator[PreTrainedModel]:
     """Zero everything that a plan cuts; every weight is its old self, bit for bit, on leaving.

@@ -209,7 +209,7 @@ def _renumber_post_processor(node: object, new: dict[int, int]) -> None:
                 _renumber_post_processor(value, new)
 
 
-@checked(model=Model(hold=False), tokenizer=Tokenizer())
+@checked(model=Model(lock=False), tokenizer=Tokenizer())
 def tokenizer_for(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> PreTrainedTokenizerBase:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..checks import REFUSED, Function, InvalidArgument, ListOf, Number, as_json, suggest
+from ..checks import InvalidArgument, ListOf, Number, as_json, suggest
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def allocation_rule(allocation: str | Allocation | Sequence[float]) -> Allocatio
     ValueError
         If the name is unknown.
     """
-    if Function().take(allocation) is not REFUSED:
+    if callable(allocation):
         return _answering(allocation)
     if not isinstance(allocation, str) and isinstance(allocation, Iterable):
         return _given(ListOf(Number(0), 1)("allocation", allocation))

@@ -9,7 +9,6 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from ..checks import (
-    REFUSED,
     Instance,
     Integer,
     ListOf,
@@ -259,8 +258,8 @@ def prunable_sites(
 
 def check_keep_layers(keep_layers: tuple[int, int]) -> tuple[int, int]:
     """How many layers stay whole at either end, checked."""
-    ends = ListOf(Integer(0)).take(keep_layers)
-    if ends is REFUSED or len(ends) != 2:
+    ends = ListOf(Integer(0))("keep_layers", keep_layers)
+    if len(ends) != 2:
         raise invalid("keep_layers", keep_layers, "how many at either end, as in (1, 1)")
     return ends
 

@@ -10,7 +10,7 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..calibration import Statistics
-from ..checks import REFUSED, Instance, ListOf, Model, Number, Tokenizer, checked, invalid
+from ..checks import Instance, ListOf, Model, Number, Tokenizer, checked, invalid
 from ..criteria import attention_site
 from ..models import (
     Anatomy,
@@ -276,11 +276,7 @@ def _all_cut_neurons(zero: dict, cut: dict) -> dict[str, dict[str, list[int]]]:
 
 def _counted(token_counts: object) -> np.ndarray:
     """Counts of tokens as an array."""
-    counts = ListOf(Number(0)).take(token_counts)
-    if counts is REFUSED or not len(counts):
-        expected = "a count, 0 or more, for every token"
-        raise invalid("token_counts", token_counts, expected, "lab.count_tokens gives them")
-    return np.array(counts)
+    return np.array(ListOf(Number(0), least=1)("token_counts", token_counts))
 
 
 def _staying_tokens(model, statistics, tokenizer, counts, epsilon) -> list[int]:

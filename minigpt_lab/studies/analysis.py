@@ -359,7 +359,7 @@ def knee(curve: pd.DataFrame, x: str = "nonzero_ratio", y: str = "perplexity_rat
 
 @checked(
     variant=Text(), **PAIR, texts=TEXTS,
-    dense=Model(hold=False) | None,
+    dense=Model(lock=False) | None,
 )  # fmt: skip
 def measure(
     variant: str,

@@ -17,7 +17,7 @@ from ..checks import (
 )
 from ..domains import Part
 
-BATCHES = Batches(again=True)
+BATCHES = Batches()
 CACHE = Flag() | Location()
 COUNTS = Array() | None
 DRAWS = {"draws": Integer(1), "seed": Integer(0)}

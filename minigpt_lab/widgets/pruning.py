@@ -47,7 +47,7 @@ class ThresholdExplorer(Explorer):
     """
 
     @checked(
-        model=Model(hold=False), statistics=DictOf(Text(), Instance(Statistics), 1), domain=Text(),
+        model=Model(lock=False), statistics=DictOf(Text(), Instance(Statistics), 1), domain=Text(),
         epsilon=Number(low=0), token_counts=DictOf(Text(), Array(), 1) | None,
         sweeps=DictOf(Text(), Instance(pd.DataFrame), 1) | None,
     )  # fmt: skip
@@ -223,7 +223,7 @@ class RatioExplorer(Explorer):
     """
 
     @checked(
-        model=Model(hold=False), scores=DictOf(Text(), Instance(Scores), 1),
+        model=Model(lock=False), scores=DictOf(Text(), Instance(Scores), 1),
         ratio=Number(low=0, high=_MOST),
     )  # fmt: skip
     def __init__(self, model: PreTrainedModel, scores: Mapping[str, Scores], ratio: float = 0.2):

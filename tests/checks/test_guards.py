@@ -10,8 +10,7 @@ import time
 import pytest
 import torch
 
-from minigpt_lab.checks import guards
-from minigpt_lab.checks.guards import locked, safe_contextmanager
+from minigpt_lab.checks import guards, locked, safe_contextmanager
 
 
 def test_a_second_thread_waits_for_the_model_and_the_same_one_does_not():

@@ -19,14 +19,17 @@ BUILT = lab.domain_names(tiny=True) + ["games", "translation"]
 
 def test_a_bad_question_is_refused():
     for fields, words in (
-        (("Why?", ("a", "b"), 2), "without the right answer among its choices.*0 to 1"),
-        (("Why?", ("a", "b"), None), "without the right answer"),
-        (("Why?", ("a", "b"), True), "without the right answer"),
+        (
+            ("Why?", ("a", "b"), 2),
+            "the answer to .Why.. is 2; expected .* of at most 1",
+        ),
+        (("Why?", ("a", "b"), None), "the answer to .* is None"),
+        (("Why?", ("a", "b"), True), "the answer to .* is True"),
         (("Why?", ("a",), 0), "at least 2, different"),
         (("Why?", ("a", " a "), 0), "at least 2, different"),
         (("Why?", ("a", " "), 0), "empty choice"),
-        (("Why?", (1, 2), 0), "expected a list of texts"),
-        (("Why?", "ab", 0), "expected a list of texts"),
+        (("Why?", (1, 2), 0), "expected a string"),
+        (("Why?", "ab", 0), "expected a list, each item a string"),
         ((" ", ("a", "b"), 0), "without words"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -170,7 +173,7 @@ def test_a_users_own_questions(tmp_path):
     ]
     for line, words in (
         ('{"question": "One?", "choices": ["a", "b"]}', "line 1: no answer; expected a question"),
-        ('{"question": "One?", "choices": ["a", "b"], "answer": "c"}', "line 1: .*right answer"),
+        ('{"question": "One?", "choices": ["a", "b"], "answer": "c"}', "line 1: .*answer to .One"),
         ('{"question": "One?", "choices": 3, "answer": 0}', "questions.jsonl, line 1"),
         ("[1]", "questions.jsonl, line 1"),
         ('{"question": ', "questions.jsonl, line 1"),

@@ -189,7 +189,9 @@ def test_bad_input_is_named(tiny, tiny_domain, monkeypatch):
     ):
         with pytest.raises(ValueError, match=words):
             lab.answer_questions(model, tokenizer, **{"questions": ITEMS, **arguments})
-    for wrong in (tiny_domain, ["Why?"], ITEMS[0]):
+    with pytest.raises(TypeError, match=r"questions\[0\] is 'Why.'; expected a Question"):
+        lab.answer_questions(model, tokenizer, ["Why?"])
+    for wrong in (tiny_domain, ITEMS[0]):
         with pytest.raises(TypeError, match="pass e.g. domain.questions"):
             lab.answer_questions(model, tokenizer, wrong)
         with pytest.raises(TypeError, match="pass e.g. domain.questions"):
