@@ -68,7 +68,7 @@ def tiny_domain():
 def tiny_statistics(tiny, tiny_domain):
     """Of the tiny model on its domain, 512 tokens; read-only."""
     model, tokenizer = tiny
-    batches = lab.tokenize(tiny_domain.calibration, tokenizer, 64, 512)
+    batches = lab.tokenize(tiny_domain.calibration, tokenizer, seq_len=64, max_tokens=512)
     return lab.collect_statistics(model, batches, progress=False)
 
 

@@ -116,7 +116,7 @@ def picture(model, weights: bool = True) -> dict[str, object]:
     return found
 
 
-SHORT = {"seq_len": 32, "tokens": 512, "eval_every": 256, "eval_characters": 600}
+SHORT = {"seq_len": 32, "max_tokens": 512, "eval_every": 256, "eval_characters": 600}
 
 
 def spoil(model, value: float) -> None:

@@ -33,7 +33,7 @@ def test_a_real_model_becomes_a_smaller_real_model(tmp_path, all_cores):
     plan = lab.contextual_plan(
         model, statistics, epsilon_embedding=0.0, quantile=0.1, token_counts=counts
     )
-    text = lab.excerpt(domain.test, tokenizer, 1024)
+    text = lab.excerpt(domain.test, tokenizer, max_tokens=1024)
     size, protocol = plan.predicted_size(model), {"seq_len": 128}
     assert size.stored < 0.85 * size.dense
     dense = lab.perplexity(model, tokenizer, text, **protocol)

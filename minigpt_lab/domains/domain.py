@@ -159,7 +159,7 @@ class Domain:
 
 @checked(name_or_path=Location(), column=Text() | None, online=Flag())
 def load_domain(
-    name_or_path: str | os.PathLike, column: str | None = None, online: bool = False
+    name_or_path: str | os.PathLike, *, column: str | None = None, online: bool = False
 ) -> Domain:
     """A shipped domain, a user's own text, or a Hugging Face dataset, cut into disjoint parts.
 
@@ -251,7 +251,7 @@ def load_domains(names_or_paths: Iterable[str | os.PathLike]) -> list[Domain]:
 
 
 @checked(tiny=Flag())
-def domain_names(tiny: bool = False) -> list[str]:
+def domain_names(*, tiny: bool = False) -> list[str]:
     """Names of the shipped domains.
 
     Parameters
@@ -268,8 +268,8 @@ def domain_names(tiny: bool = False) -> list[str]:
     question_sources=ListOf(Instance(dict)),
 )  # fmt: skip
 def make_domain(
-    name: str, documents: Iterable[str], title: str = "", licence: str = "", attribution: str = "",
-    question_sources: Iterable[dict] = (),
+    name: str, documents: Iterable[str], *, title: str = "", licence: str = "",
+    attribution: str = "", question_sources: Iterable[dict] = (),
 ) -> Domain:  # fmt: skip
     """Cut documents into passages, drop near-duplicates and deal the rest into four parts.
 

@@ -24,51 +24,52 @@ class Batches(list):
     protected: np.ndarray
 
     @checked(count=Integer(1))
-    def draws(self, count: int = 2) -> list[Batches]:
-        """Draws of disjoint text and equal length: consecutive stretches of the windows.
+    def samples(self, count: int = 2) -> list[Batches]:
+        """Samples of disjoint text and equal length: consecutive stretches of the windows.
 
         Stretches, not every other window: neighbours come from the same document.
 
         Raises
         ------
         ValueError
-            If there are fewer windows than draws.
+            If there are fewer windows than samples.
         """
         rows = torch.cat([batch["input_ids"] for batch in self])
         if count > len(rows):
             raise ValueError(
-                f"{len(rows)} window(s) of {rows.shape[1]} tokens cannot give {count} draws; take "
-                "more tokens or a shorter seq_len"
+                f"{len(rows)} window(s) of {rows.shape[1]} tokens cannot give {count} samples; "
+                "take more tokens or a shorter seq_len"
             )
         size, length = len(self[0]["input_ids"]), len(rows) // count
         known = (self.source, self.tokenizer, self.merges, self.protected)
         return [_batches(part, size, *known) for part in rows[: count * length].split(length)]
 
 
-@checked(texts=Texts(), tokenizer=Tokenizer())
-def count_tokens(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+@checked(text=Texts(), tokenizer=Tokenizer())
+def count_tokens(text: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     """How often each token occurs in running text, ``[vocabulary]``; needs no model.
 
     For `contextual_plan`, which should know more of a domain's words than a short pass sees.
 
     Parameters
     ----------
-    texts : Part, str or iterable of str
+    text : Part, str or iterable of str
         Passages, joined as in `tokenize`.
     tokenizer : transformers.PreTrainedTokenizerBase
         What cuts them.
     """
-    ids = np.array(token_ids(texts, tokenizer), dtype=np.int64)
+    ids = np.array(token_ids(text, tokenizer), dtype=np.int64)
     return np.bincount(ids, minlength=len(tokenizer))
 
 
 _BUDGET = Integer(2) | None
 
 
-@checked(texts=Texts(), tokenizer=Tokenizer() | None, max_tokens=_BUDGET, max_characters=_BUDGET)
+@checked(text=Texts(), tokenizer=Tokenizer() | None, max_tokens=_BUDGET, max_characters=_BUDGET)
 def excerpt(
-    texts: Part | Sequence[str],
+    text: Part | Sequence[str],
     tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
     max_tokens: int | None = None,
     max_characters: int | None = None,
 ) -> Part | Sequence[str]:
@@ -79,7 +80,7 @@ def excerpt(
 
     Parameters
     ----------
-    texts : Part, str or sequence of str
+    text : Part, str or sequence of str
         Passages.
     tokenizer : transformers.PreTrainedTokenizerBase, optional
         What counts the tokens.
@@ -91,11 +92,11 @@ def excerpt(
     ValueError
         If a budget is below 2, there is no text, or nothing to count tokens with.
     """
-    passages = as_passages(texts)
+    passages = as_passages(text)
     if max_tokens is not None and tokenizer is None:
         raise InvalidArgument("tokenizer is None; expected one to count max_tokens with")
     if not any(passage.strip() for passage in passages):
-        raise ValueError(f"{texts if isinstance(texts, Part) else 'the text'} is empty")
+        raise ValueError(f"{text if isinstance(text, Part) else 'the text'} is empty")
     count = len(passages)
     if max_characters is not None:
         lengths = accumulate(len(passage) + len(SEPARATOR) for passage in passages)
@@ -104,7 +105,7 @@ def excerpt(
     if max_tokens is not None:
         count = _within(passages[:count], tokenizer, max_tokens)
     chosen = tuple(passages[:count])
-    return Part(texts.domain, texts.name, chosen) if isinstance(texts, Part) else chosen
+    return Part(text.domain, text.name, chosen) if isinstance(text, Part) else chosen
 
 
 def _within(passages: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> int:
@@ -126,12 +127,13 @@ def _within(passages: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_tok
 
 
 @checked(
-    texts=Texts(), tokenizer=Tokenizer(), seq_len=Integer(1), max_tokens=Integer(1) | None,
+    text=Texts(), tokenizer=Tokenizer(), seq_len=Integer(1), max_tokens=Integer(1) | None,
     batch_size=Integer(1),
 )  # fmt: skip
 def tokenize(
-    texts: Part | Sequence[str] | str,
+    text: Part | Sequence[str] | str,
     tokenizer: PreTrainedTokenizerBase,
+    *,
     seq_len: int = 256,
     max_tokens: int | None = None,
     batch_size: int = 8,
@@ -140,7 +142,7 @@ def tokenize(
 
     Parameters
     ----------
-    texts : Part, sequence of str, or str
+    text : Part, sequence of str, or str
         Passages in the order in which they are packed.
     tokenizer : transformers.PreTrainedTokenizerBase
         The model's tokenizer.
@@ -175,16 +177,16 @@ def tokenize(
         )
     step = seq_len - len(prefix)
     limit = None if max_tokens is None else max_tokens // seq_len * step
-    ids = token_ids(texts, tokenizer, limit)
+    ids = token_ids(text, tokenizer, limit)
     count = len(ids) // step
     if count == 0:
         raise ValueError(
-            f"{texts if isinstance(texts, Part) else 'the text'} has {len(ids)} tokens, less than "
+            f"{text if isinstance(text, Part) else 'the text'} has {len(ids)} tokens, less than "
             f"one window of seq_len={seq_len}; give more text or a shorter seq_len"
         )
     windows = torch.tensor(ids[: count * step]).reshape(-1, step)
     windows = torch.cat([torch.tensor([prefix] * len(windows), dtype=torch.long), windows], 1)
-    source = str(texts) if isinstance(texts, Part) else "text"
+    source = str(text) if isinstance(text, Part) else "text"
     merges, protected = merge_table(tokenizer), protected_tokens(tokenizer)
     return _batches(windows, batch_size, source, tokenizer, merges, protected)
 

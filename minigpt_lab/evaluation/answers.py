@@ -165,11 +165,12 @@ def answer_questions(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[Question],
+    *,
     score: str = "perplexity",
     style: str = "cloze",
     seq_len: int | None = None,
     batch_size: int = 8,
-    progress: bool = False,
+    progress: bool = True,
 ) -> Answers:
     """Answer multiple-choice questions by the likelihood of each choice.
 
@@ -333,6 +334,7 @@ def position_bias(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[Question],
+    *,
     score: str = "perplexity",
     style: str = "letters",
     **options,
@@ -353,7 +355,7 @@ def position_bias(
         rotations, the same in every row.
     """
     turned = [q.rotated(k) for q in questions for k in range(len(q.choices))]
-    frame = answer_questions(model, tokenizer, turned, score, style, **options).frame
+    frame = answer_questions(model, tokenizer, turned, score=score, style=style, **options).frame
     frame["unbiased"] = 1 / frame.groupby("question")["choice"].transform("size")
     right = frame[frame["is_answer"]]
     table = frame.groupby("choice").agg(

@@ -40,6 +40,7 @@ def benchmark(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     tasks: str | os.PathLike | Sequence[str | os.PathLike],
+    *,
     num_fewshot: int | None = None,
     limit: int | None = None,
     batch_size: int = 8,

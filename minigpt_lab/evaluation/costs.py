@@ -25,6 +25,7 @@ from ..models import inference, label, model_size
 def efficiency(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    *,
     dense: PreTrainedModel | None = None,
     seq_len: int = 256,
     new_tokens: int = 16,

@@ -97,23 +97,24 @@ class Perplexity:
 
 
 @checked(
-    model=Model(), tokenizer=Tokenizer(), texts=Texts(), seq_len=Integer(2),
+    model=Model(), tokenizer=Tokenizer(), text=Texts(), seq_len=Integer(2),
     stride=Integer(1) | None, max_characters=Integer(2) | None, max_tokens=Integer(2) | None,
     batch_size=Integer(1), n_bootstrap=Integer(1), seed=Integer(0), chunked=Flag(), progress=Flag(),
 )  # fmt: skip
 def perplexity(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    texts: Part | Sequence[str] | str,
+    text: Part | Sequence[str] | str,
+    *,
     seq_len: int = 256,
     stride: int | None = None,
     max_characters: int | None = 65_536,
     max_tokens: int | None = None,
+    chunked: bool = False,
     batch_size: int = 4,
     n_bootstrap: int = 1000,
     seed: int = 0,
-    progress: bool = False,
-    chunked: bool = False,
+    progress: bool = True,
 ) -> Perplexity:
     """Perplexity of a model on text it was not fitted to.
 
@@ -127,7 +128,7 @@ def perplexity(
     ----------
     model, tokenizer
         A pair; a trimmed model also takes its original tokenizer, which is trimmed alike.
-    texts : Part, sequence of str, or str
+    text : Part, sequence of str, or str
         E.g. ``domain.test``.
     seq_len : int
         Tokens per window.
@@ -166,7 +167,9 @@ def perplexity(
             f"stride={stride}, seq_len={seq_len}; expected a stride of at most seq_len, and of no "
             "other length with chunked=True; leave stride out"
         )
-    passages = excerpt(texts, tokenizer, None if chunked else max_tokens, max_characters)
+    passages = excerpt(
+        text, tokenizer, max_tokens=None if chunked else max_tokens, max_characters=max_characters
+    )
     tokenizer = tokenizer_for(model, tokenizer)
     prefix = window_prefix(tokenizer)
     limit = None if max_tokens is None or not chunked else max(0, max_tokens - len(prefix))
@@ -180,7 +183,7 @@ def perplexity(
     needed = seq_len if chunked else 2 - min(len(prefix), 1)
     if len(ids) < needed or length < 1:
         raise ValueError(
-            f"{_name(texts)} has {len(ids)} token(s); at least {needed} are needed, in windows of "
+            f"{_name(text)} has {len(ids)} token(s); at least {needed} are needed, in windows of "
             f"more than {len(prefix)}: give more text or another seq_len"
         )
     losses, scored = np.zeros(len(ids)), np.zeros(len(ids), bool)
@@ -199,7 +202,7 @@ def perplexity(
                 begin = max(first, fresh)
                 losses[begin:stop], scored[begin:stop] = row[begin - first :], True
     if np.isnan(losses).any():
-        raise ValueError(f"the model gives NaN on {_name(texts)}: check its weights and dtype")
+        raise ValueError(f"the model gives NaN on {_name(text)}: check its weights and dtype")
     table = np.stack(
         [
             np.bincount(passage[scored], weights=column[scored], minlength=passage[-1] + 1)
@@ -217,7 +220,7 @@ def perplexity(
         value=float(value), low=float(bounds[0, 0]), high=float(bounds[1, 0]),
         tokens=int(scored.sum()), bits_per_character=float(bits), bits_low=float(bounds[0, 1]),
         bits_high=float(bounds[1, 1]), characters=int(table[:, 2].sum()), seq_len=seq_len,
-        stride=stride, text=_name(texts), passages=table, chunked=chunked,
+        stride=stride, text=_name(text), passages=table, chunked=chunked,
     )  # fmt: skip
 
 
@@ -228,8 +231,8 @@ def _ratios(sums: np.ndarray) -> np.ndarray:
     return np.stack([np.exp(loss / tokens), loss / math.log(2) / characters])
 
 
-def _name(texts: Part | Sequence[str] | str) -> str:
-    return str(texts) if isinstance(texts, Part) else "text"
+def _name(text: Part | Sequence[str] | str) -> str:
+    return str(text) if isinstance(text, Part) else "text"
 
 
 def _windows(total: int, length: int, stride: int) -> Iterator[tuple[int, int, int]]:
@@ -257,6 +260,7 @@ def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompt: str,
+    *,
     max_new_tokens: int = 40,
 ) -> str:
     """Greedy continuation of a prompt, without the prompt.

@@ -41,7 +41,7 @@ def adapter_targets(model: PreTrainedModel, wanted: Sequence[str] | None) -> lis
             raise ValueError(f"no linear layer {target!r} to adapt; {suggest(target, known)}")
     chosen = [name for name in names if any(_fits(name, target) for target in wanted)]
     if not chosen:
-        raise ValueError("targets is empty; give at least one name, or None for every linear layer")
+        raise ValueError("target_modules is empty; give a name, or None for every linear layer")
     return chosen
 
 

@@ -54,13 +54,14 @@ _DOMAIN = Instance(
 
 @checked(
     model=Model(), tokenizer=Tokenizer(), domain=_DOMAIN, method=OneOf(LEARNING_RATES),
-    epochs=Number(above=0), tokens=Integer(1) | None, learning_rate=Number(above=0) | None,
-    stop_at=Number(above=0) | None, other=_DOMAIN | None, eval_every=Integer(1),
-    eval_characters=Integer(1), patience=Integer(1), seq_len=Integer(2), batch_size=Integer(1),
-    accumulation=Integer(1), warmup=Number(0), checkpointing=Flag(), rank=Integer(1),
-    alpha=Number(above=0), dropout=Number(0, below=1), targets=ListOf(Text(), 1) | None,
-    out_dir=Location() | None, seed=Integer(0, 2**32 - 1), progress=Flag(),
-    lr_scheduler_type=OneOf(DECAYS),
+    epochs=Number(above=0), max_tokens=Integer(1) | None, learning_rate=Number(above=0) | None,
+    lr_scheduler_type=OneOf(DECAYS), warmup_ratio=Number(0, below=1),
+    warmup_steps=Integer(0) | None, stop_at=Number(above=0) | None, other=_DOMAIN | None,
+    eval_every=Integer(1), eval_characters=Integer(1), patience=Integer(1), seq_len=Integer(2),
+    batch_size=Integer(1), gradient_accumulation_steps=Integer(1), gradient_checkpointing=Flag(),
+    r=Integer(1), lora_alpha=Number(above=0), lora_dropout=Number(0, below=1),
+    target_modules=ListOf(Text(), 1) | None, out_dir=Location() | None,
+    seed=Integer(0, 2**32 - 1), progress=Flag(),
 )  # fmt: skip
 @torch.inference_mode(False)
 @torch.enable_grad()
@@ -68,10 +69,14 @@ def recover(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     domain: Domain,
+    *,
     method: str = "full",
     epochs: float = 1.0,
-    tokens: int | None = None,
+    max_tokens: int | None = None,
     learning_rate: float | None = None,
+    lr_scheduler_type: str = "cosine",
+    warmup_ratio: float = 0.05,
+    warmup_steps: int | None = None,
     stop_at: float | None = None,
     other: Domain | None = None,
     eval_every: int = 8_192,
@@ -79,17 +84,15 @@ def recover(
     patience: int = 4,
     seq_len: int = 256,
     batch_size: int = 4,
-    accumulation: int = 1,
-    warmup: float = 0.05,
-    checkpointing: bool = False,
-    rank: int = 8,
-    alpha: int = 16,
-    dropout: float = 0.05,
-    targets: Sequence[str] | None = None,
+    gradient_accumulation_steps: int = 1,
+    gradient_checkpointing: bool = False,
+    r: int = 8,
+    lora_alpha: float = 16,
+    lora_dropout: float = 0.05,
+    target_modules: Sequence[str] | None = None,
     out_dir: str | os.PathLike | None = None,
     seed: int = 0,
     progress: bool = True,
-    lr_scheduler_type: str = "cosine",
 ) -> pd.DataFrame:
     """Fine-tune a pruned model, in place, until it is as good as the dense one or stops improving.
 
@@ -122,10 +125,16 @@ def recover(
         All weights, or LoRA adapters (arXiv 2106.09685), merged at the end.
     epochs : float
         Passes over the training text.
-    tokens : int, optional
-        Use this many tokens of the training text; by default all.
+    max_tokens : int, optional
+        Use the first so many tokens of the training text; by default all.
     learning_rate : float, optional
-        Peak; by default that of `LEARNING_RATES`.
+        Peak; by default 5e-5 for all weights, 2e-4 for adapters.
+    lr_scheduler_type : {"cosine", "linear", "constant_with_warmup"}
+        How the learning rate falls after the warm-up.
+    warmup_ratio : float
+        Share of all updates over which the learning rate grows.
+    warmup_steps : int, optional
+        Their number, instead of the share.
     stop_at : float, optional
         Stop as soon as the validation perplexity is at or below this: the dense model's, on the
         same protocol. (Comparable only if the vocabulary is the dense one.)
@@ -138,16 +147,14 @@ def recover(
         Validation text per evaluation, in characters.
     patience : int
         Evaluations without improvement before it stops.
-    seq_len, batch_size, accumulation : int
+    seq_len, batch_size, gradient_accumulation_steps : int
         Tokens per window, windows per step on each device, steps per update. An update sees the
         product of the three, times the number of devices.
-    warmup : float
-        Updates over which the learning rate grows; below 1, their share of all.
-    checkpointing : bool
-        Trade time for memory (gradient checkpointing).
-    rank, alpha, dropout
-        Of the LoRA adapters.
-    targets : sequence of str, optional
+    gradient_checkpointing : bool
+        Trade time for memory.
+    r, lora_alpha, lora_dropout
+        Rank, scale (``lora_alpha / r``) and dropout of the LoRA adapters.
+    target_modules : sequence of str, optional
         Linear layers that get a LoRA adapter: full names or their last parts (``"q_proj"``). By
         default every linear layer of the decoder.
     out_dir : str or path, optional
@@ -158,8 +165,6 @@ def recover(
         Of the order of windows, of dropout and of the adapters.
     progress : bool
         Show a progress bar.
-    lr_scheduler_type : {"cosine", "linear", "constant_with_warmup"}
-        How the learning rate falls after the warm-up.
 
     Returns
     -------
@@ -185,29 +190,32 @@ def recover(
             "the model's weights wait outside its device, and training changes them all; load it "
             "without offloading (device_map=None)"
         )
-    if targets is not None and method != "lora":
-        raise ValueError(f"targets are for method='lora', this is {method!r}; leave them out")
+    if target_modules is not None and method != "lora":
+        raise ValueError(f"target_modules is for method='lora', this is {method!r}; leave it out")
+    # the Trainer's warmup_steps: below 1 a share
+    warmup = warmup_ratio if warmup_steps is None else warmup_steps
     rate = LEARNING_RATES[method] if learning_rate is None else learning_rate
     settings = {
-        "epochs": epochs, "tokens": tokens, "learning_rate": rate, "stop_at": stop_at,
+        "epochs": epochs, "max_tokens": max_tokens, "learning_rate": rate, "stop_at": stop_at,
         "eval_every": eval_every, "eval_characters": eval_characters, "patience": patience,
-        "seq_len": seq_len, "batch_size": batch_size, "accumulation": accumulation, "rank": rank,
-        "alpha": alpha,
+        "seq_len": seq_len, "batch_size": batch_size,
+        "gradient_accumulation_steps": gradient_accumulation_steps, "r": r,
+        "lora_alpha": lora_alpha,
     }  # fmt: skip
-    names = adapter_targets(model, targets) if method == "lora" else None
+    names = adapter_targets(model, target_modules) if method == "lora" else None
     words = tokenizer_for(model, tokenizer)
-    batches = tokenize(domain.train, words, seq_len, tokens)
+    batches = tokenize(domain.train, words, seq_len=seq_len, max_tokens=max_tokens)
     rows = torch.cat([batch["input_ids"] for batch in batches])
     texts = {
         name: excerpt(part.validation, max_characters=eval_characters)
         for name, part in (("perplexity", domain), ("other_perplexity", other))
         if part is not None
     }
-    lora = {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout} if names else {}
+    lora = {"r": r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout} if names else {}
     facts = {
-        "method": method, **settings, "warmup": warmup, "dropout": dropout,
+        "method": method, **settings, "warmup": warmup, "lora_dropout": lora_dropout,
         "lr_scheduler_type": lr_scheduler_type,
-        "targets": targets and list(targets), "seed": seed,
+        "target_modules": target_modules and list(target_modules), "seed": seed,
         "model": fingerprint(model)[:16], "training text": _digest(rows.tolist()),
         "validation text": _digest([list(text) for text in texts.values()]),
     }  # fmt: skip
@@ -218,15 +226,15 @@ def recover(
             model.device.type,
             num_train_epochs=epochs,
             per_device_train_batch_size=batch_size,
-            gradient_accumulation_steps=accumulation,
-            activation_checkpointing=checkpointing,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+            activation_checkpointing=gradient_checkpointing,
             learning_rate=rate,
             warmup_steps=warmup,
             lr_scheduler_type=lr_scheduler_type,
             seed=seed,
         )
         # what one update really sees: several devices of this process, several processes
-        windows = arguments.train_batch_size * arguments.world_size * accumulation
+        windows = arguments.train_batch_size * arguments.world_size * gradient_accumulation_steps
         arguments.eval_steps = max(1, round(eval_every / (windows * seq_len)))
         arguments.save_steps = arguments.logging_steps = arguments.eval_steps
         trainer = KitTrainer(

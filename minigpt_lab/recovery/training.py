@@ -140,7 +140,9 @@ class KitTrainer(Trainer):
         diverged = np.errstate(over="ignore", invalid="ignore")  # what becomes of it is seen later
         with self.subject.given_back() as model, diverged:
             found = {
-                f"eval_{name}": perplexity(model, tokenizer, text, seq_len).value
+                f"eval_{name}": perplexity(
+                    model, tokenizer, text, seq_len=seq_len, progress=False
+                ).value
                 for name, text in texts.items()
             }
         return {**found, "eval_seconds": time.time() - self.began}

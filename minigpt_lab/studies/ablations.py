@@ -91,7 +91,7 @@ def slimgpt_variants(
     if "dense" in variants or {"inplace", "out_dir", "progress"} & set().union(*variants.values()):
         raise ValueError("a study names 'dense' and sets inplace, out_dir, progress by itself")
     ledger = ResultCache(out_dir and Path(out_dir) / "variants.jsonl")
-    read = [excerpt(text, tokenizer, max_tokens) for text in texts]
+    read = [excerpt(text, tokenizer, max_tokens=max_tokens) for text in texts]
     protocol = {"seq_len": seq_len, "max_characters": None}
     recipe = [fingerprint(model), [*map(content_hash, read)], protocol, prompt, new_tokens]
 
@@ -104,8 +104,12 @@ def slimgpt_variants(
             mini, plan = slimgpt(model, **options, out_dir=kept, progress=long)
         return {
             "stored": model_size(mini).stored,
-            "rows": [perplexity(mini, tokenizer, text, **protocol).row() for text in read],
-            "continuation": generate(mini, tokenizer, prompt, new_tokens) if prompt else "",
+            "rows": [
+                perplexity(mini, tokenizer, text, progress=False, **protocol).row() for text in read
+            ],
+            "continuation": generate(mini, tokenizer, prompt, max_new_tokens=new_tokens)
+            if prompt
+            else "",
             "layers": [] if plan is None else _budget(model, plan),
         }
 
@@ -233,7 +237,7 @@ def calibration_amounts(
     shapes += [(f"tokens per window, {total:,} in all", n, total) for n in lengths]
     cells, variants = [], {}
     for setting, length, amount in shapes:
-        found = tokenize(source, tokenizer, length, amount)
+        found = tokenize(source, tokenizer, seq_len=length, max_tokens=amount)
         held = sum(batch["input_ids"].numel() for batch in found)
         value = held if setting == shapes[0][0] else length
         name = f"{held:,} tokens in windows of {length:,}"

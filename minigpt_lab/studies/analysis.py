@@ -283,7 +283,7 @@ def threshold_sweep(
     if not any(epsilons.values()):
         lists = f"all {len(epsilons)} lists are empty ({', '.join(epsilons)})"
         raise ValueError(f"{lists}; give at least one threshold")
-    texts = excerpt(texts, tokenizer, protocol.pop("max_tokens", None))
+    texts = excerpt(texts, tokenizer, max_tokens=protocol.pop("max_tokens", None))
     protocol["max_characters"] = None
     ledger = ResultCache(path)
     dense = _point(model, tokenizer, None, texts, protocol, ledger)
@@ -328,7 +328,7 @@ def _point(model, tokenizer, plan, texts, protocol, ledger: ResultCache) -> dict
 
     def measured() -> dict:
         with contextlib.nullcontext() if plan is None else masked(model, plan):
-            return perplexity(model, tokenizer, texts, **protocol).row()
+            return perplexity(model, tokenizer, texts, **{"progress": False, **protocol}).row()
 
     return ledger.get([fingerprint(model), cuts, content_hash(texts), protocol], measured)
 
@@ -387,7 +387,9 @@ def measure(
         {
             "variant": variant, "stored": size.stored, "nonzero": size.nonzero,
             "layer_ratio": size.layer_ratio,
-            **perplexity(model, tokenizer, text, max_characters=None, **protocol).row(),
+            **perplexity(
+                model, tokenizer, text, **{"max_characters": None, "progress": False, **protocol}
+            ).row(),
         }
         for text in texts
     ]  # fmt: skip

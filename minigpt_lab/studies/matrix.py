@@ -110,14 +110,16 @@ def domain_plans(
 
     found = {}
     for domain in domains:
-        batches = tokenize(domain.calibration, tokenizer, seq_len, draws * calibration_tokens)
+        batches = tokenize(
+            domain.calibration, tokenizer, seq_len=seq_len, max_tokens=draws * calibration_tokens
+        )
         available = sum(batch["input_ids"].numel() for batch in batches)
         if available < draws * (calibration_tokens // seq_len) * seq_len:
             raise ValueError(
                 f"{domain.calibration} has {available} tokens, {draws} draws of "
                 f"{calibration_tokens} need more; take fewer draws or calibration_tokens"
             )
-        for draw, batch in enumerate(batches.draws(draws)):
+        for draw, batch in enumerate(batches.samples(draws)):
             path = out_dir and Path(out_dir) / f"statistics-{domain.name}-{draw}.safetensors"
             found[domain.name, draw] = collect_statistics(model, batch, path=path)
             add(domain.name, draw, "contextual", statistics=found[domain.name, draw])
@@ -226,7 +228,9 @@ def domain_matrix(
     missing = [name for name in names if (name, 0) not in plans]
     if missing:
         raise ValueError(f"no plan for {missing}; plans are of {sorted({cut for cut, _ in plans})}")
-    texts = {domain.name: excerpt(domain.test, tokenizer, test_tokens) for domain in domains}
+    texts = {
+        domain.name: excerpt(domain.test, tokenizer, max_tokens=test_tokens) for domain in domains
+    }
     own = {domain.name: domain for domain in domains}
     mix = mixed(domains) if recovery_tokens else None
     jobs = [("dense", 0, None), *((cut, draw, plan) for (cut, draw), plan in plans.items())]
@@ -238,7 +242,7 @@ def domain_matrix(
         rows += cells.measure(cut, draw, plan)
         if recovery_tokens and draw < recovery_draws:
             text = own.get(cut, mix) if recover_on == "own" else mix
-            how = {"tokens": recovery_tokens, "seq_len": seq_len, "seed": seed, **recovery}
+            how = {"max_tokens": recovery_tokens, "seq_len": seq_len, "seed": seed, **recovery}
             rows += cells.measure(cut, draw, plan, text, how)
     return _compared(pd.DataFrame(rows), n_bootstrap, seed)
 
@@ -262,7 +266,13 @@ class _Cells:
                 nonlocal mini
                 mini = mini or self._made(plan, train, how)
                 found = perplexity(
-                    mini, self.tokenizer, text, self.seq_len, max_characters=None, n_bootstrap=1
+                    mini,
+                    self.tokenizer,
+                    text,
+                    seq_len=self.seq_len,
+                    max_characters=None,
+                    n_bootstrap=1,
+                    progress=False,
                 )
                 return {"stored": model_size(mini).stored, "passages": found.passages.tolist()}
 
@@ -275,7 +285,7 @@ class _Cells:
         mini = shrink(self.model, plan) if plan else copy.deepcopy(self.model)
         if train is not None:
             recover(
-                mini, self.tokenizer, train, **{"eval_every": max(1, how["tokens"] // 2), **how}
+                mini, self.tokenizer, train, **{"eval_every": max(1, how["max_tokens"] // 2), **how}
             )
         return mini
 

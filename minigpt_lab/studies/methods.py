@@ -253,7 +253,7 @@ def method_comparison(
         Fine-tune each cut on this domain, all on the same text in the same order, and measure that
         instead. The dense row stays as it is.
     recovery : mapping, optional
-        Arguments of `recover`: ``method, tokens, learning_rate, …``.
+        Arguments of `recover`: ``method, max_tokens, learning_rate, …``.
     out_dir : str or path, optional
         Folder in which finished cells are kept: an interrupted comparison goes on where it stopped.
 
@@ -264,7 +264,7 @@ def method_comparison(
         the model), and those of `Perplexity.row`.
     """
     ledger = ResultCache(out_dir and Path(out_dir) / "comparison.jsonl")
-    read = [excerpt(text, tokenizer, max_tokens) for text in texts]
+    read = [excerpt(text, tokenizer, max_tokens=max_tokens) for text in texts]
     settings = {} if recover_on is None else {"progress": False, **(recovery or {})}
     trained = recover_on and [content_hash(recover_on.train), settings]
     protocol = {"seq_len": seq_len, "max_characters": None}
@@ -273,7 +273,9 @@ def method_comparison(
         mini = model if plan is None else realise(model, plan)
         if plan is not None and recover_on is not None:
             recover(mini, tokenizer, recover_on, **settings)
-        rows = [perplexity(mini, tokenizer, text, **protocol).row() for text in read]
+        rows = [
+            perplexity(mini, tokenizer, text, progress=False, **protocol).row() for text in read
+        ]
         return {"stored": model_size(mini).stored, "rows": rows}
 
     rows, dense = [], model_size(model).stored

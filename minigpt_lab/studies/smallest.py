@@ -134,7 +134,12 @@ def smallest_within(
     def measured(ratio: float) -> dict:
         mini, plan = cut(ratio) if ratio else (model, None)
         found = perplexity(
-            mini, tokenizer, domain.validation, seq_len=seq_len, max_tokens=max_tokens
+            mini,
+            tokenizer,
+            domain.validation,
+            seq_len=seq_len,
+            max_tokens=max_tokens,
+            progress=False,
         )
         if ratio and within(found.value):
             made.clear()

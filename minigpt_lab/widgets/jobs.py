@@ -149,7 +149,7 @@ def perplexity_job(
     max_tokens, seq_len : int
         Protocol, see `perplexity`.
     """
-    held_out = excerpt(texts, tokenizer, max_tokens)
+    held_out = excerpt(texts, tokenizer, max_tokens=max_tokens)
 
     def work(tick: Callable[[float], None]) -> str:
         plan, calls = explorer.plan, 0
@@ -162,7 +162,9 @@ def perplexity_job(
             tick((calls - 1) / batches)
 
         with hooked(partial(mini.register_forward_pre_hook, count)):
-            found = perplexity(mini, tokenizer, held_out, seq_len, max_characters=None)
+            found = perplexity(
+                mini, tokenizer, held_out, seq_len=seq_len, max_characters=None, progress=False
+            )
         return f"{size_words(plan.predicted_size(explorer.model))}: {found}"
 
     return ModelJob("measure perplexity", work)

@@ -31,7 +31,9 @@ def main() -> None:
     model, tokenizer = lab.load_model("smollm2-135m")
     statistics = {}
     for name in DOMAINS:
-        batches = lab.tokenize(lab.load_domain(name).calibration, tokenizer, 256, 512)
+        batches = lab.tokenize(
+            lab.load_domain(name).calibration, tokenizer, seq_len=256, max_tokens=512
+        )
         statistics[name] = lab.collect_statistics(model, batches)
     explorer = ThresholdExplorer(model, statistics, "medical", 0.05)
     explorer.show(interactive=True)  # draws all domains ahead, as a notebook does

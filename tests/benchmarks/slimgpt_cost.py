@@ -92,7 +92,7 @@ def smollm2(rounds: int) -> None:
     """The bound, and where the time goes."""
     model, tokenizer = lab.load_model("smollm2-135m")
     text = lab.load_domain("law").calibration
-    batches = lab.tokenize(text, tokenizer, SEQ_LEN, WINDOWS * SEQ_LEN)
+    batches = lab.tokenize(text, tokenizer, seq_len=SEQ_LEN, max_tokens=WINDOWS * SEQ_LEN)
     for ratio in (0.2, 0.5):
         with_logits, without = compare(model, batches, rounds, ratio=ratio)
         print(

@@ -54,7 +54,10 @@ def main() -> None:
 
 def sizes(model, tokenizer, law) -> Iterator[tuple[str, PreTrainedModel]]:
     """Channels at three sizes, then a third of the heads."""
-    batches, quiet = lab.tokenize(law.calibration, tokenizer, SEQ_LEN, TOKENS), {"progress": False}
+    batches, quiet = (
+        lab.tokenize(law.calibration, tokenizer, seq_len=SEQ_LEN, max_tokens=TOKENS),
+        {"progress": False},
+    )
     wanda = lab.score(model, "wanda", batches, sites=("ffn",))
     for ratio in RATIOS:
         yield (
@@ -75,7 +78,7 @@ def sizes(model, tokenizer, law) -> Iterator[tuple[str, PreTrainedModel]]:
 
 def budgets(model, tokenizer, law) -> Iterator[tuple[str, PreTrainedModel]]:
     """Heads and channels, half of the decoder's parameters, over the layers in several ways."""
-    batches = list(lab.tokenize(law.calibration, tokenizer, SHORT, TOKENS))
+    batches = list(lab.tokenize(law.calibration, tokenizer, seq_len=SHORT, max_tokens=TOKENS))
     for units, allocation in itertools.product(ATTENTION_UNITS, ALLOCATIONS):
         how = {"units": units, "allocation": allocation}
         yield f"{allocation}, {units}", lab.slimgpt(model, batches, parameters=HALF, **how)[0]

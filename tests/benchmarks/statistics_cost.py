@@ -31,7 +31,9 @@ def seconds(function, device: torch.device) -> float:
 def main() -> None:
     """Measure and print."""
     model, tokenizer = lab.load_model("smollm2-135m")
-    batches = lab.tokenize(lab.load_domain("medical").calibration, tokenizer, SEQ_LEN, TOKENS)
+    batches = lab.tokenize(
+        lab.load_domain("medical").calibration, tokenizer, seq_len=SEQ_LEN, max_tokens=TOKENS
+    )
 
     def forward(**options) -> None:
         with torch.no_grad():

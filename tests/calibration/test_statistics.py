@@ -87,7 +87,7 @@ def test_the_model_is_left_as_it_was(model, padded):
 
 def test_saved_statistics_are_the_same_and_know_their_model(tmp_path, tiny, tiny_domain):
     model, tokenizer = tiny
-    batches = lab.tokenize(tiny_domain.calibration, tokenizer, 64, 512)
+    batches = lab.tokenize(tiny_domain.calibration, tokenizer, seq_len=64, max_tokens=512)
     found = lab.collect_statistics(model, batches, path=tmp_path / "s.safetensors", progress=False)
     again = lab.Statistics.load(tmp_path / "s.safetensors")
     assert again.domain == "tiny-law/calibration"
@@ -102,11 +102,11 @@ def test_saved_statistics_are_the_same_and_know_their_model(tmp_path, tiny, tiny
 def test_a_kept_file_is_used_only_for_the_same_tokens(tmp_path, tiny, tiny_domain, monkeypatch):
     model, tokenizer = tiny
     path = tmp_path / "s.safetensors"
-    short = lab.tokenize(tiny_domain.calibration, tokenizer, 64, 256)
-    longer = lab.tokenize(tiny_domain.calibration, tokenizer, 64, 512)
+    short = lab.tokenize(tiny_domain.calibration, tokenizer, seq_len=64, max_tokens=256)
+    longer = lab.tokenize(tiny_domain.calibration, tokenizer, seq_len=64, max_tokens=512)
     lab.collect_statistics(model, short, path=path, progress=False)
     assert lab.collect_statistics(model, longer, path=path, progress=False).n_tokens == 512
-    other_windows = lab.tokenize(tiny_domain.calibration, tokenizer, 32, 512)
+    other_windows = lab.tokenize(tiny_domain.calibration, tokenizer, seq_len=32, max_tokens=512)
     other = lab.collect_statistics(model, other_windows, path=path, progress=False)
     found = lab.collect_statistics(model, longer, path=path, progress=False)
     assert not other.to_frame()["mean_abs"].equals(found.to_frame()["mean_abs"])
@@ -151,7 +151,7 @@ def test_bfloat16_models_work(probe):
 def test_statistics_own_their_memory(tiny, tiny_domain):
     """Sums that lie scattered between activations would keep a CPU's memory from being reused."""
     model, tokenizer = tiny
-    batches = lab.tokenize(tiny_domain.calibration, tokenizer, 64, 256)
+    batches = lab.tokenize(tiny_domain.calibration, tokenizer, seq_len=64, max_tokens=256)
     found = lab.collect_statistics(model, batches, progress=False)
     assert all(table.flags.owndata for table in found.sums.values())
 

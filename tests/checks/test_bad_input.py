@@ -117,7 +117,7 @@ def calls(t: dict) -> dict[str, dict]:
             "epsilon_activation": 0.01, "epsilon_embedding": 0.0, "quantile": None,
             "tokenizer": t["tokenizer"], "token_counts": None, "units": "kv_group",
         },
-        "count_tokens": {"texts": test, "tokenizer": t["tokenizer"]},
+        "count_tokens": {"text": test, "tokenizer": t["tokenizer"]},
         "criterion": {"name": "a_name_of_a_test"},
         "describe": {"model": t["model"]},
         "domain_matrix": {
@@ -132,7 +132,7 @@ def calls(t: dict) -> dict[str, dict]:
         },
         "efficiency": {**pair, "dense": None, "seq_len": 16, "new_tokens": 2, "batch_size": 1,
                        "repeats": 1},
-        "excerpt": {"texts": test, "tokenizer": t["tokenizer"], "max_tokens": 64,
+        "excerpt": {"text": test, "tokenizer": t["tokenizer"], "max_tokens": 64,
                     "max_characters": 100},
         "generate": {**pair, "prompt": "The court", "max_new_tokens": 2},
         "gradient_cosine": {**read, "sites": ("ffn",), "eps": 1e-3,
@@ -146,7 +146,7 @@ def calls(t: dict) -> dict[str, dict]:
                         "attribution": "", "question_sources": ()},
         "model_size": {"model": t["model"], "dense": None},
         "perplexity": {
-            **pair, "texts": test, "seq_len": 32, "stride": 16, "max_characters": 300,
+            **pair, "text": test, "seq_len": 32, "stride": 16, "max_characters": 300,
             "max_tokens": 64, "batch_size": 2, "n_bootstrap": 10, "seed": 0, "progress": False,
         },
         "plan_from_scores": {
@@ -157,11 +157,12 @@ def calls(t: dict) -> dict[str, dict]:
         "position_bias": {**pair, "questions": t["questions"], "score": "logprob",
                           "style": "letters"},
         "recover": {
-            **pair, "domain": t["domain"], "method": "lora", "epochs": 0.1, "tokens": 32,
+            **pair, "domain": t["domain"], "method": "lora", "epochs": 0.1, "max_tokens": 32,
             "learning_rate": 1e-4, "stop_at": None, "other": None, "eval_every": 32,
             "eval_characters": 200, "patience": 1, "seq_len": 16, "batch_size": 1,
-            "accumulation": 1, "warmup": 0.0, "checkpointing": False, "rank": 2, "alpha": 2,
-            "dropout": 0.0, "targets": ["q_proj"], "out_dir": None, "seed": 0, "progress": False,
+            "gradient_accumulation_steps": 1, "warmup_ratio": 0.0, "warmup_steps": None,
+            "gradient_checkpointing": False, "r": 2, "lora_alpha": 2, "lora_dropout": 0.0,
+            "target_modules": ["q_proj"], "out_dir": None, "seed": 0, "progress": False,
         },
         "save_model": {**pair, "path": t["folder"] / "saved", "portable": False},
         "score": {
@@ -180,7 +181,7 @@ def calls(t: dict) -> dict[str, dict]:
             **read, "domain": t["domain"], "increase": 0.5, "tokenizer": None, "most": 0.5,
             "tolerance": 0.4, "seq_len": 32, "max_tokens": 64, "out_dir": None, "progress": False,
         },
-        "tokenize": {"texts": test, "tokenizer": t["tokenizer"], "seq_len": 16, "max_tokens": 64,
+        "tokenize": {"text": test, "tokenizer": t["tokenizer"], "seq_len": 16, "max_tokens": 64,
                      "batch_size": 2},
         "tokenizer_for": pair,
         "trim_tokenizer": {"tokenizer": t["tokenizer"], "kept": list(range(len(t["tokenizer"])))},

@@ -113,7 +113,13 @@ def test_an_interrupted_recovery_leaves_nothing_but_weights_behind(method, tiny,
     for place in (1, 40, 250, 700, 1100):
         with contextlib.suppress(KeyboardInterrupt), interrupted_at(place):
             history = lab.recover(
-                model, tiny[1], tiny_domain, method, checkpointing=True, progress=False, **SHORT
+                model,
+                tiny[1],
+                tiny_domain,
+                method=method,
+                gradient_checkpointing=True,
+                progress=False,
+                **SHORT,
             )
             stopped.append(history.attrs["stopped"])
         if not stopped:
@@ -191,7 +197,7 @@ from helpers import SHORT, picture
 import minigpt_lab as lab
 model, tokenizer = lab.load_model("tiny-llama", device="cpu")
 domain, ready = lab.load_domain("tiny-law"), threading.Event()
-options = dict(SHORT, tokens=256, eval_every=128, progress=False)
+options = dict(SHORT, max_tokens=256, eval_every=128, progress=False)
 
 def interrupt(*_):
     if ready.is_set():
@@ -205,7 +211,7 @@ def hammer(seconds):
 signal.signal(signal.SIGINT, interrupt)
 for method in ("lora", "full"):
     began = time.perf_counter()
-    lab.recover(copy.deepcopy(model), tokenizer, domain, method, **options)
+    lab.recover(copy.deepcopy(model), tokenizer, domain, method=method, **options)
     long = time.perf_counter() - began
     for _ in range(8):
         before, shape = picture(model), picture(model, weights=False)
@@ -214,7 +220,7 @@ for method in ("lora", "full"):
         try:
             ready.set()
             thread.start()
-            lab.recover(model, tokenizer, domain, method, **options)
+            lab.recover(model, tokenizer, domain, method=method, **options)
         except KeyboardInterrupt:
             raised = True
         ready.clear()
@@ -360,7 +366,7 @@ def test_a_model_is_not_changed_for_good_under_a_mask(name, tiny, tiny_domain):
         if name == "slimgpt":
             lab.slimgpt(model, batches(), ratio=0.3, inplace=True, progress=False)
         else:
-            lab.recover(model, tiny[1], tiny_domain, name, progress=False, **SHORT)
+            lab.recover(model, tiny[1], tiny_domain, method=name, progress=False, **SHORT)
     assert picture(model) == before
 
 

@@ -297,7 +297,7 @@ def test_a_group_at_its_limit_counts_if_it_would_leave_it(slope, moves):
 
 @pytest.fixture(scope="module")
 def batches(tiny, tiny_domain):
-    return lab.tokenize(tiny_domain.calibration, tiny[1], 64, 2048)
+    return lab.tokenize(tiny_domain.calibration, tiny[1], seq_len=64, max_tokens=2048)
 
 
 @pytest.fixture(scope="module")
@@ -321,7 +321,7 @@ def test_the_budget_that_is_found(searched, tiny, tiny_domain):
     assert plan.origin["removed"]["decoder"] == pytest.approx(0.5, abs=384 / 787_456)
     assert lab.model_size(mini).stored == plan.predicted_size(tiny[0]).stored
     found, uniform = (
-        lab.perplexity(searched[name][0], tiny[1], tiny_domain.test, 64)
+        lab.perplexity(searched[name][0], tiny[1], tiny_domain.test, seq_len=64)
         for name in ("search", "uniform")
     )
     assert found.value < uniform.value
@@ -480,7 +480,7 @@ def test_the_smallest_model_within_a_limit(tiny, tiny_domain, batches, tmp_path,
     best = curve[curve["within"]].iloc[-1]
     assert 0 < best["increase"] <= 0.05
     assert best["stored"] == lab.model_size(mini).stored == plan.predicted_size(model).stored
-    value = lab.perplexity(mini, tokenizer, tiny_domain.validation, 64).value
+    value = lab.perplexity(mini, tokenizer, tiny_domain.validation, seq_len=64).value
     assert value == pytest.approx(best["perplexity"])
     (folder,) = (path.name for path in tmp_path.iterdir() if path.is_dir())
     assert folder.startswith(f"ratio-{best['ratio']:.6f}-")

@@ -289,7 +289,7 @@ def test_channels_take_up_what_whole_heads_leave(allocation):
 
 def test_a_model_changes_in_place_only_if_told(tiny, tiny_domain):
     model, tokenizer = tiny
-    batches = lab.tokenize(tiny_domain.calibration, tokenizer, 64, 512)
+    batches = lab.tokenize(tiny_domain.calibration, tokenizer, seq_len=64, max_tokens=512)
     copied = copy.deepcopy(model)
     found, plan = lab.slimgpt(copied, batches, ratio=0.2, inplace=True, progress=False)
     assert found is copied and not same_shapes(found, model)
@@ -304,7 +304,7 @@ def same_shapes(a, b) -> bool:
 
 def test_it_is_saved_and_loaded_and_goes_on_training(tiny, tiny_domain, tmp_path):
     model, tokenizer = tiny
-    batches = lab.tokenize(tiny_domain.calibration, tokenizer, 64, 2_048)
+    batches = lab.tokenize(tiny_domain.calibration, tokenizer, seq_len=64, max_tokens=2_048)
     mini, plan = lab.slimgpt(model, batches, ratio=0.3, bias="add", progress=False)
     lab.save_model(mini, tokenizer, tmp_path / "mini")
     loaded, _ = lab.load_model(tmp_path / "mini", device="cpu")
@@ -320,7 +320,7 @@ def test_it_is_saved_and_loaded_and_goes_on_training(tiny, tiny_domain, tmp_path
 
 def test_it_beats_cuts_of_the_same_size_without_compensation(tiny, tiny_domain):
     model, tokenizer = tiny
-    batches = lab.tokenize(tiny_domain.calibration, tokenizer, 64, 4_096)
+    batches = lab.tokenize(tiny_domain.calibration, tokenizer, seq_len=64, max_tokens=4_096)
     protocol = {"max_tokens": 2_048, "seq_len": 64}
     arguments = {"ratio": 0.3, "sites": ["ffn"], "progress": False}
 

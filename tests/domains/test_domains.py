@@ -171,16 +171,18 @@ def test_texts_are_clean_of_what_they_came_through():
 
 def test_tokenize_packs_full_windows(tiny, tiny_domain):
     _, tokenizer = tiny
-    batches = lab.tokenize(tiny_domain.calibration, tokenizer, 32, max_tokens=200, batch_size=4)
+    batches = lab.tokenize(
+        tiny_domain.calibration, tokenizer, seq_len=32, max_tokens=200, batch_size=4
+    )
     assert [tuple(b["input_ids"].shape) for b in batches] == [(4, 32), (2, 32)]
     text = tokenizer.decode(batches[0]["input_ids"][0])
     assert tiny_domain.calibration[0].startswith(text[:40])
-    first, second = batches.draws()
+    first, second = batches.samples()
     assert sum(len(b["input_ids"]) for b in first) == 3 == sum(len(b["input_ids"]) for b in second)
     with pytest.raises(ValueError, match="less than one window of seq_len=4096"):
-        lab.tokenize(tiny_domain.validation, tokenizer, 4096)
+        lab.tokenize(tiny_domain.validation, tokenizer, seq_len=4096)
     with pytest.raises(ValueError, match="seq_len is 0"):
-        lab.tokenize(tiny_domain.validation, tokenizer, 0)
+        lab.tokenize(tiny_domain.validation, tokenizer, seq_len=0)
 
 
 @pytest.mark.parametrize("mask", [2, -1, 0.5])
@@ -198,12 +200,12 @@ def test_counts_of_tokens_and_windows_are_checked(tiny, tiny_domain):
     for call, wrong in (
         (lab.tokenize, {"seq_len": None}), (lab.tokenize, {"batch_size": 0}),
         (lab.tokenize, {"max_tokens": -5}), (lab.tokenize, {"seq_len": True}),
-        (lab.tokenize, {"texts": 7}), (lab.count_tokens, {"tokenizer": "gpt2"}),
+        (lab.tokenize, {"text": 7}), (lab.count_tokens, {"tokenizer": "gpt2"}),
         (lab.excerpt, {"max_characters": 1}), (lab.excerpt, {"tokenizer": None, "max_tokens": 9}),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"{next(iter(wrong))} is .*; expected"):
-            call(**{"texts": texts, "tokenizer": tokenizer, **wrong})
-    batches = lab.tokenize(texts, tokenizer, np.int64(32), max_tokens=torch.tensor(128))
+            call(**{"text": texts, "tokenizer": tokenizer, **wrong})
+    batches = lab.tokenize(texts, tokenizer, seq_len=np.int64(32), max_tokens=torch.tensor(128))
     assert sum(len(batch["input_ids"]) for batch in batches) == 4
     with pytest.raises(ValueError, match="count is 0"):
-        batches.draws(0)
+        batches.samples(0)

@@ -96,7 +96,7 @@ def test_a_budget_reads_no_more_text_than_it_needs(words, monkeypatch):
 
     ids = whole(texts, words)
     monkeypatch.setattr(type(words), "__call__", counting)
-    batches = lab.tokenize(texts, words, 32, max_tokens=256)
+    batches = lab.tokenize(texts, words, seq_len=32, max_tokens=256)
     windows = torch.cat([batch["input_ids"] for batch in batches])
     prefix = window_prefix(words)
     assert windows[:, len(prefix) :].flatten().tolist() == ids[: 8 * (32 - len(prefix))]
@@ -114,14 +114,18 @@ def test_half_a_character_becomes_the_sign_for_none(words):
     with pytest.raises(ValueError, match="half of a character, in .*; expected characters"):
         token_ids([text, "x"], words)
     for batch, other in zip(
-        lab.tokenize(text, words, 4), lab.tokenize(whole_text, words, 4), strict=True
+        lab.tokenize(text, words, seq_len=4),
+        lab.tokenize(whole_text, words, seq_len=4),
+        strict=True,
     ):
         assert torch.equal(batch["input_ids"], other["input_ids"])
     model = model_of(words)
     assert (
         lab.perplexity(model, words, text).value == lab.perplexity(model, words, whole_text).value
     )
-    assert lab.generate(model, words, text, 2) == lab.generate(model, words, whole_text, 2)
+    assert lab.generate(model, words, text, max_new_tokens=2) == lab.generate(
+        model, words, whole_text, max_new_tokens=2
+    )
     assert lab.Question("The", (text, "b"), 0).choices[0] == whole_text
 
 
@@ -149,7 +153,7 @@ def test_perplexity_by_hand(words):
     rows = [prefix + ids[start : start + step] for start in range(0, len(ids), step)]
     wanted = [losses(model, row)[max(0, len(prefix) - 1) :] for row in rows if len(row) > 1]
     total = sum(itertools.chain(*wanted))
-    found = lab.perplexity(model, words, texts, 24, max_characters=None, batch_size=3)
+    found = lab.perplexity(model, words, texts, seq_len=24, max_characters=None, batch_size=3)
     assert found.tokens == sum(map(len, wanted)) == found.passages[:, 1].sum()
     assert found.value == pytest.approx(math.exp(total / found.tokens), rel=1e-4)
     assert found.characters == found.passages[:, 2].sum() <= len("\n\n".join(texts))
@@ -165,13 +169,13 @@ def test_chunks_are_those_of_the_papers_code(words):
     stream = words("\n\n".join(texts), verbose=False)["input_ids"]  # with what begins a text, once
     count = len(stream) // 24
     wanted = np.mean([losses(model, stream[24 * i :][:24]) for i in range(count)])
-    found = lab.perplexity(model, words, texts, 24, chunked=True)
+    found = lab.perplexity(model, words, texts, seq_len=24, chunked=True)
     assert found.tokens == count * 23 and found.value == pytest.approx(math.exp(wanted), rel=1e-4)
     assert "whole windows only" in found.protocol
-    two = lab.perplexity(model, words, texts, 24, chunked=True, max_tokens=50)
+    two = lab.perplexity(model, words, texts, seq_len=24, chunked=True, max_tokens=50)
     assert two.tokens == 2 * 23
     with pytest.raises(ValueError, match="at least 24 are needed"):
-        lab.perplexity(model, words, "x", 24, chunked=True)
+        lab.perplexity(model, words, "x", seq_len=24, chunked=True)
 
 
 def test_generation_is_greedy_whatever_the_folder_says(words):
@@ -193,7 +197,7 @@ def test_generation_is_greedy_whatever_the_folder_says(words):
     for config in (model.generation_config, hostile, None):
         model.generation_config = config
         model.config.num_beams = model.config.repetition_penalty = 3  # as before generation configs
-        assert lab.generate(model, words, prompt, 12) == text[len(before) :]
+        assert lab.generate(model, words, prompt, max_new_tokens=12) == text[len(before) :]
         assert model.generation_config is config
 
 
@@ -213,9 +217,11 @@ def test_a_choice_is_encoded_with_its_prompt(words):
 
 def test_everything_else_works_with_it_too(words, tiny_domain):
     model = model_of(words)
-    batches = lab.tokenize(tiny_domain.calibration, words, 24, 480)
+    batches = lab.tokenize(tiny_domain.calibration, words, seq_len=24, max_tokens=480)
     found = lab.collect_statistics(model, batches, progress=False)
     mini = lab.shrink(model, lab.contextual_plan(model, found, quantile=0.2))
-    assert lab.perplexity(mini, words, tiny_domain.test, 24, max_tokens=300).tokens > 100
-    assert lab.efficiency(mini, words, model, seq_len=8, new_tokens=2, repeats=1).shape[0] == 2
+    assert lab.perplexity(mini, words, tiny_domain.test, seq_len=24, max_tokens=300).tokens > 100
+    assert (
+        lab.efficiency(mini, words, dense=model, seq_len=8, new_tokens=2, repeats=1).shape[0] == 2
+    )
     assert tiny_domain.summary(words)["tokens"].iloc[-1] == len(whole(tiny_domain.test, words))

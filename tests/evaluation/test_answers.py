@@ -64,7 +64,10 @@ def test_side_by_side_equals_one_by_one(model, few, shrunk, dtype):
 @pytest.mark.parametrize("style", answers.STYLES)
 def test_scores_by_hand(tiny, style):
     model, tokenizer = tiny
-    found = {s: lab.answer_questions(model, tokenizer, ITEMS, s, style) for s in answers.SCORES}
+    found = {
+        s: lab.answer_questions(model, tokenizer, ITEMS, score=s, style=style)
+        for s in answers.SCORES
+    }
     for number, question in enumerate(ITEMS):
         mine = {s: f.frame[f.frame["question"] == number] for s, f in found.items()}
         prompt, follows = question.question, question.choices
@@ -134,7 +137,7 @@ def test_equal_scores_favour_no_place(tiny, monkeypatch):
 
 def test_a_trimmed_model_answers_with_its_original_tokenizer(tiny, tiny_domain, tmp_path):
     model, tokenizer = tiny
-    batches = lab.tokenize(tiny_domain.calibration, tokenizer, 64, 512)
+    batches = lab.tokenize(tiny_domain.calibration, tokenizer, seq_len=64, max_tokens=512)
     found = lab.collect_statistics(model, batches, progress=False)
     plan = lab.contextual_plan(model, found, epsilon_embedding=0.0, quantile=0.1)
     asked = tiny_domain.questions[:8]

@@ -68,7 +68,7 @@ def task(tmp_path_factory, items):
 def mini(tiny, tiny_domain):
     """Layers of different widths, and fewer tokens."""
     model, tokenizer = tiny
-    batches = lab.tokenize(tiny_domain.calibration, tokenizer, 64, 512)
+    batches = lab.tokenize(tiny_domain.calibration, tokenizer, seq_len=64, max_tokens=512)
     found = lab.collect_statistics(model, batches, progress=False)
     plan = lab.contextual_plan(model, found, epsilon_activation=0.05, epsilon_embedding=0.0)
     mini = lab.shrink(model, plan)

@@ -37,7 +37,7 @@ def test_a_cut_model_beside_the_dense_one(tiny):
     model, tokenizer = tiny
     scores = lab.score(model, "magnitude")
     mini = lab.shrink(model, lab.plan_from_scores(model, scores, ratio=0.5))
-    table = lab.efficiency(mini, tokenizer, model, seq_len=64, new_tokens=4, repeats=3)
+    table = lab.efficiency(mini, tokenizer, dense=model, seq_len=64, new_tokens=4, repeats=3)
     dense, cut = table.set_index("variant").loc[["dense", "model"]].to_dict("records")
     assert cut["stored"] < dense["stored"] and cut["macs_per_token"] < dense["macs_per_token"]
     assert dense["prefill_speedup"] == dense["mac_reduction"] == dense["realised"] == 1
@@ -48,7 +48,7 @@ def test_a_cut_model_beside_the_dense_one(tiny):
 
 def test_speeds_are_drawn(tiny):
     model, tokenizer = tiny
-    table = lab.efficiency(model, tokenizer, model, seq_len=32, new_tokens=2, repeats=2)
+    table = lab.efficiency(model, tokenizer, dense=model, seq_len=32, new_tokens=2, repeats=2)
     long = studies.throughput_rates(table)
     assert list(long["kind"]) == ["prefill"] * 2 + ["decode"] * 2
     assert (long["low"] <= long["tokens_per_second"] * 1.0001).all()

@@ -59,7 +59,7 @@ def test_overlap_gives_every_token_more_context(tiny, tiny_domain):
 def test_batch_size_does_not_matter_and_limits_do(tiny, tiny_domain):
     model, tokenizer = tiny
     one, many = (
-        lab.perplexity(model, tokenizer, tiny_domain.test, 64, max_tokens=700, batch_size=n)
+        lab.perplexity(model, tokenizer, tiny_domain.test, seq_len=64, max_tokens=700, batch_size=n)
         for n in (1, 5)
     )
     assert one.value == pytest.approx(many.value, rel=1e-5)
@@ -68,10 +68,10 @@ def test_batch_size_does_not_matter_and_limits_do(tiny, tiny_domain):
 
 def test_the_interval_holds_the_value_and_is_seeded(tiny, tiny_domain):
     model, tokenizer = tiny
-    a, b = (lab.perplexity(model, tokenizer, tiny_domain.test, 64) for _ in range(2))
+    a, b = (lab.perplexity(model, tokenizer, tiny_domain.test, seq_len=64) for _ in range(2))
     assert a.low < a.value < a.high and (a.low, a.high) == (b.low, b.high)
     assert a.bits_low < a.bits_per_character < a.bits_high
-    alone = lab.perplexity(model, tokenizer, tiny_domain.test[0], 64)
+    alone = lab.perplexity(model, tokenizer, tiny_domain.test[0], seq_len=64)
     assert math.isnan(alone.low) and math.isnan(alone.high)
     assert "windows of 64" in a.protocol and "tiny-law/test" in str(a)
     assert float(a) == a.value == a.row()["perplexity"]
@@ -92,8 +92,8 @@ def test_the_model_is_left_as_it_was(tiny, tiny_domain):
 def test_bad_input_is_named(tiny, tiny_domain):
     model, tokenizer = tiny
     for arguments, words in (
-        ({"texts": []}, "is empty"),
-        ({"texts": ["", "\n"]}, "is empty"),
+        ({"text": []}, "is empty"),
+        ({"text": ["", "\n"]}, "is empty"),
         ({"seq_len": 1}, "seq_len is 1; expected a whole number of at least 2"),
         ({"stride": 300}, "stride=300"),
         ({"stride": 128, "chunked": True}, "leave stride out"),
@@ -106,20 +106,20 @@ def test_bad_input_is_named(tiny, tiny_domain):
         ({"n_bootstrap": 0}, "n_bootstrap is 0"),
         ({"seed": -1}, "seed is -1"),
         ({"progress": "yes"}, "progress is 'yes'"),
-        ({"texts": 3}, "texts is 3"),
-        ({"texts": ["a", None]}, "expected texts"),
+        ({"text": 3}, "text is 3"),
+        ({"text": ["a", None]}, "expected texts"),
         ({"tokenizer": model}, "tokenizer is a LlamaForCausalLM; expected a PreTrainedTokenizer"),
         ({"model": tokenizer}, "model is a .*; expected a PreTrainedModel"),
     ):
         with pytest.raises(ValueError, match=words):
-            given = {"model": model, "tokenizer": tokenizer, "texts": tiny_domain.test}
+            given = {"model": model, "tokenizer": tokenizer, "text": tiny_domain.test}
             lab.perplexity(**{**given, **arguments})
     for prompt in ("", None, ["a"]):
         with pytest.raises(InvalidArgument, match="prompt is "):
             lab.generate(model, tokenizer, prompt)
     for count in (0, -1, None, 1.5):
         with pytest.raises(InvalidArgument, match="max_new_tokens is "):
-            lab.generate(model, tokenizer, "The court", count)
+            lab.generate(model, tokenizer, "The court", max_new_tokens=count)
     with pytest.raises(InvalidArgument, match="this model takes 256"):
         lab.generate(model, tokenizer, "The court", max_new_tokens=300)
 
@@ -135,21 +135,21 @@ def test_nan_is_an_error_and_not_a_number_less(tiny, tiny_domain, monkeypatch):
 
     monkeypatch.setattr(language, "_token_losses", half_nan)
     with pytest.raises(ValueError, match="gives NaN on tiny-law/test"):
-        lab.perplexity(model, tokenizer, tiny_domain.test, 64)
+        lab.perplexity(model, tokenizer, tiny_domain.test, seq_len=64)
 
 
 def test_an_excerpt_is_the_same_text_for_every_vocabulary(tiny, tiny_domain):
     model, tokenizer = tiny
-    batches = lab.tokenize(tiny_domain.calibration, tokenizer, 64, 512)
+    batches = lab.tokenize(tiny_domain.calibration, tokenizer, seq_len=64, max_tokens=512)
     found = lab.collect_statistics(model, batches, progress=False)
     mini = lab.shrink(model, lab.contextual_plan(model, found, epsilon_embedding=0.0))
-    text = lab.excerpt(tiny_domain.test, tokenizer, 600)
+    text = lab.excerpt(tiny_domain.test, tokenizer, max_tokens=600)
     assert str(text) == "tiny-law/test" and 1 < len(text) < len(tiny_domain.test)
-    pair = [lab.perplexity(m, tokenizer, text, 64) for m in (model, mini)]
+    pair = [lab.perplexity(m, tokenizer, text, seq_len=64) for m in (model, mini)]
     length = len("\n\n".join(text))
     assert all(0.95 * length < found.characters < length for found in pair)  # scored
     assert pair[0].tokens < pair[1].tokens
-    assert len(lab.excerpt(tiny_domain.test, tokenizer, 2)) == 1  # never nothing
+    assert len(lab.excerpt(tiny_domain.test, tokenizer, max_tokens=2)) == 1  # never nothing
 
 
 def test_generation_continues_the_prompt(tiny):

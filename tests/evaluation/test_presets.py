@@ -10,15 +10,13 @@ import math
 import pytest
 
 import minigpt_lab as lab
-from minigpt_lab.recovery.presets import UNPUBLISHED
 
 
 @pytest.mark.parametrize("name", sorted(lab.RECOVERY_PRESETS))
 def test_recovery_presets_are_arguments(name):
     preset = lab.RECOVERY_PRESETS[name]
     assert set(preset) <= set(inspect.signature(lab.recover).parameters)
-    assert preset["batch_size"] * preset["accumulation"] == 64
-    assert set(UNPUBLISHED.get(name, ())) <= set(preset)
+    assert preset["batch_size"] * preset["gradient_accumulation_steps"] == 64
 
 
 def test_a_preset_recovers(tiny, tiny_domain, tmp_path):
@@ -26,7 +24,7 @@ def test_a_preset_recovers(tiny, tiny_domain, tmp_path):
     plan = lab.plan_from_scores(model, lab.score(model, "magnitude"), ratio=0.1)
     preset = lab.RECOVERY_PRESETS["slimgpt"] | {"seq_len": 32, "eval_every": 2048}
     history = lab.recover(
-        lab.shrink(model, plan), tokenizer, tiny_domain, tokens=4096, eval_characters=1500,
+        lab.shrink(model, plan), tokenizer, tiny_domain, max_tokens=4096, eval_characters=1500,
         progress=False, **preset,
     )  # fmt: skip
     assert history["tokens"].iloc[-1] == 4096 and history["step"].iloc[-1] == 2
@@ -43,8 +41,9 @@ def test_perplexity_presets_are_protocols(name, tiny, tiny_domain):
 
 def test_the_learning_rate_falls_as_the_preset_says(tiny, tiny_domain, tmp_path):
     model, tokenizer = tiny
-    small = {"tokens": 1024, "seq_len": 32, "batch_size": 4, "accumulation": 1, "epochs": 1,
-             "eval_every": 128, "eval_characters": 500, "warmup": 0, "progress": False}  # fmt: skip
+    small = {"max_tokens": 1024, "seq_len": 32, "batch_size": 4, "epochs": 1,
+             "gradient_accumulation_steps": 1, "eval_every": 128, "eval_characters": 500,
+             "warmup_steps": 0, "progress": False}  # fmt: skip
     for name in ("llm-pruner", "slimgpt"):
         preset = lab.RECOVERY_PRESETS[name] | small
         lab.recover(copy.deepcopy(model), tokenizer, tiny_domain, **preset, out_dir=tmp_path / name)
@@ -63,5 +62,5 @@ def test_the_learning_rate_falls_as_the_preset_says(tiny, tiny_domain, tmp_path)
 
 
 def test_warm_up_is_counted_in_updates(tiny, tiny_domain):
-    with pytest.raises(ValueError, match="warmup is -1"):
-        lab.recover(*tiny, tiny_domain, warmup=-1)
+    with pytest.raises(ValueError, match="warmup_steps is -1"):
+        lab.recover(*tiny, tiny_domain, warmup_steps=-1)

@@ -55,7 +55,7 @@ def use(folder: Path) -> None:
         assert "\n" not in str(error)
         return
     lab.label(model)
-    lab.generate(model, tokenizer, "the", 2)
+    lab.generate(model, tokenizer, "the", max_new_tokens=2)
     lab.save_model(model, tokenizer, folder.parent / "saved")
 
 

@@ -120,8 +120,10 @@ def test_trimmed_pair_reloads_with_plain_transformers(tmp_path, tiny, tiny_domai
     ids = words(text, return_tensors="pt")["input_ids"]
     assert words.decode(ids[0]) == text and ids.max() < len(plan.vocabulary) < 1024
     assert same(plain, mini, ids)
-    expected = lab.perplexity(mini, tokenizer, tiny_domain.test, 64, max_characters=2000).value
-    found = lab.perplexity(plain, words, tiny_domain.test, 64, max_characters=2000)
+    expected = lab.perplexity(
+        mini, tokenizer, tiny_domain.test, seq_len=64, max_characters=2000
+    ).value
+    found = lab.perplexity(plain, words, tiny_domain.test, seq_len=64, max_characters=2000)
     assert found.value == expected and found.characters <= 2000
 
 
@@ -275,7 +277,7 @@ def test_tiny_models_have_learnt_something(name):
     model, tokenizer = lab.load_model(name, device="cpu")
     assert 7e5 < model.num_parameters() < 1.5e6
     test = lab.load_domain("tiny-medical").test
-    assert lab.perplexity(model, tokenizer, test, 64, max_tokens=1024).value < 150
+    assert lab.perplexity(model, tokenizer, test, seq_len=64, max_tokens=1024).value < 150
     assert "trained in this project" in lab.label(model)
 
 

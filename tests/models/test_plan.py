@@ -121,7 +121,9 @@ def as_the_paper_zeroes(model, statistics, linear, activation, before):
 @pytest.mark.parametrize(("linear", "activation"), [(None, 0.05), (0.1, None), (0.1, 0.05)])
 def test_the_papers_count_is_what_its_code_would_count(name, before, linear, activation):
     model, tokenizer = lab.load_model(name, device="cpu")
-    batches = lab.tokenize(lab.load_domain("tiny-medical").calibration, tokenizer, 64, 2048)
+    batches = lab.tokenize(
+        lab.load_domain("tiny-medical").calibration, tokenizer, seq_len=64, max_tokens=2048
+    )
     statistics = lab.collect_statistics(model, batches, progress=False)
     plan = lab.contextual_plan(
         model, statistics, epsilon_linear=linear, epsilon_activation=activation

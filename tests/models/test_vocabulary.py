@@ -61,9 +61,9 @@ def test_masked_and_shrunk_take_the_same_original_tokenizer(tiny, tiny_domain, t
     model, tokenizer = tiny
     plan = lab.contextual_plan(model, tiny_statistics, epsilon_embedding=0.0)
     with lab.masked(model, plan):
-        masked = lab.perplexity(model, tokenizer, tiny_domain.test, 64, max_tokens=512)
+        masked = lab.perplexity(model, tokenizer, tiny_domain.test, seq_len=64, max_tokens=512)
     mini = lab.shrink(model, plan)
-    shrunk = lab.perplexity(mini, tokenizer, tiny_domain.test, 64, max_tokens=512)
+    shrunk = lab.perplexity(mini, tokenizer, tiny_domain.test, seq_len=64, max_tokens=512)
     assert shrunk.value == pytest.approx(masked.value, rel=1e-4)
     assert isinstance(lab.generate(mini, tokenizer, "The court"), str)
 
@@ -75,20 +75,20 @@ def test_a_vocabulary_can_be_cut_twice(tmp_path, tiny, tiny_domain, tiny_statist
     first = lab.contextual_plan(model, tiny_statistics, epsilon_embedding=0.0, token_counts=counts)
     folder = lab.save_model(lab.shrink(model, first), tokenizer, tmp_path / "once")
     once, trimmed = lab.load_model(folder, device="cpu")
-    batches = lab.tokenize(tiny_domain.calibration, trimmed, 64, 512)
+    batches = lab.tokenize(tiny_domain.calibration, trimmed, seq_len=64, max_tokens=512)
     found = lab.collect_statistics(once, batches, progress=False)
     second = lab.contextual_plan(once, found, epsilon_embedding=0.0)
-    text = lab.excerpt(tiny_domain.test, tokenizer, 400)
+    text = lab.excerpt(tiny_domain.test, tokenizer, max_tokens=400)
     twice = lab.shrink(once, second)
     assert len(twice.get_input_embeddings().weight) < len(trimmed) < len(tokenizer)
     with lab.masked(once, second):
-        values = [lab.perplexity(once, t, text, 64) for t in (tokenizer, trimmed)]
+        values = [lab.perplexity(once, t, text, seq_len=64) for t in (tokenizer, trimmed)]
     own = lab.tokenizer_for(twice, tokenizer)
     for words in (tokenizer, trimmed, own):
-        values.append(lab.perplexity(twice, words, text, 64))
+        values.append(lab.perplexity(twice, words, text, seq_len=64))
     assert [v.value for v in values] == pytest.approx([values[0].value] * 5, rel=1e-4)
     with pytest.raises(ValueError, match="do not belong together"):
-        lab.perplexity(once, own, text, 64)
+        lab.perplexity(once, own, text, seq_len=64)
 
 
 def test_counts_decide_what_leaves(tiny, tiny_domain, tiny_statistics):
@@ -104,7 +104,7 @@ def test_counts_decide_what_leaves(tiny, tiny_domain, tiny_statistics):
 
 def test_a_foreign_tokenizer_is_refused(tiny, tiny_domain):
     with pytest.raises(ValueError, match="do not belong together"):
-        lab.perplexity(random_model("llama"), tiny[1], tiny_domain.test, 32)
+        lab.perplexity(random_model("llama"), tiny[1], tiny_domain.test, seq_len=32)
 
 
 BYTE_PAIRS = ("byte-level", "prefix space", "full stop and newlines", "one word")
@@ -155,7 +155,7 @@ def test_words_whose_parts_are_marked(marks, tiny_domain):
 def test_what_cannot_be_trimmed_is_named(kind, words, tiny_domain):
     tokenizer = tokenizer_of(kind)
     model = model_of(tokenizer)
-    batches = lab.tokenize(tiny_domain.calibration, tokenizer, 24, 240)
+    batches = lab.tokenize(tiny_domain.calibration, tokenizer, seq_len=24, max_tokens=240)
     found = lab.collect_statistics(model, batches, progress=False)
     with pytest.raises(ValueError, match=words):
         lab.trim_tokenizer(tokenizer, range(9))
@@ -174,7 +174,7 @@ def test_a_special_token_without_a_row_is_no_obstacle(tiny, tiny_domain, tiny_st
     counts = lab.count_tokens(tiny_domain.train, tokenizer)
     plans = []
     for words in (own, tokenizer):
-        batches = lab.tokenize(tiny_domain.calibration, words, 64, 512)
+        batches = lab.tokenize(tiny_domain.calibration, words, seq_len=64, max_tokens=512)
         found = lab.collect_statistics(model, batches, progress=False)
         for options in ({}, {"token_counts": counts}, {"token_counts": counts, "tokenizer": words}):
             plans.append(lab.contextual_plan(model, found, epsilon_embedding=0.0, **options))
@@ -183,10 +183,13 @@ def test_a_special_token_without_a_row_is_no_obstacle(tiny, tiny_domain, tiny_st
     reloaded = lab.load_model(lab.save_model(mini, tokenizer, tmp_path / "mini"), device="cpu")
     for subject in (model, mini):
         one, other = (
-            lab.perplexity(subject, words, tiny_domain.test, 64) for words in (own, tokenizer)
+            lab.perplexity(subject, words, tiny_domain.test, seq_len=64)
+            for words in (own, tokenizer)
         )
         assert one == other
-    assert lab.perplexity(*reloaded, tiny_domain.test, 64).value == pytest.approx(other.value)
+    assert lab.perplexity(*reloaded, tiny_domain.test, seq_len=64).value == pytest.approx(
+        other.value
+    )
     assert len(reloaded[1]) == len(mini.get_input_embeddings().weight)
     for call in (lab.perplexity, lab.generate):
         with pytest.raises(ValueError, match="uses a special token that this model has no row for"):
@@ -197,7 +200,7 @@ def test_a_model_may_have_many_more_rows(tiny_domain):
     """A vocabulary of characters under a config's default size; not a foreign tokenizer."""
     words = copy.deepcopy(tokenizer_of("characters"))
     model = model_of(tokenizer_of("byte-level"))
-    assert lab.perplexity(model, words, tiny_domain.test[:2], 24).tokens > 100
+    assert lab.perplexity(model, words, tiny_domain.test[:2], seq_len=24).tokens > 100
     words.name_or_path, model.config._name_or_path = "somewhere", "elsewhere"
     with pytest.raises(ValueError, match="do not belong together"):
         lab.tokenizer_for(model, words)

@@ -25,14 +25,14 @@ import minigpt_lab as lab
 from minigpt_lab.models import runtime
 from minigpt_lab.recovery import adapters, training
 
-SMALL = {"seq_len": 64, "eval_every": 1024, "tokens": 4096, "eval_characters": 3000}
+SMALL = {"seq_len": 64, "eval_every": 1024, "max_tokens": 4096, "eval_characters": 3000}
 
 
 @pytest.fixture(scope="module")
 def pruned(tiny, tiny_domain):
     """A quarter of the channels gone, a quarter of the linear inputs zeroed."""
     model, tokenizer = tiny
-    batches = lab.tokenize(tiny_domain.calibration, tokenizer, 64, 1024)
+    batches = lab.tokenize(tiny_domain.calibration, tokenizer, seq_len=64, max_tokens=1024)
     statistics = lab.collect_statistics(model, batches, progress=False)
     shares = {"activation": 0.25, "linear_input": 0.25}
     return lab.shrink(model, lab.contextual_plan(model, statistics, quantile=shares))
@@ -50,7 +50,7 @@ def zeros(model) -> dict[str, torch.Tensor]:
 def reached(model, tiny, domain) -> float:
     """The model's perplexity, as recovery measures it."""
     text = lab.excerpt(domain.validation, max_characters=SMALL["eval_characters"])
-    return lab.perplexity(model, tiny[1], text, 64).value
+    return lab.perplexity(model, tiny[1], text, seq_len=64).value
 
 
 def same_weights(model, other) -> bool:
@@ -63,7 +63,14 @@ def test_a_pruned_model_gets_better_and_its_zeros_stay(mini, tiny, tiny_domain, 
     before, names = zeros(mini), [name for name, _ in mini.named_modules()]
     other = lab.load_domain("tiny-games")
     history = lab.recover(
-        mini, tokenizer, tiny_domain, method, epochs=2, learning_rate=rate, other=other, **SMALL
+        mini,
+        tokenizer,
+        tiny_domain,
+        method=method,
+        epochs=2,
+        learning_rate=rate,
+        other=other,
+        **SMALL,
     )
     assert history["perplexity"].min() < 0.95 * history["perplexity"][0]
     assert history["step"].tolist() == list(range(0, 4 * len(history), 4))
@@ -96,7 +103,7 @@ def test_it_stops_at_the_level_asked_for(mini, tiny, tiny_domain):
 def test_a_run_that_only_harms_changes_nothing(mini, tiny, tiny_domain, method):
     before = copy.deepcopy(mini.state_dict())
     history = lab.recover(
-        mini, tiny[1], tiny_domain, method, epochs=1, learning_rate=30.0, patience=2, **SMALL
+        mini, tiny[1], tiny_domain, method=method, epochs=1, learning_rate=30.0, patience=2, **SMALL
     )
     assert history.attrs["stopped"] in ("patience", "diverged", "finished")
     assert history.attrs["best_step"] == 0
@@ -108,11 +115,11 @@ def interrupted(monkeypatch):
     """Ctrl-C during the fourth evaluation: one before training, two with their checkpoints."""
     real, calls = training.perplexity, []
 
-    def perplexity(*arguments):
+    def perplexity(*arguments, **options):
         calls.append(1)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return real(*arguments)
+        return real(*arguments, **options)
 
     monkeypatch.setattr(training, "perplexity", perplexity)
 
@@ -229,7 +236,7 @@ def test_another_run_in_the_same_folder_is_refused(tmp_path, pruned, tiny, tiny_
     for change, words in (
         ({"learning_rate": 2e-3}, r"another learning_rate \(0.001, now 0.002\); repeat that call"),
         ({"method": "lora"}, "another method"),
-        ({"tokens": 2048}, "another tokens .*training text"),
+        ({"max_tokens": 2048}, "another max_tokens .*training text"),
         ({"domain": lab.load_domain("tiny-games")}, "another training text .*validation text"),
         ({"model": copy.deepcopy(tiny[0])}, "another model"),
     ):
@@ -250,12 +257,12 @@ import minigpt_lab as lab
 from minigpt_lab import runtime
 from minigpt_lab.recovery import training
 real, calls = training.perplexity, []
-def full(*arguments):
+def full(*arguments, **options):
     calls.append(1)
     if len(calls) == 4:  # before the third checkpoint
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, resource.RLIM_INFINITY))
-    return real(*arguments)
+    return real(*arguments, **options)
 training.perplexity = full
 model, tokenizer = lab.load_model({str(tmp_path / "mini")!r}, device="cpu")
 domain = lab.load_domain("tiny-law")
@@ -266,7 +273,7 @@ with warnings.catch_warnings(record=True) as caught:
 assert history.attrs["stopped"] == "disk" and len(history) == 4, history
 assert any("checkpoint-12 could not be written" in str(w.message) for w in caught)
 text = lab.excerpt(domain.validation, max_characters={SMALL["eval_characters"]})
-now = real(model, tokenizer, text, 64).value
+now = real(model, tokenizer, text, seq_len=64, progress=False).value
 assert abs(now / history["perplexity"].min() - 1) < 1e-4, (now, history)
 """)
     out = tmp_path / "checkpoints"
@@ -295,7 +302,7 @@ rank, domain = os.environ["RANK"], lab.load_domain("tiny-law")
 for method, rate in (("full", 1e-3), ("lora", 5e-3)):
     model, tokenizer = lab.load_model({str(tmp_path / "mini")!r}, device="cpu")
     zero = {{name: p == 0 for name, p in model.named_parameters()}}
-    history = lab.recover(model, tokenizer, domain, method, learning_rate=rate, patience=2,
+    history = lab.recover(model, tokenizer, domain, method=method, learning_rate=rate, patience=2,
                           out_dir=f"{{sys.argv[1]}}/{{method}}", **{SMALL!r})
     assert all((model.get_parameter(name)[mask] == 0).all() for name, mask in zero.items())
     torch.save((history, history.attrs, model.state_dict()), f"{{sys.argv[1]}}/{{method}}-{{rank}}")
@@ -325,11 +332,11 @@ else:
 
 def test_tokens_are_those_that_were_read(mini, tiny, tiny_domain, monkeypatch):
     """The last update of an epoch may be smaller."""
-    small = {**SMALL, "tokens": 64 * 9, "eval_every": 64 * 4, "patience": 9}
+    small = {**SMALL, "max_tokens": 64 * 9, "eval_every": 64 * 4, "patience": 9}
     history = lab.recover(mini, tiny[1], tiny_domain, epochs=2, **small)
     assert history["step"].tolist() == [0, 1, 2, 3, 4, 5, 6]
     assert history["tokens"].tolist() == [64 * n for n in (0, 4, 8, 9, 13, 17, 18)]
-    accumulated = lab.recover(mini, tiny[1], tiny_domain, accumulation=2, **small)
+    accumulated = lab.recover(mini, tiny[1], tiny_domain, gradient_accumulation_steps=2, **small)
     assert accumulated["tokens"].tolist() == [0, 64 * 8, 64 * 9]
     assert accumulated["train_loss"].iloc[1:].notna().all()
     # two devices of one process: the Trainer gives each a batch (on the CPU, one reads both)
@@ -341,12 +348,12 @@ def test_tokens_are_those_that_were_read(mini, tiny, tiny_domain, monkeypatch):
 
 def test_adapters_on_a_trimmed_model_leave_its_tokens_alone(tiny, tiny_domain, recwarn):
     model, tokenizer = tiny
-    batches = lab.tokenize(tiny_domain.calibration, tokenizer, 64, 512)
+    batches = lab.tokenize(tiny_domain.calibration, tokenizer, seq_len=64, max_tokens=512)
     statistics = lab.collect_statistics(model, batches, progress=False)
     mini = lab.shrink(model, lab.contextual_plan(model, statistics, epsilon_embedding=0.0))
     before = mini.get_input_embeddings().weight.detach().clone()
     recwarn.clear()
-    history = lab.recover(mini, tokenizer, tiny_domain, "lora", learning_rate=5e-3, **SMALL)
+    history = lab.recover(mini, tokenizer, tiny_domain, method="lora", learning_rate=5e-3, **SMALL)
     assert history["perplexity"].min() < 0.9 * history["perplexity"][0]
     assert torch.equal(mini.get_input_embeddings().weight, before)
     assert not [w for w in recwarn if "peft" in w.filename]
@@ -362,7 +369,7 @@ def test_fused_and_transposed_layers_recover_with_adapters(name, tiny_domain, re
     mini = lab.shrink(model, plan)
     zero = mini.get_submodule(first).weight == 0
     recwarn.clear()
-    history = lab.recover(mini, tokenizer, tiny_domain, "lora", learning_rate=5e-3, **SMALL)
+    history = lab.recover(mini, tokenizer, tiny_domain, method="lora", learning_rate=5e-3, **SMALL)
     assert history["perplexity"].min() < 0.97 * history["perplexity"][0]
     assert zero.sum() > 500 and (mini.get_submodule(first).weight[zero] == 0).all()
     assert not [w for w in recwarn if "peft" in w.filename]
@@ -380,7 +387,15 @@ def test_checkpoints_have_the_names_in_memory(tmp_path):
 def test_adapters_go_where_they_are_asked_to(mini, tiny, tiny_domain):
     before = copy.deepcopy(mini)
     wanted = ["q_proj", "model.layers.1.mlp.up_proj"]
-    lab.recover(mini, tiny[1], tiny_domain, "lora", learning_rate=5e-3, targets=wanted, **SMALL)
+    lab.recover(
+        mini,
+        tiny[1],
+        tiny_domain,
+        method="lora",
+        learning_rate=5e-3,
+        target_modules=wanted,
+        **SMALL,
+    )
     changed = {
         name.removesuffix(".weight")
         for name, value in before.named_parameters()
@@ -391,20 +406,26 @@ def test_adapters_go_where_they_are_asked_to(mini, tiny, tiny_domain):
     for targets, words in (
         (["q_prj"], "no linear layer 'q_prj' to adapt; did you mean 'q_proj'"),
         (["model.layers.99.mlp.up_proj"], "did you mean 'model.layers"),
-        ([], r"targets is \[\]; expected a list"),
+        ([], r"target_modules is \[\]; expected a list"),
     ):
         with pytest.raises(ValueError, match=words):
-            lab.recover(mini, tiny[1], tiny_domain, "lora", targets=targets)
+            lab.recover(mini, tiny[1], tiny_domain, method="lora", target_modules=targets)
     assert len(adapters.adapter_targets(mini, None)) == 7 * len(layers)
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_the_model_is_left_as_it_was_but_for_its_weights(mini, tiny, tiny_domain, method, capfd):
     mini.config.use_cache = True
-    plain = lab.recover(copy.deepcopy(mini), tiny[1], tiny_domain, method, **SMALL)
+    plain = lab.recover(copy.deepcopy(mini), tiny[1], tiny_domain, method=method, **SMALL)
     capfd.readouterr()
     saving = lab.recover(
-        mini, tiny[1], tiny_domain, method, checkpointing=True, progress=False, **SMALL
+        mini,
+        tiny[1],
+        tiny_domain,
+        method=method,
+        gradient_checkpointing=True,
+        progress=False,
+        **SMALL,
     )
     assert capfd.readouterr() == ("", "")
     assert saving["perplexity"].tolist() == pytest.approx(plain["perplexity"].tolist(), rel=1e-3)
@@ -426,13 +447,13 @@ def test_a_loss_that_is_not_a_number_ends_it(mini, tiny, tiny_domain):
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
 def test_weights_of_a_short_type_are_trained_as_well(pruned, tiny, tiny_domain, method, stored):
     """Steps that a stored weight would not feel add up."""
-    options = {**SMALL, "tokens": 1024, "eval_every": 512, "learning_rate": 1e-3}
+    options = {**SMALL, "max_tokens": 1024, "eval_every": 512, "learning_rate": 1e-3}
     whole = copy.deepcopy(pruned)
-    expected = lab.recover(whole, tiny[1], tiny_domain, method, **options)
+    expected = lab.recover(whole, tiny[1], tiny_domain, method=method, **options)
     short = copy.deepcopy(pruned).to(stored)
     before = zeros(short)
     short.requires_grad_(False)  # as a merged adapter's weights are
-    found = lab.recover(short, tiny[1], tiny_domain, method, **options)
+    found = lab.recover(short, tiny[1], tiny_domain, method=method, **options)
     assert {p.dtype for p in short.parameters()} == {stored}
     assert not any(p.requires_grad for p in short.parameters())
     gain, same = (h["perplexity"][0] - h["perplexity"].min() for h in (expected, found))
@@ -447,10 +468,11 @@ def test_weights_of_a_short_type_are_trained_as_well(pruned, tiny, tiny_domain, 
 
 def test_numbers_of_numpy_are_numbers_and_the_seeds_are_put_back(mini, tiny, tiny_domain, tmp_path):
     options = {
-        "tokens": np.int64(1024), "learning_rate": np.float32(1e-3), "epochs": torch.tensor(1.0),
-        "seq_len": np.int32(64), "eval_every": np.float64(512), "eval_characters": np.int64(900),
-        "seed": np.uint8(3), "stop_at": np.float64(1.5), "warmup": np.float32(0.1),
-        "checkpointing": np.bool_(True), "out_dir": tmp_path / "run",
+        "max_tokens": np.int64(1024), "epochs": torch.tensor(1.0), "seq_len": np.int32(64),
+        "learning_rate": np.float32(1e-3), "eval_every": np.float64(512),
+        "eval_characters": np.int64(900), "seed": np.uint8(3), "stop_at": np.float64(1.5),
+        "warmup_ratio": np.float32(0.1), "gradient_checkpointing": np.bool_(True),
+        "out_dir": tmp_path / "run",
     }  # fmt: skip
     torch.manual_seed(11)
     random.seed(11)
@@ -473,7 +495,9 @@ def generators() -> tuple:
 
 def test_a_perplexity_that_means_nothing_is_called_diverged(mini, tiny, tiny_domain, monkeypatch):
     before, found = copy.deepcopy(mini), iter([20.0, 15.0, 1e137])
-    monkeypatch.setattr(training, "perplexity", lambda *_: types.SimpleNamespace(value=next(found)))
+    monkeypatch.setattr(
+        training, "perplexity", lambda *_, **__: types.SimpleNamespace(value=next(found))
+    )
     history = lab.recover(mini, tiny[1], tiny_domain, learning_rate=1e-3, **SMALL)
     assert history.attrs == {"stopped": "diverged", "best_step": 4}
     assert history["perplexity"].tolist() == [20.0, 15.0, 1e137]
@@ -481,8 +505,8 @@ def test_a_perplexity_that_means_nothing_is_called_diverged(mini, tiny, tiny_dom
 
 
 POSITIVE = (
-    "tokens", "stop_at", "eval_every", "eval_characters", "patience", "batch_size", "accumulation",
-    "rank", "alpha",
+    "max_tokens", "stop_at", "eval_every", "eval_characters", "patience", "batch_size",
+    "gradient_accumulation_steps", "r", "lora_alpha",
 )  # fmt: skip
 
 
@@ -494,9 +518,12 @@ POSITIVE = (
         ({"learning_rate": -1e-4}, "learning_rate is -0.0001"),
         ({"learning_rate": float("nan")}, "learning_rate is nan"),
         ({"seq_len": 100_000}, "less than one window"),
-        ({"tokens": 100}, "max_tokens is 100, less than one window of seq_len=256; give 256 or"),
-        ({"targets": ["q_proj"]}, "targets are for method='lora'"),
-        ({"dropout": 1.0}, "dropout is 1.0"),
+        (
+            {"max_tokens": 100},
+            "max_tokens is 100, less than one window of seq_len=256; give 256 or",
+        ),
+        ({"target_modules": ["q_proj"]}, "target_modules is for method='lora'"),
+        ({"lora_dropout": 1.0}, "lora_dropout is 1.0"),
         *(({name: 0}, f"{name} is 0; expected a (whole )?number") for name in POSITIVE),
     ],
 )

@@ -48,7 +48,7 @@ from minigpt_lab.store.storage import WriteFailed, atomic_write
 def things(tiny, tiny_domain, tiny_statistics):
     """A model, its tokenizer, batches, and what can be saved."""
     model, tokenizer = tiny
-    batches = list(lab.tokenize(tiny_domain.calibration, tokenizer, 64, 256))
+    batches = list(lab.tokenize(tiny_domain.calibration, tokenizer, seq_len=64, max_tokens=256))
     return {
         "model": model,
         "tokenizer": tokenizer,
@@ -84,7 +84,7 @@ FOLDERS = {
         t["model"], t["batches"], ratio=0.3, out_dir=path, progress=False
     ),
     "recover": lambda t, path: lab.recover(
-        copy.deepcopy(t["model"]), t["tokenizer"], t["domain"], tokens=512, seq_len=64,
+        copy.deepcopy(t["model"]), t["tokenizer"], t["domain"], max_tokens=512, seq_len=64,
         eval_characters=500, out_dir=path, progress=False,
     ),
     "record": lambda _, path: write_record(Path(path), {"notebook": "x"}),
@@ -721,7 +721,7 @@ def test_copies_of_checkpoints_are_a_users(tmp_path):
 
 
 def test_recover_goes_on_beside_a_backup(things, tmp_path):
-    arguments = {"tokens": 1024, "seq_len": 64, "eval_every": 256, "eval_characters": 500}
+    arguments = {"max_tokens": 1024, "seq_len": 64, "eval_every": 256, "eval_characters": 500}
     arguments |= {"out_dir": tmp_path, "progress": False}
     run = lambda: lab.recover(  # noqa: E731
         copy.deepcopy(things["model"]), things["tokenizer"], things["domain"], **arguments

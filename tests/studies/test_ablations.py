@@ -21,8 +21,8 @@ FULL = {"ratio": 0.5, "allocation": "uniform"}
 @pytest.fixture(scope="module")
 def study(tiny, tiny_domain, tmp_path_factory):
     model, tokenizer = tiny
-    batches = lab.tokenize(tiny_domain.calibration, tokenizer, 64, 512)
-    other = lab.tokenize(tiny_domain.train, tokenizer, 64, 512)
+    batches = lab.tokenize(tiny_domain.calibration, tokenizer, seq_len=64, max_tokens=512)
+    other = lab.tokenize(tiny_domain.train, tokenizer, seq_len=64, max_tokens=512)
     texts = [tiny_domain.test, lab.load_domain("tiny-games").test]
     variants = {
         "full": FULL,
@@ -46,11 +46,11 @@ def test_variants_are_those_of_the_functions(study, tiny):
         options = {"batches": batches, **variants[name]}
         mini, plan = lab.slimgpt(model, options.pop("batches"), **options, progress=False)
         row = table[(table["variant"] == name) & (table["text"] == str(texts[1]))].iloc[0]
-        held_out = lab.excerpt(texts[1], tokenizer, 256)
-        expected = lab.perplexity(mini, tokenizer, held_out, 64, max_characters=None)
+        held_out = lab.excerpt(texts[1], tokenizer, max_tokens=256)
+        expected = lab.perplexity(mini, tokenizer, held_out, seq_len=64, max_characters=None)
         assert row["perplexity"] == pytest.approx(expected.value)
         assert row["stored"] == lab.model_size(mini).stored
-        assert row["continuation"] == lab.generate(mini, tokenizer, "The court", 20)
+        assert row["continuation"] == lab.generate(mini, tokenizer, "The court", max_new_tokens=20)
         own = layers[(layers["variant"] == name) & (layers["site"] == "ffn")]
         assert list(own["removed"]) == plan.removed["ffn"]
         assert list(own["error"]) == plan.origin["error"]["ffn"]

@@ -16,9 +16,11 @@ def draws(tiny):
     model, tokenizer = tiny
     found = {}
     for name in ("tiny-law", "tiny-games"):
-        batches = lab.tokenize(lab.load_domain(name).calibration, tokenizer, 64, 2048)
+        batches = lab.tokenize(
+            lab.load_domain(name).calibration, tokenizer, seq_len=64, max_tokens=2048
+        )
         found[name] = [
-            lab.collect_statistics(model, half, progress=False) for half in batches.draws()
+            lab.collect_statistics(model, half, progress=False) for half in batches.samples()
         ]
     return found
 

@@ -48,11 +48,11 @@ def test_own_text_is_what_a_cut_knows(tiny, domains, plans):
     assert table.attrs["verdict"].startswith("without recovery: a domain's own cut is the best")
     # one cell by hand: the mean over draws of log perplexities on the same excerpt
     model, tokenizer = tiny
-    text = lab.excerpt(domains[1].test, tokenizer, 512)
+    text = lab.excerpt(domains[1].test, tokenizer, max_tokens=512)
     logs = []
     for draw in range(3):
         with lab.masked(model, plans["tiny-law", draw]):
-            logs.append(np.log(lab.perplexity(model, tokenizer, text, 64).value))
+            logs.append(np.log(lab.perplexity(model, tokenizer, text, seq_len=64).value))
     cell = table.set_index(["cut", "text"]).loc[("tiny-law", "tiny-games")]
     assert cell["perplexity"] == pytest.approx(np.exp(np.mean(logs)), rel=1e-4)
     assert cell["highest"] == pytest.approx(np.exp(np.max(logs)), rel=1e-4)

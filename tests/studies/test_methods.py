@@ -24,7 +24,7 @@ from minigpt_lab.studies.methods import (
 def compared(tiny, tiny_domain, tmp_path_factory):
     """Plans and table of three methods on the tiny Llama, and where its cells are kept."""
     model, tokenizer = tiny
-    batches = lab.tokenize(tiny_domain.calibration, tokenizer, 64, 512)
+    batches = lab.tokenize(tiny_domain.calibration, tokenizer, seq_len=64, max_tokens=512)
     statistics = lab.collect_statistics(model, batches, progress=False)
     methods = {
         "random": Method("random", {"seed": 1}), "wanda": Method("wanda"),
@@ -52,8 +52,8 @@ def test_cells_are_those_of_the_functions(compared, tiny):
     model, tokenizer = tiny
     mini = lab.shrink(model, plans["flap", "both", 0.5])
     row = table.query("method == 'flap' and sites == 'both' and ratio == 0.5").iloc[1]
-    held_out = lab.excerpt(texts[1], tokenizer, 256)
-    expected = lab.perplexity(mini, tokenizer, held_out, 64, max_characters=None)
+    held_out = lab.excerpt(texts[1], tokenizer, max_tokens=256)
+    expected = lab.perplexity(mini, tokenizer, held_out, seq_len=64, max_characters=None)
     assert row["perplexity"] == pytest.approx(expected.value)
     assert row["stored"] == lab.model_size(mini).stored
 
@@ -68,7 +68,7 @@ def test_finished_cells_are_not_measured_again(compared, tiny, monkeypatch):
 def test_recovered_cells_are_others(compared, tiny, tiny_domain):
     plans, table, _, texts = compared
     some = {cell: plan for cell, plan in plans.items() if cell == ("random", "ffn", 0.5)}
-    recovery = {"method": "lora", "tokens": 1024, "seq_len": 64, "learning_rate": 5e-3}
+    recovery = {"method": "lora", "max_tokens": 1024, "seq_len": 64, "learning_rate": 5e-3}
     after = method_comparison(
         *tiny, some, texts[:1], 256, 64, recover_on=tiny_domain, recovery=recovery
     )

@@ -23,7 +23,9 @@ PNG = b"\x89PNG\r\n\x1a\n"
 @pytest.fixture(scope="module")
 def statistics(tiny, tiny_statistics):
     model, tokenizer = tiny
-    batches = lab.tokenize(lab.load_domain("tiny-games").calibration, tokenizer, 64, 512)
+    batches = lab.tokenize(
+        lab.load_domain("tiny-games").calibration, tokenizer, seq_len=64, max_tokens=512
+    )
     games = lab.collect_statistics(model, batches, progress=False)
     return {"tiny-law": tiny_statistics, "tiny-games": games}
 
@@ -228,8 +230,8 @@ def test_measuring_the_explorers_choice(explorer, tiny, tiny_domain):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     job.button.click()
     job.wait()
-    held_out = lab.excerpt(tiny_domain.validation, tokenizer, 256)
+    held_out = lab.excerpt(tiny_domain.validation, tokenizer, max_tokens=256)
     mini = lab.shrink(model, explorer.plan)
-    expected = lab.perplexity(mini, tokenizer, held_out, 64, max_characters=None)
+    expected = lab.perplexity(mini, tokenizer, held_out, seq_len=64, max_characters=None)
     assert f"{expected.value:.2f}" in job.result.value and "64" in job.result.value
     assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
