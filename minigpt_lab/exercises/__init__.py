@@ -1,7 +1,7 @@
 """What the notebooks ask, and `check`; importing this package fills the registry."""
 
-from . import comparing, cutting, measuring
+from . import comparing, measuring, pruning
 from .checking import EXERCISES, check, exercise
 from .verdicts import Verdict
 
-__all__ = ["EXERCISES", "Verdict", "check", "comparing", "cutting", "exercise", "measuring"]
+__all__ = ["EXERCISES", "Verdict", "check", "comparing", "exercise", "measuring", "pruning"]

@@ -91,17 +91,17 @@ def price_of_not_looking(table: pd.DataFrame, text: str, sites: str, ratio: floa
 
 
 @exercise
-def exact_loss(weight: torch.Tensor, hessian: torch.Tensor, leaves: Sequence[int]) -> Number:
+def exact_loss(W: torch.Tensor, H: torch.Tensor, removed: Sequence[int]) -> Number:
     """What removing some inputs costs per token once the other weights have made up for it."""
-    inverse, gone = torch.linalg.inv(hessian), weight[:, leaves]
-    block = inverse[leaves][:, leaves]
+    H_inv, W_removed = torch.linalg.inv(H), W[:, removed]
+    block = H_inv[removed][:, removed]
 
     def cost(moment: torch.Tensor) -> float:
-        return float(torch.trace(gone @ moment @ gone.T))
+        return float(torch.trace(W_removed @ moment @ W_removed.T))
 
     mistakes = {
         "what it costs if nothing makes up for it; take a block of H⁻¹": cost(
-            hessian[leaves][:, leaves]
+            H[removed][:, removed]
         ),
         "with the block of H⁻¹ as it is; invert that block": cost(block),
         "with the diagonal of H⁻¹ alone; the inputs that leave go together": cost(

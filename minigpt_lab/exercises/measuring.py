@@ -18,17 +18,17 @@ from .verdicts import Count, Members, Name, Number, Share
 
 
 @exercise
-def lora_numbers(linear: nn.Linear, rank: int) -> Count:
+def lora_numbers(linear: nn.Linear, r: int) -> Count:
     """Numbers that a LoRA adapter trains on one linear layer."""
     rows, columns = linear.weight.shape
     mistakes = {
         "what full fine-tuning trains": rows * columns,
-        "B alone; A is trained too": rows * rank,
-        "A alone; B is trained too": rank * columns,
-        "the size of the product B A; its factors are what is trained": rank * rows * columns,
+        "B alone; A is trained too": rows * r,
+        "A alone; B is trained too": r * columns,
+        "the size of the product B A; its factors are what is trained": r * rows * columns,
         "one row and one column; there are as many as the rank": rows + columns,
     }
-    return Count(rank * (rows + columns), mistakes)
+    return Count(r * (rows + columns), mistakes)
 
 
 def _levels(table: pd.DataFrame, text: Part, *variants: str) -> list[float]:

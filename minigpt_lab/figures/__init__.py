@@ -23,7 +23,7 @@ from .evaluation import (
     recovery_curves,
 )
 from .explorer import ThresholdPicture
-from .pruning import budget_bars, cut_heatmap, perplexity_dots, threshold_sweep
+from .pruning import budget_bars, perplexity_dots, pruning_heatmap, threshold_sweep
 from .speed import throughput
 from .style import (
     DOMAIN_STYLE,
@@ -31,10 +31,11 @@ from .style import (
     PART_STYLE,
     STYLE,
     VARIANT_STYLE,
+    caption_for,
     colour,
-    look,
     png_bytes,
     save_figure,
+    style_for,
 )
 
 __all__ = [
@@ -51,14 +52,13 @@ __all__ = [
     "budget_bars",
     "calibration_curve",
     "calibration_settings",
+    "caption_for",
     "colour",
     "cosine_curve",
-    "cut_heatmap",
     "domain_heatmap",
     "influence_bars",
     "layer_budgets",
     "layer_losses",
-    "look",
     "magnitude_scatter",
     "method_curves",
     "one_layer_curves",
@@ -67,8 +67,10 @@ __all__ = [
     "perplexity_and_accuracy",
     "perplexity_dots",
     "png_bytes",
+    "pruning_heatmap",
     "recovery_curves",
     "save_figure",
+    "style_for",
     "threshold_sweep",
     "throughput",
     "variant_dots",

@@ -10,7 +10,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
 from .frames import drawn
-from .style import layer_ticks, log_labels, look, new_figure, percent, side_legend
+from .style import layer_ticks, log_labels, new_figure, percent, side_legend, style_for
 
 _WAYS = {True: "-", False: "--"}  # the rest refitted, or as it was
 _CHOICES = {"SlimGPT": ("#0072B2", "o"), "random": ("#7F7F7F", "s")}
@@ -25,7 +25,7 @@ _SCHEDULES = {  # colour, marker: blues and greens grow with depth, warm colours
 
 
 @drawn(names="site choice", numbers="units share loss", flags="compensated")
-def layer_losses(losses: pd.DataFrame, caption: str = "") -> Figure:
+def layer_losses(losses: pd.DataFrame, *, caption: str = "") -> Figure:
     """Loss of one layer's projections against the share of units that leaves.
 
     Parameters
@@ -64,7 +64,7 @@ def layer_losses(losses: pd.DataFrame, caption: str = "") -> Figure:
 
 
 @drawn(names="text", numbers="layer ratio perplexity_ratio")
-def one_layer_curves(table: pd.DataFrame, caption: str = "") -> Figure:
+def one_layer_curves(table: pd.DataFrame, *, caption: str = "") -> Figure:
     """Perplexity after a single layer was pruned, against its depth: a line per ratio.
 
     Parameters
@@ -83,7 +83,7 @@ def one_layer_curves(table: pd.DataFrame, caption: str = "") -> Figure:
     for axis, text in zip(axes, texts, strict=True):
         for name, ratio in zip(names, ratios, strict=True):
             rows = table[(table["text"] == text) & (table["ratio"] == ratio)].sort_values("layer")
-            tint, marker = look(name, names)
+            tint, marker = style_for(name, names)
             axis.plot(rows["layer"], rows["perplexity_ratio"], color=tint, marker=marker, ms=5,
                       lw=1.2, label=name)  # fmt: skip
         axis.axhline(1, color="black", ls="--", lw=1, label="dense")
@@ -98,7 +98,7 @@ def one_layer_curves(table: pd.DataFrame, caption: str = "") -> Figure:
 
 
 @drawn(names="variant site", numbers="layer units removed cost", maybe="error")
-def layer_budgets(layers: pd.DataFrame, caption: str = "") -> Figure:
+def layer_budgets(layers: pd.DataFrame, *, caption: str = "") -> Figure:
     """How much of every layer leaves under several allocations, and what its channels' cut costs.
 
     Parameters
@@ -119,7 +119,7 @@ def layer_budgets(layers: pd.DataFrame, caption: str = "") -> Figure:
     figure = new_figure(8.2, 4.8, caption, "Where does each allocation cut?")
     shares, costs = figure.subplots(2, 1, sharex=True)
     for name in names:
-        tint, marker = look(name, names, _SCHEDULES)
+        tint, marker = style_for(name, names, _SCHEDULES)
         share = sums.loc[name, "gone"] / sums.loc[name, "all"]
         for axis, values in ((shares, share), (costs, errors.loc[name])):
             axis.plot(values.index, values, color=tint, marker=marker, ms=4, lw=1.2, label=name)
@@ -136,7 +136,7 @@ def layer_budgets(layers: pd.DataFrame, caption: str = "") -> Figure:
 
 
 @drawn(names="variant text", numbers="perplexity", maybe="low high", flags="compensated")
-def variant_dots(table: pd.DataFrame, caption: str = "", title: str = "") -> Figure:
+def variant_dots(table: pd.DataFrame, *, caption: str = "", title: str = "") -> Figure:
     """Perplexity of variants with its interval, a panel per text; the dense model is a line.
 
     Parameters
@@ -156,7 +156,7 @@ def variant_dots(table: pd.DataFrame, caption: str = "", title: str = "") -> Fig
     for axis, text in zip(axes, texts, strict=True):
         rows = cuts[cuts["text"] == text].set_index("variant").loc[variants]
         level = dense.loc[dense["text"] == text, "perplexity"].iloc[0]
-        tint, marker = look(text.rsplit("/", 1)[0], [each.rsplit("/", 1)[0] for each in texts])
+        tint, marker = style_for(text.rsplit("/", 1)[0], [each.rsplit("/", 1)[0] for each in texts])
         for place, row in enumerate(rows.itertuples()):
             if np.isfinite(row.low):
                 axis.plot([row.low, row.high], [place, place], color=tint, lw=1.2)
@@ -190,7 +190,7 @@ def _number(value: float) -> str:
 
 
 @drawn(names="setting text", numbers="value perplexity dense")
-def calibration_settings(table: pd.DataFrame, caption: str = "") -> Figure:
+def calibration_settings(table: pd.DataFrame, *, caption: str = "") -> Figure:
     """Perplexity against how much text a cut was calibrated on and in what windows.
 
     Parameters
@@ -210,7 +210,7 @@ def calibration_settings(table: pd.DataFrame, caption: str = "") -> Figure:
         part = table[table["setting"] == setting]
         for text, domain in zip(texts, domains, strict=True):
             rows = part[part["text"] == text].sort_values("value")
-            tint, marker = look(domain, domains)
+            tint, marker = style_for(domain, domains)
             axis.plot(rows["value"], rows["perplexity"], color=tint, marker=marker, ms=5, lw=1.2,
                       label=text)  # fmt: skip
             axis.axhline(rows["dense"].iloc[0], color=tint, ls="--", lw=1, label=f"{text}, dense")

@@ -17,9 +17,9 @@ from .style import (
     layer_ticks,
     log_labels,
     log_ticks,
-    look,
     new_figure,
     percent,
+    style_for,
     with_note,
 )
 
@@ -28,7 +28,7 @@ MAGNITUDE = "mean |activation| per token"
 
 @drawn(names="domain", numbers="layer mean_abs")
 def activation_histograms(
-    frame: pd.DataFrame, epsilon: float | None = None, n_layers: int = 6, caption: str = ""
+    frame: pd.DataFrame, *, epsilon: float | None = None, n_layers: int = 6, caption: str = ""
 ) -> Figure:
     """Distribution of mean |activation| over FFN neurons, per layer and domain.
 
@@ -61,7 +61,7 @@ def activation_histograms(
     for axis, layer in zip(axes, layers, strict=True):
         values = {domain: shown.get_group((layer, domain)).to_numpy() for domain in domains}
         for domain, found in values.items():
-            tint, marker = look(domain, domains)
+            tint, marker = style_for(domain, domains)
             _distribution(axis, found, edges, color=tint, marker=marker, label=domain)
         if some_off:
             _never_on(axis, values, zero_at, np.ptp(edges))
@@ -150,7 +150,7 @@ def _shares_below(axis, values: dict[str, np.ndarray], epsilon: float, side: str
 
 @drawn(names="domain", numbers="layer mean_abs")
 def activation_depth(
-    frame: pd.DataFrame, epsilon: float | None = None, caption: str = ""
+    frame: pd.DataFrame, *, epsilon: float | None = None, caption: str = ""
 ) -> Figure:
     """How the scale of mean |activation| drifts with depth, and what one ε would cut of each layer.
 
@@ -211,7 +211,7 @@ def _cut_by_depth(axis, frame, domains, epsilon) -> None:
     """Share of each layer at or below ε, a line per domain."""
     cut = (frame["mean_abs"] <= epsilon).groupby([frame["domain"], frame["layer"]]).mean()
     for domain in domains:
-        tint, marker = look(domain, domains)
+        tint, marker = style_for(domain, domains)
         shares = cut.loc[domain]
         axis.plot(shares.index, shares, color=tint, marker=marker, ms=4, lw=1.2, label=domain)
     axis.set(xlabel="layer", ylabel=f"neurons at or\nbelow ε = {epsilon:.3g}")
@@ -223,6 +223,7 @@ def _cut_by_depth(axis, frame, domains, epsilon) -> None:
 @drawn(names="domain other", maybe="jaccard chance")
 def overlap_matrix(
     overlap: pd.DataFrame,
+    *,
     caption: str = "",
     title: str = "Which domains leave the same neurons unused?",
 ) -> Figure:
@@ -270,7 +271,7 @@ def overlap_matrix(
 
 @drawn(names="domain", numbers="layer neuron mean_abs")
 def magnitude_scatter(
-    frame: pd.DataFrame, domain: str, other: str, epsilon: float | None = None, caption: str = ""
+    frame: pd.DataFrame, domain: str, other: str, *, epsilon: float | None = None, caption: str = ""
 ) -> Figure:
     """Each neuron's mean |activation| on one domain against another (Mini-GPTs, figure 3).
 
@@ -314,7 +315,7 @@ def magnitude_scatter(
 
 
 @drawn(names="domain", numbers="tokens jaccard chance")
-def calibration_curve(stability: pd.DataFrame, caption: str = "") -> Figure:
+def calibration_curve(stability: pd.DataFrame, *, caption: str = "") -> Figure:
     """How soon the set of kept neurons settles as a domain's calibration text grows.
 
     Parameters
@@ -331,7 +332,7 @@ def calibration_curve(stability: pd.DataFrame, caption: str = "") -> Figure:
     figure = new_figure(6.4, 3.8, with_note(caption, note), title)
     axis = figure.subplots()
     for domain, rows in stability.groupby("domain", sort=False):
-        tint, marker = look(domain, domains)
+        tint, marker = style_for(domain, domains)
         axis.plot(rows["tokens"], rows["jaccard"], color=tint, marker=marker, ms=5, lw=1.3,
                   label=domain)  # fmt: skip
     chance = stability["chance"].mean()

@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator
 
 from ..checks import InvalidArgument, OneOf
 from .frames import drawn
-from .style import METHOD_STYLE, colour, log_labels, log_ticks, look, new_figure, side_legend
+from .style import METHOD_STYLE, colour, log_labels, log_ticks, new_figure, side_legend, style_for
 
 _REACH = 30  # times the dense perplexity; what is worse is named, not drawn
 
@@ -33,7 +33,7 @@ _LABELS_APART = 12  # points, between two labels
     flags="front",
     empty=True,
 )
-def pareto_front(table: pd.DataFrame, size: str = "stored", caption: str = "") -> Figure:
+def pareto_front(table: pd.DataFrame, *, size: str = "stored", caption: str = "") -> Figure:
     """Size against held-out perplexity of every run, with the front of each domain.
 
     A panel per model and protocol, as only their perplexities compare. Colour: domain; marker:
@@ -147,7 +147,7 @@ def _label_front(axis: Axes, points: pd.DataFrame, size: str, domains: list[str]
 
 
 @drawn(names="method sites text", numbers="stored perplexity")
-def method_curves(table: pd.DataFrame, caption: str = "") -> Figure:
+def method_curves(table: pd.DataFrame, *, caption: str = "") -> Figure:
     """Held-out perplexity against size: a line per method, a column per site, a row per text.
 
     Where a method has several rows of one size (seeds), the line is their median in their range.
@@ -171,7 +171,7 @@ def method_curves(table: pd.DataFrame, caption: str = "") -> Figure:
         for axis, kind in zip(row, kinds, strict=True):
             part = cuts[(cuts["text"] == text) & (cuts["sites"] == kind)]
             for name, points in part.groupby("method", sort=False):
-                tint, marker = look(name, methods, METHOD_STYLE)
+                tint, marker = style_for(name, methods, METHOD_STYLE)
                 found = points.groupby("stored")["perplexity"].agg(["median", "min", "max"])
                 sizes = found.index / 1e6
                 axis.fill_between(sizes, found["min"], found["max"], color=tint, alpha=0.2, lw=0)
@@ -199,7 +199,7 @@ def method_curves(table: pd.DataFrame, caption: str = "") -> Figure:
 
 
 @drawn(numbers="directions cosine expected")
-def cosine_curve(cosines: pd.DataFrame, caption: str = "") -> Figure:
+def cosine_curve(cosines: pd.DataFrame, *, caption: str = "") -> Figure:
     """Cosine of zeroth-order estimates to the true gradient, against the number of directions.
 
     Parameters
@@ -224,7 +224,7 @@ def cosine_curve(cosines: pd.DataFrame, caption: str = "") -> Figure:
 
 
 @drawn(numbers="layer influence")
-def influence_bars(influence: pd.DataFrame, caption: str = "") -> Figure:
+def influence_bars(influence: pd.DataFrame, *, caption: str = "") -> Figure:
     """How much every decoder layer changes what passes through it.
 
     Parameters

@@ -19,15 +19,15 @@ from .style import (
     colour,
     heat,
     log_labels,
-    look,
     new_figure,
+    style_for,
     with_note,
 )
 
 
 @drawn(names="regime method", numbers="tokens perplexity other_perplexity")
 def recovery_curves(
-    histories: pd.DataFrame, dense: Mapping[str, float], caption: str = ""
+    histories: pd.DataFrame, *, dense: Mapping[str, float], caption: str = ""
 ) -> Figure:
     """Held-out perplexity against tokens trained on, a panel per regime, a colour per method.
 
@@ -54,7 +54,7 @@ def recovery_curves(
     for axis, regime in zip(axes, regimes, strict=True):
         part = histories[histories["regime"] == regime]
         for method, rows in part.groupby("method", sort=False):
-            tint, marker = look(method, methods, METHOD_STYLE)
+            tint, marker = style_for(method, methods, METHOD_STYLE)
             own, other = (
                 _over_seeds(axis, rows.groupby("tokens")[column], color=tint, marker=marker, **how)
                 for column, how in zip(columns, _TEXTS, strict=True)
@@ -91,7 +91,7 @@ def _over_seeds(axis, seeds, **how) -> pd.Series:
 def _recovery_handles(methods: list[str], dense: Mapping[str, float]) -> list[Line2D]:
     handles = []
     for method in methods:
-        tint, marker = look(method, methods, METHOD_STYLE)
+        tint, marker = style_for(method, methods, METHOD_STYLE)
         handles.append(Line2D([], [], color=tint, marker=marker, ms=4.5, label=method))
     for name, how in zip(dense, _TEXTS, strict=True):
         handles.append(
@@ -106,7 +106,7 @@ def _recovery_handles(methods: list[str], dense: Mapping[str, float]) -> list[Li
 
 
 @drawn(names="domain variant", numbers="accuracy chance items", maybe="low high")
-def answer_dots(answers: pd.DataFrame, caption: str = "") -> Figure:
+def answer_dots(answers: pd.DataFrame, *, caption: str = "") -> Figure:
     """Accuracy with 95 % intervals, per domain and variant, beside chance.
 
     Parameters
@@ -121,7 +121,7 @@ def answer_dots(answers: pd.DataFrame, caption: str = "") -> Figure:
 
 
 @drawn(names="domain variant", numbers="difference items", maybe="low high")
-def answer_differences(differences: pd.DataFrame, caption: str = "") -> Figure:
+def answer_differences(differences: pd.DataFrame, *, caption: str = "") -> Figure:
     """Accuracy minus the dense model's on the same questions, with paired 95 % intervals.
 
     Parameters
@@ -146,7 +146,7 @@ def _dots(table, value, label, caption, question, reference) -> Figure:
     for place, variant in enumerate(variants):
         rows = table[table["variant"] == variant].set_index("domain").reindex(domains)
         bounds = [rows[value] - rows["low"], rows["high"] - rows[value]]
-        tint, marker = look(variant, variants, VARIANT_STYLE)
+        tint, marker = style_for(variant, variants, VARIANT_STYLE)
         axis.errorbar(rows[value], middles + place, xerr=np.maximum(bounds, 0), fmt=marker,
                       color=tint, ms=5, capsize=2, label=variant)  # fmt: skip
     if reference:
@@ -166,7 +166,7 @@ def _dots(table, value, label, caption, question, reference) -> Figure:
 
 
 @drawn(names="domain variant", numbers="perplexity_ratio difference")
-def perplexity_and_accuracy(table: pd.DataFrame, caption: str = "") -> Figure:
+def perplexity_and_accuracy(table: pd.DataFrame, *, caption: str = "") -> Figure:
     """Each domain's way from dense over pruned to recovered, perplexity against accuracy.
 
     Parameters
@@ -186,7 +186,9 @@ def perplexity_and_accuracy(table: pd.DataFrame, caption: str = "") -> Figure:
         for start, end in pairwise(places[-2:]):  # the way back is what the question is about
             axis.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": tint, "lw": 1.6})
         for place, variant in zip(places, rows["variant"], strict=True):
-            axis.plot(*place, color=tint, ms=6, marker=look(variant, variants, VARIANT_STYLE)[1])
+            axis.plot(
+                *place, color=tint, ms=6, marker=style_for(variant, variants, VARIANT_STYLE)[1]
+            )
     axis.margins(x=0.14, y=0.1)  # for the names
     _name_ends(axis, table.groupby("domain", sort=False).last())
     axis.axhline(0, color="black", lw=0.8)
@@ -197,7 +199,9 @@ def perplexity_and_accuracy(table: pd.DataFrame, caption: str = "") -> Figure:
     log_labels(axis.xaxis, [1, *table["perplexity_ratio"]])
     axis.yaxis.set_major_formatter(PercentFormatter(1, 0, symbol=""))
     handles = [
-        Line2D([], [], color="#555555", marker=look(v, variants, VARIANT_STYLE)[1], ls="", label=v)
+        Line2D(
+            [], [], color="#555555", marker=style_for(v, variants, VARIANT_STYLE)[1], ls="", label=v
+        )
         for v in variants
     ]
     figure.legend(handles=handles, loc="outside right upper", fontsize=8)
@@ -227,7 +231,7 @@ def _short(value: float) -> str:
     maybe="difference_low difference_high",
     flags="recovered",
 )
-def domain_heatmap(matrix: pd.DataFrame, caption: str = "") -> Figure:
+def domain_heatmap(matrix: pd.DataFrame, *, caption: str = "") -> Figure:
     """Perplexity of every cut on every text, coloured by its ratio to the text's own cut.
 
     Parameters

@@ -14,7 +14,16 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from .frames import drawn
-from .style import METHOD_STYLE, PART_STYLE, heat, log_labels, look, new_figure, percent, with_note
+from .style import (
+    METHOD_STYLE,
+    PART_STYLE,
+    heat,
+    log_labels,
+    new_figure,
+    percent,
+    style_for,
+    with_note,
+)
 
 _SIZES = {"stored": "D-", "non-zero": "P:"}  # black: no method has that colour or these signs
 _UNITS = {  # what ε is compared with
@@ -28,6 +37,7 @@ _UNITS = {  # what ε is compared with
 @drawn(names="component method", numbers="epsilon stored_ratio nonzero_ratio perplexity_ratio")
 def threshold_sweep(
     sweep: pd.DataFrame,
+    *,
     marks: Sequence[float] = (),
     knees: dict[str, float] | None = None,
     caption: str = "",
@@ -62,7 +72,7 @@ def threshold_sweep(
         for method in sorted(methods, key=[*METHOD_STYLE, *methods].index):
             rows = part[part["method"] == method]
             if len(rows):
-                handles[method] = _seeded(column[1], rows, look(method, methods, METHOD_STYLE))
+                handles[method] = _seeded(column[1], rows, style_for(method, methods, METHOD_STYLE))
         # an end of a short curve is no knee
         knee = (knees or {}).get(component) if len(base) > 2 else None
         point = "" if knee is None else f": knee at ε = {knee:.3g}"
@@ -109,7 +119,7 @@ def _seeded(axis, rows: pd.DataFrame, style) -> Line2D:
 
 
 @drawn(names="site", numbers="layer units kept")
-def cut_heatmap(kept: pd.DataFrame, caption: str = "") -> Figure:
+def pruning_heatmap(kept: pd.DataFrame, *, caption: str = "") -> Figure:
     """Share of units that a plan cuts, layer by component, one panel per domain.
 
     The bars are means: over the components above, over the layers at the right.
@@ -204,7 +214,7 @@ def _cut_panel(axis, table: pd.DataFrame, bar, **scale) -> None:
 
 
 @drawn(names="variant part", numbers="parameters")
-def budget_bars(budget: pd.DataFrame, caption: str = "") -> Figure:
+def budget_bars(budget: pd.DataFrame, *, caption: str = "") -> Figure:
     """What the stored parameters are, before and after.
 
     Parameters
@@ -242,7 +252,7 @@ def budget_bars(budget: pd.DataFrame, caption: str = "") -> Figure:
 
 
 @drawn(names="variant text", numbers="bits_per_character characters", maybe="bits_low bits_high")
-def perplexity_dots(table: pd.DataFrame, caption: str = "") -> Figure:
+def perplexity_dots(table: pd.DataFrame, *, caption: str = "") -> Figure:
     """Bits per character with intervals, per variant, inside and outside the domain.
 
     Parameters
@@ -264,7 +274,7 @@ def perplexity_dots(table: pd.DataFrame, caption: str = "") -> Figure:
         middle = rows["bits_per_character"]
         bounds = [middle - rows["bits_low"], rows["bits_high"] - middle]
         places = np.arange(len(variants))
-        tint, marker = look(domain, domains)
+        tint, marker = style_for(domain, domains)
         axis.errorbar(middle, places, xerr=np.maximum(bounds, 0), fmt=marker, color=tint,
                       capsize=3)  # fmt: skip
         for place, value in zip(places, middle, strict=True):

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
 
 from .frames import drawn
-from .style import VARIANT_STYLE, look, new_figure, with_note
+from .style import VARIANT_STYLE, new_figure, style_for, with_note
 
 _LINE = "in proportion to the size"
 
@@ -19,7 +19,7 @@ _LINE = "in proportion to the size"
     maybe="low high",
     flags="batch runs",
 )
-def throughput(speeds: pd.DataFrame, caption: str = "") -> Figure:
+def throughput(speeds: pd.DataFrame, *, caption: str = "") -> Figure:
     """Tokens per second against stored parameters, a panel for reading and one for writing.
 
     Parameters
@@ -42,7 +42,7 @@ def throughput(speeds: pd.DataFrame, caption: str = "") -> Figure:
     for axis, kind in zip(axes, kinds, strict=True):
         part = speeds[speeds["kind"] == kind]
         for variant, rows in part.groupby("variant", sort=False):
-            tint, marker = look(variant, variants, VARIANT_STYLE)
+            tint, marker = style_for(variant, variants, VARIANT_STYLE)
             middle = rows["tokens_per_second"]
             bounds = [middle - rows["low"], rows["high"] - middle]
             axis.errorbar(rows["stored"] / 1e6, middle, yerr=np.maximum(bounds, 0), fmt=marker,

@@ -22,8 +22,10 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.font_manager import get_font_names
 from matplotlib.ticker import MaxNLocator, NullFormatter
+from transformers import PreTrainedModel
 
 from ..checks import Instance, ListOf, Location, Text, checked, to_path, writable_file
+from ..models import label
 from ..store import atomic_write
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -79,7 +81,9 @@ STYLE = {
 
 
 @checked(name=Text(), known=ListOf(Text()))
-def look(name: str, known: Sequence[str] = (), fixed: Mapping[str, Look] = DOMAIN_STYLE) -> Look:
+def style_for(
+    name: str, known: Sequence[str] = (), fixed: Mapping[str, Look] = DOMAIN_STYLE
+) -> Look:
     """Colour and marker of a domain or, from another table, of a method or variant.
 
     Parameters
@@ -105,8 +109,40 @@ def look(name: str, known: Sequence[str] = (), fixed: Mapping[str, Look] = DOMAI
 
 @checked(domain=Text(), known=ListOf(Text()))
 def colour(domain: str, known: Sequence[str] = ()) -> str:
-    """The colour of a domain, see `look`."""
-    return look(domain, known)[0]
+    """The colour of a domain, see `style_for`."""
+    return style_for(domain, known)[0]
+
+
+def caption_for(
+    model: PreTrainedModel,
+    *notes: str,
+    domain: str = "",
+    calibration_tokens: int | None = None,
+    test_tokens: int | None = None,
+    seq_len: int | None = None,
+) -> str:
+    """Caption of a figure: the model's label, calibration, notes, and the test protocol below.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        The one that was measured.
+    *notes : str
+        Further facts, as they are.
+    domain, calibration_tokens
+        Domain that the model was calibrated on (each one, if empty), and its tokens.
+    test_tokens, seq_len : int, optional
+        Most tokens of a test text, and the length of the windows.
+    """
+    windows = f"windows of {seq_len}"
+    facts = [label(model)]
+    if calibration_tokens is not None:
+        most, whose = ("", f"of {domain}") if domain else ("at most ", "per domain")
+        facts.append(f"{most}{calibration_tokens:,} calibration tokens {whose}")
+    if test_tokens is not None:
+        protocol = f"at most {test_tokens:,} test tokens per text, {windows}, no overlap"
+        return "; ".join([*facts, *notes]) + f"\n{protocol}"
+    return "; ".join([*facts, *notes] if seq_len is None else [*facts, windows, *notes])
 
 
 def luminance(tint) -> float:

@@ -131,6 +131,7 @@ def perplexity_job(
     explorer: ThresholdExplorer | RatioExplorer,
     tokenizer: PreTrainedTokenizerBase,
     texts,
+    *,
     max_tokens: int = 2048,
     seq_len: int = 256,
 ) -> ModelJob:

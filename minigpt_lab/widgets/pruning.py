@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ..calibration import Statistics
 from ..checks import Array, DictOf, Instance, Model, Number, Text, checked, suggest
 from ..criteria import Scores
-from ..figures import ThresholdPicture, cut_heatmap, png_bytes
+from ..figures import ThresholdPicture, png_bytes, pruning_heatmap
 from ..models import PruningPlan, Size
 from ..planning import ALLOCATIONS, contextual_plan, plan_from_scores
 from ..studies import COMPONENTS, Magnitudes, read_sweep, threshold_range
@@ -56,6 +56,7 @@ class ThresholdExplorer(Explorer):
         model: PreTrainedModel,
         statistics: Mapping[str, Statistics],
         domain: str,
+        *,
         epsilon: float,
         token_counts: Mapping[str, np.ndarray] | None = None,
         sweeps: Mapping[str, pd.DataFrame] | None = None,
@@ -226,7 +227,7 @@ class RatioExplorer(Explorer):
         model=Model(lock=False), scores=DictOf(Text(), Instance(Scores), 1),
         ratio=Number(low=0, high=_MOST),
     )  # fmt: skip
-    def __init__(self, model: PreTrainedModel, scores: Mapping[str, Scores], ratio: float = 0.2):
+    def __init__(self, model: PreTrainedModel, scores: Mapping[str, Scores], *, ratio: float = 0.2):
         self.model, self.scores = model, dict(scores)
         self.method = ipywidgets.Dropdown(options=list(scores), description="method")
         self.allocation = ipywidgets.Dropdown(options=list(ALLOCATIONS), description="allocation")
@@ -249,5 +250,5 @@ class RatioExplorer(Explorer):
         plan = self.plan
         words = size_words(plan.predicted_size(self.model))
         return f"<b>{escaped(self.method.value)}</b>: {words}", png_bytes(
-            cut_heatmap(plan.to_frame())
+            pruning_heatmap(plan.to_frame())
         )

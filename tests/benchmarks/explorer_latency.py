@@ -35,7 +35,7 @@ def main() -> None:
             lab.load_domain(name).calibration, tokenizer, seq_len=256, max_tokens=512
         )
         statistics[name] = lab.collect_statistics(model, batches)
-    explorer = ThresholdExplorer(model, statistics, "medical", 0.05)
+    explorer = ThresholdExplorer(model, statistics, "medical", epsilon=0.05)
     explorer.show(interactive=True)  # draws all domains ahead, as a notebook does
     for box in explorer.active.values():  # the costliest plan: all components
         box.value = True

@@ -212,14 +212,14 @@ def test_a_name():
 def test_a_plan_of_the_wrong_size_shape_or_choice(tiny, tiny_statistics):
     model, _ = tiny
     cut = lab.contextual_plan(model, tiny_statistics, epsilon_activation=0.1)
-    held = {"model": model, "statistics": tiny_statistics, "cut": cut}
+    held = {"model": model, "statistics": tiny_statistics, "uneven": cut}
     share = sum(cut.removed["ffn"]) / sum(cut.units["ffn"])
     scores = lab.score(model, "contextual", statistics=tiny_statistics, sites=("ffn",))
     stored = cut.predicted_size(model).stored
-    assert lab.check("even cut", lab.plan_from_scores(model, scores, parameters=stored), **held)
+    assert lab.check("even pruning", lab.plan_from_scores(model, scores, parameters=stored), **held)
 
     def problem(plan) -> str:
-        verdict = lab.check("even cut", plan, **held)
+        verdict = lab.check("even pruning", plan, **held)
         assert verdict.right is False
         return verdict.message
 
@@ -237,7 +237,7 @@ def test_a_plan_of_the_wrong_size_shape_or_choice(tiny, tiny_statistics):
     other = random_model("llama")
     foreign = lab.contextual_plan(other, _statistics(other), quantile=0.3)
     assert "the model it was made for" in problem(foreign)
-    assert problem(0.3) == "even cut: expected a pruning plan, got 0.3"
+    assert problem(0.3) == "even pruning: expected a pruning plan, got 0.3"
 
 
 def _statistics(model):
@@ -277,7 +277,7 @@ def test_an_exact_loss_and_what_it_is_taken_for(answer, message):
     weight, hessian, leaves = torch.randn(3, 5, dtype=torch.float64), x @ x.T / 60, [1, 4]
     gone, block = weight[:, leaves], torch.linalg.inv(hessian)[leaves][:, leaves]
     found = torch.trace(gone @ answer(hessian[leaves][:, leaves], block) @ gone.T)
-    verdict = lab.check("exact loss", found, weight=weight, hessian=hessian, leaves=leaves)
+    verdict = lab.check("exact loss", found, W=weight, H=hessian, removed=leaves)
     assert verdict.right == (message is None) and (message or "right") in verdict.message
 
 

@@ -25,7 +25,9 @@ def activations():
 
 
 def test_histograms_show_zero_mass_and_epsilon(activations):
-    figure = figures.activation_histograms(activations, 0.3, n_layers=4, caption="tiny model")
+    figure = figures.activation_histograms(
+        activations, epsilon=0.3, n_layers=4, caption="tiny model"
+    )
     axes = [axis for axis in figure.axes if axis.get_visible()]
     assert [axis.get_title(loc="left") for axis in axes] == [f"layer {i}" for i in (0, 2, 5, 7)]
     for axis in axes:
@@ -38,7 +40,7 @@ def test_histograms_show_zero_mass_and_epsilon(activations):
 
 
 def test_histograms_say_what_lies_below_epsilon_and_leave_nothing_out(activations):
-    figure = figures.activation_histograms(activations, 0.3, n_layers=2)
+    figure = figures.activation_histograms(activations, epsilon=0.3, n_layers=2)
     for axis, layer in zip(figure.axes, (0, 7), strict=True):
         words = axis.texts[-1].get_text().splitlines()
         assert words[0] == "at or below ε:"
@@ -48,7 +50,7 @@ def test_histograms_say_what_lies_below_epsilon_and_leave_nothing_out(activation
             assert f"{domain} {100 * (part <= 0.3).mean():.1f} %" in words
             assert sum(line.get_ydata()) == pytest.approx(0.9)  # all but those never on
     alone = activations[activations["domain"] == "law"]
-    axis = figures.activation_histograms(alone, 0.3, n_layers=1).axes[0]
+    axis = figures.activation_histograms(alone, epsilon=0.3, n_layers=1).axes[0]
     share = 100 * (alone.query("layer == 0")["mean_abs"] <= 0.3).mean()
     assert axis.get_title(loc="left") == f"layer 0: {share:.1f} % at or below ε"
 
@@ -57,19 +59,19 @@ def test_histograms_say_what_lies_below_epsilon_and_leave_nothing_out(activation
 def test_shares_stand_where_the_distributions_leave_room(activations, sign, side):
     live = activations[activations["mean_abs"] > 0]
     skewed = live.assign(mean_abs=np.exp(sign * np.log(live["mean_abs"]) ** 2))
-    axis = figures.activation_histograms(skewed, 1.0).axes[0]
+    axis = figures.activation_histograms(skewed, epsilon=1.0).axes[0]
     assert axis.texts[-1].get_ha() == side
 
 
 def test_histograms_of_one_domain_show_the_highest_step(activations):
     alone = activations[activations["domain"] == "law"]
-    axes = figures.activation_histograms(alone, 0.3).axes
+    axes = figures.activation_histograms(alone, epsilon=0.3).axes
     highest = max(max(axis.lines[0].get_ydata()) for axis in axes)
     assert axes[0].get_ylim()[0] == 0 and axes[0].get_ylim()[1] > highest
 
 
 def test_depth_shows_every_layer_and_what_one_epsilon_cuts(activations):
-    figure = figures.activation_depth(activations, 0.3, "tiny model")
+    figure = figures.activation_depth(activations, epsilon=0.3, caption="tiny model")
     law, medical, cut = figure.axes
     assert [axis.get_title(loc="left") for axis in (law, medical)] == ["law", "medical"]
     assert law.get_yscale() == "log" and law.get_ylim() == medical.get_ylim()
@@ -88,7 +90,7 @@ def test_calibration_curve_stands_between_chance_and_the_full_set():
         for tokens, overlap in ((256, 0.8), (512, 0.9), (1024, 1.0))
     ]
     frame = pd.DataFrame(rows, columns=["domain", "tokens", "jaccard", "chance"])
-    figure = figures.calibration_curve(frame, "tiny model")
+    figure = figures.calibration_curve(frame, caption="tiny model")
     axis = figure.axes[0]
     assert [tick.get_text() for tick in axis.get_xticklabels()] == ["256", "512", "1,024"]
     assert axis.get_ylim()[0] < 0.54 and axis.get_ylim()[1] > 1
@@ -137,7 +139,7 @@ def test_overlap_matrix_writes_every_cell():
 
 
 def test_scatter_puts_domains_on_axes(activations):
-    axis = figures.magnitude_scatter(activations, "law", "medical", 0.3).axes[0]
+    axis = figures.magnitude_scatter(activations, "law", "medical", epsilon=0.3).axes[0]
     assert axis.get_xlabel().endswith("law") and axis.get_ylabel().endswith("medical")
     assert axis.get_xscale() == axis.get_yscale() == "log"
     assert len(axis.lines) == 3  # diagonal, ε both ways
@@ -154,7 +156,7 @@ def sweep():
 
 
 def test_sweep_draws_every_method_and_mark(sweep):
-    figure = figures.threshold_sweep(sweep, [1e-5, 1e-3, 1e-1], {"activation": 1e-2})
+    figure = figures.threshold_sweep(sweep, marks=[1e-5, 1e-3, 1e-1], knees={"activation": 1e-2})
     size, loss = figure.axes
     assert len(size.lines) == 2 + 2 + 1  # stored and non-zero, two marks in range, the knee
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
@@ -232,7 +234,7 @@ def test_speed_stands_beside_size_with_its_spread():
         for kind, speed in (("prefill", 300 * gain), ("decode", 10 * gain))
     ]
     names = "variant stored kind tokens_per_second low high batch device runs".split()
-    figure = figures.throughput(pd.DataFrame(rows, columns=names), "tiny model")
+    figure = figures.throughput(pd.DataFrame(rows, columns=names), caption="tiny model")
     prefill, decode = figure.axes
     assert [axis.get_title(loc="left") for axis in figure.axes] == ["prefill", "decode"]
     assert len(prefill.containers) == 2 and prefill.get_ylim()[0] == 0
@@ -250,8 +252,8 @@ def kept():
     return pd.DataFrame(rows, columns=["site", "layer", "units", "kept"])
 
 
-def test_cut_heatmap_numbers_every_layer_and_every_cut(kept):
-    figure = figures.cut_heatmap(kept, "made up")
+def test_pruning_heatmap_numbers_every_layer_and_every_cut(kept):
+    figure = figures.pruning_heatmap(kept, caption="made up")
     above, cells, beside, bar = figure.axes
     assert [tick.get_text() for tick in cells.get_xticklabels()] == [str(i) for i in range(30)]
     assert [tick.get_text() for tick in cells.get_yticklabels()] == ["ffn", "attention"]
@@ -266,15 +268,15 @@ def test_cut_heatmap_numbers_every_layer_and_every_cut(kept):
 
 
 def test_a_plan_that_cuts_no_unit_says_so(kept):
-    whole = figures.cut_heatmap(kept.assign(kept=kept["units"]))
+    whole = figures.pruning_heatmap(kept.assign(kept=kept["units"]))
     assert "no unit is cut" in whole._supxlabel.get_text()
-    assert "no unit is cut" not in figures.cut_heatmap(kept)._supxlabel.get_text()
+    assert "no unit is cut" not in figures.pruning_heatmap(kept)._supxlabel.get_text()
 
 
-def test_cut_heatmaps_share_a_scale_and_two_have_a_difference(kept):
+def test_pruning_heatmaps_share_a_scale_and_two_have_a_difference(kept):
     more = kept.assign(kept=kept["kept"] * 0.5)
     two = pd.concat([kept.assign(domain="law"), more.assign(domain="games")])
-    axes = figures.cut_heatmap(two).axes
+    axes = figures.pruning_heatmap(two).axes
     titles = [axis.get_title(loc="left") for axis in axes if axis.get_title(loc="left")]
     assert titles == ["law", "games", "games − law"]
     limits = [axis.collections[0].get_clim() for axis in axes[1::4]]
@@ -282,7 +284,7 @@ def test_cut_heatmaps_share_a_scale_and_two_have_a_difference(kept):
     assert axes[9].texts[0].get_text() == "+50"  # a sign, for grey
     assert axes[0].get_ylim() == axes[4].get_ylim()
     three = pd.concat([two, kept.assign(domain="medical")])
-    assert len(figures.cut_heatmap(three).axes) == 3 * 4
+    assert len(figures.pruning_heatmap(three).axes) == 3 * 4
 
 
 def test_loss_dots_have_intervals_and_numbers():
@@ -334,7 +336,7 @@ def test_colours_are_one_per_domain():
     assert len({figures.colour(name, known) for name in known} - {"#000000"}) == 3
     assert figures.colour("mine") == "#000000"
     many = [f"domain {i}" for i in range(15)] + list(figures.DOMAIN_STYLE)
-    assert len({figures.look(name, many) for name in many}) == len(many)
+    assert len({figures.style_for(name, many) for name in many}) == len(many)
 
 
 def test_words_stand_out_from_their_cells():
@@ -363,7 +365,9 @@ def histories():
 
 
 def test_recovery_curves_mark_where_dense_was_reached(histories):
-    figure = figures.recovery_curves(histories, {"law": 18.0, "games": 35.0}, "two runs")
+    figure = figures.recovery_curves(
+        histories, dense={"law": 18.0, "games": 35.0}, caption="two runs"
+    )
     mild, aggressive = figure.axes
     stars = [
         [len(line.get_xdata()) for line in axis.lines if line.get_marker() == "*"]
@@ -385,10 +389,10 @@ def test_recovery_curves_mark_where_dense_was_reached(histories):
 def test_recovery_of_several_seeds_has_a_band_and_new_methods_a_look(histories):
     seeds = [histories, histories.assign(perplexity=histories["perplexity"] + 2)]
     dense = {"law": 18.0, "games": 35.0}
-    axis = figures.recovery_curves(pd.concat(seeds), dense).axes[0]
+    axis = figures.recovery_curves(pd.concat(seeds), dense=dense).axes[0]
     assert len(axis.collections) == 4  # two methods on two texts
     assert axis.lines[0].get_ydata()[0] == histories["perplexity"][0] + 1  # the median
-    figures.recovery_curves(histories.replace("lora", "prefix"), dense)
+    figures.recovery_curves(histories.replace("lora", "prefix"), dense=dense)
 
 
 def test_answers_stand_beside_chance():
@@ -423,7 +427,7 @@ def test_heatmap_frames_the_diagonal_and_brackets_what_is_unsure():
     ]
     columns = ["recovered", "cut", "text", "perplexity", "difference", "difference_low",
                "difference_high"]  # fmt: skip
-    figure = figures.domain_heatmap(pd.DataFrame(rows, columns=columns), "made up")
+    figure = figures.domain_heatmap(pd.DataFrame(rows, columns=columns), caption="made up")
     pruned, recovered = figure.axes[:2]
     words = [text.get_text() for text in pruned.texts]
     assert words[:2] == ["20.0\n×1.00", "21.0\n×1.11"] and words[4] == "(21.0\n×1.11)"

@@ -11,6 +11,7 @@ import pytest
 
 import minigpt_lab as lab
 from minigpt_lab import figures
+from minigpt_lab.exercises import EXERCISES
 from minigpt_lab.figures.frames import _shown
 from minigpt_lab.widgets.base import Chooser
 from minigpt_lab.widgets.jobs import ModelJob
@@ -82,7 +83,7 @@ def drawable() -> dict[str, tuple[pd.DataFrame, dict]]:
             rows(component=["activation"], method=["contextual", "random"], epsilon=[0.01, 0.1])
             .assign(stored_ratio=0.8, nonzero_ratio=0.7, perplexity_ratio=[1.1, 2, 1, 3]), {}
         ),
-        "cut_heatmap": (
+        "pruning_heatmap": (
             rows(domain=DOMAINS, site=["ffn"], layer=[0, 1]).assign(units=9, kept=[8, 7, 6, 5]), {}
         ),
         "budget_bars": (
@@ -130,7 +131,11 @@ FREE = ("domain", "other", "text", "cut", "variant", "method", "model", "protoco
 
 
 def test_every_figure_is_in_the_table():
-    kinds = {name for name in figures.__all__ if name.islower()} - {"colour", "look"}
+    kinds = {name for name in figures.__all__ if name.islower()} - {
+        "colour",
+        "caption_for",
+        "style_for",
+    }
     assert FIGURES.keys() == kinds - {"png_bytes", "save_figure"}
 
 
@@ -162,7 +167,7 @@ def test_different_names_stay_different_and_a_legend_lists_them_all():
         assert words.isprintable() and len(words) < 80 and not words.startswith("_")
         assert words.count("$") == words.count(r"\$")
     frame = FIGURES["activation_depth"][0].replace({"law": "_law", "games": "$g$"})
-    axis = figures.activation_depth(frame, 0.2).axes[-1]
+    axis = figures.activation_depth(frame, epsilon=0.2).axes[-1]
     assert [text.get_text() for text in axis.get_legend().get_texts()] == [" _law", r"\$g\$"]
 
 
@@ -216,7 +221,9 @@ def test_widgets_show_names_and_run_none(tiny, tiny_statistics):
     job.start()
     job.wait()
     table = Chooser(lambda name: pd.DataFrame({"a": [name]}), name=[TAG])
-    explorer = ThresholdExplorer(model, {TAG: tiny_statistics, "b": tiny_statistics}, TAG, 0.05)
+    explorer = ThresholdExplorer(
+        model, {TAG: tiny_statistics, "b": tiny_statistics}, TAG, epsilon=0.05
+    )
     explorer.domain.value = "b"
     failing = Chooser(lambda name: 1 / 0 if name else None, name=[TAG])
     page = ratios.show(interactive=False)._repr_mimebundle_()["text/html"]
@@ -231,21 +238,24 @@ def test_widgets_take_numbers_of_any_kind_and_refuse_what_they_cannot_show(tiny,
     model, _ = tiny
     scores = {"magnitude": lab.score(model, "magnitude")}
     for ratio in (0.95, np.float32(0.5), 0, 0.99):
-        assert RatioExplorer(model, scores, ratio).ratio.value == pytest.approx(float(ratio))
+        assert RatioExplorer(model, scores, ratio=ratio).ratio.value == pytest.approx(float(ratio))
     for ratio in (1, 0.995, -0.1, np.nan, None, "0.2", True):
         with pytest.raises(ValueError, match="ratio is .*; expected a number of at least 0 and of"):
-            RatioExplorer(model, scores, ratio)
+            RatioExplorer(model, scores, ratio=ratio)
     for wrong in ({}, None, {"a": 1}, [scores]):
         with pytest.raises(ValueError, match="scores is .*; expected a dictionary"):
             RatioExplorer(model, wrong)
         with pytest.raises(ValueError, match="statistics is .*; expected a dictionary"):
-            ThresholdExplorer(model, wrong, "a", 0.1)
+            ThresholdExplorer(model, wrong, "a", epsilon=0.1)
     given = {"a": tiny_statistics}
-    assert ThresholdExplorer(model, given, "a", np.float32(0.05)).epsilon["activation"].value > 0
+    assert (
+        ThresholdExplorer(model, given, "a", epsilon=np.float32(0.05)).epsilon["activation"].value
+        > 0
+    )
     with pytest.raises(ValueError, match="model is None; expected"):
-        ThresholdExplorer(None, given, "a", 0.1)
+        ThresholdExplorer(None, given, "a", epsilon=0.1)
     with pytest.raises(ValueError, match="sweeps has 'b', of which there are no statistics"):
-        ThresholdExplorer(model, given, "a", 0.1, sweeps={"b": pd.DataFrame()})
+        ThresholdExplorer(model, given, "a", epsilon=0.1, sweeps={"b": pd.DataFrame()})
     for choices in ([], "law", None, 3):
         with pytest.raises(ValueError, match="domain is .*; expected"):
             Chooser(lambda domain: None, domain=choices)
@@ -254,12 +264,12 @@ def test_widgets_take_numbers_of_any_kind_and_refuse_what_they_cannot_show(tiny,
     assert "what draw returned is None" in Chooser(lambda n: None, n=[np.int64(3)]).summary.value
 
 
-@pytest.mark.parametrize("name", lab.exercises.EXERCISES)
+@pytest.mark.parametrize("name", EXERCISES)
 @pytest.mark.parametrize("held", [None, 3, "x", (), pd.DataFrame(), np.zeros(3), float("nan")])
 def test_an_exercise_given_anything_answers_with_a_verdict(name, held):
     import inspect
 
-    needed = inspect.signature(lab.exercises.EXERCISES[name]).parameters
+    needed = inspect.signature(EXERCISES[name]).parameters
     verdict = lab.check(name, 0.5, **dict.fromkeys(needed, held))
     assert not verdict and "\n" not in str(verdict)
 

@@ -168,7 +168,7 @@ def test_time_is_measured_beside_a_plain_pass(study, tiny, tmp_path, monkeypatch
 
 def test_dots_of_variants_say_what_is_compensated(study):
     *_, table, _ = study
-    figure = figures.variant_dots(table, "tiny", "Why?")
+    figure = figures.variant_dots(table, caption="tiny", title="Why?")
     assert figure._suptitle.get_text() == "Why?" and len(figure.axes) == 2
     axis = figure.axes[0]
     names = [label.get_text() for label in axis.get_yticklabels()]
@@ -187,7 +187,7 @@ def test_dots_of_variants_say_what_is_compensated(study):
 
 def test_budgets_are_shares_of_parameters(study):
     *_, layers = study
-    figure = figures.layer_budgets(layers[layers["variant"] == "full"], "tiny")
+    figure = figures.layer_budgets(layers[layers["variant"] == "full"], caption="tiny")
     shares, costs = figure.axes
     assert shares.lines[0].get_ydata() == pytest.approx(0.5, abs=0.01)
     own = layers[(layers["variant"] == "full") & (layers["site"] == "ffn")]
@@ -197,7 +197,7 @@ def test_budgets_are_shares_of_parameters(study):
 def test_the_other_pictures(study, tiny):
     _, batches, *_ = study
     losses = ablations.layer_losses(ablations.layer_problems(tiny[0], batches, 0), [0.2, 0.5])
-    figure = figures.layer_losses(losses, "tiny")
+    figure = figures.layer_losses(losses, caption="tiny")
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [
         f"{choice}, {way}compensated" for choice in ("SlimGPT", "random") for way in ("", "not ")
     ]
@@ -205,13 +205,13 @@ def test_the_other_pictures(study, tiny):
         {"layer": [0, 4] * 2, "ratio": [0.25] * 2 + [0.5] * 2, "text": "law/test",
          "perplexity_ratio": [1.1, 1.0, 1.4, 1.2]}
     )  # fmt: skip
-    (axis,) = figures.one_layer_curves(one, "tiny").axes
+    (axis,) = figures.one_layer_curves(one, caption="tiny").axes
     assert [list(line.get_ydata()) for line in axis.lines[:2]] == [[1.1, 1.0], [1.4, 1.2]]
     settings = pd.DataFrame(
         {"setting": ["tokens"] * 2 + ["window"], "value": [512, 1024, 64], "text": "law/test",
          "perplexity": [40.0, 30.0, 35.0], "dense": 20.0}
     )  # fmt: skip
-    axes = figures.calibration_settings(settings, "tiny").axes
+    axes = figures.calibration_settings(settings, caption="tiny").axes
     assert [axis.get_xlabel() for axis in axes] == ["tokens", "window"]
     assert [t.get_text() for t in axes[0].get_xticklabels()] == ["512", "1,024"]
 

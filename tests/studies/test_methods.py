@@ -108,7 +108,7 @@ def test_a_users_criterion_takes_part(monkeypatch):
 
 def test_curves_of_every_method(compared):
     _, table, _, texts = compared
-    figure = figures.method_curves(table, "tiny")
+    figure = figures.method_curves(table, caption="tiny")
     assert len(figure.axes) == 2 * len(texts)
     axis = figure.axes[0]
     labels = [line.get_label() for line in axis.lines]
@@ -122,7 +122,7 @@ def test_curves_name_what_is_off_the_scale(compared):
     _, table, _, _ = compared
     worse = table.copy()
     worse.loc[worse["method"] == "random", "perplexity"] *= 1e4
-    axis = figures.method_curves(worse, "tiny").axes[0]
+    axis = figures.method_curves(worse, caption="tiny").axes[0]
     assert [note.get_text() for note in axis.texts] == ["above the scale: random"]
     kept = worse[(worse["text"] == worse["text"].iloc[0]) & (worse["method"] != "random")]
     assert kept["perplexity"].max() < axis.get_ylim()[1] < worse["perplexity"].max()

@@ -32,7 +32,7 @@ def statistics(tiny, tiny_statistics):
 
 @pytest.fixture
 def explorer(tiny, statistics):
-    return ThresholdExplorer(tiny[0], statistics, "tiny-law", 0.05)
+    return ThresholdExplorer(tiny[0], statistics, "tiny-law", epsilon=0.05)
 
 
 def test_moving_epsilon_changes_numbers_and_picture(explorer, tiny, statistics):
@@ -95,7 +95,9 @@ def test_a_slider_never_runs_the_model(explorer, tiny, monkeypatch):
 def test_a_sweep_is_read_where_it_was_measured(tiny, statistics):
     rows = [["activation", "contextual", e, r] for e, r in ((0.04, 1.5), (0.08, 6.0))]
     sweep = pd.DataFrame(rows, columns=["component", "method", "epsilon", "perplexity_ratio"])
-    explorer = ThresholdExplorer(tiny[0], statistics, "tiny-law", 0.04, sweeps={"tiny-law": sweep})
+    explorer = ThresholdExplorer(
+        tiny[0], statistics, "tiny-law", epsilon=0.04, sweeps={"tiny-law": sweep}
+    )
     assert "activation alone: validation perplexity ×1.50" in explorer.summary.value
     explorer.epsilon["activation"].value = 0.04 * 2**0.5
     assert "×3.00, between ε = 0.04 and 0.08" in explorer.summary.value
@@ -124,16 +126,16 @@ def test_bad_values(explorer, monkeypatch):
 
 def test_a_start_that_does_not_exist_is_named(tiny, statistics):
     with pytest.raises(ValueError, match="domain 'law'; expected one of tiny-law, tiny-games"):
-        ThresholdExplorer(tiny[0], statistics, "law", 0.05)
+        ThresholdExplorer(tiny[0], statistics, "law", epsilon=0.05)
     for epsilon in (-1, float("nan"), float("inf"), "0.1"):
         with pytest.raises(
             ValueError, match=f"epsilon is {epsilon!r}; expected a number of at least 0"
         ):
-            ThresholdExplorer(tiny[0], statistics, "tiny-law", epsilon)
+            ThresholdExplorer(tiny[0], statistics, "tiny-law", epsilon=epsilon)
 
 
 def test_epsilon_zero_is_a_place_to_start(tiny, statistics):
-    explorer = ThresholdExplorer(tiny[0], statistics, "tiny-law", 0.0)
+    explorer = ThresholdExplorer(tiny[0], statistics, "tiny-law", epsilon=0.0)
     assert 0 < explorer.epsilon["activation"].value < 0.1
 
 
@@ -144,7 +146,7 @@ def test_drawing_only_what_moved_gives_the_whole_picture(explorer, tiny, statist
         explorer.epsilon["activation"].value = value
     explorer.domain.value = "tiny-games"
     explorer.epsilon["activation"].value = 0.08
-    fresh = ThresholdExplorer(tiny[0], statistics, "tiny-games", 0.08)
+    fresh = ThresholdExplorer(tiny[0], statistics, "tiny-games", epsilon=0.08)
     quick, whole = (
         np.asarray(Image.open(io.BytesIO(e.image.value)), float) for e in (explorer, fresh)
     )

@@ -131,10 +131,10 @@ def epsilon_for_a_tenth(statistics: Statistics) -> Number:
 
 
 @exercise
-def even_cut(model: PreTrainedModel, statistics: Statistics, cut: PruningPlan) -> Plan:
+def even_pruning(model: PreTrainedModel, statistics: Statistics, uneven: PruningPlan) -> Plan:
     """A plan of the size of a cut by one ε that takes the same share of every layer instead."""
     magnitudes = score(model, "contextual", statistics=statistics, sites=("ffn",)).values["ffn"]
-    target = cut.predicted_size(model).stored
+    target = uneven.predicted_size(model).stored
 
     def judge(plan: PruningPlan) -> str | None:
         try:
