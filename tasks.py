@@ -2,7 +2,7 @@
 """Every task of the project, with nothing but Python 3.11: ``python3.11 tasks.py run``.
 
 run   install, then execute notebook 03 on SmolLM2-135M and the medical domain
-test  install, then run the whole test suite
+test  install, then run the whole test suite; with --fast what is not marked slow (three minutes)
 lab   install, then open JupyterLab on notebooks/
 sweep, results, report: a grid of runs, all records as a table, an HTML page (--help says more)
 tiny  install, then train the tiny models of data/models again
@@ -91,10 +91,8 @@ def kit(task: str, arguments: list[str]) -> int:
 
 def lock(arguments: list[str]) -> int:
     """Pin what pip would install now, and list it for conda."""
-    done = subprocess.run(
-        [PYTHON, "-m", "pip", "freeze", "--exclude-editable"],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+    command = [PYTHON, "-m", "pip", "freeze", "--exclude-editable"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     pins = [re.sub(r"\+.*", "", line) for line in done.stdout.splitlines() if "==" in line]
     pins = [pin for pin in pins if not re.match(r"(nvidia|triton|cuda|pip==|uv==)", pin)]
     header = "# Constraints derived from pyproject.toml by `tasks.py lock`; do not edit.\n"
@@ -108,19 +106,30 @@ def environment() -> str:
     import tomllib  # new in 3.11; older versions must come as far as the clear line in main()
 
     project = tomllib.loads(PROJECT.read_text())["project"]
-    lines = [
-        "# Derived from pyproject.toml by `tasks.py lock`; do not edit.",
-        "name: minigpt-lab", "channels: [conda-forge, nodefaults]", "dependencies:",
-        "  - python=3.11", "  - pip", "  - pip:", "      - -c requirements.lock",
-        *(f"      - {requirement}" for requirement in project["dependencies"]),
-        "      - -e .",
-    ]  # fmt: skip
-    return "\n".join(lines) + "\n"
+    requirements = ["-c requirements.lock", *project["dependencies"], "-e ."]
+    header = (
+        "# Derived from pyproject.toml by `tasks.py lock`; do not edit.\n"
+        "name: minigpt-lab\n"
+        "channels: [conda-forge, nodefaults]\n"
+        "dependencies:\n"
+        "  - python=3.11\n"
+        "  - pip\n"
+        "  - pip:\n"
+    )
+    return header + "".join(f"      - {requirement}\n" for requirement in requirements)
+
+
+def test(arguments: list[str]) -> int:
+    """Run the tests on two workers."""
+    fast = ["-m", "not slow"] if "--fast" in arguments else []
+    rest = [argument for argument in arguments if argument != "--fast"]
+    workers = ["-n", "2", "--dist", "loadgroup", "--no-loadscope-reorder"]
+    return python("-m", "pytest", *workers, *fast, *rest)
 
 
 TASKS = {
     **{task: partial(kit, task) for task in ("run", "sweep", "results", "report")},
-    "test": lambda rest: python("-m", "pytest", "-n", "2", "--dist", "loadfile", *rest),
+    "test": test,
     "lab": lambda rest: python("-m", "jupyter", "lab", "notebooks", *rest),
     "tiny": lambda rest: python("data/models/train.py", *rest),
     "lock": lock,

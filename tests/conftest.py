@@ -19,7 +19,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import torch
-from helpers import CONFIGS, random_model
+from helpers import random_model
 from hypothesis import settings
 
 import minigpt_lab as lab
@@ -29,8 +29,20 @@ settings.register_profile("lab", deadline=None)  # a loaded machine is no fault
 settings.load_profile("lab")
 
 
-@pytest.fixture(params=sorted(CONFIGS))
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items) -> None:
+    """Put slow tests first, so that two workers end at about the same time."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def pytest_runtest_setup(item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(params=["gpt2", "llama", "opt"])
 def family(request) -> str:
+    """Three families that differ in most things; ``tests/models`` goes through all of them."""
     return request.param
 
 

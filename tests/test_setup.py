@@ -50,7 +50,7 @@ def test_every_declared_package_is_used():
     text = "\n".join(path.read_text() for path in files)
     indirect = {"accelerate", "gguf"}  # transformers imports them to read the embedded model
     for package in {name(r) for r in PROJECT["dependencies"]} - indirect:
-        package = {"pyyaml": "yaml"}.get(package, package)
+        package = {"pyyaml": "yaml"}.get(package, package.replace("-", "[-_]"))
         assert re.search(rf"(import|from|-m\"?,?) *\"?{package}|\"{package[:7]}", text), package
 
 
