@@ -3,9 +3,10 @@
 from .comparisons import measurements, pareto, select, smallest
 from .grids import read_grid
 from .parameters import default_parameters, find_notebook, notebook_names, parameters_cell
-from .records import read_record, results, varying
+from .recording import metrics_from, record
+from .records import provenance, read_record, results, varying
 from .reports import write_report
-from .runs import record, run_notebook, run_once
+from .runs import run_notebook, run_once
 from .sweeps import EXECUTORS, sweep
 
 __all__ = [
@@ -13,9 +14,11 @@ __all__ = [
     "default_parameters",
     "find_notebook",
     "measurements",
+    "metrics_from",
     "notebook_names",
     "parameters_cell",
     "pareto",
+    "provenance",
     "read_grid",
     "read_record",
     "record",

@@ -10,23 +10,24 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
-from ..checks import Instance, ListOf, Location, Number, checked, suggest
+from ..checks import Flag, Instance, Integer, ListOf, Location, Number, Text, checked, suggest
 from .parameters import (
-    absolute,
     cells,
     check_parameters,
     default_parameters,
     find_notebook,
     read_yaml,
+    resolve_paths,
     smoke_parameters,
 )
 
-_MOST = 10_000  # runs of a grid
-_KEYS = ("notebook", "parameters", "grid", "exclude", "jobs", "resources", "smoke")
+_MAX_RUNS = 10_000
+_KEYS = ["notebook", "parameters", "grid", "exclude", "jobs", "resources", "smoke"]
 
 
 @dataclass(frozen=True)
@@ -77,63 +78,68 @@ def read_grid(path: str | os.PathLike) -> Grid:
     ValueError
         In one line: the key or value, what was expected, what to do.
     """
-    path = Path(path).expanduser()
+    path = Path(path)
     content = read_yaml(path)
     try:
-        return _grid(path, content)
+        if not isinstance(content, dict) or "notebook" not in content:
+            raise ValueError("expected 'notebook: NAME' and 'grid: {parameter: [values]}'")
+        for key in content:
+            if key not in _KEYS:
+                raise ValueError(f"unknown key {key!r}; {suggest(str(key), _KEYS)}")
+        given = {key: value for key, value in content.items() if value is not None}
+        return _grid(path, **given)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _grid(path: Path, content: object) -> Grid:
-    if not isinstance(content, dict) or "notebook" not in content:
-        raise ValueError("expected 'notebook: NAME' and 'grid: {parameter: [values]}'")
-    if not isinstance(content["notebook"], str):
-        raise ValueError(
-            f"notebook is {content['notebook']!r}; expected a name in quotes, e.g. notebook: '03'"
-        )
-    for key in content:
-        if key not in _KEYS:
-            raise ValueError(f"unknown key {key!r}; {suggest(str(key), list(_KEYS))}")
-    beside = path.parent / content["notebook"]
-    notebook = find_notebook(beside if beside.suffix == ".ipynb" else content["notebook"])
-    kinds = {"parameters": dict, "grid": dict, "exclude": list, "resources": dict}
-    parts = {key: content.get(key) or kind() for key, kind in kinds.items()}
-    for key, kind in kinds.items():
-        if not isinstance(parts[key], kind):
-            expected = "a list of mappings" if kind is list else "a mapping"
-            raise ValueError(f"{key} is {parts[key]!r}; expected {expected}")
-    smoke, jobs = content.get("smoke", False), content.get("jobs", 1)
-    if not isinstance(smoke, bool):
-        raise ValueError(f"smoke is {smoke!r}; expected true or false")
-    if type(jobs) is not int or jobs < 1:
-        raise ValueError(f"jobs is {jobs!r}; expected a positive whole number")
-    fixed = {**(smoke_parameters(notebook) if smoke else {}), **parts["parameters"]}
+@checked(
+    notebook=Text(),
+    parameters=Instance(dict),
+    grid=Instance(dict),
+    exclude=ListOf(Instance(dict)),
+    jobs=Integer(1),
+    resources=Instance(dict),
+    smoke=Flag(),
+)
+def _grid(
+    path: Path,
+    notebook: str,
+    parameters: Mapping = MappingProxyType({}),
+    grid: Mapping = MappingProxyType({}),
+    exclude: Sequence[Mapping] = (),
+    jobs: int = 1,
+    resources: Mapping = MappingProxyType({}),
+    smoke: bool = False,
+) -> Grid:
+    """The grid of a file's keys."""
+    beside = path.parent / notebook
+    source = find_notebook(beside if beside.suffix == ".ipynb" else notebook)
+    fixed = {**(smoke_parameters(source) if smoke else {}), **parameters}
     runs = {}
-    for chosen in _combinations(parts["grid"], default_parameters(notebook)):
-        twice = parts["parameters"].keys() & chosen.keys()
-        if twice:
-            raise ValueError(f"{min(twice)!r} is under parameters and grid; keep one of them")
-        parameters = {
-            key: absolute(key, value, path.parent, Path.cwd())
-            for key, value in {**fixed, **chosen}.items()
-        }
-        check_parameters(notebook, parameters)
-        runs[run_id(notebook, parameters)] = parameters
-    for entry in ListOf(Instance(dict))("exclude", parts["exclude"]):
-        check_parameters(notebook, entry)
-        meant = {key: absolute(key, value, path.parent, Path.cwd()) for key, value in entry.items()}
-        gone = [run for run, given in runs.items() if _holds(given, meant)]
-        if not gone:
+    for chosen in _combinations(grid, default_parameters(source)):
+        for name in parameters.keys() & chosen.keys():
+            raise ValueError(f"{name!r} is under parameters and grid; keep one of them")
+        run = _parameters(path, source, {**fixed, **chosen})
+        runs[run_id(source, run)] = run
+    for entry in exclude:
+        excluded = _parameters(path, source, entry).items()
+        kept = {id_: run for id_, run in runs.items() if not excluded <= run.items()}
+        if len(kept) == len(runs):
             raise ValueError(f"exclude: {entry} is none of the combinations; correct or drop it")
-        runs = {run: given for run, given in runs.items() if run not in gone}
+        runs = kept
     if not runs:
         raise ValueError("exclude leaves no run; drop an entry")
-    resources = {"cpus": 1, "gpus": 0, **parts["resources"]}
-    if resources.keys() != {"cpus", "gpus"}:
-        raise ValueError(f"resources is {parts['resources']}; expected cpus and gpus of one run")
-    resources = {key: Number(low=0)(key, value) for key, value in resources.items()}
-    return Grid(path.stem, notebook, runs, jobs, **resources, smoke=smoke)
+    if not resources.keys() <= {"cpus", "gpus"}:
+        raise ValueError(f"resources is {resources}; expected cpus and gpus of one run")
+    amounts = {key: Number(low=0)(key, value) for key, value in resources.items()}
+    return Grid(path.stem, source, runs, jobs, smoke=smoke, **amounts)
+
+
+def _parameters(path: Path, notebook: Path, given: Mapping[str, object]) -> dict[str, object]:
+    """Parameters of a grid file as a run takes them: paths made absolute, kinds checked."""
+    bases = (path.parent, Path.cwd())
+    resolved = {name: resolve_paths(name, value, *bases) for name, value in given.items()}
+    return check_parameters(notebook, resolved)
 
 
 def _combinations(axes: Mapping[str, object], known: Mapping[str, object]) -> Iterator[dict]:
@@ -144,12 +150,11 @@ def _combinations(axes: Mapping[str, object], known: Mapping[str, object]) -> It
                 f"grid: {name} is {values!r}; expected a list of one or more values, e.g. "
                 f"{name}: [{known.get(name, '…')}]"
             )
-        bundle = name not in known and all(isinstance(value, dict) for value in values)
-        if name not in known and not bundle:
+        if name not in known and not all(isinstance(value, dict) for value in values):
             raise ValueError(f"grid: no parameter {name!r}; {suggest(name, list(known))}")
     count = math.prod(map(len, axes.values()))
-    if count > _MOST:
-        raise ValueError(f"grid: {count:,} combinations; expected at most {_MOST:,}: split it")
+    if count > _MAX_RUNS:
+        raise ValueError(f"grid: {count:,} combinations; expected at most {_MAX_RUNS:,}: split it")
     for values in itertools.product(*axes.values()):
         chosen = {}
         for name, value in zip(axes, values, strict=True):
@@ -157,13 +162,8 @@ def _combinations(axes: Mapping[str, object], known: Mapping[str, object]) -> It
         yield chosen
 
 
-def _holds(given: Mapping[str, object], meant: Mapping[str, object]) -> bool:
-    """Whether a run has all the values of an excluded combination."""
-    return all(key in given and given[key] == value for key, value in meant.items())
-
-
 def run_id(notebook: Path, parameters: Mapping[str, object]) -> str:
     """Ten hex digits that stand for a notebook's name, its code and all its parameters."""
-    code = ["".join(cell["source"]) for cell in cells(notebook) if cell["cell_type"] == "code"]
-    recipe = [notebook.stem, code, {**default_parameters(notebook), **parameters}]
-    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:10]
+    code = [cell["source"] for cell in cells(notebook) if cell["cell_type"] == "code"]
+    key = [notebook.stem, code, {**default_parameters(notebook), **parameters}]
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:10]

@@ -1,4 +1,4 @@
-"""Which notebooks there are, what each can be given, and small values that show that it works."""
+"""Notebook files and their parameters: names, defaults, smoke values, checks of what is given."""
 
 from __future__ import annotations
 
@@ -6,30 +6,28 @@ import ast
 import functools
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import yaml
 
-from ..checks import Location, invalid, suggest
+from ..checks import Flag, Integer, Items, Location, Number, Table, Text, suggest
 from ..store import DATA, read_text, read_toml, read_user_json
 
 NOTEBOOKS = DATA.parent / "notebooks"
 SMOKE = NOTEBOOKS / "smoke.yaml"
-#: Parameters that the runner sets: no part of an experiment.
-CIRCUMSTANCES = ("out_dir", "interactive")
+#: Parameters that the runner sets; they are no part of an experiment.
+RUNNER_PARAMETERS = ("out_dir", "interactive")
+_MAX_YAML_NODES = 100_000  # each alias counts as all that it stands for
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML whose ``1e-3`` is a number, as everywhere but in PyYAML."""
+    """YAML in which ``1e-3`` is a number (PyYAML takes it for a string)."""
 
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), "-+.0123456789"
 )
-
-
-_MOST = 100_000  # values of a YAML file, those behind aliases counted wherever they are used
 
 
 def read_yaml(path: Path) -> object:
@@ -38,44 +36,42 @@ def read_yaml(path: Path) -> object:
     Raises
     ------
     ValueError
-        If it is not there, no YAML, too large or part of itself: one line, with the place.
+        If it is missing, not YAML, too large or contains itself: one line, with the place.
     """
     try:
-        loader = _Loader(read_text(path))
+        text = read_text(path)
+        loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
             return None
-        if _size(node, {}) > _MOST:
-            raise ValueError(f"{path} has more than {_MOST:,} values; expected a list of runs")
-        return _constructed(loader, node, path)
+        if _count_nodes(node, {}) > _MAX_YAML_NODES:
+            raise OverflowError
+        return loader.construct_document(node)
     except FileNotFoundError:
         raise ValueError(f"no file {path}") from None
+    except OverflowError:
+        raise ValueError(
+            f"{path} has more than {_MAX_YAML_NODES:,} values; expected a list of runs"
+        ) from None
     except RecursionError:
         raise ValueError(f"{path} is nested too deeply") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date of the 99th month
         raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
 
 
-def _constructed(loader: _Loader, node: yaml.Node, path: Path) -> object:
-    try:
-        return loader.construct_document(node)
-    except ValueError as error:  # a date of the 99th month, a number of a million digits
-        raise ValueError(f"{path} is no YAML: {error}") from None
-
-
-def _size(node: yaml.Node, known: dict[yaml.Node, float]) -> float:
-    """Values below a node, infinite for one that holds itself."""
+def _count_nodes(node: yaml.Node, known: dict[yaml.Node, float]) -> float:
+    """Number of values below a node; infinite for a node that contains itself."""
     if node not in known:
-        known[node] = float("inf")  # what comes back here is inside itself
-        below = node.value if isinstance(node, yaml.CollectionNode) else []
-        pairs = isinstance(node, yaml.MappingNode)
-        entries = [each for pair in below for each in pair] if pairs else below
-        known[node] = 1 + sum(_size(entry, known) for entry in entries)
+        known[node] = float("inf")  # until it is counted: meeting it again is a cycle
+        children = node.value if isinstance(node, yaml.CollectionNode) else []
+        if isinstance(node, yaml.MappingNode):
+            children = [child for pair in children for child in pair]
+        known[node] = 1 + sum(_count_nodes(child, known) for child in children)
     return known[node]
 
 
 def notebook_names() -> list[str]:
-    """Names of the series' notebooks, without their suffix; their solutions are not among them."""
+    """Names of the series' notebooks, without their suffix and without the solutions."""
     return sorted(path.stem for path in NOTEBOOKS.glob("[0-9]*.ipynb"))
 
 
@@ -85,7 +81,7 @@ def find_notebook(name: str | os.PathLike) -> Path:
     Parameters
     ----------
     name : str or path
-        A name of the series, its number (``3``, ``"03"``) or a beginning that no other name has, or
+        A name of the series, its number (``3``, ``"03"``), an unambiguous beginning of a name, or
         the path of any ``.ipynb`` file.
 
     Raises
@@ -93,27 +89,20 @@ def find_notebook(name: str | os.PathLike) -> Path:
     ValueError
         If no notebook, or more than one, begins so.
     """
-    nothing = isinstance(name, str) and not name
-    path = Path("" if nothing else Location()("notebook", name)).expanduser()
+    path = Path("" if name == "" else Location()("notebook", name)).expanduser()
     if path.suffix == ".ipynb" and path.is_file():
         return path.resolve()
     names, name = notebook_names(), str(name)
     start = f"{int(name):02d}_" if name.isdecimal() else name
-    found = [name] if name in names else [known for known in names if known.startswith(start)]
-    if len(found) != 1:
-        hint = f"it could be {' or '.join(found)}" if found else suggest(name, names)
+    matches = [name] if name in names else [known for known in names if known.startswith(start)]
+    if len(matches) != 1:
+        hint = f"it could be {' or '.join(matches)}" if matches else suggest(name, names)
         raise ValueError(f"no notebook {name!r}; {hint}")
-    return NOTEBOOKS / f"{found[0]}.ipynb"
-
-
-def parameters_cell(notebook: Path) -> str:
-    """Source of a notebook's parameters cell: names, defaults and what they mean; "" if none."""
-    tagged = (cell for cell in cells(notebook) if "parameters" in cell["metadata"].get("tags", []))
-    return "".join(next(tagged, {"source": ""})["source"])
+    return NOTEBOOKS / f"{matches[0]}.ipynb"
 
 
 def cells(notebook: Path) -> list[dict]:
-    """Cells of a notebook file.
+    """Cells of a notebook file, each with its source as one string.
 
     Raises
     ------
@@ -121,26 +110,29 @@ def cells(notebook: Path) -> list[dict]:
         If it is no notebook.
     """
     content = read_user_json(notebook)
-    found = content.get("cells") if isinstance(content, dict) else None
-    if not isinstance(found, list) or not all(map(_is_cell, found)):
-        raise ValueError(f"{notebook} is no notebook: its cells cannot be read")
-    return found
+    try:
+        return [{**cell, "source": "".join(cell["source"])} for cell in content["cells"]]
+    except (TypeError, KeyError):
+        raise ValueError(f"{notebook} is no notebook: its cells cannot be read") from None
 
 
-def _is_cell(cell: object) -> bool:
-    kinds = {"cell_type": str, "metadata": dict, "source": str | list}
-    return isinstance(cell, dict) and all(isinstance(cell.get(k), t) for k, t in kinds.items())
+def parameters_cell(notebook: Path) -> str:
+    """Source of the cell tagged ``parameters``; empty if there is none."""
+    for cell in cells(notebook):
+        if "parameters" in cell.get("metadata", {}).get("tags", []):
+            return cell["source"]
+    return ""
 
 
 def default_parameters(notebook: Path) -> dict[str, object]:
-    """What a notebook's parameters cell assigns.
+    """Names and values that a notebook's parameters cell assigns.
 
     Raises
     ------
     ValueError
-        If it assigns what is no plain value.
+        If it holds anything but ``NAME = literal``.
     """
-    found = {}
+    defaults = {}
     try:
         statements = ast.parse(parameters_cell(notebook)).body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
@@ -148,24 +140,22 @@ def default_parameters(notebook: Path) -> dict[str, object]:
     for statement in statements:
         try:
             value = ast.literal_eval(statement.value)
-            found |= {target.id: value for target in statement.targets}
+            defaults |= {target.id: value for target in statement.targets}
         except (AttributeError, ValueError):
             raise ValueError(
                 f"{notebook.name}: its parameters cell has {ast.unparse(statement)!r}; expected "
                 "only NAME = number, text, list or mapping"
             ) from None
-    return found
+    return defaults
 
 
 def smoke_parameters(notebook: Path) -> dict[str, object]:
-    """Small parameters of a notebook, for a run that only shows that it works.
-
-    They are the first case in ``notebooks/smoke.yaml``.
+    """Parameters of a smoke run: the notebook's first case in ``notebooks/smoke.yaml``.
 
     Raises
     ------
     ValueError
-        If that file knows no such notebook.
+        If that file has no such notebook.
     """
     cases = smoke_cases().get(notebook.stem)
     if not cases:
@@ -174,7 +164,7 @@ def smoke_parameters(notebook: Path) -> dict[str, object]:
 
 
 def smoke_cases() -> dict[str, dict[str, dict]]:
-    """Notebook to case to small parameters, of ``notebooks/smoke.yaml``."""
+    """Notebook to case to parameters, as ``notebooks/smoke.yaml`` lists them."""
     content = read_yaml(SMOKE)
     common = content.pop("common")
     cases = {}
@@ -185,91 +175,82 @@ def smoke_cases() -> dict[str, dict[str, dict]]:
     return cases
 
 
-_EXPECTED = {
-    bool: "True or False", int: "a whole number", float: "a number or None", str: "a text",
-    list: "a list of the same kind", dict: "a mapping",
-    type(None): "a number, a text, a list or None",
-}  # fmt: skip
-
-
-def _fits(value: object, default: object) -> bool:
-    """Whether a parameter's value is of the kind of its default; a bool is no number."""
-    if isinstance(value, bool) or isinstance(default, bool):
-        return isinstance(value, bool) and isinstance(default, bool)
-    if isinstance(default, list):
-        return isinstance(value, list) and all(_fits(v, d) for v in value for d in default[:1])
-    if default is None:
-        return isinstance(value, int | float | str | list | None)
-    if isinstance(default, float):
-        return isinstance(value, int | float | None)
-    return isinstance(value, type(default))
-
-
-def check_parameters(notebook: Path, parameters: Mapping[str, object]) -> None:
+def check_parameters(notebook: Path, parameters: Mapping[str, object]) -> dict[str, object]:
     """Refuse parameters that a notebook does not have, or of another kind than its defaults.
+
+    Returns
+    -------
+    dict
+        The same parameters, with numbers and arrays of NumPy and torch as Python's.
 
     Raises
     ------
     ValueError
         Naming the value, what was expected, and what to do.
     """
-    if not isinstance(parameters, Mapping):
-        raise invalid("parameters", parameters, "a mapping of names to values")
-    name, defaults = notebook.stem, default_parameters(notebook)
-    for parameter, value in parameters.items():
-        if parameter in CIRCUMSTANCES:
-            raise ValueError(f"{parameter} is set by the runner; --out (out_dir=) names the folder")
-        if parameter not in defaults:
-            hint = suggest(parameter, list(defaults)) if defaults else "it has none"
-            raise ValueError(f"{name} has no parameter {parameter!r}; {hint}")
-        default = defaults[parameter]
-        if not (_is_plain(value) and _fits(value, default)):
-            raise ValueError(
-                f"{name}: {parameter} is {value!r}; expected {_EXPECTED[type(default)]}, as its "
-                f"default {default!r}"
-            )
+    defaults, checked_values = default_parameters(notebook), {}
+    for name, value in Table(Text())("parameters", parameters).items():
+        if name in RUNNER_PARAMETERS:
+            raise ValueError(f"{name} is set by the runner; --out (out_dir=) names the folder")
+        if name not in defaults:
+            hint = suggest(name, list(defaults)) if defaults else "it has none"
+            raise ValueError(f"{notebook.stem} has no parameter {name!r}; {hint}")
+        check = _check_like(defaults[name])
+        checked_values[name] = check(f"{notebook.stem}: {name}", value)
+    return checked_values
 
 
-def _is_plain(value: object) -> bool:
-    """Whether a value is made of numbers, texts, lists and mappings alone."""
-    if isinstance(value, Mapping):
-        return all(isinstance(k, str) and _is_plain(v) for k, v in value.items())
-    if isinstance(value, list):
-        return all(map(_is_plain, value))
-    return isinstance(value, bool | int | float | str | None)
+_SCALAR = Flag() | Number() | Text() | None
 
 
-#: Parameters whose texts may be names of files or folders, by a part of their name.
-_PLACES = re.compile(
-    r"domain|model|texts?$|^(pair|explored|general|runs|path|folder)$|_(path|dir)$"
-)
+def _check_like(default: object) -> Callable[[str, object], object]:
+    """A check for values of the same kind as a default."""
+    match default:
+        case bool():
+            return Flag()
+        case int():
+            return Integer()
+        case float():
+            return Number() | None
+        case str():
+            return Text()
+        case [first, *_]:
+            return Items(_check_like(first))
+        case dict():
+            return Table(Text(), _SCALAR)
+        case _:  # None or an empty list
+            return Number() | Text() | Items(_SCALAR) | None
 
 
-def absolute(name: str, value: object, *bases: Path) -> object:
-    """Paths that exist, made absolute, as the kernel works in the run folder.
+#: Parameters whose values may be names of files or folders.
+_PATH_PARAMETERS = re.compile(r"domain|model|^(runs|path|folder)$|_(path|dir)$")
 
-    A text with a ``/`` or the name of a file with a suffix may be a path in any parameter, a bare
-    name only where a parameter takes one (``domain``, ``model_name``); what the kit itself has a
-    text or model of is never one.
+
+def resolve_paths(name: str, value: object, *bases: Path) -> object:
+    """Make paths that exist absolute, because a notebook runs in its run folder.
+
+    A string with a ``/``, or the name of a file with a suffix, may be a path in any parameter; a
+    bare name only in a parameter that takes one (``domain_name``, ``model_name``). Names of the
+    kit's own domains and models are never paths.
 
     Parameters
     ----------
     name : str
-        Of the parameter.
+        The parameter.
     value : object
-        Texts in lists count too.
+        Its value; strings in lists count too.
     *bases : pathlib.Path
-        Folders to look in, one after the other; by default the working folder.
+        Folders to look in, in this order; by default the working folder.
     """
     if isinstance(value, list):
-        return [absolute(name, entry, *bases) for entry in value]
+        return [resolve_paths(name, entry, *bases) for entry in value]
     if not isinstance(value, str) or not value.strip() or value in _kit_names():
         return value
     for base in bases or (Path.cwd(),):
-        path = base / Path(value).expanduser()
         try:
-            named = "/" in value or os.sep in value or (path.suffix and path.is_file())
-            if (named or _PLACES.search(name)) and path.exists():
+            path = base / Path(value).expanduser()
+            looks_like_path = "/" in value or os.sep in value or (path.suffix and path.is_file())
+            if (looks_like_path or _PATH_PARAMETERS.search(name)) and path.exists():
                 return str(path.resolve())
         except (OSError, ValueError, RuntimeError):  # too long, a NUL, no such user
             continue

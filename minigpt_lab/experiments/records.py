@@ -1,7 +1,7 @@
-"""Records: what every run leaves behind, and all of them read back as one table.
+"""Records: what a run measured and with what, as ``record.json`` in its folder.
 
-A record is one ``record.json`` in a run folder, beside the executed notebook, its tables (CSV) and
-its figures. Results are files; notebook outputs are only for eyes.
+Beside it stand the executed notebook, its tables (CSV) and its figures. Results are files; the
+outputs of a notebook are only for eyes.
 """
 
 from __future__ import annotations
@@ -21,30 +21,62 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..checks import Flag, Location, as_json, checked
+from ..checks import (
+    Flag,
+    Instance,
+    InvalidArgument,
+    Location,
+    Number,
+    Table,
+    Text,
+    as_json,
+    checked,
+)
 from ..store import DATA, atomic_write, read_cached, read_json, remove_empty
 
 ROOT = DATA.parent
 RECORD = "record.json"
 SCHEMA = 2  # of a record's keys; 1 had none of schema, data, seed, smoke
+#: Values of a record; the first four are always there.
+_FIELDS = {
+    "notebook": Text(),
+    "status": Text(),
+    "parameters": Table(Text()),
+    "metrics": Table(Text(), Number() | Flag() | None),
+    "tables": Instance(list) | None,
+    "protocol": Text() | None,
+    "device": Text() | None,
+    "error": Text() | None,
+    "finished": Text() | None,
+    "model": Table(Text()) | None,
+    "data": Table(Text()) | None,
+    "git": Table(Text()) | None,
+    "versions": Table(Text()) | None,
+    "smoke": Flag() | None,
+    "wall_seconds": Number() | None,
+}
 _PACKAGES = ("minigpt-lab", "torch", "transformers", "datasets", "peft", "numpy", "pandas")
-_NEEDED = ("notebook", "status", "parameters", "metrics")
-_KINDS = {  # of a record's values, where they are there
-    "notebook": str, "status": str, "protocol": str, "device": str, "error": str, "finished": str,
-    "parameters": dict, "metrics": dict, "model": dict, "data": dict, "git": dict, "versions": dict,
-    "tables": list, "smoke": bool, "wall_seconds": int | float,
-}  # fmt: skip
-_FACTS = (  # of a run, in the table of all
-    "run", "notebook", "status", "smoke", "finished", "seconds", "model", "device", "protocol",
-    "commit", "error",
-)  # fmt: skip
-#: Which direction of a metric is better, by the first pattern that its name holds.
+#: Columns of the table of all runs, before the parameters.
+_RUN_COLUMNS = (
+    "run",
+    "notebook",
+    "status",
+    "smoke",
+    "finished",
+    "seconds",
+    "model",
+    "device",
+    "protocol",
+    "commit",
+    "error",
+)
+#: Direction in which a metric is better, by the first pattern that is in its name.
 _BETTER = (
     (r"accuracy|\b(won|surely|beats_mix)\b", "higher"),
-    (r"\b(bits|perplexity|loss|validation|test|stored|nonzero|paper_nonzero|size|layers|recovery_tokens)\b|share",
-     "lower"),
-    (r"^(pruned|recovered) .+ on .+", "lower"),  # perplexity of a cut on a text
-)  # fmt: skip
+    (r"\b(bits|perplexity|loss|validation|test|recovery_tokens)\b", "lower"),
+    (r"\b(stored|nonzero|paper_nonzero|size|layers)\b|share", "lower"),
+    (r"^(pruned|recovered) .+ on .+", "lower"),  # perplexity of a pruned model on a text
+)
 
 
 def better(metric: str) -> str | None:
@@ -53,9 +85,9 @@ def better(metric: str) -> str | None:
 
 
 def write_record(folder: Path, content: Mapping[str, object]) -> Path:
-    """Write a run's record under the current schema, whole or not at all.
+    """Write a run's record under the current schema, atomically.
 
-    Numbers that are not finite become null, what JSON does not know becomes text.
+    Numbers that are not finite become null; what JSON does not know becomes text.
 
     Raises
     ------
@@ -63,11 +95,20 @@ def write_record(folder: Path, content: Mapping[str, object]) -> Path:
         If a file of that name is there that is no record: it is left alone.
     """
     read_cached(folder / RECORD, own_record, ".json")
-    plain = _json(as_json({**content, "schema": SCHEMA}))
+    plain = _finite(as_json({**content, "schema": SCHEMA}))
     text = json.dumps(plain, indent=1, sort_keys=True, ensure_ascii=False)
     with atomic_write(folder / RECORD) as staging:
         staging.write_text(text, encoding="utf-8")
     return folder / RECORD
+
+
+def _finite(value: object) -> object:
+    """JSON without NaN and infinity, which its standard does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def own_record(path: Path) -> dict:
@@ -85,7 +126,7 @@ def own_record(path: Path) -> dict:
 
 
 def own_files(folder: Path) -> set[str]:
-    """Files (paths from the folder) that a run wrote into its folder, as far as it says."""
+    """Files (paths from the folder) that a run wrote into its folder, by its record."""
     try:
         listed = own_record(folder / RECORD).get("files")
     except (ValueError, OSError):
@@ -96,12 +137,12 @@ def own_files(folder: Path) -> set[str]:
 
 def files_below(folder: Path) -> list[str]:
     """Paths of all files in a folder, from the folder."""
-    there = [path for path in folder.rglob("*") if path.is_file() or path.is_symlink()]
-    return sorted(path.relative_to(folder).as_posix() for path in there)
+    files = [path for path in folder.rglob("*") if path.is_file() or path.is_symlink()]
+    return sorted(path.relative_to(folder).as_posix() for path in files)
 
 
 def discard_run(folder: Path) -> None:
-    """Remove a run's files, and its folder if that was all."""
+    """Remove a run's files, and the folders that this leaves empty."""
     for name in own_files(folder):
         (folder / name).unlink(missing_ok=True)
         for parent in (folder / name).parents:
@@ -110,23 +151,13 @@ def discard_run(folder: Path) -> None:
             remove_empty(parent)
 
 
-def _json(value: object) -> object:
-    if isinstance(value, dict):
-        return {key: _json(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_json(entry) for entry in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value if isinstance(value, bool | int | float | str | None) else str(value)
-
-
-def surroundings(started: float) -> dict:
-    """When a run that began at `started` ended, how long it took, and with which code and machine.
+def environment(started: float) -> dict:
+    """Time, duration, commit, package versions and machine of a run that ends now.
 
     Parameters
     ----------
     started : float
-        Seconds since the epoch.
+        When it began, in seconds since the epoch.
     """
     commit = _git("rev-parse", "HEAD")
     return {
@@ -139,10 +170,9 @@ def surroundings(started: float) -> dict:
 
 
 def _git(*arguments: str) -> str | None:
+    command = ["git", *arguments]
     try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
-        )
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()
@@ -154,8 +184,7 @@ def read_record(folder: str | os.PathLike) -> dict:
     Raises
     ------
     ValueError
-        If there is none, it is cut short, or a version with another schema wrote it: one line that
-        says which, and what to do.
+        If it is missing, damaged or of another schema: one line that says which, and what to do.
     """
     path = Path(folder) / RECORD
     try:
@@ -166,31 +195,20 @@ def read_record(folder: str | os.PathLike) -> dict:
         raise ValueError(f"{error}; delete its folder and run it again") from None
     schema = content.get("schema") if isinstance(content, dict) else None
     if schema != SCHEMA:
-        found = f"has schema {schema}" if schema else "has no schema number"
+        stated = f"has schema {schema}" if schema else "has no schema number"
         newer = isinstance(schema, int) and schema > SCHEMA
         remedy = "update minigpt_lab" if newer else "run it again"
-        raise ValueError(f"{path} {found}, this version reads {SCHEMA}; {remedy}")
-    absent = [key for key in _NEEDED if key not in content]
-    if absent:
-        raise ValueError(f"{path} lacks {', '.join(absent)}; delete its folder and run it again")
-    kinds = {key: kind if key in _NEEDED else kind | None for key, kind in _KINDS.items()}
-    odd = [key for key, kind in kinds.items() if not isinstance(content.get(key), kind)]
-    if not odd:
-        odd = [f"metric {key!r}" for key, value in content["metrics"].items() if not _number(value)]
-    if odd:
-        raise ValueError(
-            f"{path}: {', '.join(odd)} is not what a run writes; delete its folder and run it again"
-        )
+        raise ValueError(f"{path} {stated}, this version reads {SCHEMA}; {remedy}")
+    try:
+        for key, check in _FIELDS.items():
+            check(key, content.get(key))
+    except InvalidArgument as error:
+        raise ValueError(f"{path}: {error}; delete its folder and run it again") from None
     return content
 
 
-def _number(value: object) -> bool:
-    """Whether a metric can be compared: a number that a float holds, or nothing."""
-    return value is None or (isinstance(value, int | float) and abs(value) < 1e308)
-
-
 def read_records(
-    root: str | os.PathLike = "runs", everything: bool = False
+    root: str | os.PathLike = "runs", *, smoke: bool = False, failed: bool = False
 ) -> Iterator[tuple[Path, dict]]:
     """Run folders under a folder, with their records, in the order of their paths.
 
@@ -200,8 +218,8 @@ def read_records(
     ----------
     root : str or path
         A run folder, or any folder above some.
-    everything : bool
-        Smoke and failed runs too.
+    smoke, failed : bool
+        Smoke runs too; failed runs too.
 
     Raises
     ------
@@ -214,26 +232,28 @@ def read_records(
     for path in sorted(root.rglob(RECORD)):
         folder = path.parent
         if any(part.startswith(".") for part in folder.relative_to(root).parts):
-            continue  # a sweep's unfinished runs
+            continue  # unfinished runs of a sweep
         try:
             content = read_record(folder)
         except ValueError as error:
             warnings.warn(f"left out: {error}", stacklevel=2)
             continue
-        if everything or (content["status"] == "completed" and not content.get("smoke")):
+        if (smoke or not content.get("smoke")) and (failed or content["status"] == "completed"):
             yield folder, content
 
 
-@checked(root=Location(), everything=Flag())
-def results(root: str | os.PathLike = "runs", everything: bool = False) -> pd.DataFrame:
+@checked(root=Location(), smoke=Flag(), failed=Flag())
+def results(
+    root: str | os.PathLike = "runs", *, smoke: bool = False, failed: bool = False
+) -> pd.DataFrame:
     """All records under a folder as one tidy table, a row per run and metric.
 
     Parameters
     ----------
     root : str or path
         A run folder, or any folder above some.
-    everything : bool
-        Smoke and failed runs too. A run without metrics has one row.
+    smoke, failed : bool
+        Smoke runs too; failed runs too. A run without metrics has one row.
 
     Returns
     -------
@@ -249,30 +269,67 @@ def results(root: str | os.PathLike = "runs", everything: bool = False) -> pd.Da
         If there is no such folder.
     """
     rows = []
-    for folder, content in read_records(root, everything):
-        facts = {name: content.get(name) for name in _FACTS} | {
+    for folder, content in read_records(root, smoke=smoke, failed=failed):
+        run = {name: content.get(name) for name in _RUN_COLUMNS} | {
             "run": folder.relative_to(root).as_posix(),
             "smoke": bool(content.get("smoke")),
             "seconds": content.get("wall_seconds"),
             "model": (content.get("model") or {}).get("label"),
             "commit": (content.get("git") or {}).get("commit"),
         }
-        given = {key: cell(v) for key, v in content["parameters"].items() if key not in facts}
-        metrics = content["metrics"] or {None: None}
-        for metric, value in metrics.items():
+        parameters = {k: as_cell(v) for k, v in content["parameters"].items() if k not in run}
+        for metric, value in (content["metrics"] or {None: None}).items():
             way = better(metric) if metric else None
-            rows.append({**facts, **given, "metric": metric, "value": value, "better": way})
+            rows.append({**run, **parameters, "metric": metric, "value": value, "better": way})
     last = ["metric", "value", "better"]
-    frame = pd.DataFrame(rows, columns=None if rows else [*_FACTS, *last])
+    frame = pd.DataFrame(rows, columns=None if rows else [*_RUN_COLUMNS, *last])
     frame = frame[[*frame.columns.difference(last, sort=False), *last]]
     return frame.assign(value=pd.to_numeric(frame["value"], errors="coerce"))
 
 
-def cell(value: object) -> object:
+@checked(root=Location(), smoke=Flag(), failed=Flag())
+def provenance(
+    root: str | os.PathLike = "runs", *, smoke: bool = False, failed: bool = False
+) -> pd.DataFrame:
+    """Every distinct protocol, model, text, device, commit and package version of some runs.
+
+    Parameters
+    ----------
+    root, smoke, failed
+        As in `results`.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Columns ``what, value``; models and texts by their hashes.
+
+    Raises
+    ------
+    ValueError
+        If there is no such folder.
+    """
+    rows = []
+    for _, content in read_records(root, smoke=smoke, failed=failed):
+        model, git = content.get("model") or {}, content.get("git") or {}
+        commit = f"{git.get('commit')}{' (dirty)' if git.get('dirty') else ''}"
+        texts = [
+            (f"text of {domain}/{part}", digest)
+            for domain, parts in (content.get("data") or {}).items()
+            for part, digest in parts.items()
+        ]
+        rows += [("protocol", content.get("protocol")), ("model", model.get("label"))]
+        rows += [("weights", model.get("sha256")), ("device", content.get("device")), *texts]
+        rows += [("commit", commit), *(content.get("versions") or {}).items()]
+    known = {(what, str(value)): None for what, value in rows if value}
+    frame = pd.DataFrame(list(known), columns=["what", "value"])
+    return frame.sort_values("what", kind="stable", ignore_index=True)
+
+
+def as_cell(value: object) -> object:
     """A parameter's value as a table holds it: lists and mappings as JSON."""
     return json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else value
 
 
 def varying(frame: pd.DataFrame, names: list[str]) -> list[str]:
-    """Those of some columns in which not all rows say the same."""
+    """Those of some columns in which not all rows have the same value."""
     return [name for name in names if name in frame and frame[name].nunique(dropna=False) > 1]
