@@ -16,21 +16,20 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # pandas and the rooms are imported by the task that needs them: --help answers at once
-DEFAULT = "03_contextual_pruning"  # what `run` runs unasked
-_FACTS = ("notebook", "status", "smoke", "model", "device")  # shown where they differ
+DEFAULT = "03_contextual_pruning"  # the notebook of a bare `run`
 
 
-def value(text: str, default: object = None) -> object:
+def parse_value(text: str, default: object = None) -> object:
     """A parameter from the command line: JSON or a Python literal where it is one, else text.
 
     Where the default is a text, ``2024`` is one too.
     """
-    found = _literal(text)
-    return text if isinstance(default, str) and not isinstance(found, str) else found
+    value = _literal(text)
+    return text if isinstance(default, str) and not isinstance(value, str) else value
 
 
 def _literal(text: str) -> object:
-    if text.lower().lstrip("+-") in ("nan", "inf"):  # no text: what is wrong with it can be said
+    if text.lower().lstrip("+-") in ("nan", "inf"):  # numbers, and refused as such
         return float(text)
     for read in (json.loads, ast.literal_eval):
         try:
@@ -47,36 +46,32 @@ def _digits(number: float) -> str:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
+    """A parser whose errors are one line."""
 
     def error(self, message):
-        """Name the fault, and where help is."""
+        """Exit with the error, and where help is."""
         self.exit(2, f"error: {message}; {self.prog} --help says what can be given\n")
 
 
-def _arguments() -> argparse.Namespace:
+def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="minigpt_lab", description=__doc__.split(":")[0])
     tasks = parser.add_subparsers(dest="task", required=True)
-    run = tasks.add_parser(
-        "run",
-        help="run a notebook with parameters",
-        description="Run a notebook with parameters; print what it measured.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        add_help=False,
-    )
+    run = tasks.add_parser("run", help="run a notebook and print what it measured", add_help=False)
     run.add_argument("notebook", nargs="?", help=f"default: {DEFAULT}")
-    run.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
-                     help="set a parameter; -p NAME=VALUE is the same")  # fmt: skip
+    words = {"nargs": 2, "action": "append", "default": [], "metavar": ("NAME", "VALUE")}
+    run.add_argument("-p", **words, help="set a parameter; -p NAME=VALUE is the same")
     run.add_argument("--out", default="", help="run folder; default: runs/NOTEBOOK/TIME")
     run.add_argument("--smoke", action="store_true", help="small parameters on a tiny model")
     run.add_argument("--once", action="store_true", help="do nothing if --out holds a finished run")
-    run.add_argument("-h", "--help", action="store_true", help="show this and exit")
-    many = tasks.add_parser("sweep", help="run a grid of parameters; called again, what is missing")
-    many.add_argument("grid", help="YAML file, see notebooks/grids/")
-    many.add_argument("--out", default="", help="sweep folder; default: runs/sweeps/GRID")
-    many.add_argument("--jobs", type=int, help="runs at a time on this machine")
-    many.add_argument("--executor", default="local", help="local (default) or ray")
-    many.add_argument("--address", help="of the Ray cluster; default: the one this machine is in")
+    run.add_argument("-h", "--help", action="store_true", help="of a NOTEBOOK: its parameters")
+    run.set_defaults(do=_run, parser=run)
+    sweep = tasks.add_parser("sweep", help="run what is missing of a grid of parameters")
+    sweep.add_argument("grid", help="YAML file, see notebooks/grids/")
+    sweep.add_argument("--out", default="", help="sweep folder; default: runs/sweeps/GRID")
+    sweep.add_argument("--jobs", type=int, help="runs at a time on this machine")
+    sweep.add_argument("--executor", default="local", help="local (default) or ray")
+    sweep.add_argument("--address", help="of the Ray cluster; default: the one of this machine")
+    sweep.set_defaults(do=_sweep)
     table = tasks.add_parser("results", help="all records as one table")
     table.add_argument("folder", nargs="?", default="runs")
     table.add_argument("--all", action="store_true", help="smoke and failed runs too")
@@ -84,58 +79,64 @@ def _arguments() -> argparse.Namespace:
         "--metric", default="", metavar="WORDS", help="only metrics with these words"
     )
     table.add_argument("--csv", help="write every column to this file instead")
-    page = tasks.add_parser("report", help="an HTML page of a sweep, with its Pareto front")
-    page.add_argument("folder")
-    page.add_argument("--out", default="", help="HTML file; default: FOLDER/report.html")
-    page.add_argument("--all", action="store_true", help="smoke runs too")
-    words = []  # a value may itself hold an equals sign
-    for before, word in zip(["", *sys.argv[1:]], sys.argv[1:], strict=False):
-        joined = before == "-p" and re.match(r"\w+=", word)
-        words += word.split("=", 1) if joined else [word]
-    arguments = parser.parse_args(words)
-    if arguments.task == "run" and arguments.help and not arguments.notebook:
-        from .experiments import notebook_names
+    table.set_defaults(do=_results)
+    report = tasks.add_parser("report", help="notebook 07 over a folder of runs, as an HTML page")
+    report.add_argument("folder")
+    report.add_argument("--out", default="", help="HTML file; default: FOLDER/report.html")
+    report.add_argument("--all", action="store_true", help="smoke runs too")
+    report.set_defaults(do=_report)
+    return parser
 
-        run.epilog = (
-            "notebooks (a beginning will do: run 03; or the path of your own):\n  "
-            + "\n  ".join(notebook_names())
-            + "\nrun NOTEBOOK --help shows its parameters."
-        )
-        run.print_help()
-        parser.exit()
-    return arguments
+
+def _split_assignments(words: list[str]) -> list[str]:
+    """The words with ``-p NAME=VALUE`` as ``-p NAME VALUE``; a VALUE may have an equals sign."""
+    split = []
+    for before, word in zip(["", *words], words, strict=False):
+        assigns = before == "-p" and re.match(r"\w+=", word)
+        split += word.split("=", 1) if assigns else [word]
+    return split
+
+
+def _run_help(arguments: argparse.Namespace) -> None:
+    from .experiments import find_notebook, notebook_names, parameters_cell
+
+    if arguments.notebook:
+        notebook = find_notebook(arguments.notebook)
+        print(f"{notebook.stem}: its parameters and their defaults\n")
+        print(parameters_cell(notebook))
+    else:
+        arguments.parser.print_help()
+        print("\nnotebooks (a beginning will do: run 03; or the path of your own):")
+        print(*(f"  {name}" for name in notebook_names()), sep="\n")
 
 
 def _run(arguments: argparse.Namespace) -> None:
+    if arguments.help:
+        _run_help(arguments)
+        return
     import pandas as pd
 
     from .experiments import (
         default_parameters,
         find_notebook,
-        parameters_cell,
         read_record,
         run_notebook,
         run_once,
     )
 
-    notebook = find_notebook(arguments.notebook or DEFAULT)
-    if arguments.help:
-        print(f"{notebook.stem}: its parameters and their defaults\n\n{parameters_cell(notebook)}")
-        return
     if arguments.once and not arguments.out:
         raise ValueError("--once needs --out, the folder to look into")
-    known = default_parameters(notebook)
-    parameters = {key: value(text, known.get(key)) for key, text in arguments.p}
-    runner = run_once if arguments.once else run_notebook
-    folder = runner(notebook, parameters, arguments.out, arguments.smoke)
+    notebook = find_notebook(arguments.notebook or DEFAULT)
+    defaults = default_parameters(notebook)
+    parameters = {name: parse_value(text, defaults.get(name)) for name, text in arguments.p}
+    run = run_once if arguments.once else run_notebook
+    folder = run(notebook, parameters, arguments.out, smoke=arguments.smoke)
     content = read_record(folder)
     print(f"\n{(content.get('model') or {}).get('label', content['notebook'])}")
     print(f"{content.get('protocol', '')}\n")
     for name in content["tables"]:
         if name.startswith("summary"):
-            table = pd.read_csv(folder / f"{name}.csv")
-            if not table.empty:
-                print(table.to_string(index=False, float_format=_digits), "\n")
+            _print_table(pd.read_csv(folder / f"{name}.csv"))
     for path in sorted(folder.iterdir()):
         if path.suffix in (".ipynb", ".png", ".json") or path.is_dir():
             print(path)
@@ -144,10 +145,14 @@ def _run(arguments: argparse.Namespace) -> None:
 def _sweep(arguments: argparse.Namespace) -> int:
     from .experiments import read_grid, sweep
 
-    grid = read_grid(arguments.grid)
-    given = (arguments.out, arguments.jobs, arguments.executor, arguments.address)
-    table = sweep(grid, *given)
-    print(_blank(table).to_string(index=False, float_format=_digits))
+    table = sweep(
+        read_grid(arguments.grid),
+        arguments.out,
+        jobs=arguments.jobs,
+        executor=arguments.executor,
+        address=arguments.address,
+    )
+    _print_table(table)
     counts = table["status"].value_counts()
     print(", ".join(f"{count} {status}" for status, count in counts.items()), table.attrs["folder"])
     return int("failed" in counts)
@@ -158,55 +163,52 @@ def _results(arguments: argparse.Namespace) -> None:
     from .experiments import results, varying
     from .store import atomic_write
 
-    frame = results(arguments.folder, arguments.all)
+    frame = results(arguments.folder, smoke=arguments.all, failed=arguments.all)
     names = frame["metric"].fillna("")
-    chosen = frame[names.str.contains(arguments.metric, regex=False)]
-    if chosen.empty and not frame.empty:
+    shown = frame[names.str.contains(arguments.metric, regex=False)]
+    if shown.empty and not frame.empty:
         some = ", ".join(names[names != ""].unique()[:5])
         raise ValueError(f"no metric's name holds {arguments.metric!r}; some are: {some}")
-    frame = chosen
     if arguments.csv:
         with atomic_write(writable_file(arguments.csv)) as staging:
-            frame.to_csv(staging, index=False)
+            shown.to_csv(staging, index=False)
         print(arguments.csv)
-        return
-    if frame.empty:
+    elif shown.empty:
         print(f"no records in {arguments.folder}; --all shows smoke and failed runs too")
-        return
-    last = ["metric", "value", "better", *(["error"] if frame["error"].notna().any() else [])]
-    known = frame.columns.difference(["run", "commit", "finished", "seconds", "protocol", *last])
-    shown = _blank(frame[["run", *varying(frame, list(known)), *last]])
-    print(shown.to_string(index=False, float_format=_digits))
+    else:
+        last = ["metric", "value", "better", *(["error"] if shown["error"].notna().any() else [])]
+        always = ["run", "commit", "finished", "seconds", "protocol", *last]
+        _print_table(shown[["run", *varying(shown, list(shown.columns.difference(always))), *last]])
 
 
-def _blank(frame: pd.DataFrame) -> pd.DataFrame:
-    """A frame to print, nothing where a value is missing."""
-    return frame.astype(object).where(frame.notna(), "")
+def _print_table(frame: pd.DataFrame) -> None:
+    """Print a frame, with nothing where a value is missing."""
+    filled = frame.astype(object).where(frame.notna(), "")
+    print(filled.to_string(index=False, float_format=_digits) if len(frame) else "")
 
 
 def _report(arguments: argparse.Namespace) -> None:
     from .experiments import write_report
 
-    print(write_report(arguments.folder, arguments.out, arguments.all))
+    print(write_report(arguments.folder, arguments.out, smoke=arguments.all))
 
 
 def main() -> None:
     """Do what the command line asks; an error is one line, and a status that is not 0."""
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
-    arguments = _arguments()
-    tasks = {"run": _run, "sweep": _sweep, "results": _results, "report": _report}
     with contextlib.suppress(AttributeError):  # names in any alphabet, whatever the terminal's
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        status = tasks[arguments.task](arguments)
+        arguments = _parser().parse_args(_split_assignments(sys.argv[1:]))
+        status = arguments.do(arguments)
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever reads, head for one, has seen enough
+    except BrokenPipeError:  # the reader, head for one, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"error: {' '.join(str(error).split()) or type(error).__name__}")
     except KeyboardInterrupt:
-        sys.exit("stopped; finished runs stay, and the same sweep goes on from them")
+        sys.exit("stopped; finished runs are kept, and the same sweep goes on from them")
     if status:
         sys.exit(status)
 

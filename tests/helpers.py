@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import random
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -185,3 +188,11 @@ def site_counts(model, units: str, ffn=(5, 0, 7)) -> dict[str, list[int]]:
 
 def same(a, b) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+@contextlib.contextmanager
+def running_notebook(variables: dict):
+    """Call `experiments.record` as a cell of a notebook with these variables would."""
+    shell = SimpleNamespace(user_ns=variables)
+    with patch("minigpt_lab.experiments.recording.get_ipython", lambda: shell):
+        yield

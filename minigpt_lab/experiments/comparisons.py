@@ -30,24 +30,8 @@ from .records import read_records
 #: windows of the same text.
 COMPARABLE = ("model", "protocol", "text")
 SIZES = ("stored", "nonzero")
-_COLUMNS = [
-    "run",
-    "notebook",
-    "model",
-    "protocol",
-    "text",
-    "domain",
-    "method",
-    "inside",
-    "stored",
-    "nonzero",
-    "perplexity",
-    "low",
-    "high",
-    "stored_ratio",
-    "nonzero_ratio",
-    "perplexity_ratio",
-]
+_COLUMNS = ["run", "notebook", *COMPARABLE, "domain", "method", "inside", *SIZES, "perplexity"]
+_COLUMNS += ["low", "high", "stored_ratio", "nonzero_ratio", "perplexity_ratio"]
 
 
 @checked(root=Location(), smoke=Flag())

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from ..checks import Flag, Integer, Items, Location, Number, Table, Text, suggest
+from ..checks import DictOf, Flag, Integer, Items, Location, Number, Text, suggest
 from ..store import DATA, read_text, read_toml, read_user_json
 
 NOTEBOOKS = DATA.parent / "notebooks"
@@ -189,7 +189,7 @@ def check_parameters(notebook: Path, parameters: Mapping[str, object]) -> dict[s
         Naming the value, what was expected, and what to do.
     """
     defaults, checked_values = default_parameters(notebook), {}
-    for name, value in Table(Text())("parameters", parameters).items():
+    for name, value in DictOf(Text())("parameters", parameters).items():
         if name in RUNNER_PARAMETERS:
             raise ValueError(f"{name} is set by the runner; --out (out_dir=) names the folder")
         if name not in defaults:
@@ -217,7 +217,7 @@ def _check_like(default: object) -> Callable[[str, object], object]:
         case [first, *_]:
             return Items(_check_like(first))
         case dict():
-            return Table(Text(), _SCALAR)
+            return DictOf(Text(), _SCALAR)
         case _:  # None or an empty list
             return Number() | Text() | Items(_SCALAR) | None
 

@@ -13,10 +13,10 @@ from IPython import get_ipython
 from transformers import PreTrainedModel
 
 from ..checks import (
+    DictOf,
     Instance,
     Location,
     Model,
-    Table,
     Text,
     checked,
     invalid,
@@ -53,8 +53,8 @@ def metrics_from(frame: pd.DataFrame, column: str, name: str) -> dict[str, objec
 
 
 @checked(
-    metrics=Table(Text()),
-    tables=Table(Text(), Instance(pd.DataFrame)) | None,
+    metrics=DictOf(Text()),
+    tables=DictOf(Text(), Instance(pd.DataFrame)) | None,
     model=Model(hold=False) | None,
     protocol=Text(),
     notebook=Location() | None,
@@ -133,11 +133,8 @@ def record(
         **environment(_started),
     }
     if model is not None:
-        content["model"] = {
-            "label": label(model),
-            "sha256": fingerprint(model),
-            "dtype": str(model.dtype),
-        }
+        identity = {"label": label(model), "sha256": fingerprint(model)}
+        content["model"] = identity | {"dtype": str(model.dtype)}
         content["device"] = _device(model)
     return write_record(folder, content)
 

@@ -22,12 +22,12 @@ from pathlib import Path
 import pandas as pd
 
 from ..checks import (
+    DictOf,
     Flag,
     Instance,
     InvalidArgument,
     Location,
     Number,
-    Table,
     Text,
     as_json,
     checked,
@@ -37,39 +37,19 @@ from ..store import DATA, atomic_write, read_cached, read_json, remove_empty
 ROOT = DATA.parent
 RECORD = "record.json"
 SCHEMA = 2  # of a record's keys; 1 had none of schema, data, seed, smoke
-#: Values of a record; the first four are always there.
+#: Values of a record; those that may be None may be missing.
 _FIELDS = {
-    "notebook": Text(),
-    "status": Text(),
-    "parameters": Table(Text()),
-    "metrics": Table(Text(), Number() | Flag() | None),
-    "tables": Instance(list) | None,
-    "protocol": Text() | None,
-    "device": Text() | None,
-    "error": Text() | None,
-    "finished": Text() | None,
-    "model": Table(Text()) | None,
-    "data": Table(Text()) | None,
-    "git": Table(Text()) | None,
-    "versions": Table(Text()) | None,
-    "smoke": Flag() | None,
-    "wall_seconds": Number() | None,
+    **dict.fromkeys(("notebook", "status"), Text()),
+    "parameters": DictOf(Text()),
+    "metrics": DictOf(Text(), Number() | Flag() | None),
+    **dict.fromkeys(("protocol", "device", "error", "finished"), Text() | None),
+    **dict.fromkeys(("model", "data", "git", "versions"), DictOf(Text()) | None),
+    **{"tables": Instance(list) | None, "smoke": Flag() | None, "wall_seconds": Number() | None},
 }
 _PACKAGES = ("minigpt-lab", "torch", "transformers", "datasets", "peft", "numpy", "pandas")
 #: Columns of the table of all runs, before the parameters.
-_RUN_COLUMNS = (
-    "run",
-    "notebook",
-    "status",
-    "smoke",
-    "finished",
-    "seconds",
-    "model",
-    "device",
-    "protocol",
-    "commit",
-    "error",
-)
+_RUN_COLUMNS = ["run", "notebook", "status", "smoke", "finished", "seconds"]
+_RUN_COLUMNS += ["model", "device", "protocol", "commit", "error"]
 #: Direction in which a metric is better, by the first pattern that is in its name.
 _BETTER = (
     (r"accuracy|\b(won|surely|beats_mix)\b", "higher"),

@@ -8,9 +8,10 @@ import itertools
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from unittest.mock import patch
 
 from filelock import FileLock
 
@@ -237,7 +238,7 @@ def _papermill(notebook: Path, parameters: dict, folder: Path) -> str | None:
     from papermill.exceptions import PapermillExecutionError
 
     try:
-        with _environment(NOTEBOOK_VARIABLE, str(notebook)):
+        with patch.dict(os.environ, {NOTEBOOK_VARIABLE: str(notebook)}):
             papermill.execute_notebook(
                 _escaped(notebook),
                 _escaped(folder / notebook.name),
@@ -265,19 +266,6 @@ def _papermill(notebook: Path, parameters: dict, folder: Path) -> str | None:
             "name another folder (--out)"
         ) from error
     return None
-
-
-@contextlib.contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
-    """An environment variable, for kernels started meanwhile."""
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        os.environ.pop(name)
-        if before is not None:
-            os.environ[name] = before
 
 
 def _escaped(path: Path) -> str:

@@ -15,15 +15,15 @@ from minigpt_lab.experiments.records import write_record
 
 WRONG = [
     ("02", "epsilon_linear", 0.1, "a list"),
-    ("02", "epsilon_linear", ["a"], r"default \[1e-05"),
-    ("03", "seq_len", 64.0, "a whole number"),
-    ("04", "learning_rates", 1e-3, "a mapping"),
+    ("02", "epsilon_linear", ["a"], "a list, each item a number"),
+    ("03", "seq_len", 64.5, "a whole number"),
+    ("04", "learning_rates", 1e-3, "a dictionary"),
     ("03", "seq_len", True, "a whole number"),
     ("03", "seq_len", None, "a whole number"),
     ("03", "quantile_activation", "0.1", "a number or None"),
-    ("03", "domain", 3, "a text"),
-    ("03", "epsilon_linear", {"a": 1}, "a number, a text, a list or None"),
-    ("03", "epsilon_linear", True, "a number, a text, a list or None"),
+    ("03", "domain", 3, "a string"),
+    ("03", "epsilon_linear", {"a": 1}, "a number or a string or a list"),
+    ("03", "epsilon_linear", True, "a number or a string or a list"),
 ]
 
 
@@ -61,8 +61,8 @@ def command(monkeypatch, tmp_path, capsys):
     """Call the command line with a run that is made up; its arguments and what was printed."""
     calls = []
 
-    def run_notebook(*arguments):
-        calls.append((arguments[0].stem, *arguments[1:]))
+    def run_notebook(notebook, parameters, out_dir, *, smoke):
+        calls.append((notebook.stem, parameters, out_dir, smoke))
         table = pd.DataFrame(
             {"text": ["z", "a"], "stored": [134_515_008, 7], "loss": [1.23456, 2e7]}
         )
@@ -78,7 +78,7 @@ def command(monkeypatch, tmp_path, capsys):
         command_line.main()
         return calls, capsys.readouterr().out
 
-    monkeypatch.setattr(command_line, "run_notebook", run_notebook)
+    monkeypatch.setattr(experiments, "run_notebook", run_notebook)
     return call
 
 

@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
+from helpers import running_notebook
 
 from minigpt_lab import __main__ as command_line
 from minigpt_lab import experiments
@@ -44,7 +45,7 @@ UNREADABLE = {
     "a list": ("[]", "no schema number"),
     "without metrics": (
         f'{{"schema": {SCHEMA}, "notebook": "x", "status": "completed", "parameters": {{}}}}',
-        "lacks metrics",
+        "metrics is None; expected a dictionary",
     ),
 }
 
@@ -75,7 +76,7 @@ def test_results_are_tidy_and_know_which_way_is_better(tmp_path):
     row = frame.set_index("metric").loc["shrunk stored"]
     assert (row["value"], row["better"]) == (7, "lower")
     assert frame["value"].isna().sum() == 1
-    every = results(tmp_path, everything=True)
+    every = results(tmp_path, smoke=True, failed=True)
     assert list(every["run"].unique()) == ["a/one", "a/two", "failed/three"]
     assert every.iloc[-1]["error"] == "no luck" and pd.isna(every.iloc[-1]["metric"])
 
@@ -104,9 +105,10 @@ def test_record_finds_data_and_seed_and_needs_no_model(tmp_path, monkeypatch, ti
     monkeypatch.chdir(tmp_path)
     cell = {"cell_type": "code", "metadata": {"tags": ["parameters"]}, "source": ["seed = 3\n"]}
     (tmp_path / "mine.ipynb").write_text(json.dumps({"cells": [cell]}))
-    namespace = {"seed": 4, "out_dir": str(tmp_path / "run"), "texts": [tiny_domain], "other": 1}
+    variables = {"seed": 4, "out_dir": str(tmp_path / "run"), "domains": [tiny_domain], "other": 1}
     table = pd.DataFrame({"a": [1]})
-    experiments.record("mine", namespace, None, "", {"a": 1}, {"summary": table})
+    with running_notebook(variables):
+        experiments.record({"a": 1}, {"summary": table}, notebook="mine.ipynb")
     found = read_record(tmp_path / "run")
     assert found["seed"] == 4 and found["parameters"] == {"seed": 4} and found["model"] is None
     parts = found["data"]["tiny-law"]

@@ -160,11 +160,11 @@ def test_ctrl_c_stops_runs_and_kernels_cleanly(small, tmp_path):
 def test_two_sweeps_do_not_share_a_folder(small, tmp_path):
     grid = grids.read_grid(small("grid: {number: [1]}\n"))
     with (
-        sweeps._locked(tmp_path),
+        sweeps.locked(tmp_path),
         pytest.raises(RuntimeError, match="another sweep works in .*--out"),
     ):
         sweeps.sweep(grid, tmp_path)
-    with sweeps._locked(tmp_path):
+    with sweeps.locked(tmp_path):
         pass  # free again
     assert not diary(tmp_path)
 
@@ -181,7 +181,7 @@ def test_runs_of_a_notebook_of_ones_own(small, tmp_path, monkeypatch):
         experiments.run_notebook("small.ipynb", {"wrong": 1})
     [failed] = (tmp_path / "runs" / "failed" / "small").iterdir()
     assert (failed / "small.ipynb").is_file() and read_record(failed)["status"] == "failed"
-    assert len(results("runs")) == 2 and len(results("runs", everything=True)) == 3
+    assert len(results("runs")) == 2 and len(results("runs", smoke=True, failed=True)) == 3
 
 
 def test_no_kernel_is_one_clear_line(small, tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from helpers import running_notebook
 
 import minigpt_lab as lab
 from minigpt_lab import __main__ as command_line
@@ -39,7 +40,7 @@ GRIDS = {
     "date": ("notebook: '03'\nparameters: {seed: 2024-99-99}\n", "is no YAML"),
     "number": (f"notebook: '03'\nparameters: {{seed: {'9' * 5000}}}\n", "is no YAML"),
     "product": (f"notebook: '03'\ngrid:\n{AXES}", "1,000,000,000 combinations; .* at most 10,000"),
-    "set": ("notebook: '03'\nparameters: {domain: !!set {a, b}}\n", "expected a text"),
+    "set": ("notebook: '03'\nparameters: {domain: !!set {a, b}}\n", "expected a string"),
     "hidden date": ("notebook: '02'\nparameters: {controls: [2024-01-01]}\n", "expected a list"),
     "exclude": ("notebook: '03'\nexclude: [3]\n", "exclude is .*expected a list"),
     "resources": ("notebook: '03'\nresources: {cpus: .nan}\n", "cpus is nan; expected a number"),
@@ -155,7 +156,7 @@ def test_a_report_shows_names_and_runs_none(tmp_path):
                               "text": f"{name}/test", "perplexity": [2.0, 3.0]})  # fmt: skip
         table.to_csv(tmp_path / str(place) / "summary.csv", index=False)
     page = experiments.write_report(tmp_path).read_text()
-    assert "<script" not in page and "&lt;script&gt;" in page
+    assert "<script>alert" not in page and "&lt;script&gt;" in page
 
 
 LITERALS = [
@@ -228,7 +229,7 @@ def test_paths_are_those_of_whoever_calls(tmp_path, monkeypatch, handed):
     monkeypatch.chdir(home)
     monkeypatch.setenv("HOME", str(home))
     given = {"domain": "notes.txt", "other_domain": "~/texts", "model_name": "model"}
-    monkeypatch.setattr(command_line, "read_record", lambda folder: {**RUN, "tables": []})
+    monkeypatch.setattr(experiments, "read_record", lambda folder: {**RUN, "tables": []})
     words = [word for key, value in given.items() for word in ("-p", f"{key}={value}")]
     monkeypatch.setattr(sys, "argv", ["minigpt_lab", "run", "03", *words, "--out", "run"])
     command_line.main()
@@ -268,22 +269,27 @@ def test_numbers_of_any_kind_become_plain_ones_at_the_call(tmp_path, handed, mon
     assert handed["epsilon_all"] == [0.1, 0.2]
     cell = {"cell_type": "code", "metadata": {"tags": ["parameters"]}, "source": "seed = 3"}
     (tmp_path / "mine.ipynb").write_text(json.dumps({"cells": [cell]}))
-    namespace = {"seed": np.int64(4), "out_dir": tmp_path / "c", "other": object()}
+    variables = {"seed": np.int64(4), "out_dir": tmp_path / "c", "other": object()}
     metrics = {"a": np.float32(0.5), "b": np.bool_(True), "c": torch.tensor(2.0), "d": float("nan"),
                "e": None, "f": float("inf")}  # fmt: skip
-    monkeypatch.chdir(tmp_path)
-    experiments.record("mine", namespace, None, "", metrics)
+    mine = tmp_path / "mine.ipynb"
+    with running_notebook(variables):
+        experiments.record(metrics, notebook=mine)
     found = read_record(tmp_path / "c")
     assert found["metrics"] == {"a": 0.5, "b": True, "c": 2.0, "d": None, "e": None, "f": None}
     assert found["parameters"] == {"seed": 4}
     for wrong in (np.zeros(3), "many", object(), [1], {"x": 1}, 1j):
         with pytest.raises(ValueError, match="metrics..a.. is .*; expected a number or None"):
-            experiments.record("mine", namespace, None, "", {"a": wrong})
+            experiments.record({"a": wrong}, notebook=mine)
     for tables in ({"../x": pd.DataFrame()}, {"x": [1]}, [1], {3: pd.DataFrame()}):
-        with pytest.raises(ValueError, match="expected"):
-            experiments.record("mine", namespace, None, "", {}, tables)
-    with pytest.raises(ValueError, match="namespace lacks out_dir, seed; pass .* globals"):
-        experiments.record("mine", {}, None, "", {})
+        with running_notebook(variables), pytest.raises(ValueError, match="expected"):
+            experiments.record({}, tables, notebook=mine)
+    with running_notebook({}), pytest.raises(ValueError, match="out_dir, seed is not defined"):
+        experiments.record({}, notebook=mine)
+    with running_notebook({}), pytest.raises(RuntimeError, match="cannot tell which notebook"):
+        experiments.record({})
+    with pytest.raises(RuntimeError, match="no notebook is running"):
+        experiments.record({}, notebook=mine)
 
 
 @pytest.mark.parametrize("wrong", [None, 3, "", [], float("nan"), pd.DataFrame(), b"x"])
