@@ -141,7 +141,7 @@ def _measured(table: pd.DataFrame, content: dict) -> pd.DataFrame:
         protocol=f"at most {tokens:,} test tokens, windows of {window}",
         perplexity_ratio=table["perplexity"] / dense_perplexity,
         weights=model.get("sha256", "?"),
-        content=table["text"].map(hashes).fillna("?"),
+        content=[hashes.get(text, "?") for text in table["text"]],
     )
 
 

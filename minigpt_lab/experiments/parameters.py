@@ -89,7 +89,8 @@ def find_notebook(name: str | os.PathLike) -> Path:
     ValueError
         If no notebook, or more than one, begins so.
     """
-    path = Path("" if name == "" else Location()("notebook", name)).expanduser()
+    empty = isinstance(name, str) and not name
+    path = Path("" if empty else Location()("notebook", name)).expanduser()
     if path.suffix == ".ipynb" and path.is_file():
         return path.resolve()
     names, name = notebook_names(), str(name)

@@ -58,14 +58,14 @@ def write_report(
 
 
 def _as_html(notebook: Path, title: str) -> str:
-    """An executed notebook up to its exercises, as HTML with the figures inside."""
+    """An executed notebook up to its record, as HTML with the figures inside."""
     import nbformat  # both are slow to import
     from nbconvert import HTMLExporter
 
     content = nbformat.read(notebook, as_version=4)
     sources = [cell.source for cell in content.cells]
-    exercises = next(i for i, source in enumerate(sources) if source.startswith("## Exercises"))
-    content.cells = content.cells[:exercises]
+    end = next(i for i, source in enumerate(sources) if "experiments.record(" in source)
+    content.cells = content.cells[:end]
     exporter = HTMLExporter(
         exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True
     )

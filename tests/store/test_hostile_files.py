@@ -284,7 +284,7 @@ def test_numbers_of_any_kind_become_plain_ones_at_the_call(tmp_path, handed, mon
     for tables in ({"../x": pd.DataFrame()}, {"x": [1]}, [1], {3: pd.DataFrame()}):
         with running_notebook(variables), pytest.raises(ValueError, match="expected"):
             experiments.record({}, tables, notebook=mine)
-    with running_notebook({}), pytest.raises(ValueError, match="out_dir, seed is not defined"):
+    with running_notebook({}), pytest.raises(ValueError, match="mine has no out_dir, seed"):
         experiments.record({}, notebook=mine)
     with running_notebook({}), pytest.raises(RuntimeError, match="cannot tell which notebook"):
         experiments.record({})
