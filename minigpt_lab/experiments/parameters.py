@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from ..checks import DictOf, Flag, Integer, Items, Location, Number, Text, suggest
+from ..checks import DictOf, Flag, Integer, ListOf, Location, Number, Text, suggest
 from ..store import DATA, read_text, read_toml, read_user_json
 
 NOTEBOOKS = DATA.parent / "notebooks"
@@ -216,11 +216,11 @@ def _check_like(default: object) -> Callable[[str, object], object]:
         case str():
             return Text()
         case [first, *_]:
-            return Items(_check_like(first))
+            return ListOf(_check_like(first), kind=list)
         case dict():
             return DictOf(Text(), _SCALAR)
         case _:  # None or an empty list
-            return Number() | Text() | Items(_SCALAR) | None
+            return Number() | Text() | ListOf(_SCALAR, kind=list) | None
 
 
 #: Parameters whose values may be names of files or folders.

@@ -55,7 +55,7 @@ def metrics_from(frame: pd.DataFrame, column: str, name: str) -> dict[str, objec
 @checked(
     metrics=DictOf(Text()),
     tables=DictOf(Text(), Instance(pd.DataFrame)) | None,
-    model=Model(hold=False) | None,
+    model=Model(lock=False) | None,
     protocol=Text(),
     notebook=Location() | None,
 )
