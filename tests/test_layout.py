@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import minigpt_lab as lab
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -77,6 +79,7 @@ def test_public_names_exist():
     assert [name for name in lab.__all__ if not hasattr(lab, name)] == []
 
 
+@pytest.mark.slow
 def test_import_and_help_load_no_framework():
     code = (
         "import sys, runpy; sys.argv = ['minigpt_lab', '--help']; import minigpt_lab\n"

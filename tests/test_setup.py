@@ -54,6 +54,7 @@ def test_every_declared_package_is_used():
         assert re.search(rf"(import|from|-m\"?,?) *\"?{module}\b", text), package
 
 
+@pytest.mark.slow
 def test_top_level_is_what_the_readme_says():
     tracked = subprocess.run(
         ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
@@ -71,12 +72,14 @@ def test_ci_runs_the_readmes_test_command():
     assert (ROOT / ".ci" / "run").read_text().rstrip().endswith("exec python3.11 tasks.py test")
 
 
+@pytest.mark.slow
 def test_code_is_clean():
     for command in (["check"], ["format", "--check"]):
         done = subprocess.run([sys.executable, "-m", "ruff", *command, ROOT], capture_output=True)
         assert done.returncode == 0, done.stdout.decode()
 
 
+@pytest.mark.slow
 def test_tasks_explain_themselves():
     def run(*arguments, **keywords):
         command = [sys.executable, str(ROOT / "tasks.py"), *arguments]

@@ -20,6 +20,7 @@ def all_cores():
     torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 def test_a_real_model_becomes_a_smaller_real_model(tmp_path, all_cores):
     model, tokenizer = lab.load_model("smollm2-135m")
     assert "4-bit" in lab.label(model)

@@ -293,6 +293,7 @@ def run(name: str, arguments: dict) -> str:
     return ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FUNCTIONS + STUDIES)
 def test_every_argument_of_every_function(name, things, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)

@@ -107,6 +107,7 @@ print(caught, entered)
 """
 
 
+@pytest.mark.slow
 def test_no_signal_at_any_moment_leaves_a_change_behind():
     done = subprocess.run([sys.executable, "-c", HAMMERED, "300"], capture_output=True, text=True)
     # the interrupt may also come between two rounds, where nothing is held and the script ends

@@ -184,6 +184,7 @@ def hammered(script: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_no_signal_at_any_moment_leaves_a_mask_on():
     assert hammered(HAMMERED).startswith("same")
 
@@ -231,6 +232,7 @@ print("same")
 """
 
 
+@pytest.mark.slow
 def test_no_signal_leaves_a_model_wrapped_or_a_weight_moved_by_a_failed_recovery():
     assert hammered(RECOVERY).startswith("same")
 

@@ -423,6 +423,7 @@ plan.save(out / "plan.json")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the limit is Linux's")
 def test_a_model_larger_than_memory_is_pruned(tmp_path):
     layers = 40

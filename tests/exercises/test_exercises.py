@@ -53,6 +53,7 @@ def test_every_exercise_is_asked_once_and_solved():
             assert named <= needed if starred else named == needed, (path.stem, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "domains", [["tiny-law", "tiny-games", "tiny-medical"], ["tiny-games", "tiny-economics"]]
 )

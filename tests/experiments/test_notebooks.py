@@ -1,6 +1,6 @@
 """Notebooks as regression tests: papermill on a tiny model, numbers against committed ones.
 
-``UPDATE_EXPECTED=1 python -m pytest tests/test_notebooks.py`` writes the expectations anew.
+With ``UPDATE_EXPECTED=1`` in the environment it writes the expectations anew.
 """
 
 from __future__ import annotations
@@ -18,10 +18,14 @@ from minigpt_lab.experiments.runs import run_notebook
 
 EXPECTED = Path(__file__).parents[1] / "expected"
 CASES = smoke_cases()
+NAMES = [(name, case) for name, cases in CASES.items() for case in cases]
+SWEEP = pytest.mark.xdist_group("sweep")  # one worker makes it for all who read it
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("notebook", "case"), [(name, case) for name, cases in CASES.items() for case in cases]
+    ("notebook", "case"),
+    [pytest.param(*name, marks=[SWEEP] * (name[0] == "07_compare_runs")) for name in NAMES],
 )
 def test_notebook_gives_the_expected_numbers(notebook, case, tmp_path, request):
     parameters = CASES[notebook][case]
@@ -65,6 +69,7 @@ def test_unknown_names_are_refused_before_anything_runs(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_failed_run_leaves_a_record_and_the_notebook(tmp_path):
     wrong = {"model_name": "tiny-llama", "seq_len": 64, "domain": "tiny-lore"}
     with pytest.raises(RuntimeError, match="unknown domain 'tiny-lore'.*tiny-law"):

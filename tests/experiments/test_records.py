@@ -130,6 +130,7 @@ def test_a_metric_that_no_run_has(tmp_path, monkeypatch):
         command_line.main()
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
     metrics = {f"metric {n}": n for n in range(3000)}  # more than a pipe holds
     write_record(tmp_path / "one", {**RUN, "metrics": metrics})

@@ -67,6 +67,8 @@ def wait_for(condition, seconds: float = 1200) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("sweep")
 def test_a_killed_sweep_of_a_real_notebook_goes_on(tiny_sweep):
     assert tiny_sweep.status == 0, tiny_sweep.printed
     assert 1 <= len(tiny_sweep.before) <= 4
@@ -90,6 +92,8 @@ def test_a_killed_sweep_of_a_real_notebook_goes_on(tiny_sweep):
     assert not list((tiny_sweep.folder / ".unfinished").iterdir())
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("sweep")
 def test_results_and_report_of_a_sweep(tiny_sweep, monkeypatch, capsys, tmp_path):
     page, table = tmp_path / "page.html", tmp_path / "table.csv"
     for words in (["report", "--out", page], ["results", "--csv", table], ["results"]):
@@ -146,6 +150,7 @@ def test_a_killed_run_is_finished_by_whoever_comes_next(small, tmp_path):
     assert ends(tmp_path) == ["end 1", "end 2"] and diary(tmp_path).count("start 2") == 2
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_runs_and_kernels_cleanly(small, tmp_path):
     grid = small("parameters: {seconds: 600}\n")
     command = sweep_command(grid, tmp_path / "s")
@@ -315,6 +320,7 @@ def test_wrong_executor_address_and_missing_ray(small, tmp_path, monkeypatch):
     assert not diary(tmp_path)
 
 
+@pytest.mark.slow
 def test_ray_completes_every_run_once_though_a_node_dies(small, tmp_path):
     """Two nodes; one is killed while it works. Completions are counted in the diary."""
     cluster_utils = pytest.importorskip("ray.cluster_utils")

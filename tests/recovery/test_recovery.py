@@ -131,6 +131,7 @@ def test_interrupting_keeps_what_was_reached(mini, tiny, tiny_domain):
     assert reached(mini, tiny, tiny_domain) == pytest.approx(history["perplexity"].min(), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_curve(tmp_path, pruned, tiny):
     lab.save_model(pruned, tiny[1], tmp_path / "mini")
     script = tmp_path / "run.py"
@@ -248,6 +249,7 @@ def test_another_run_in_the_same_folder_is_refused(tmp_path, pruned, tiny, tiny_
         lab.recover(copy.deepcopy(pruned), tiny[1], tiny_domain, **same)
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_clearly_and_is_resumed(tmp_path, pruned, tiny, tiny_domain):
     lab.save_model(pruned, tiny[1], tmp_path / "mini")
     script = tmp_path / "run.py"
@@ -292,6 +294,7 @@ assert abs(now / history["perplexity"].min() - 1) < 1e-4, (now, history)
     pd.testing.assert_frame_equal(*histories, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_two_processes_train_one_model(tmp_path, pruned, tiny):
     lab.save_model(pruned, tiny[1], tmp_path / "mini")
     script = tmp_path / "run.py"

@@ -202,6 +202,7 @@ def test_every_failure_of_the_command_line_is_a_line_and_a_status(tmp_path, monk
         assert said.startswith("error: ") and said.strip().count("\n") == 0, (words, said)
 
 
+@pytest.mark.slow
 def test_a_failure_in_a_process_of_its_own(tmp_path):
     os.mkfifo(tmp_path / "pipe.yaml")
     command = [sys.executable, "-m", "minigpt_lab", "sweep", str(tmp_path / "pipe.yaml")]

@@ -313,6 +313,7 @@ assert os.listdir(home) == [os.path.basename(folder)]
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")
 def test_after_a_kill_there_is_a_whole_model_and_little_else(tmp_path):
     command = [sys.executable, "-c", KILLED, str(tmp_path / "mini")]
@@ -358,6 +359,7 @@ def test_killed_at_any_step_of_a_replacement(moment, exchange, things, tmp_path,
     assert (folder / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_scratch_of_a_living_writer_is_left_and_that_of_a_dead_one_cleared(tmp_path):
     code = (
         "import sys, time; from pathlib import Path; from minigpt_lab.store import atomic_write\n"

@@ -199,6 +199,7 @@ def read_notebook(page: Page, address: str) -> None:
     expect(page.locator(".lab-result").first).to_contain_text("perplexity", timeout=600_000)
 
 
+@pytest.mark.slow
 def test_the_explorer_in_a_browser(tmp_path):
     if CHROMIUM is None:
         reason = "no chromium on the path: apt-get install chromium"
