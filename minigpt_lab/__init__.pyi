@@ -7,7 +7,14 @@ from .calibration import (
     damped_inverse,
     gradient_cosine,
 )
-from .compensation import ERRORS, bias_compensated, eliminate, slimgpt, weight_compensated
+from .compensation import (
+    SALIENCIES,
+    bias_compensated,
+    eliminate,
+    search_counts,
+    slimgpt,
+    weight_compensated,
+)
 from .criteria import CRITERIA, MINI_LLM, Scores, block_influence, criterion, score
 from .domains import (
     Domain,
@@ -58,11 +65,11 @@ __version__: str
 
 __all__ = [
     "CRITERIA",
-    "ERRORS",
     "FAMILIES",
     "MINI_LLM",
     "PERPLEXITY_PRESETS",
     "RECOVERY_PRESETS",
+    "SALIENCIES",
     "Answers",
     "Domain",
     "Hessians",
@@ -111,6 +118,7 @@ __all__ = [
     "recover",
     "save_model",
     "score",
+    "search_counts",
     "shrink",
     "slimgpt",
     "smallest_within",

@@ -1,22 +1,34 @@
 """Pruning that updates the remaining weights: OBS, SlimGPT, the budget search."""
 
-from .budget_search import Search
+from .budget_search import search_counts
 from .given_plan import bias_compensated, weight_compensated
-from .layer import Problem, Solver, problem, solve
 from .layer_by_layer import slimgpt
-from .obs import ERRORS, eliminate, full_precision
-from .resumption import discard
+from .layer_counts import SearchedCounts
+from .obs import (
+    SALIENCIES,
+    Elimination,
+    eliminate,
+    full_precision,
+    quadratic_form,
+    reconstruction_loss,
+)
+from .solver import Problem, Solver, read_problem, solve
+from .workspace import discard
 
 __all__ = [
-    "ERRORS",
+    "SALIENCIES",
+    "Elimination",
     "Problem",
-    "Search",
+    "SearchedCounts",
     "Solver",
     "bias_compensated",
     "discard",
     "eliminate",
     "full_precision",
-    "problem",
+    "quadratic_form",
+    "read_problem",
+    "reconstruction_loss",
+    "search_counts",
     "slimgpt",
     "solve",
     "weight_compensated",

@@ -1,17 +1,18 @@
-"""The search, round by round: a supernet, a descent over its budgets, the next supernet around it.
+"""Search for the number of units to remove from every layer.
 
-After Týr-the-Pruner (arXiv 2503.09657), which finds a budget on a supernet by how far predictions
-diverge from the dense model's, and builds the next supernet around it. There evolution looks at
-6,400 budgets per round; here one backward pass says what every group would cost.
+After Týr-the-Pruner (arXiv 2503.09657), which finds a budget on a supernet by the divergence of its
+predictions from the dense model's, and builds the next supernet around it. There evolution tries
+6,400 budgets per round; here one backward pass estimates the cost of every layer's units.
 """
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import pandas as pd
@@ -20,93 +21,96 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..calibration import tokens_hash
-from ..checks import (
-    Batches,
-    Flag,
-    Instance,
-    Integer,
-    ListOf,
-    Location,
-    Model,
-    Number,
-    check_fields,
-    checked,
-)
+from ..checks import Batches, Flag, Integer, Location, Model, Number, OneOf, checked
+from ..criteria import chosen_sites
 from ..domains import unpadded
-from ..models import fingerprint, is_offloaded
-from ..planning import LayerSite, unit_counts, unit_steps
-from ..store import ResultCache, Shards
+from ..models import Anatomy, fingerprint, is_offloaded
+from ..planning import one_target, parameters_to_remove, unit_counts, unit_steps
+from ..store import PLACES, ResultCache
 from .budgets import Budget, Budgets
 from .descent import Descent
-from .layer import Solver
+from .layer_counts import SearchedCounts, by_layer, unscored_sites
+from .solver import Solver
 from .supernetwork import supernet
 from .trials import Trials
 
-#: Allocations that a search starts from: the better one; its first supernet is calibrated on what
-#: the first of them makes of the layers before.
+#: Allocations that a search starts from: the better one; its first supernet is calibrated on the
+#: outputs of the first of them.
 STARTS = ("uniform", "log-increase")
 #: How many budgets of every round are measured on all windows, beside those it starts from.
 MEASURED = 4
 
 
 @dataclass(frozen=True)
-class Search:
-    """How long to search for a budget, and how finely.
+class Effort:
+    """How long and how finely to search; see `search_counts`."""
 
-    Parameters
-    ----------
-    levels : int
-        Steps between a whole FFN (or all heads) of a layer and the least of it.
-    share : float
-        Of the calibration windows, evenly spaced, on which budgets are compared. The supernet does
-        not see them (if any are left): what was fitted to a text says little about others.
-    rounds : int
-        Supernets, each built around the budget that the one before gave.
-    steps : int
-        Backward passes per round, each over up to 512 tokens (a window, if that is longer).
-    rate : float
-        Share of a group that a step may move at first; half as much in every further round.
-    seed : int
-        Of the draws.
-    """
+    levels: int
+    validation_fraction: float
+    rounds: int
+    steps: int
+    step_size: float
+    seed: int
 
-    levels: int = 16
-    share: float = 0.25
-    rounds: int = 2
-    steps: int = 60
-    rate: float = 0.04
-    seed: int = 0
+    @property
+    def passes(self) -> int:
+        """Backward passes and measurements in all."""
+        return self.rounds * (self.steps + min(MEASURED, self.steps) + 1) + len(STARTS) - 1
 
-    def __post_init__(self):
-        whole, share = Integer(1), Number(above=0, high=1)
-        check_fields(
-            self, levels=whole, share=share, rounds=whole, steps=whole, rate=share, seed=Integer(0)
-        )
+    def step_size_at(self, round_: int, step: int) -> float:
+        """Half as much in every further round, and within a round down to 5 % by a cosine."""
+        cosine = (1 + math.cos(math.pi * step / self.steps)) / 2
+        return self.step_size * (0.05 + 0.95 * cosine) / 2**round_
+
+    def measures_after(self, step: int) -> bool:
+        """Whether the current budget is measured after a step: `MEASURED` times, evenly spread."""
+        return (step + 1) * MEASURED // self.steps > step * MEASURED // self.steps
 
 
 @checked(
-    model=Model(), batches=Batches(), groups=ListOf(Instance(LayerSite), 1), leave=Number(),
-    options=Instance(Solver) | None, search=Instance(Search) | None, out_dir=Location() | None,
+    model=Model(),
+    batches=Batches(),
+    ratio=Number() | None,
+    parameters=Integer() | None,
+    levels=Integer(1),
+    validation_fraction=Number(above=0, high=1),
+    rounds=Integer(1),
+    steps=Integer(1),
+    step_size=Number(above=0, high=1),
+    seed=Integer(0),
+    offload=OneOf(PLACES),
+    out_dir=Location() | None,
     progress=Flag(),
-)  # fmt: skip
+)
 def search_counts(
     model: PreTrainedModel,
     batches: Iterable[dict[str, torch.Tensor]],
-    groups: Sequence[LayerSite],
-    leave: float,
+    *,
+    ratio: float | None = None,
+    parameters: int | None = None,
+    sites: Sequence[str] = ("ffn", "attention"),
+    units: str = "kv_group",
+    ratio_of: str = "units",
+    keep_layers: tuple[int, int] = (0, 0),
     multiple_of: int | Mapping[str, int] = 1,
-    options: Solver | None = None,
-    search: Search | None = None,
+    levels: int = 16,
+    validation_fraction: float = 0.25,
+    rounds: int = 2,
+    steps: int = 60,
+    step_size: float = 0.04,
+    seed: int = 0,
     offload: str = "device",
     out_dir: str | os.PathLike | None = None,
     progress: bool = True,
-) -> tuple[list[int], pd.DataFrame]:
-    """How many units leave every group, so that the dense model's predictions change least.
+    **solver,
+) -> SearchedCounts:
+    """Search how many units to remove from every layer, so that predictions change least.
 
-    Every round, one walk finds the compensated weights of every group at several levels (see
-    `supernet`), and `Descent` moves through budgets of one size, against the mean KL divergence of
-    the next token's distribution from the dense model's. Now and then the nearest budget of whole
-    levels is measured on all windows; the next round is built around the best.
+    Every round, one pass over the calibration tokens computes updated weights at several levels for
+    every layer's heads and channels (see `Supernet`), and `Descent` moves through budgets of one
+    size, against the mean KL divergence of the next token's distribution from the dense model's.
+    Now and then the nearest budget of whole levels is measured on all held-out windows; the next
+    round is built around the best.
 
     Parameters
     ----------
@@ -114,129 +118,197 @@ def search_counts(
         A supported causal language model; the same, bit for bit, afterwards.
     batches : iterable of dict
         Calibration tokens; padding is left out.
-    groups : sequence of LayerSite
-        From `prunable_sites`; scores are not used.
-    leave : float
-        Parameters that are to leave, at least.
-    multiple_of : int or mapping
-        See `plan_from_scores`.
-    options : Solver, optional
-        How units are chosen and the rest refitted.
-    search : Search, optional
-        How long and how finely.
+    ratio, parameters : float, int
+        Share to remove, or largest number of stored parameters; give one of them.
+    sites, units, ratio_of, keep_layers, multiple_of
+        As for `slimgpt`.
+    levels : int
+        Steps between a whole FFN (or all heads) of a layer and the least of it.
+    validation_fraction : float
+        Share of the calibration windows, evenly spaced, on which budgets are compared. The
+        supernet is not fitted to them, if any others are left.
+    rounds : int
+        Supernets, each built around the budget that the one before gave.
+    steps : int
+        Backward passes per round, each over up to 512 tokens (a window, if that is longer).
+    step_size : float
+        Share of a layer's units that a step may move at first; half as much in every further round.
+    seed : int
+        Of the samples.
     offload : {"device", "cpu", "disk"}
-        Where hidden states, levels and the dense predictions wait; see `Shards`.
+        Place of hidden states, levels and the dense predictions; see `Shards`.
     out_dir : str or path, optional
-        Folder for ``search.jsonl``, what was measured so far: an interrupted search goes on there.
+        Folder for ``search.jsonl``, the finished measurements: an interrupted search continues.
     progress : bool
         Show progress bars.
+    **solver
+        Fields of `minigpt_lab.compensation.Solver`, as for `slimgpt`.
 
     Returns
     -------
-    list of int, pandas.DataFrame
-        Units that leave each group; one row per budget that was measured: ``round``, ``stage`` (an
-        allocation, "start", "step 12"), ``kl``, ``removed`` (parameters), ``enough`` (of them), and
-        ``counts``, units that leave each group once FFN channels beyond need, which are gone in the
-        other columns, are given back.
+    SearchedCounts
+        Site to the number of units to remove from every layer: `counts` of `slimgpt`.
 
     Raises
     ------
     ValueError
         If the size cannot be met, an option is out of range, or predictions are not finite.
     """
+    settings = Solver.from_options(solver, inspect.signature(search_counts).parameters)
+    effort = Effort(levels, validation_fraction, rounds, steps, step_size, seed)
+    target = one_target(ratio=ratio, parameters=parameters)
+    _require_gradients(model)
+
+    # 1. Sites, parameters to remove, and budgets to start from.
+    anatomy = Anatomy(model)
+    sites = chosen_sites(model, sites, units)
+    layer_sites = unscored_sites(anatomy, sites, keep_layers)
+    size = _largest_size(
+        model, parameters_to_remove(model, layer_sites, ratio, parameters, ratio_of)
+    )
+    starts = {
+        name: unit_counts(model, layer_sites, None, size, name, "model", multiple_of, even_out=True)
+        for name in STARTS
+    }
+
+    # 2. Round after round, a supernet and a descent over its budgets.
+    search = _BudgetSearch(
+        model,
+        windows=list(unpadded(batches)),
+        layer_sites=layer_sites,
+        divisors=unit_steps(layer_sites, multiple_of),
+        remove=sum(parameter.numel() for parameter in model.parameters()) - size,
+        solver=settings,
+        effort=effort,
+        offload=offload,
+        ledger=ResultCache(out_dir and f"{out_dir}/search.jsonl"),
+        progress=progress,
+    )
+    history = search.run(starts)
+
+    # 3. The best budget of the last round.
+    last = history[history["enough"] & (history["round"] == history["round"].max())]
+    best = last.loc[last["kl"].idxmin()]
+    kl = history[history["stage"].isin(STARTS)].set_index("stage")["kl"].round(6).to_dict()
+    origin = {**target, "allocation": "search", "ratio_of": ratio_of}
+    origin["search"] = {**asdict(effort), "kl": {**kl, "found": round(float(best["kl"]), 6)}}
+    totals = {site: anatomy.units(site) for site in sites}
+    return SearchedCounts(by_layer(layer_sites, best["counts"], totals), origin, history)
+
+
+def _require_gradients(model: PreTrainedModel) -> None:
     if is_offloaded(model):
         raise ValueError(
-            "the model's weights wait outside its device: a search sets all its layers many times; "
-            "use another allocation, or a device that holds the model"
+            "the model's weights are offloaded: a search sets all its layers many times; use "
+            "another allocation, or a device that holds the model"
         )
     if torch.is_inference_mode_enabled():
         raise ValueError("a search needs gradients: call it outside torch.inference_mode()")
-    options, search = options or Solver(), search or Search()
-    windows, steps = list(unpadded(batches)), unit_steps(groups, multiple_of)
-    total = sum(parameter.numel() for parameter in model.parameters())
-    size = math.floor(total - leave)
-    leave = total - size
-    starts = {
-        name: unit_counts(model, groups, None, size, name, "model", multiple_of, even_out=True)
-        for name in STARTS
+
+
+def _largest_size(model: PreTrainedModel, remove: float) -> int:
+    """Largest whole number of parameters once so many are removed."""
+    return math.floor(sum(parameter.numel() for parameter in model.parameters()) - remove)
+
+
+class _BudgetSearch:
+    """The search between its arguments and its result."""
+
+    def __init__(
+        self,
+        model,
+        windows,
+        layer_sites,
+        divisors,
+        remove,
+        solver,
+        effort,
+        offload,
+        ledger,
+        progress,
+    ):
+        self.model, self.layer_sites, self.solver = model, layer_sites, solver
+        self.divisors, self.remove, self.effort = divisors, remove, effort
+        self.offload, self.ledger, self.progress = offload, ledger, progress
+        self.held_out, self.fitted = split_windows(windows, effort.validation_fraction)
+        self.facts = {
+            "model": fingerprint(model),
+            "tokens": _hash(windows),
+            "chosen": _hash(self.held_out),
+            "solver": solver.to_dict(),
+            "sites": [[each.site, each.layer] for each in layer_sites],
+        }
+
+    def run(self, starts: Mapping[str, Sequence[int]]) -> pd.DataFrame:
+        """Search from some counts; gives the rows of all rounds."""
+        history: list[dict] = []
+        with tqdm(
+            total=self.effort.passes, desc="search", unit="pass", disable=not self.progress
+        ) as bar:
+            for round_ in range(self.effort.rounds):
+                rows = list(self._round(round_, starts, bar.update))
+                best = min((row for row in rows if row["enough"]), key=lambda row: row["kl"])
+                bar.set_postfix(kl=f"{best['kl']:.3f}")
+                starts = {"start": best["counts"]}
+                history += rows
+        return pd.DataFrame(history)
+
+    def _round(
+        self, round_: int, starts: Mapping[str, Sequence[int]], done: Callable[[], object]
+    ) -> Iterator[dict]:
+        """Build a supernet around some counts and descend; gives rows of the measured budgets."""
+        budgets = Budgets.around(
+            starts.values(), self.layer_sites, self.divisors, self.effort.levels, self.remove
+        )
+        begin = {stage: budgets.from_counts(counts) for stage, counts in starts.items()}
+        base = next(iter(begin.values()))
+        facts = {**self.facts, "counts": budgets.counts, "base": base}
+        levels = (self.layer_sites, budgets.counts, self.solver, self.offload)
+        with supernet(self.model, *levels) as net:
+            trials = Trials(
+                net, base, self.fitted, self.held_out, self.ledger, facts, self.progress
+            )
+            rows = {}
+            for stage, budget in begin.items():
+                rows[stage] = measured(trials, budgets, budget)
+                yield {"round": round_, "stage": stage, **rows[stage]}
+                done()
+            best = begin[min(rows, key=lambda stage: rows[stage]["kl"])]
+            descent = Descent(budgets, best, [self.effort.seed, round_])
+            for step in range(self.effort.steps):
+                window, below, sample = descent.sample(len(self.held_out))
+                slopes = trials.slopes(window, below, sample) / budgets.gaps(below)
+                descent.step(slopes, self.effort.step_size_at(round_, step))
+                done()
+                if self.effort.measures_after(step):
+                    row = measured(trials, budgets, budgets.nearest(descent.removed))
+                    yield {"round": round_, "stage": f"step {step + 1}", **row}
+                    done()
+
+
+def measured(trials: Trials, budgets: Budgets, budget: Budget) -> dict:
+    """Divergence and size of one budget."""
+    removed = int(budgets.removed(budget).sum())
+    return {
+        "kl": trials.divergence(budget),
+        "removed": removed,
+        "enough": removed >= budgets.target,
+        "counts": budgets.trimmed(budget),
     }
-    chosen, others = _set_aside(windows, search.share)
-    facts = {
-        "model": fingerprint(model),
-        "tokens": _hash(windows),
-        "chosen": _hash(chosen),
-        "solver": options.facts(),
-        "sites": [[group.site, group.layer] for group in groups],
-    }
-    ledger = ResultCache(out_dir and f"{out_dir}/search.jsonl")
-    history: list[dict] = []
-    passes = search.rounds * (search.steps + min(MEASURED, search.steps) + 1) + len(starts) - 1
-    with tqdm(total=passes, desc="search", unit="pass", disable=not progress) as bar:
-        for turn in range(search.rounds):
-            budgets = Budgets.around(starts.values(), groups, steps, search.levels, leave)
-            begin = {name: budgets.budget(counts) for name, counts in starts.items()}
-            base = next(iter(begin.values()))
-            build = (others, groups, base, options, offload, progress)
-            recipe = {**facts, "counts": budgets.counts, "base": base}
-            with supernet(model, groups, budgets.counts, offload) as net:
-                trials = Trials(model, chosen, recipe, net, build, Shards(offload), ledger)
-                rows = list(_descend(trials, budgets, begin, search, turn, bar.update))
-            best = min((row for row in rows if row["enough"]), key=lambda row: row["kl"])
-            bar.set_postfix(kl=f"{best['kl']:.3f}")
-            starts = {"start": best["counts"]}
-            history += rows
-    return best["counts"], pd.DataFrame(history)
 
 
-def summary(history: pd.DataFrame) -> dict[str, object]:
-    """Of a search: the divergence of its starts, and in the last round of what it found."""
-    starts = history[history["stage"].isin(STARTS)].set_index("stage")["kl"]
-    last = history[history["enough"] & (history["round"] == history["round"].max())]
-    return {"kl": {**starts.round(6).to_dict(), "found": round(float(last["kl"].min()), 6)}}
-
-
-def _descend(
-    trials: Trials,
-    budgets: Budgets,
-    begin: Mapping[str, Budget],
-    search: Search,
-    turn: int,
-    done: Callable[[], object],
-) -> Iterator[dict]:
-    """Rows of the budgets that one round measured."""
-
-    def look(stage: str, budget: Budget) -> dict:
-        removed = int(budgets.gone(budget).sum())
-        row = {"round": turn, "stage": stage, "kl": trials.divergence(budget), "removed": removed}
-        done()
-        return {**row, "enough": removed >= budgets.leave, "counts": budgets.filled(budget)}
-
-    rows = {name: look(name, budget) for name, budget in begin.items()}
-    yield from rows.values()
-    start = begin[min(rows, key=lambda name: rows[name]["kl"])]
-    descent = Descent(budgets, start, [search.seed, turn])
-    for step in range(search.steps):
-        window, below, drawn = descent.draw(len(trials.chosen))
-        cooled = 0.05 + 0.95 * (1 + math.cos(math.pi * step / search.steps)) / 2
-        slopes = trials.slopes(window, below, drawn)
-        descent.step(slopes / budgets.rises(below), search.rate * cooled / 2**turn)
-        done()
-        if (step + 1) * MEASURED // search.steps > step * MEASURED // search.steps:
-            yield look(f"step {step + 1}", budgets.nearest(descent.gone))
-
-
-def _set_aside(
-    windows: Sequence[torch.Tensor], share: float
+def split_windows(
+    windows: Sequence[torch.Tensor], fraction: float
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Evenly spaced windows, in batches of up to 512 tokens, and the other windows."""
     rows = [row for ids in windows for row in ids]
-    count = max(round(len(rows) * share), 1)
+    count = max(round(len(rows) * fraction), 1)
     places = np.linspace(0, len(rows) - 1, count).round().astype(int).tolist()
-    chosen = []
+    held_out = []
     for length, same in itertools.groupby(sorted((rows[i] for i in places), key=len), len):
-        chosen += torch.stack(list(same)).split(max(1, 512 // length))
+        held_out += torch.stack(list(same)).split(max(1, 512 // length))
     others = [rows[i][None] for i in sorted(set(range(len(rows))) - set(places))]
-    return chosen, others or list(windows)
+    return held_out, others or list(windows)
 
 
 def _hash(windows: Sequence[torch.Tensor]) -> str:

@@ -1,6 +1,6 @@
-"""Budgets of one size: how many units leave every group, in levels and in between.
+"""Budgets of one size: how many units to remove from every layer site, in levels and in between.
 
-A budget is a level for every group of units; a group's levels are numbers of units that leave.
+A budget is a level for every layer site; a site's levels are numbers of units to remove.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 from ..planning import LayerSite
 
-Budget = tuple[int, ...]  # a level of every group
+Budget = tuple[int, ...]  # a level of every layer site
 
 
 @dataclass(frozen=True)
@@ -22,134 +22,140 @@ class Budgets:
 
     Parameters
     ----------
-    groups : sequence of LayerSite
-        From `prunable_sites`.
+    layer_sites : sequence of LayerSite
+        From `unscored_sites`.
     steps : sequence of int
-        For each group, what the number of units that stay must be a multiple of.
+        For each site, the divisor of the number of kept units.
     counts : list of list of int
-        For each group, the units that leave at every level: ascending, the first 0.
-    leave : float
-        Parameters that are to leave.
+        For each site, the units removed at every level: ascending, the first 0.
+    target : float
+        Parameters to remove.
     """
 
-    groups: Sequence[LayerSite]
+    layer_sites: Sequence[LayerSite]
     steps: Sequence[int]
     counts: list[list[int]]
-    leave: float
+    target: float
 
     @classmethod
     def around(
         cls,
         starts: Iterable[Sequence[int]],
-        groups: Sequence[LayerSite],
+        layer_sites: Sequence[LayerSite],
         steps: Sequence[int],
         levels: int,
-        leave: float,
+        target: float,
     ) -> Budgets:
-        """With levels on a grid from everything to one step, and at the counts of some starts."""
+        """Levels on a grid from all units to one step, and at the counts of some starts."""
         counts = []
-        for group, step, given in zip(groups, steps, zip(*starts, strict=True), strict=True):
-            stay = [round(len(group) * i / levels / step) * step for i in range(levels + 1)]
-            counts.append(sorted({0, *given, *(len(group) - max(n, step) for n in stay)}))
-        return cls(groups, steps, counts, leave)
+        for each, step, given in zip(layer_sites, steps, zip(*starts, strict=True), strict=True):
+            kept = [round(len(each) * i / levels / step) * step for i in range(levels + 1)]
+            counts.append(sorted({0, *given, *(len(each) - max(n, step) for n in kept)}))
+        return cls(layer_sites, steps, counts, target)
 
     @cached_property
-    def whole(self) -> np.ndarray:
-        """Parameters of every group ``[group]``."""
-        return np.array([len(group) * group.cost for group in self.groups], dtype=float)
+    def sizes(self) -> np.ndarray:
+        """Parameters of every site ``[site]``."""
+        return np.array([len(each) * each.cost for each in self.layer_sites], dtype=float)
 
     @cached_property
-    def sizes(self) -> list[np.ndarray]:
-        """Parameters that leave every group at its levels ``[group][level]``."""
-        pairs = zip(self.counts, self.groups, strict=True)
-        return [np.array(counts) * float(group.cost) for counts, group in pairs]
+    def level_sizes(self) -> list[np.ndarray]:
+        """Parameters removed from every site at its levels ``[site][level]``."""
+        pairs = zip(self.counts, self.layer_sites, strict=True)
+        return [np.array(counts) * float(each.cost) for counts, each in pairs]
 
     @cached_property
-    def most(self) -> np.ndarray:
-        """Parameters that can leave every group ``[group]``."""
-        return np.array([sizes[-1] for sizes in self.sizes])
+    def largest(self) -> np.ndarray:
+        """Parameters that can be removed from every site ``[site]``."""
+        return np.array([sizes[-1] for sizes in self.level_sizes])
 
-    def budget(self, counts: Sequence[int]) -> Budget:
-        """The budget at which so many units leave each group."""
+    def from_counts(self, counts: Sequence[int]) -> Budget:
+        """The budget that removes so many units from each site."""
         return tuple(levels.index(n) for levels, n in zip(self.counts, counts, strict=True))
 
-    def units(self, budget: Budget) -> list[int]:
-        """Units that leave each group."""
+    def to_counts(self, budget: Budget) -> list[int]:
+        """Units removed from each site."""
         return [levels[level] for levels, level in zip(self.counts, budget, strict=True)]
 
-    def gone(self, budget: Budget) -> np.ndarray:
-        """Parameters that leave each group ``[group]``."""
-        return np.array([sizes[level] for sizes, level in zip(self.sizes, budget, strict=True)])
+    def removed(self, budget: Budget) -> np.ndarray:
+        """Parameters removed from each site ``[site]``."""
+        pairs = zip(self.level_sizes, budget, strict=True)
+        return np.array([sizes[level] for sizes, level in pairs])
 
-    def filled(self, budget: Budget) -> list[int]:
-        """Units that leave each group, FFN channels beyond need given back in all layers alike."""
-        counts, spare = self.units(budget), self.gone(budget).sum() - self.leave
+    def gaps(self, below: Budget) -> np.ndarray:
+        """Parameters between a level of each site and the next; infinite if there is none."""
+        pairs = zip(self.level_sizes, below, strict=True)
+        return np.array([np.append(sizes, np.inf)[n + 1] - sizes[n] for sizes, n in pairs])
+
+    def trimmed(self, budget: Budget) -> list[int]:
+        """Units removed from each site, less the FFN channels that are not needed for the target.
+
+        They are given back one step at a time, in all layers alike.
+        """
+        counts, spare = self.to_counts(budget), self.removed(budget).sum() - self.target
         before = None
         while counts != before:
             before = list(counts)
-            for index, (group, step) in enumerate(zip(self.groups, self.steps, strict=True)):
-                if group.site == "ffn" and counts[index] and spare >= group.cost * step:
-                    counts[index] -= step
-                    spare -= group.cost * step
+            for i, (each, step) in enumerate(zip(self.layer_sites, self.steps, strict=True)):
+                if each.site == "ffn" and counts[i] and spare >= each.cost * step:
+                    counts[i] -= step
+                    spare -= each.cost * step
         return counts
 
-    def rises(self, below: Budget) -> np.ndarray:
-        """Parameters between a level of each group and the next; infinite if there is none."""
-        pairs = zip(self.sizes, below, strict=True)
-        return np.array([np.append(sizes, np.inf)[n + 1] - sizes[n] for sizes, n in pairs])
+    def projected(self, removed: np.ndarray) -> np.ndarray:
+        """The nearest parameters to remove that are in range and add up to the target.
 
-    def projected(self, gone: np.ndarray) -> np.ndarray:
-        """Of parameters to leave each group, the nearest in range that add up to what is to leave.
-
-        All groups move by the same share of themselves.
+        All sites move by the same share of themselves, found by bisection.
         """
-        low, high = -(gone / self.whole).max(), ((self.most - gone) / self.whole).max()
+        low, high = -(removed / self.sizes).max(), ((self.largest - removed) / self.sizes).max()
         for _ in range(60):
             middle = (low + high) / 2
-            enough = np.clip(gone + middle * self.whole, 0, self.most).sum() >= self.leave
-            low, high = (low, middle) if enough else (middle, high)
-        return np.clip(gone + high * self.whole, 0, self.most)
+            total = np.clip(removed + middle * self.sizes, 0, self.largest).sum()
+            low, high = (low, middle) if total >= self.target else (middle, high)
+        return np.clip(removed + high * self.sizes, 0, self.largest)
 
-    def below(self, gone: np.ndarray) -> Budget:
-        """The last level of each group that removes less, but not the highest: one is above it."""
-        pairs = zip(self.sizes, gone, strict=True)
+    def levels_below(self, removed: np.ndarray) -> Budget:
+        """The last level of each site that removes less, but not the highest: one is above it."""
+        pairs = zip(self.level_sizes, removed, strict=True)
         return tuple(max(int(np.searchsorted(sizes[:-1], size)) - 1, 0) for sizes, size in pairs)
 
-    def drawn(self, gone: np.ndarray, below: Budget, chances: np.ndarray) -> Budget:
-        """For every group the level below or the next, so that on average as much leaves.
+    def sampled(self, removed: np.ndarray, below: Budget, uniform: np.ndarray) -> Budget:
+        """For every site the level below or the next, so that the mean number is `removed`.
 
         Parameters
         ----------
-        gone : numpy.ndarray
-            Parameters that leave each group ``[group]``.
+        removed : numpy.ndarray
+            Parameters to remove from each site ``[site]``.
         below : tuple of int
             The levels below.
-        chances : numpy.ndarray
-            Uniform in [0, 1) ``[group]``: the next level if below the share of the way to it.
+        uniform : numpy.ndarray
+            Uniform in [0, 1) ``[site]``: the next level if below the share of the way to it.
         """
-        up = chances < (gone - self.gone(below)) / self.rises(below)
+        up = uniform < (removed - self.removed(below)) / self.gaps(below)
         return tuple(np.add(below, up).tolist())
 
-    def nearest(self, gone: np.ndarray, bins: int = 10_000) -> Budget:
-        """The nearest budget that removes enough: least squared difference over a group's size.
+    def nearest(self, removed: np.ndarray, bins: int = 10_000) -> Budget:
+        """The nearest budget that removes enough: least squared difference over a site's size.
 
-        A knapsack, over sizes in shares of what is to leave, rounded down. If the size is nearly
-        all there is, rounding may leave no budget: then it is one that removes too little.
+        A knapsack, over sizes in shares of the target, rounded down. If the target is nearly all
+        there is, rounding may exclude all budgets: then it is one that removes too little.
         """
-        need, unit = np.arange(bins + 1), max(self.leave, 1) / bins
-        price = np.where(need > 0, np.inf, 0.0)  # of removing so much with the groups seen so far
-        steps = [(sizes / unit).astype(int) for sizes in self.sizes]
+        # price[n]: least cost of removing n bins with the sites seen so far
+        need, unit = np.arange(bins + 1), max(self.target, 1) / bins
+        price = np.where(need > 0, np.inf, 0.0)
+        level_bins = [(sizes / unit).astype(int) for sizes in self.level_sizes]
         choices = []
-        for sizes, size, whole, parts in zip(self.sizes, gone, self.whole, steps, strict=True):
-            costs = (sizes - size) ** 2 / whole
+        for i, sizes in enumerate(self.level_sizes):
+            costs = (sizes - removed[i]) ** 2 / self.sizes[i]  # [level]
             totals = [
-                cost + price[np.maximum(need - part, 0)]
-                for cost, part in zip(costs, parts, strict=True)
-            ]
+                cost + price[np.maximum(need - n, 0)]
+                for cost, n in zip(costs, level_bins[i], strict=True)
+            ]  # [level][bin]
             choices.append(np.argmin(totals, axis=0))
             price = np.min(totals, axis=0)
-        budget, left = [], bins
-        for choice, parts in zip(reversed(choices), reversed(steps), strict=True):
-            budget.append(int(choice[left]))
-            left = max(left - parts[budget[-1]], 0)
+        # read the choices back, from the last site to the first
+        budget, remaining = [], bins
+        for choice, n in zip(reversed(choices), reversed(level_bins), strict=True):
+            budget.append(int(choice[remaining]))
+            remaining = max(remaining - n[budget[-1]], 0)
         return tuple(reversed(budget))

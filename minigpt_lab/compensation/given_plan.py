@@ -17,18 +17,20 @@ from ..models import Anatomy, PruningPlan, weight_axis
 
 @checked(model=Model(), plan=Instance(PruningPlan), statistics=Instance(Statistics))
 @torch.no_grad()
-def bias_compensated(model, plan: PruningPlan, statistics: Statistics) -> PruningPlan:
-    """The plan with FLAP's bias compensation: ``b += W[:, removed] · mean(X[removed])``.
+def bias_compensated(
+    model: PreTrainedModel, plan: PruningPlan, statistics: Statistics
+) -> PruningPlan:
+    """Add FLAP's bias compensation to a plan: ``b += W[:, removed] E[x_removed]``.
 
-    What a removed unit writes on average goes into the bias of the projection that read it, which
-    gets one where the layer had none (arXiv 2312.11983). `masked` and `shrink` carry it out.
+    The mean output of the removed units goes into the bias of the projection that reads them, which
+    gets one where the layer has none (arXiv 2312.11983). `masked` and `shrink` apply it.
 
     Parameters
     ----------
     model : transformers.PreTrainedModel
         The model that the statistics and the plan are of.
     plan : PruningPlan
-        Which units leave.
+        The units to remove.
     statistics : Statistics
         For the mean of every feature.
 
@@ -40,44 +42,43 @@ def bias_compensated(model, plan: PruningPlan, statistics: Statistics) -> Prunin
     statistics.require(model)
     anatomy, shift = plan.require(model), {}
     for site, layers in plan.keep.items():
-        for layer, units in enumerate(layers):
+        for layer, kept in enumerate(layers):
             total, consumer = plan.units[site][layer], anatomy.family.consumes[site]
-            gone = np.setdiff1d(np.arange(total), units)
-            if len(gone):
-                name, module = anatomy.name(layer, consumer), anatomy.module(layer, consumer)
-                features = anatomy.unit_features(consumer, layer)[gone].ravel()
-                mean = np.zeros(module.weight.shape[weight_axis(module, "input")])
-                mean[features] = statistics.mean(name, "input", "sum")[features]
-                written = per_feature(
-                    module.weight.float() * by_input(mean, module), module, "output"
-                )
-                shift[name] = written.cpu().tolist()
+            removed = np.setdiff1d(np.arange(total), kept)
+            if not len(removed):
+                continue
+            name, module = anatomy.name(layer, consumer), anatomy.module(layer, consumer)
+            columns = anatomy.unit_features(consumer, layer)[removed].ravel()
+            mean = np.zeros(module.weight.shape[weight_axis(module, "input")])  # [in]
+            mean[columns] = statistics.mean(name, "input", "sum")[columns]
+            W_times_mean = module.weight.float() * by_input(mean, module)
+            shift[name] = per_feature(W_times_mean, module, "output").cpu().tolist()  # [out]
     return replace(plan, shift=shift, origin={**plan.origin, "bias_compensation": True})
 
 
-@checked(model=Model(), plan=Instance(PruningPlan), hessians=Instance(Hessians), damp=Number(0))
-@torch.inference_mode(False)  # what is made there could not be trained or hashed later
+@checked(model=Model(), plan=Instance(PruningPlan), hessians=Instance(Hessians), damping=Number(0))
+@torch.inference_mode(False)  # weights made under it could not be trained or hashed later
 @torch.no_grad()
 def weight_compensated(
-    model: PreTrainedModel, plan: PruningPlan, hessians: Hessians, damp: float = 0.01
+    model: PreTrainedModel, plan: PruningPlan, hessians: Hessians, *, damping: float = 0.01
 ) -> PreTrainedModel:
-    """A copy whose kept o/down columns make up for the removed ones: the OBS weight update.
+    """Copy a model with the kept o/down columns refitted: ``W' = W H[:, kept] (H[kept, kept])⁻¹``.
 
-    ``W_kept ← W H[:, kept] (H[kept, kept])⁻¹``, the least-squares optimum: where Optimal Brain
-    Surgeon ends that removes one column after another, in any order, and lets all others make up
-    for it. SparseGPT's update is weaker: it goes from left to right once, and only the columns to
-    the right of a removed one make up for it. For ``masked(copy, plan)`` or ``shrink(copy, plan)``.
-    The Hessians are the dense model's for all layers; nothing follows the pruned prefix.
+    The least-squares optimum: the end of Optimal Brain Surgeon, which removes one column after
+    another, in any order, and updates all others. SparseGPT's update is weaker: it goes from left
+    to right once, and updates only the columns to the right of a removed one. For
+    ``masked(copy, plan)`` or ``shrink(copy, plan)``. All Hessians are of the dense model: inputs
+    are not those of a pruned prefix.
 
     Parameters
     ----------
     model : transformers.PreTrainedModel
         Left as it is.
     plan : PruningPlan
-        Which units leave.
+        The units to remove.
     hessians : Hessians
         Of the projections that read the units (o/down), of this model.
-    damp : float
+    damping : float
         Share of the mean diagonal that is added to it.
 
     Raises
@@ -88,24 +89,21 @@ def weight_compensated(
     hessians.require(model)
     plan.require(model)
     updated = copy.deepcopy(model)
-    for (name, side), stay in plan.kept_features(Anatomy(updated)).items():
+    for (name, side), mask in plan.kept_features(Anatomy(updated)).items():
         if side == "output":
             continue
-        module, axis = (
-            updated.get_submodule(name),
-            weight_axis(updated.get_submodule(name), "input"),
-        )
-        matrix = hessians.matrices.get(name)
-        if matrix is None or matrix.shape != (len(stay), len(stay)):
+        module = updated.get_submodule(name)
+        axis, H = weight_axis(module, "input"), hessians.matrices.get(name)
+        if H is None or H.shape != (len(mask), len(mask)):
             raise ValueError(
-                f"there is no Hessian of {name} of {len(stay)} features; collect_hessians with it"
+                f"there is no Hessian of {name} of {len(mask)} features; collect_hessians with it"
             )
         try:
-            damped, _ = damped_inverse(matrix, damp)
+            H_damped, _ = damped_inverse(H, damping, "mean")
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-        kept = torch.as_tensor(np.flatnonzero(stay), device=damped.device)
-        weight = module.weight.to(damped).movedim(axis, 1)  # [output, input]
-        W_refit = refit(weight, damped, kept)  # [output, kept]
-        module.weight.index_copy_(axis, kept, W_refit.movedim(1, axis).to(module.weight))
+        kept = torch.as_tensor(np.flatnonzero(mask), device=H_damped.device)
+        W = module.weight.to(H_damped).movedim(axis, 1)  # [out, in]
+        W_kept = refit(W, H_damped, kept)  # [out, kept]
+        module.weight.index_copy_(axis, kept, W_kept.movedim(1, axis).to(module.weight))
     return updated

@@ -1,8 +1,7 @@
-"""SlimGPT: prune layer by layer, the weights that stay making up for those that leave.
+"""SlimGPT (arXiv 2412.18110): prune layer by layer and update the remaining weights.
 
-arXiv 2412.18110. In every layer heads leave by what the attention's output projection loses,
-channels by what the FFN's second projection loses, each as `eliminate` chooses; the next layer is
-calibrated on what this one has become. See `layerwise` for how one pass does.
+In every layer attention is pruned first, then the FFN; each is chosen and solved for as `eliminate`
+describes. The next layer is calibrated on the outputs of the pruned one.
 """
 
 from __future__ import annotations
@@ -12,27 +11,26 @@ import copy
 import inspect
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
-from dataclasses import fields as dataclass_fields
-from pathlib import Path
 
-import numpy as np
 import torch
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..calibration import LayerRunner, catch_inputs, tokens_hash
 from ..checks import (
     Batches,
+    DictOf,
     Flag,
+    Instance,
     Integer,
     ListOf,
     Location,
     Model,
     Number,
     OneOf,
+    Text,
     checked,
-    invalid,
     suggest,
 )
 from ..criteria import chosen_sites
@@ -42,7 +40,6 @@ from ..models import (
     fingerprint,
     inference,
     is_offloaded,
-    materialized,
     refuse_masked,
     update_config,
 )
@@ -50,45 +47,47 @@ from ..planning import (
     BY_DEPTH,
     RANKINGS,
     Allocation,
-    LayerSite,
     allocation_name,
     check_keep_layers,
     one_target,
-    parameters_to_remove,
-    prunable_sites,
     removed_shares,
     unit_counts,
 )
-from ..store import PLACES, Shards
-from .budget_search import Search, search_counts, summary
-from .layer import Solver, carry_out, problem, solve
+from ..store import PLACES
+from .budget_search import search_counts
+from .layer_counts import SearchedCounts, by_layer, require_counts, unscored_sites
 from .obs import full_precision
-from .resumption import Finished
+from .solver import Solver, apply_elimination, read_problem, solve
+from .workspace import Workspace
 
 
 @checked(
     model=Model(),
     batches=Batches(),
+    ratio=Number() | None,
+    parameters=Integer() | None,
+    counts=Instance(SearchedCounts) | DictOf(Text(), ListOf(Integer(0))) | None,
+    search=DictOf(Text()) | None,
     inplace=Flag(),
     offload=OneOf(PLACES),
     out_dir=Location() | None,
     progress=Flag(),
 )
-@torch.inference_mode(False)  # what is made there could not be trained or hashed later
+@torch.inference_mode(False)  # weights made under it could not be trained or hashed later
 @torch.no_grad()
 def slimgpt(
     model: PreTrainedModel,
     batches: Iterable[dict[str, torch.Tensor]],
+    *,
     ratio: float | None = None,
     parameters: int | None = None,
-    *,
+    counts: Mapping[str, Sequence[int]] | None = None,
     sites: Sequence[str] = ("ffn", "attention"),
     units: str = "kv_group",
     allocation: str | Allocation | Sequence[float] = "log-increase",
     ratio_of: str = "units",
     keep_layers: tuple[int, int] = (0, 0),
     multiple_of: int | Mapping[str, int] = 1,
-    counts: Mapping[str, Sequence[int]] | None = None,
     search: Mapping[str, float] | None = None,
     inplace: bool = False,
     offload: str = "device",
@@ -107,222 +106,190 @@ def slimgpt(
     ratio : float, optional
         Share to remove; of what, says `ratio_of`.
     parameters : int, optional
-        Largest number of stored parameters, but for biases that ``bias="add"`` gives. Give exactly
-        one of `ratio`, `parameters`, `counts`.
+        Largest number of stored parameters, but for biases that ``bias="add"`` gives.
+    counts : mapping, optional
+        Site to the number of units to remove from every layer, e.g. from `search_counts`. Give
+        exactly one of `ratio`, `parameters`, `counts`.
     sites : sequence of str
         ``"ffn"``, ``"attention"``.
     units : {"kv_group", "balanced_heads"}
-        What leaves attention; see `ATTENTION_UNITS`.
+        Units of attention; see `ATTENTION_UNITS`.
     allocation, ratio_of, keep_layers, multiple_of
-        See `plan_from_scores`. The default is SlimGPT's incremental ratio. FFN channels take up
-        what whole heads leave too much or too little of a layer's share. ``"search"`` takes longer
-        and finds a share for the heads and for the channels of every layer: see `search_counts`.
-    counts : mapping, optional
-        Site to the number of units that leave every layer, instead of a ratio and all that spreads
-        one.
+        See `plan_from_scores`. The default is SlimGPT's incremental ratio. Rounding to whole heads
+        is balanced by pruning more or fewer FFN channels of the layer. ``"search"`` calls
+        `search_counts`, which takes longer.
     search : mapping, optional
-        Fields of `Search` for that: ``levels, share, rounds, steps, rate, seed``.
+        Arguments of `search_counts` for that: ``levels, rounds, steps, …``.
     inplace : bool
         Change the model itself: no second copy of its weights. Needed for one with offloaded
-        weights; only a layer at a time is then on the device. Interrupted, it is half cut: load it
-        anew to go on.
+        weights; only a layer at a time is then on the device. After an interruption it is half
+        pruned: load it anew to continue.
     offload : {"device", "cpu", "disk"}
-        Where hidden states wait; see `Shards`.
+        Place of the hidden states; see `Shards`.
     out_dir : str or path, optional
-        Folder for what a search has measured and a checkpoint after every layer: called again with
-        the same arguments, a run goes on at the layer that it had come to, and ends the same.
-        Weights that `accelerate` offloads to disk go there too once they are cut.
+        Folder for the results of a search and a checkpoint after every layer: called again with the
+        same arguments, a run continues at the layer that it had reached, with the same result.
+        Pruned weights that `accelerate` offloads to disk go there too.
     progress : bool
         Show a progress bar.
     **solver
-        Fields of `minigpt_lab.compensation.Solver`: ``error="exact"`` (or ``"slimgpt"``,
-        ``"diag"``), ``heads_per_round=1``, ``schedule="dynamic"``, ``damp=0.3``,
-        ``damping="feature"`` (or ``"mean"``), ``bias="refit"`` (or ``"add"``, ``"keep"``),
+        Fields of `minigpt_lab.compensation.Solver`: ``saliency="exact"`` (or ``"slimgpt"``,
+        ``"diag"``), ``heads_per_round=1``, ``block_size="dynamic"``, ``damping=0.3``,
+        ``damping_mode="feature"`` (or ``"mean"``), ``bias="refit"`` (or ``"add"``, ``"keep"``),
         ``compensate=True``, ``dtype=torch.float32``.
 
     Returns
     -------
     transformers.PreTrainedModel, PruningPlan
-        The shrunk model; which units stay, with the relative error of every layer's projections in
+        The pruned model; the kept units, with the relative error of every layer's projections in
         ``origin["error"]``.
 
     Raises
     ------
     ValueError
         If the target cannot be met or an option is out of range, a hidden state is not finite (its
-        layer is named), or `out_dir` holds a run of other arguments.
+        layer is named), or `out_dir` holds a run with other arguments.
     """
-    options = _made(Solver, solver, inspect.signature(slimgpt).parameters)
-    before = fingerprint(model)
-    if is_offloaded(model) and not inplace:
-        raise ValueError(
-            "the model's weights wait outside its device: there is no room for a second copy of "
-            "them; give inplace=True"
-        )
-    if inplace:
-        refuse_masked(model)
-    mini = model if inplace else copy.deepcopy(model)
-    anatomy = Anatomy(mini)
-    sites = chosen_sites(model, sites, units)
-    totals = {site: anatomy.units(site) for site in sites}
-    zeros = {site: [np.zeros(n) for n in layers] for site, layers in totals.items()}
-    keep_layers = check_keep_layers(keep_layers)
-    groups = prunable_sites(anatomy, zeros, keep_layers)
-    ratio, parameters = (
-        (Number() | None)("ratio", ratio),
-        (Integer() | None)("parameters", parameters),
-    )
-    one_target(ratio=ratio, parameters=parameters, counts=counts)
-    if counts is not None:
-        counts = _whole_counts(totals, groups, counts)
-    _check_allocation(allocation)
+    # 1. What may be pruned, and by how much.
+    settings = Solver.from_options(solver, inspect.signature(slimgpt).parameters)
+    target = one_target(ratio=ratio, parameters=parameters, counts=counts)
+    _require_allocation(allocation)
     searches = isinstance(allocation, str) and allocation == "search" and counts is None
     if search is not None and not searches:
-        raise ValueError('search has options but nothing is searched: add allocation="search"')
-    searching = _made(Search, search or {})
-    if searches or out_dir is not None:
-        batches = list(batches)
-    finished = None if out_dir is None else Finished(out_dir)
-    if finished:
-        text = {"model": before, "tokens": tokens_hash(batches)}
-        finished.require({**text, **options.facts()})
-    origin = {"method": "slimgpt", **options.facts(), "keep_layers": [*keep_layers]}
+        raise ValueError("`search` requires allocation='search'")
+    _require_room_for_a_copy(model, inplace)
+    anatomy, model_hash = Anatomy(model), fingerprint(model)
+    sites = chosen_sites(model, sites, units)
+    totals = {site: anatomy.units(site) for site in sites}
+    layer_sites = unscored_sites(anatomy, sites, keep_layers)
+
+    # 2. Continue a run in `out_dir` only if it is this one.
+    workspace = Workspace(offload, out_dir)
+    workspace.require({"model": model_hash, "tokens": tokens_hash(batches), **settings.to_dict()})
+
+    # 3. Units to remove from every layer: given, searched for, or spread by a rule.
+    origin = {
+        "method": "slimgpt",
+        **settings.to_dict(),
+        "keep_layers": [*check_keep_layers(keep_layers)],
+    }
     if searches:
-        to_leave = parameters_to_remove(model, groups, ratio, parameters, ratio_of)
-        if finished:
-            finished.require({"search": {**asdict(searching), "leave": to_leave}})
-        found, history = search_counts(
-            mini, batches, groups, to_leave, multiple_of, options, searching,
-            offload=offload, out_dir=out_dir, progress=progress,
+        workspace.require({"search": {**target, "ratio_of": ratio_of, **(search or {})}})
+        counts = search_counts(
+            model, batches, ratio=ratio, parameters=parameters, sites=sites, units=units,
+            ratio_of=ratio_of, keep_layers=keep_layers, multiple_of=multiple_of, offload=offload,
+            out_dir=out_dir, progress=progress, **(search or {}), **solver,
         )  # fmt: skip
-        origin["search"] = {**asdict(searching), **summary(history)}
     elif counts is None:
-        found = unit_counts(
-            model, groups, ratio, parameters, allocation, ratio_of, multiple_of, even_out=True
-        )
-    else:
-        found = [counts[group.site][group.layer] for group in groups]
-    leave = {site: [0] * len(anatomy.layers) for site in sites}
-    for group, count in zip(groups, found, strict=True):
-        leave[group.site][group.layer] = count
-    if counts is None:
-        origin |= {"ratio": ratio} if parameters is None else {"parameters": parameters}
-        origin |= {"allocation": allocation_name(allocation), "ratio_of": ratio_of}
-    origin["removed"] = removed_shares(model, groups, found)
-    if finished:
-        finished.require({"counts": leave})
-    hidden = Shards(offload)
-    cuts: list[dict[str, dict]] = []
-    with inference(mini), full_precision():
-        calls = catch_inputs(mini, batches, hidden)
-        if finished:
-            finished.restore_hidden(hidden)
-        layers = tqdm(anatomy.layers, "SlimGPT", unit="layer", disable=not progress)
-        for index, layer in enumerate(layers):
-            with materialized(layer, out_dir and Path(out_dir) / f"offloaded-{index}"):
-                if finished and index < len(finished.layers):
-                    cuts.append(finished.restore(anatomy, index))
-                    continue
-                one = LayerRunner(anatomy, index, hidden, calls)
-                with _room(anatomy, index, options):
-                    cut = _cut_layer(anatomy, one, index, totals, leave, options)
-                    if index + 1 < len(anatomy.layers):
-                        one.finish()
-                if finished:
-                    finished.add(anatomy, cut, hidden)
-                cuts.append(cut)
-    update_config(anatomy)
-    uncut = {site: [{"kept": [*range(n)], "error": 0.0} for n in totals[site]] for site in sites}
-    found = {site: [cut.get(site, uncut[site][i]) for i, cut in enumerate(cuts)] for site in sites}
-    keep = {site: [cut["kept"] for cut in layers] for site, layers in found.items()}
-    origin["error"] = {site: [cut["error"] for cut in layers] for site, layers in found.items()}
+        spread = (allocation, ratio_of, multiple_of)
+        numbers = unit_counts(model, layer_sites, ratio, parameters, *spread, even_out=True)
+        counts = by_layer(layer_sites, numbers, totals)
+        origin |= {**target, "allocation": allocation_name(allocation), "ratio_of": ratio_of}
+    if isinstance(counts, SearchedCounts):
+        origin |= counts.origin
+    counts = require_counts(counts, totals, layer_sites)
+    numbers = [counts[each.site][each.layer] for each in layer_sites]
+    origin["removed"] = removed_shares(model, layer_sites, numbers)
+    workspace.require({"counts": counts})
+
+    # 4. Prune layer after layer.
+    pruned = model if inplace else copy.deepcopy(model)
+    _prune_layers(Anatomy(pruned), batches, counts, settings, workspace, progress)
+
+    # 5. The plan: kept units, and each projection's error.
+    whole = {site: [{"kept": [*range(n)], "error": 0.0} for n in totals[site]] for site in sites}
+    results = {
+        site: [layer.get(site, whole[site][i]) for i, layer in enumerate(workspace.finished)]
+        for site in sites
+    }
+    keep = {site: [result["kept"] for result in layers] for site, layers in results.items()}
+    origin["error"] = {site: [each["error"] for each in results[site]] for site in sites}
     rows = model.get_input_embeddings().weight.shape[0]
-    plan = PruningPlan(before, totals, keep, vocabulary_size=rows, origin=origin)
-    mini.pruning_plans = [*getattr(model, "pruning_plans", []), plan]
-    return mini, plan
+    plan = PruningPlan(model_hash, totals, keep, vocabulary_size=rows, origin=origin)
+    pruned.pruning_plans = [*getattr(model, "pruning_plans", []), plan]
+    return pruned, plan
 
 
-def _cut_layer(
+def _prune_layers(
     anatomy: Anatomy,
-    one: LayerRunner,
-    layer: int,
-    totals: Mapping[str, Sequence[int]],
-    leave: Mapping[str, Sequence[int]],
-    options: Solver,
+    batches: Iterable[dict[str, torch.Tensor]],
+    counts: Mapping[str, Sequence[int]],
+    solver: Solver,
+    workspace: Workspace,
+    progress: bool,
+) -> None:
+    """Prune all layers in place, each on the outputs of the pruned layers before it."""
+    hidden, depth = workspace.hidden, len(anatomy.layers)
+    with inference(anatomy.model), full_precision():
+        calls = catch_inputs(anatomy.model, batches, hidden)
+        workspace.restore_hidden()
+        for layer in tqdm(range(depth), "SlimGPT", unit="layer", disable=not progress):
+            module = anatomy.layers[layer]
+            with workspace.weights_of(module, layer), _out_of_memory(module, layer, solver.dtype):
+                if layer < len(workspace.finished):
+                    workspace.restore_layer(anatomy, layer)
+                    continue
+                runner = LayerRunner(anatomy, layer, hidden, calls)
+                remove = {site: counts[site][layer] for site in counts if counts[site][layer]}
+                results = _prune_layer(anatomy, runner, layer, remove, solver)
+                if layer + 1 < depth:
+                    runner.finish()
+                workspace.finish_layer(anatomy, results)
+    update_config(anatomy)
+
+
+def _prune_layer(
+    anatomy: Anatomy, runner: LayerRunner, layer: int, remove: Mapping[str, int], solver: Solver
 ) -> dict[str, dict]:
-    """Site to the units that stay in a layer, and its projection's relative error."""
-    cuts = {}
-    for site in sorted(leave, key="ffn".__eq__):  # in the order of the data flow
-        if leave[site][layer]:
-            given = problem(anatomy, one, layer, site, totals[site][layer], options)
-            found = solve(given, site, leave[site][layer], options)
-            carry_out(anatomy, one, layer, site, given, found, options)
-            cuts[site] = {"kept": found.kept, "error": round(found.relative_loss, 6)}
-    return cuts
+    """Site to the kept units of a layer, and its projection's relative error."""
+    results = {}
+    for site in sorted(remove, key="ffn".__eq__):  # in the order of the data flow
+        problem = read_problem(anatomy, runner, layer, site, solver)
+        elimination = solve(problem, remove[site], solver)
+        apply_elimination(anatomy, runner, problem, elimination, solver)
+        error = round(elimination.relative_loss, 6)
+        results[site] = {"kept": elimination.kept, "error": error}
+    return results
 
 
 @contextlib.contextmanager
-def _room(anatomy: Anatomy, layer: int, options: Solver) -> Iterator[None]:
-    """Say what a layer takes if the device has no room for it."""
+def _out_of_memory(module: nn.Module, layer: int, dtype: torch.dtype) -> Iterator[None]:
+    """Say how much memory a layer takes if the device has too little."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        parameters = list(anatomy.layers[layer].parameters())
+        parameters = list(module.parameters())
         stored = sum(parameter.nbytes for parameter in parameters)
         width = max(max(parameter.shape) for parameter in parameters)
-        moment = width**2 * torch.empty(0, dtype=options.dtype).element_size()
+        moment = width**2 * dtype.itemsize
         raise torch.OutOfMemoryError(
             f"layer {layer} does not fit on {parameters[0].device}: its weights take "
             f"{stored / 2**30:.2g} GiB and its widest second moment up to {4 * moment / 2**30:.2g} "
-            "GiB, beside one window's activations and the hidden states of all; let the hidden "
-            "states wait elsewhere (offload='cpu' or 'disk'), use shorter windows, or let "
-            "accelerate offload the other layers' weights"
+            "GiB, beside one window's activations and the hidden states of all; offload the hidden "
+            "states (offload='cpu' or 'disk'), use shorter windows, or let accelerate offload the "
+            "other layers' weights"
         ) from error
 
 
-def _made(kind: type, fields: Mapping[str, object], others: Iterable[str] = ()):
-    """A dataclass from keywords, of which none may be unknown; `others` may have been meant."""
-    if not isinstance(fields, Mapping):
-        raise ValueError(f"{kind.__name__.lower()} is {fields!r}; expected options by their names")
-    known = [field.name for field in dataclass_fields(kind)]
-    for name in fields:
-        if name not in known:
-            raise ValueError(f"unknown option {name!r}; {suggest(name, [*known, *others])}")
-    return kind(**fields)
+def _require_room_for_a_copy(model: PreTrainedModel, inplace: bool) -> None:
+    """Refuse to copy a model with offloaded weights, or to change a masked one."""
+    if is_offloaded(model) and not inplace:
+        raise ValueError(
+            "the model's weights are offloaded: there is no room for a second copy of them; give "
+            "inplace=True"
+        )
+    if inplace:
+        refuse_masked(model)
 
 
-def _check_allocation(allocation: str | Allocation | Sequence[float]) -> None:
-    """Refuse names that are no way to spread a cut without scores."""
-    if not isinstance(allocation, str):
-        return
+def _require_allocation(allocation: str | Allocation | Sequence[float]) -> None:
+    """Refuse names of allocations that do not exist or need scores."""
     known = ["search", *BY_DEPTH]
+    if not isinstance(allocation, str) or allocation in known:
+        return
     if allocation in RANKINGS:
         raise ValueError(
-            f"allocation {allocation!r} ranks scores, and slimgpt has none before it comes to a "
+            f"allocation {allocation!r} ranks scores, and slimgpt has none before it reaches a "
             f"layer; expected a share per layer, or one of {', '.join(known)}"
         )
-    if allocation not in known:
-        raise ValueError(f"unknown allocation {allocation!r}; {suggest(allocation, known)}")
-
-
-def _whole_counts(
-    totals: Mapping[str, Sequence[int]], groups: Sequence[LayerSite], counts: object
-) -> dict[str, tuple[int, ...]]:
-    """Counts as plain numbers, if they fit the model: at least one unit stays everywhere."""
-    if not isinstance(counts, Mapping):
-        raise invalid("counts", counts, "a site to a count per layer")
-    counts = {site: ListOf(Integer(0))(f"counts[{site!r}]", n) for site, n in counts.items()}
-    shape = {site: len(layers) for site, layers in counts.items()}
-    if shape != {site: len(layers) for site, layers in totals.items()}:
-        raise ValueError(
-            f"counts has {shape}; expected {sorted(totals)} with {groups[0].depth} layers each"
-        )
-    free = {(group.site, group.layer) for group in groups}
-    for site, layers in counts.items():
-        for layer, (count, total) in enumerate(zip(layers, totals[site], strict=True)):
-            if count >= total or (count and (site, layer) not in free):
-                why = "at least one must stay" if count >= total else "keep_layers keeps it whole"
-                raise ValueError(
-                    f"{count} of {total} {site} units of layer {layer} are to leave; {why}"
-                )
-    return counts
+    raise ValueError(f"unknown allocation {allocation!r}; {suggest(allocation, known)}")

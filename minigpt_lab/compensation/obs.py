@@ -1,137 +1,90 @@
-"""Which inputs of a linear layer leave, and what the weights that stay become (OBS, by units).
+"""Unit-wise optimal brain surgeon for one linear layer.
 
-``min ‖WX - W'X‖²`` with whole groups of columns of W' zero. All rows share the second moment
-``H = X Xᵀ / N`` of what the layer reads (see `hessians`); removing columns *P* costs
-``tr(W_P ([H⁻¹]_PP)⁻¹ W_Pᵀ)`` and the rest becomes ``W - W_P ([H⁻¹]_PP)⁻¹ [H⁻¹]_P``: the closed form
-of SlimGPT's column loop (arXiv 2412.18110, algorithm 1).
+``min ‖W X - W' X‖²`` where W' is zero in the columns of the removed units. All rows of W share the
+second moment ``H = X Xᵀ / N`` of the layer's inputs (see `hessians`). Removing the columns P and
+updating the remaining columns R,
+
+    W_R ← W_R - W_P ([H⁻¹]_PP)⁻¹ [H⁻¹]_PR ,
+
+costs ``tr(W_P ([H⁻¹]_PP)⁻¹ W_Pᵀ)``: the closed form of SlimGPT's column loop (arXiv 2412.18110,
+algorithm 1).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from ..calibration import Indefinite, damped_inverse, refit
-from ..checks import Function, Integer, ListOf, OneOf, safe_contextmanager
-
-Schedule = Callable[[int, int], int]  # (removed so far, to remove) -> size of the next group
-
-
-def halving(largest: int = 1024, smallest: int = 8) -> Schedule:
-    """Groups of half of what is still to go, between two sizes.
-
-    SlimGPT's dynamic group size starts large, "such as 1024", and ends at about 8; how it gets from
-    one to the other is not published, halving is our choice.
-    """
-    return lambda removed, total: min(max((total - removed) // 2, smallest), largest)
+from ..calibration import DAMPING_MODES, Indefinite, damped_inverse, refit
+from ..checks import Flag, Instance, Integer, Number, OneOf, checked, invalid, safe_contextmanager
+from .block_sizes import BlockSize, next_block
 
 
-def released(removed: int, total: int) -> int:
-    """Group sizes of SlimGPT's released code: up to 1024 at first, soon 64.
-
-    There ``block`` starts at ``(total - 512) // 2``, shrinks to ``(block - 512) // 2`` with every
-    group, and a group has ``min(max(block, 64), 1024)`` columns.
-    """
-    block, done = (total - 512) // 2, 0
-    while (size := min(max(block, 64), 1024, total - done)) and done + size <= removed:
-        block, done = (block - 512) // 2, done + size
-    return size
-
-
-#: How many channels leave at a time: SlimGPT's description, its code, its ablation, one by one.
-SCHEDULES: dict[str, Schedule] = {
-    "dynamic": halving(),
-    "released": released,
-    "constant": lambda removed, total: 128,
-    "single": lambda removed, total: 1,
-}
-
-
-def group_schedule(schedule: str | int | Schedule) -> Schedule:
-    """A schedule by its name, from a constant size, or a function whose sizes are checked.
-
-    Raises
-    ------
-    ValueError
-        If the name is unknown, or a size is no whole number of at least 1.
-    """
-    if isinstance(schedule, str):
-        rule = SCHEDULES[OneOf(SCHEDULES)("schedule", schedule)]
-    elif callable(schedule):
-        rule = schedule
-    else:
-        expected = Integer(1) | OneOf(SCHEDULES) | Function()
-        size = expected("schedule", schedule)
-        rule = lambda removed, total: size  # noqa: E731
-
-    def checked_size(removed: int, total: int) -> int:
-        called = f"schedule({removed}, {total})"
-        return Integer(1)(called, rule(removed, total))
-
-    return checked_size
-
-
-def exact_error(weight: torch.Tensor, inverse: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
-    """``tr(W_g ([H⁻¹]_gg)⁻¹ W_gᵀ)``: what removing unit *g* costs once the rest has made up for it.
+def exact_saliency(W: torch.Tensor, H_inv: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
+    """``tr(W_g ([H⁻¹]_gg)⁻¹ W_gᵀ)``: loss of removing unit *g* once the other weights are updated.
 
     Parameters
     ----------
-    weight : torch.Tensor
-        ``[output, input]``.
-    inverse : torch.Tensor
-        H⁻¹ ``[input, input]``.
+    W : torch.Tensor
+        Weight ``[out, in]``.
+    H_inv : torch.Tensor
+        H⁻¹ ``[in, in]``.
     units : torch.Tensor
         Columns of every unit ``[unit, feature]``.
+
+    Returns
+    -------
+    torch.Tensor
+        ``[unit]``.
     """
-    blocks, columns = _of_units(weight, inverse, units)
-    root = torch.linalg.cholesky(blocks)
-    half = torch.linalg.solve_triangular(root, columns.mT, upper=False)
-    return half.square().sum((1, 2))
+    W_g, H_inv_gg = _unit_columns(W, units), _unit_blocks(H_inv, units)
+    # With [H⁻¹]_gg = L Lᵀ the trace is ‖L⁻¹ W_gᵀ‖².
+    L = torch.linalg.cholesky(H_inv_gg)  # [unit, feature, feature]
+    return torch.linalg.solve_triangular(L, W_g.mT, upper=False).square().sum((1, 2))
 
 
-def slimgpt_error(weight: torch.Tensor, inverse: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
+def slimgpt_saliency(W: torch.Tensor, H_inv: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
     """``Σ_ij W_ij² / U_jj²`` with U the grouped Cholesky factor of ``[H⁻¹]_gg`` (algorithm 1).
 
-    Weights are not updated inside a unit while it is scored, so this is the exact error only for
+    Weights are not updated inside a unit while it is scored, so this is the exact loss only for
     units of one column.
     """
-    blocks, columns = _of_units(weight, inverse, units)
-    pivots = torch.linalg.cholesky(blocks).diagonal(dim1=1, dim2=2)
-    return (columns.square().sum(1) / pivots.square()).sum(1)
+    W_g, H_inv_gg = _unit_columns(W, units), _unit_blocks(H_inv, units)
+    U_jj = torch.linalg.cholesky(H_inv_gg).diagonal(dim1=1, dim2=2)  # [unit, feature]
+    return (W_g.square().sum(1) / U_jj.square()).sum(1)
 
 
-def diagonal_error(
-    weight: torch.Tensor, inverse: torch.Tensor, units: torch.Tensor
-) -> torch.Tensor:
+def diagonal_saliency(W: torch.Tensor, H_inv: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
     """``Σ_ij W_ij² / [H⁻¹]_jj``: SlimGPT's ablation without the grouped Cholesky."""
-    return (weight.square().sum(0) / inverse.diagonal())[units].sum(1)
+    return (W.square().sum(0) / H_inv.diagonal())[units].sum(1)
 
 
-def _of_units(
-    weight: torch.Tensor, inverse: torch.Tensor, units: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Blocks of H⁻¹ ``[unit, feature, feature]`` and columns of W ``[unit, output, feature]``."""
-    return inverse[units[:, :, None], units[:, None, :]], weight[:, units].movedim(1, 0)
+def _unit_columns(W: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
+    return W[:, units].movedim(1, 0)  # [unit, out, feature]
 
 
-#: How the error of removing one unit is estimated.
-ERRORS = {"exact": exact_error, "slimgpt": slimgpt_error, "diag": diagonal_error}
+def _unit_blocks(H_inv: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
+    return H_inv[units[:, :, None], units[:, None, :]]  # [unit, feature, feature]
+
+
+#: Estimates of the loss of removing one unit. For units of one column they agree.
+SALIENCIES = {"exact": exact_saliency, "slimgpt": slimgpt_saliency, "diag": diagonal_saliency}
 
 
 @dataclass(frozen=True)
 class Elimination:
-    """What is left of a linear layer's input.
+    """A linear layer after some units of its input were removed.
 
     Parameters
     ----------
     kept : list of int
-        Units that stay, ascending.
+        Kept units, ascending.
     order : list of int
-        Units that leave, in the order in which they did.
-    weight : torch.Tensor
-        ``[output, feature]`` of the kept units' features, unit by unit.
+        Removed units, in the order of their removal.
+    W : torch.Tensor
+        Updated weight ``[out, feature]`` of the kept units' features, unit by unit.
     loss : float
         ``tr((W - W') H (W - W')ᵀ)`` with the undamped H: squared error of the outputs per token.
     scale : float
@@ -140,7 +93,7 @@ class Elimination:
 
     kept: list[int]
     order: list[int]
-    weight: torch.Tensor
+    W: torch.Tensor
     loss: float
     scale: float
 
@@ -150,138 +103,179 @@ class Elimination:
         return self.loss / self.scale if self.scale else 0.0
 
 
+@checked(
+    W=Instance(torch.Tensor),
+    H=Instance(torch.Tensor),
+    units=Instance(torch.Tensor),
+    count=Integer(0),
+    saliency=OneOf(SALIENCIES),
+    block_size=BlockSize,
+    damping=Number(0),
+    damping_mode=OneOf(DAMPING_MODES),
+    compensate=Flag(),
+)
 def eliminate(
-    weight: torch.Tensor,
-    hessian: torch.Tensor,
+    W: torch.Tensor,
+    H: torch.Tensor,
     units: torch.Tensor,
+    *,
     count: int,
-    error: str = "exact",
-    schedule: str | int | Schedule = "dynamic",
-    damp: float = 0.3,
-    damping: str = "feature",
+    saliency: str = "exact",
+    block_size: str | int = "dynamic",
+    damping: float = 0.3,
+    damping_mode: str = "feature",
     compensate: bool = True,
 ) -> Elimination:
-    """Remove units one group after another, each time the ones that cost least, and refit the rest.
+    """Remove the units with the lowest saliency, block by block, and update the other weights.
 
-    H is inverted once; after every group its inverse is down-dated. Units that read nothing (all
-    zero) leave first, for free.
+    H is inverted once; its inverse is updated after every block. Units whose inputs are always zero
+    are removed first, at no loss.
 
     Parameters
     ----------
-    weight : torch.Tensor
-        ``[output, input]``; its dtype and device are those of the computation.
-    hessian : torch.Tensor
-        Second moment ``[input, input]``, undamped.
+    W : torch.Tensor
+        Weight ``[out, in]``; its dtype and device are those of the computation.
+    H : torch.Tensor
+        Second moment of the inputs ``[in, in]``, undamped.
     units : torch.Tensor
         Columns of every unit ``[unit, feature]``.
     count : int
         Units to remove; less than all.
-    error : {"exact", "slimgpt", "diag"}
-        Key of `ERRORS`. For units of one column they agree.
-    schedule : str, int or callable
-        Key of `SCHEDULES`, a constant group size, or ``(removed so far, to remove)`` to the next
-        one's size.
-    damp, damping : float, str
-        See `damped_inverse`; more if the matrix is not definite.
+    saliency : {"exact", "slimgpt", "diag"}
+        Key of `SALIENCIES`.
+    block_size : int or {"dynamic", "released"}
+        Units per block: constant, or shrinking as SlimGPT describes it or as its code has it.
+    damping, damping_mode : float, {"feature", "mean"}
+        See `damped_inverse`; raised if the matrix is not definite.
     compensate : bool
-        Whether the weights that stay make up for those that leave (if not, units are still chosen
-        as if they did).
+        Whether the remaining weights are updated. If not, units are still chosen as if they were.
 
     Raises
     ------
     ValueError
-        If an option is unknown, the count is out of range, or H is not finite.
+        If an option is unknown, shapes do not fit, the count is out of range, or H is not finite.
     """
-    given = (weight, hessian, units, [count], error, schedule, damp, damping, compensate)
-    return eliminations(*given)[0]
+    _require_shapes(W, H, units)
+    options = (saliency, block_size, damping, damping_mode, compensate)
+    return eliminate_levels(W, H, units, [count], *options)[0]
 
 
-def eliminations(
-    weight: torch.Tensor,
-    hessian: torch.Tensor,
+def eliminate_levels(
+    W: torch.Tensor,
+    H: torch.Tensor,
     units: torch.Tensor,
     counts: Sequence[int],
-    error: str = "exact",
-    schedule: str | int | Schedule = "dynamic",
-    damp: float = 0.3,
-    damping: str = "feature",
+    saliency: str = "exact",
+    block_size: str | int = "dynamic",
+    damping: float = 0.3,
+    damping_mode: str = "feature",
     compensate: bool = True,
 ) -> list[Elimination]:
-    """`eliminate` for several counts in one run: what leaves for one leaves for the next too.
+    """`eliminate` for several ascending counts in one run.
 
-    Parameters
-    ----------
-    counts : sequence of int
-        Units to remove, ascending. The schedule begins anew at each of them.
-    weight, hessian, units, error, schedule, damp, damping, compensate
-        As for `eliminate`.
-
-    Raises
-    ------
-    ValueError
-        As `eliminate` does; if the counts do not ascend.
+    Units that are removed for one count are also removed for the next. Block sizes start anew at
+    each count.
     """
-    OneOf(ERRORS)("error", error)
-    counts = ListOf(Integer())("counts", counts)
     for count in counts:
-        if not 0 <= count < len(units):
-            raise ValueError(f"{count} of {len(units)} units are to leave; at least one must stay")
+        if count >= len(units):
+            raise ValueError(
+                f"count is {count}; expected fewer than the {len(units)} units: one must be kept"
+            )
     if not counts or list(counts) != sorted(set(counts)):
         raise ValueError(f"counts are {[*counts]}; expected at least one, ascending")
-    sizes = group_schedule(schedule)
-    scale = _quadratic(weight, hessian)
-    alive = (hessian.diagonal() > 0)[units].any(1)
-    dead = torch.nonzero(~alive).ravel()[: counts[-1]].tolist()
+    scale = quadratic_form(W, H)
+
+    # 1. Remove units whose inputs are always zero, then go on with the others' columns alone.
+    dead = torch.nonzero((H.diagonal() == 0)[units].all(1)).ravel()[: counts[-1]].tolist()
     order = list(dead)
-    left = torch.tensor(_without(dead, len(units)), device=units.device)
-    columns = units[left].ravel()
-    now = weight[:, columns]
-    full, inverse = damped_inverse(hessian[columns][:, columns], damp, damping)
-    added = full.diagonal() - hessian.diagonal()[columns]
-    places = torch.arange(len(columns), device=columns.device)
-    feature = torch.arange(units.shape[1], device=units.device)
-    found = []
+    live = torch.tensor(_without(dead, len(units)), device=units.device)  # [unit]
+    columns = units[live].ravel()  # [unit · feature]
+
+    # 2. Damp and invert H once.
+    H_damped, H_inv = damped_inverse(H[columns][:, columns], damping, damping_mode)
+
+    # 3. Remove block after block; W_t and H_inv are those of the columns that remain.
+    W_t, remaining = W[:, columns], torch.arange(len(live), device=units.device)
+    results = []
     for count in counts:
-        if count <= len(dead):
-            rest = _without(dead[:count], len(units))
-            short = weight[:, units[rest].ravel()]
-            found.append(Elimination(rest, dead[:count], short, 0.0, scale))
-            continue
         start = len(order)
         while len(order) < count:
-            size = min(sizes(len(order) - start, count - start), count - len(order))
-            blocks = torch.arange(len(left), device=units.device)[:, None] * len(feature) + feature
-            errors = ERRORS[error](now, inverse, blocks)
-            gone = torch.zeros(len(left), dtype=torch.bool, device=units.device)
-            lowest = errors.argsort(stable=True)[:size]
-            gone[lowest] = True
-            order += left[lowest].tolist()
-            out = gone.repeat_interleave(len(feature))
-            root = torch.linalg.cholesky(inverse[out][:, out])
-            removed = torch.linalg.solve_triangular(root, now[:, out].mT, upper=False)
-            reach = torch.linalg.solve_triangular(root, inverse[out][:, ~out], upper=False)
-            now = now[:, ~out] - removed.mT @ reach
-            inverse = inverse[~out][:, ~out] - reach.mT @ reach
-            left, places = left[~gone], places[~out]
-        if compensate:  # once more from the whole, or rounding would add up
-            short = refit(weight[:, columns], full, places)
-        else:
-            short = weight[:, columns[places]]
-        if not torch.isfinite(short).all():
-            raise Indefinite("the weights that stay are not finite")
-        lost = weight[:, columns].clone()
-        lost[:, places] -= short
-        loss = _quadratic(lost, full) - float((lost.square().sum(0) * added).sum())
-        found.append(Elimination(left.tolist(), order[:count], short, max(loss, 0.0), scale))
-    return found
+            blocks = unit_columns(len(remaining), units.shape[1], units.device)
+            saliencies = SALIENCIES[saliency](W_t, H_inv, blocks)  # [unit]
+            size = next_block(block_size, len(order) - start, count - start)
+            lowest = saliencies.argsort(stable=True)[:size]
+            order += live[remaining[lowest]].tolist()
+            W_t, H_inv = remove_columns(W_t, H_inv, blocks[lowest].ravel())
+            remaining = remaining[_complement(lowest, len(remaining))]
+
+        # 4. Refit from the original weights, so that rounding errors do not add up.
+        kept = _without(order[:count], len(units))
+        W_kept = W[:, units[kept].ravel()]
+        if compensate and count > len(dead):
+            places = unit_columns(len(live), units.shape[1], units.device)[remaining].ravel()
+            W_kept = refit(W[:, columns], H_damped, places)  # [out, unit · feature]
+        if not torch.isfinite(W_kept).all():
+            raise Indefinite("the updated weights are not finite")
+        loss = reconstruction_loss(W, H, W_kept, units[kept].ravel())
+        results.append(Elimination(kept, order[:count], W_kept, loss, scale))
+    return results
 
 
-def _without(gone: Sequence[int], total: int) -> list[int]:
-    return sorted(set(range(total)) - set(gone))
+def remove_columns(
+    W: torch.Tensor, H_inv: torch.Tensor, P: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Remove columns P of the weight; update the remaining columns R and their inverse.
+
+    ``W_R ← W_R - W_P ([H⁻¹]_PP)⁻¹ [H⁻¹]_PR`` and
+    ``[H⁻¹]_RR ← [H⁻¹]_RR - [H⁻¹]_RP ([H⁻¹]_PP)⁻¹ [H⁻¹]_PR``.
+    """
+    R, P = _complement(P, W.shape[1]), P.sort().values
+    # With [H⁻¹]_PP = L Lᵀ both products are made of L⁻¹ W_Pᵀ and L⁻¹ [H⁻¹]_PR.
+    L = torch.linalg.cholesky(H_inv[P][:, P])  # [p, p]
+    L_inv_W = torch.linalg.solve_triangular(L, W[:, P].mT, upper=False)  # [p, out]
+    L_inv_H = torch.linalg.solve_triangular(L, H_inv[P][:, R], upper=False)  # [p, r]
+    return W[:, R] - L_inv_W.mT @ L_inv_H, H_inv[R][:, R] - L_inv_H.mT @ L_inv_H
 
 
-def _quadratic(weight: torch.Tensor, hessian: torch.Tensor) -> float:
-    return float(((weight @ hessian) * weight).sum())
+def reconstruction_loss(
+    W: torch.Tensor, H: torch.Tensor, W_kept: torch.Tensor, columns: torch.Tensor
+) -> float:
+    """``tr((W - W') H (W - W')ᵀ)``, where W' has `W_kept` in some columns and zeros elsewhere."""
+    difference = W.clone()
+    difference[:, columns] -= W_kept
+    return max(quadratic_form(difference, H), 0.0)
+
+
+def quadratic_form(W: torch.Tensor, H: torch.Tensor) -> float:
+    """``tr(W H Wᵀ)``: mean squared norm of the layer's outputs."""
+    return float(((W @ H) * W).sum())
+
+
+def unit_columns(n_units: int, n_features: int, device: torch.device) -> torch.Tensor:
+    """Columns of units that stand side by side ``[unit, feature]``."""
+    return torch.arange(n_units * n_features, device=device).reshape(n_units, n_features)
+
+
+def _complement(indices: torch.Tensor, total: int) -> torch.Tensor:
+    """Indices below `total` that are not among these, ascending."""
+    mask = torch.ones(total, dtype=torch.bool, device=indices.device)
+    mask[indices] = False
+    return mask.nonzero().ravel()
+
+
+def _without(removed: Sequence[int], total: int) -> list[int]:
+    return sorted(set(range(total)) - set(removed))
+
+
+def _require_shapes(W: torch.Tensor, H: torch.Tensor, units: torch.Tensor) -> None:
+    if W.ndim != 2 or not W.is_floating_point():
+        raise invalid("W", W, "a matrix of floating-point numbers [out, in]")
+    if H.shape != (W.shape[1],) * 2 or H.dtype != W.dtype:
+        raise invalid("H", H, f"a matrix [{W.shape[1]}, {W.shape[1]}] of W's type {W.dtype}")
+    if units.ndim != 2 or units.dtype != torch.int64 or not units.numel():
+        raise invalid("units", units, "columns of every unit [unit, feature], as int64")
+    if not (units.min() >= 0 and units.max() < W.shape[1]):
+        raise invalid("units", units, f"columns of W, which has {W.shape[1]}")
 
 
 @safe_contextmanager

@@ -1,13 +1,12 @@
 """A model whose every layer can be set to any of several pruned widths, in place and back.
 
-The supernet of Týr-the-Pruner (arXiv 2503.09657): one walk over the calibration tokens gives every
-layer's heads and channels the weights they would have at each of several levels. Removed units are
-zero columns of the projection that reads them: no shape changes, and a budget costs a few copies.
+The supernet of Týr-the-Pruner (arXiv 2503.09657): one pass over the calibration tokens gives every
+layer's heads and channels updated weights at each of several levels. Removed units are zero columns
+of the projection that reads them: no shape changes, and a budget costs a few copies.
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -19,225 +18,200 @@ from transformers import PreTrainedModel
 
 from ..calibration import LayerRunner, catch_inputs
 from ..checks import restore_on_exit, safe_contextmanager
-from ..models import Anatomy, inference, weight_axis
+from ..models import Anatomy, add_bias, inference, weight_axis
 from ..planning import LayerSite
 from ..store import Shards
 from .budgets import Budget
-from .layer import Problem, Solver, bias_shift, problem, solve_levels
 from .obs import full_precision
+from .solver import Problem, Solver, bias_update, read_problem, solve_levels
 
 
 @dataclass(frozen=True)
 class Level:
-    """What one projection becomes when some of the units it reads leave.
+    """A projection after some of the units that it reads were removed.
 
     Parameters
     ----------
     columns : torch.Tensor
-        Input features that stay.
-    shift : torch.Tensor or None
-        Added to the bias ``[output]``.
+        Kept input features.
+    bias_update : torch.Tensor or None
+        Added to the bias ``[out]``.
     """
 
     columns: torch.Tensor
-    shift: torch.Tensor | None
+    bias_update: torch.Tensor | None
 
 
 class Supernet:
-    """The projections of some groups, and what each is at every level.
+    """Projections of some layer sites, each at one of several levels. `supernet` makes one.
 
     Parameters
     ----------
     anatomy : Anatomy
         Of the model that is set.
-    groups : sequence of LayerSite
-        From `prunable_sites`.
+    layer_sites : sequence of LayerSite
+        From `unscored_sites`.
     counts : sequence of sequence of int
-        For each group, the units that leave at every level: ascending, the first 0.
+        For each site, the units removed at every level: ascending, the first 0.
+    solver : Solver
+        How units are chosen and the remaining weights updated.
     offload : {"device", "cpu", "disk"}
-        Where the levels' weights wait (each level takes half a projection on average); see
-        `Shards`.
+        Place of the levels' weights (each level takes half a projection on average) and of hidden
+        states; see `Shards`.
     """
 
     def __init__(
         self,
         anatomy: Anatomy,
-        groups: Sequence[LayerSite],
+        layer_sites: Sequence[LayerSite],
         counts: Sequence[Sequence[int]],
+        solver: Solver,
         offload: str = "device",
     ):
-        consumers = anatomy.family.consumes
-        self.modules = [anatomy.module(group.layer, consumers[group.site]) for group in groups]
+        self.anatomy, self.layer_sites, self.counts = anatomy, layer_sites, counts
+        self.solver, self.offload = solver, offload
+        readers = anatomy.family.consumes
+        self.modules = [anatomy.module(each.layer, readers[each.site]) for each in layer_sites]
+        for module in self.modules:
+            if module.bias is None and solver.updates_bias(module):
+                add_bias(module)
         self.dense = [(module.weight, module.bias) for module in self.modules]
-        self.counts = counts
-        self.now = [0] * len(groups)
-        self.levels: list[list[Level]] = [[] for _ in groups]
-        self.weights = Shards(offload)  # group by group: [output, feature that stays]
+        for parameter in self.parameters():
+            parameter.requires_grad_(True)
+        self.current = [0] * len(layer_sites)
+        self.levels: list[list[Level]] = [[] for _ in layer_sites]
+        self.weights = Shards(offload)  # by site and level: [out, kept]
 
-    def solve(self, group: int, given: Problem, site: str, options: Solver) -> None:
-        """Find a group's levels, all in one elimination."""
-        for found in solve_levels(given, site, self.counts[group][1:], options):
-            module, columns = self.modules[group], given.units[found.kept].ravel()
-            shift = bias_shift(given, found) if options.refits_bias(module) else None
-            self.weights[self._key(group, len(self.levels[group]) + 1)] = found.weight.to(
-                module.weight.dtype
-            )
-            self.levels[group].append(Level(columns, shift))
+    def parameters(self) -> list[nn.Parameter]:
+        """Weights and biases of the projections, as they are set."""
+        pairs = [(module.weight, module.bias) for module in self.modules]
+        return [each for pair in pairs for each in pair if each is not None]
+
+    def fill(self, windows: Sequence[torch.Tensor], base: Budget, progress: bool = True) -> None:
+        """Compute all levels of all sites in one pass over calibration tokens.
+
+        Parameters
+        ----------
+        windows : sequence of torch.Tensor
+            Tokens ``[window, token]``.
+        base : tuple of int
+            Level of every site while the layers behind it are calibrated.
+
+        Raises
+        ------
+        ValueError
+            If a hidden state is not finite (its layer is named).
+        """
+        anatomy, hidden = self.anatomy, Shards(self.offload)
+        calls = catch_inputs(anatomy.model, [{"input_ids": ids} for ids in windows], hidden)
+        last = max(each.layer for each in self.layer_sites)
+        for layer in tqdm(range(last + 1), "supernet", unit="layer", disable=not progress):
+            runner = LayerRunner(anatomy, layer, hidden, calls)
+            own = [i for i, each in enumerate(self.layer_sites) if each.layer == layer]
+            for i in sorted(own, key=lambda i: self.layer_sites[i].site == "ffn"):  # as data flows
+                if len(self.counts[i]) > 1:
+                    site = self.layer_sites[i].site
+                    self._solve(i, read_problem(anatomy, runner, layer, site, self.solver))
+                    self.set(i, base[i])
+            if layer < last:
+                runner.finish()
+
+    def _solve(self, i: int, problem: Problem) -> None:
+        """Compute the levels of site *i*, all in one elimination."""
+        module = self.modules[i]
+        eliminations = solve_levels(problem, self.counts[i][1:], self.solver)
+        for level, elimination in enumerate(eliminations, 1):
+            updates_bias = self.solver.updates_bias(module)
+            update = bias_update(problem, elimination) if updates_bias else None
+            self.weights[self._key(i, level)] = elimination.W.to(module.weight.dtype)
+            self.levels[i].append(Level(problem.columns(elimination.kept), update))
 
     @torch.no_grad()
-    def set(self, group: int, level: int) -> None:
-        """Let the model compute with one group at a level."""
-        module, (weight, bias) = self.modules[group], self.dense[group]
+    def weight(self, i: int, level: int) -> torch.Tensor:
+        """Weight of site *i* at a level, zero in the columns of the removed units."""
+        W, axis = self.dense[i][0], weight_axis(self.modules[i], "input")
+        if level == 0:
+            return W
+        W_kept = self.weights[self._key(i, level)].movedim(1, axis)
+        return torch.zeros_like(W).index_copy_(axis, self.levels[i][level - 1].columns, W_kept)
+
+    @torch.no_grad()
+    def bias(self, i: int, level: int) -> torch.Tensor | None:
+        """Bias of site *i* at a level."""
+        bias = self.dense[i][1]
+        update = self.levels[i][level - 1].bias_update if level else None
+        return bias if update is None else (bias + update).to(bias.dtype)
+
+    def set(self, i: int, level: int) -> None:
+        """Set site *i* of the model to a level."""
+        module, (W, bias) = self.modules[i], self.dense[i]
+        # other Parameters, not other values: the model's own come back untouched
         if level:
-            found, axis = self.levels[group][level - 1], weight_axis(module, "input")
-            short = self.weights[self._key(group, level)].movedim(1, axis)
-            wide = torch.zeros_like(weight).index_copy_(axis, found.columns, short)
-            weight = nn.Parameter(wide, requires_grad=False)
-            if found.shift is not None:
-                before = torch.zeros_like(found.shift) if bias is None else bias
-                bias = nn.Parameter((before + found.shift).to(weight.dtype), requires_grad=False)
-        # another Parameter, not another value: the model's own come back untouched
-        module.weight, module.bias = weight, bias
-        self.now[group] = level
+            W = nn.Parameter(self.weight(i, level))
+            bias = None if bias is None else nn.Parameter(self.bias(i, level))
+        module.weight, module.bias = W, bias
+        self.current[i] = level
 
     def set_all(self, budget: Budget) -> None:
-        """Let the model compute with every group at its level."""
-        for group, level in enumerate(budget):
-            if self.now[group] != level:
-                self.set(group, level)
+        """Set every site of the model to its level."""
+        for i, level in enumerate(budget):
+            if self.current[i] != level:
+                self.set(i, level)
 
-    def slopes(self, loss: Callable[[], torch.Tensor], below: Budget) -> tuple[float, np.ndarray]:
-        """A loss as the groups are set, and what it would rise by from one level to the next.
+    def slopes(self, loss: Callable[[], torch.Tensor], below: Budget) -> np.ndarray:
+        """Estimate how much a loss rises from one level of each site to the next.
 
-        To first order, from one backward pass: ``<∂loss/∂W, W_next - W_below>`` for every group.
+        To first order, with one backward pass through the model as it is set:
+        ``<∂loss/∂W, W_next - W_below> + <∂loss/∂b, b_next - b_below>``.
 
         Parameters
         ----------
         loss : callable
-            What the model computes, as a scalar.
+            Runs the model and gives a scalar.
         below : tuple of int
-            The lower of two levels of every group; the rise of a group with one level is 0.
+            The lower of two levels of every site.
 
         Returns
         -------
-        float, numpy.ndarray
-            The loss, and its rises ``[group]``.
+        numpy.ndarray
+            Rises ``[site]``; 0 where there is no next level.
         """
-        with self._asked() as pairs, torch.enable_grad():
-            asked = [each for pair in pairs for each in pair if each is not None]
-            value = loss()
-            found = iter(torch.autograd.grad(value, asked))
+        # 1. Gradients of the loss, of all projections at once.
+        with torch.enable_grad():
+            gradients = iter(torch.autograd.grad(loss(), self.parameters()))
+        # 2. Their products with the step from level to level.
         rises = []
-        for group, (level, pair) in enumerate(zip(below, pairs, strict=True)):
-            gradients = [None if each is None else next(found) for each in pair]
-            rise = value.new_zeros(())
-            if level < len(self.levels[group]):
-                rise = self._along(group, level + 1, *gradients)
-                rise = rise - self._along(group, level, *gradients)
-            rises.append(rise.to(value.device))
-        return float(value.detach()), np.array(torch.stack(rises).tolist())
+        for i, (module, level) in enumerate(zip(self.modules, below, strict=True)):
+            grad_W = next(gradients)
+            grad_b = None if module.bias is None else next(gradients)
+            rise = 0.0
+            if level + 1 < len(self.counts[i]):
+                rise += _product(grad_W, self.weight(i, level + 1), self.weight(i, level))
+                if grad_b is not None:
+                    rise += _product(grad_b, self.bias(i, level + 1), self.bias(i, level))
+            rises.append(rise)
+        return np.array(rises)
 
-    @safe_contextmanager
-    def _asked(self) -> Iterator[list[tuple[nn.Parameter, nn.Parameter | None]]]:
-        """Every projection's weight and bias, to be differentiated."""
-        pairs = []
-        with contextlib.ExitStack() as stack:
-            for module, levels in zip(self.modules, self.levels, strict=True):
-                if module.bias is None and levels and levels[0].shift is not None:
-                    stack.callback(setattr, module, "bias", None)
-                    zeros = torch.zeros_like(levels[0].shift, dtype=module.weight.dtype)
-                    module.bias = nn.Parameter(zeros)
-                pairs.append((module.weight, module.bias))
-                for each in pairs[-1]:
-                    if each is not None:
-                        stack.callback(each.requires_grad_(True).requires_grad_, False)
-            yield pairs
+    def _key(self, i: int, level: int) -> int:
+        return i * max(map(len, self.counts)) + level
 
-    def _along(
-        self, group: int, level: int, slope: torch.Tensor, shift: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Product of a group's weight and bias at a level with the loss's slopes."""
-        slope = slope.to(torch.promote_types(slope.dtype, torch.float32))
-        if not level:
-            return (slope * self.dense[group][0].detach()).sum()
-        found, axis = self.levels[group][level - 1], weight_axis(self.modules[group], "input")
-        kept = slope.movedim(axis, 1)[:, found.columns]
-        product = (kept * self.weights[self._key(group, level)]).sum()
-        return product if found.shift is None else product + (shift * found.shift).sum()
 
-    def _key(self, group: int, level: int) -> int:
-        return group * max(map(len, self.counts)) + level
+@torch.no_grad()
+def _product(gradient: torch.Tensor, after: torch.Tensor, before: torch.Tensor) -> float:
+    """``<gradient, after - before>``, in float32 or better."""
+    dtype = torch.promote_types(gradient.dtype, torch.float32)
+    return float((gradient.to(dtype) * (after.to(dtype) - before.to(dtype))).sum())
 
 
 @safe_contextmanager
 def supernet(
     model: PreTrainedModel,
-    groups: Sequence[LayerSite],
+    layer_sites: Sequence[LayerSite],
     counts: Sequence[Sequence[int]],
+    solver: Solver,
     offload: str = "device",
 ) -> Iterator[Supernet]:
-    """A model as a supernet; on leaving it is what it was, bit for bit. `find_levels` fills it.
-
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel
-        A supported causal language model.
-    groups, counts, offload
-        See `Supernet`.
-    """
-    net = Supernet(Anatomy(model), groups, counts, offload)
+    """Turn a model into a `Supernet` while inside; afterwards it is what it was, bit for bit."""
     with restore_on_exit(model), inference(model), full_precision():
-        model.requires_grad_(False)  # `slopes` asks for the gradients that it needs
-        yield net
-
-
-def find_levels(
-    model: PreTrainedModel,
-    net: Supernet,
-    windows: Sequence[torch.Tensor],
-    groups: Sequence[LayerSite],
-    base: Budget,
-    options: Solver,
-    offload: str = "device",
-    progress: bool = True,
-) -> None:
-    """Find every level of every group in one walk.
-
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel
-        That of the supernet.
-    net : Supernet
-        Filled.
-    windows : sequence of torch.Tensor
-        Calibration tokens ``[window, token]``.
-    groups, offload
-        See `Supernet`.
-    base : tuple of int
-        The level of every group that the layers behind it are calibrated on.
-    options : Solver
-        How columns are chosen and the rest refitted.
-    progress : bool
-        Show a progress bar.
-
-    Raises
-    ------
-    ValueError
-        If a hidden state is not finite (its layer is named).
-    """
-    hidden = Shards(offload)
-    anatomy, calls = (
-        Anatomy(model),
-        catch_inputs(model, [{"input_ids": ids} for ids in windows], hidden),
-    )
-    last = max(group.layer for group in groups)
-    for layer in tqdm(range(last + 1), "supernet", unit="layer", disable=not progress):
-        one = LayerRunner(anatomy, layer, hidden, calls)
-        parts = [index for index, group in enumerate(groups) if group.layer == layer]
-        for index in sorted(parts, key=lambda i: groups[i].site == "ffn"):  # as the data flows
-            site, total = groups[index].site, len(groups[index])
-            if len(net.counts[index]) > 1:
-                net.solve(index, problem(anatomy, one, layer, site, total, options), site, options)
-                net.set(index, base[index])
-        if layer < last:
-            one.finish()
+        model.requires_grad_(False)
+        yield Supernet(Anatomy(model), layer_sites, counts, solver, offload)

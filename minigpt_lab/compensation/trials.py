@@ -1,103 +1,109 @@
-"""What budgets do to a model's predictions, measured once each."""
+"""Measurements of budgets on held-out tokens, each done once."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch.nn import functional
-from transformers import PreTrainedModel
 
 from ..store import ResultCache, Shards, content_hash
 from .budgets import Budget
-from .supernetwork import Supernet, find_levels
+from .supernetwork import Supernet
 
 
 class Trials:
-    """Measures budgets on some tokens; levels are found only if one is not known already.
+    """Divergence of pruned predictions from the dense ones, and its slopes.
+
+    The supernet is filled only when something must be measured that the ledger does not know.
 
     Parameters
     ----------
-    model, chosen
-        What is measured, and the tokens ``[window, token]`` on which.
-    recipe : dict
-        What the measurements depend on, beside the budget.
     net : Supernet
-        Filled when something is to be measured.
-    build : tuple
-        Arguments of `find_levels` after the supernet.
-    dense : Shards
-        Where the dense predictions wait.
+        Empty.
+    base, windows : tuple of int, sequence of torch.Tensor
+        Arguments of `Supernet.fill`.
+    held_out : sequence of torch.Tensor
+        Tokens on which budgets are measured ``[window, token]``.
     ledger : ResultCache
-        Where measurements are kept.
+        Known measurements.
+    facts : dict
+        All that measurements depend on, beside the budget.
+    progress : bool
+        Show a progress bar.
     """
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        chosen: list[torch.Tensor],
-        recipe: dict,
         net: Supernet,
-        build: tuple,
-        dense: Shards,
+        base: Budget,
+        windows: Sequence[torch.Tensor],
+        held_out: Sequence[torch.Tensor],
         ledger: ResultCache,
+        facts: dict,
+        progress: bool,
     ):
-        self.model, self.chosen, self.net, self.build = model, chosen, net, build
-        self.dense, self.ledger = dense, ledger
-        self.recipe = content_hash([json.dumps(recipe, sort_keys=True)])
-        self.tokens = sum(ids.numel() for ids in chosen)
-        self.ready = False
+        self.net, self.fill_with = net, (windows, base, progress)
+        self.held_out, self.ledger = held_out, ledger
+        self.key = content_hash([json.dumps(facts, sort_keys=True)])
+        self.n_tokens = sum(ids.numel() for ids in held_out)
+        self.dense: Shards | None = None  # log-probabilities of the dense model
 
     def divergence(self, budget: Budget) -> float:
         """Mean KL divergence of a token's predictions from the dense ones, in nats."""
-        return self.ledger.get([self.recipe, budget], lambda: self._measured(budget))["kl"]
+        return self.ledger.get([self.key, budget], lambda: self._divergence(budget))["kl"]
 
     def slopes(self, window: int, below: Budget, budget: Budget) -> np.ndarray:
-        """What it would rise by from level to level, judged by one window ``[group]``."""
-        recipe = [self.recipe, budget, below, window]
-        found = self.ledger.get(recipe, lambda: self._sloped(budget, below, window))
+        """Rise of the divergence from level to level, judged by one window ``[site]``."""
+        key = [self.key, budget, below, window]
+        found = self.ledger.get(key, lambda: self._slopes(window, below, budget))
         return np.array(found["rises"])
 
-    def _supernet(self, budget: Budget) -> Supernet:
-        if not self.ready:
-            find_levels(self.model, self.net, *self.build)
+    def _divergence(self, budget: Budget) -> dict[str, float]:
+        self._set(budget)
+        total = sum(float(self._loss(window)) for window in range(len(self.held_out)))
+        _require_finite(total)
+        return {"kl": total / self.n_tokens}
+
+    def _slopes(self, window: int, below: Budget, budget: Budget) -> dict[str, list[float]]:
+        self._set(budget)
+        # divided only afterwards: small slopes would be lost in float16
+        rises = self.net.slopes(lambda: self._loss(window), below)
+        _require_finite(rises)
+        return {"rises": (rises * len(self.held_out) / self.n_tokens).tolist()}
+
+    def _set(self, budget: Budget) -> None:
+        """Set the model to a budget; before the first one, fill the supernet."""
+        if self.dense is None:
+            self.net.fill(*self.fill_with)
             self.net.set_all((0,) * len(budget))
-            for index in range(len(self.chosen)):
-                # float16 is the finer the more likely a token is, and so the more it counts
-                predictions = self._predictions(index)
+            self.dense = Shards(self.net.offload)
+            for window in range(len(self.held_out)):
+                predictions = self._predictions(window)
                 if not torch.isfinite(predictions).all():
                     raise ValueError(
                         "the model's own predictions are not finite: check its weights"
                     )
-                self.dense[index] = predictions.half()
-            self.ready = True
+                # float16 is the finer the more likely a token is, and so the more it counts
+                self.dense[window] = predictions.half()
         self.net.set_all(budget)
-        return self.net
 
-    def _measured(self, budget: Budget) -> dict[str, float]:
-        self._supernet(budget)
-        total = sum(float(self._divergence(index)) for index in range(len(self.chosen)))
-        _require_finite(total)
-        return {"kl": total / self.tokens}
+    def _loss(self, window: int) -> torch.Tensor:
+        """KL divergence, summed over the tokens of a window."""
+        dense = self.dense[window].float()
+        predictions = self._predictions(window)
+        return functional.kl_div(predictions, dense, reduction="sum", log_target=True)
 
-    def _sloped(self, budget: Budget, below: Budget, window: int) -> dict[str, list[float]]:
-        # divided only afterwards: small slopes would be lost in float16
-        _, rises = self._supernet(budget).slopes(lambda: self._divergence(window), below)
-        _require_finite(rises)
-        return {"rises": (rises * len(self.chosen) / self.tokens).tolist()}
-
-    def _divergence(self, index: int) -> torch.Tensor:
-        found, dense = self._predictions(index), self.dense[index].float()
-        return functional.kl_div(found, dense, reduction="sum", log_target=True)
-
-    def _predictions(self, index: int) -> torch.Tensor:
-        ids = self.chosen[index].to(self.model.device)
-        return self.model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+    def _predictions(self, window: int) -> torch.Tensor:
+        model = self.net.anatomy.model
+        ids = self.held_out[window].to(model.device)
+        return model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
 
 
-def _require_finite(found: float | np.ndarray) -> None:
-    if not np.isfinite(found).all():
+def _require_finite(values: float | np.ndarray) -> None:
+    if not np.isfinite(values).all():
         raise ValueError(
             "the pruned model's predictions are not finite: search in float32 or bfloat16"
         )

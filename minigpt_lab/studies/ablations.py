@@ -17,12 +17,21 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..calibration import LayerRunner, catch_inputs, damped_inverse, refit, tokens_hash
 from ..checks import DictOf, Instance, Integer, ListOf, Model, Text, as_json, checked
-from ..compensation import Problem, Search, Solver, full_precision, problem, slimgpt, solve
+from ..compensation import (
+    Problem,
+    Solver,
+    full_precision,
+    quadratic_form,
+    read_problem,
+    reconstruction_loss,
+    slimgpt,
+    solve,
+)
 from ..domains import Part, excerpt, tokenize, unpadded
 from ..evaluation import generate, perplexity, timed
 from ..models import Anatomy, PruningPlan, fingerprint, inference, model_size
 from ..store import ResultCache, Shards, content_hash
-from .arguments import BATCHES, DRAWS, FOLDER, PAIR, PART, PROTOCOL, SHARES, TEXTS
+from .arguments import BATCHES, FOLDER, PAIR, PART, PROTOCOL, SHARES, TEXTS
 
 #: SlimGPT's dense model: perplexity of LLaMA-7B on WikiText2 in windows of 128.
 PUBLISHED_DENSE = 12.63
@@ -48,6 +57,7 @@ def slimgpt_variants(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     variants: Mapping[str, Mapping[str, object]],
+    *,
     batches: Sequence[dict],
     texts: Sequence[Part],
     max_tokens: int = 1_024,
@@ -132,8 +142,6 @@ def slimgpt_variants(
 def _settings(options: Mapping[str, object]) -> dict[str, object]:
     """What a variant's result depends on: its tokens, options not the default, all of a search."""
     apart = {k: v for k, v in options.items() if k not in _DEFAULTS or v != _DEFAULTS[k]}
-    if options.get("allocation") == "search":
-        apart["search"] = asdict(Search()) | dict(options.get("search") or {})
     return apart | {"batches": tokens_hash(options["batches"])}
 
 
@@ -150,6 +158,7 @@ def one_layer_at_a_time(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     batches: Sequence[dict],
+    *,
     texts: Sequence[Part],
     places: Sequence[float],
     ratios: Sequence[float],
@@ -184,7 +193,9 @@ def one_layer_at_a_time(
                "keep_layers": [cell["layer"], last - cell["layer"]]}
         for name, cell in cells.items()
     }  # fmt: skip
-    table, _ = slimgpt_variants(model, tokenizer, variants, batches, texts, **measuring)
+    table, _ = slimgpt_variants(
+        model, tokenizer, variants, batches=batches, texts=texts, **measuring
+    )
     facts = pd.DataFrame.from_dict(cells, orient="index").rename_axis("variant").reset_index()
     return facts.merge(table, on="variant")
 
@@ -197,6 +208,7 @@ def calibration_amounts(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     source: Part,
+    *,
     texts: Sequence[Part],
     options: Mapping[str, object],
     tokens: Sequence[int],
@@ -244,7 +256,7 @@ def calibration_amounts(
         cells.append({"variant": name, "setting": setting, "value": value})
         variants[name] = {**options, "batches": found}
     table, _ = slimgpt_variants(
-        model, tokenizer, variants, found, texts, seq_len=seq_len, **measuring
+        model, tokenizer, variants, batches=found, texts=texts, seq_len=seq_len, **measuring
     )
     dense = table[table["variant"] == "dense"].set_index("text")["perplexity"]
     return pd.DataFrame(cells).merge(table.assign(dense=table["text"].map(dense)), on="variant")
@@ -252,7 +264,7 @@ def calibration_amounts(
 
 @checked(model=Model(), batches=BATCHES, layer=Integer(0))
 def layer_problems(
-    model: PreTrainedModel, batches: Sequence[dict], layer: int, **solver
+    model: PreTrainedModel, batches: Sequence[dict], *, layer: int, **solver
 ) -> dict[str, Problem]:
     """What the two projections that read units (o, down) read in one layer of the dense model.
 
@@ -274,14 +286,17 @@ def layer_problems(
             LayerRunner(anatomy, index, hidden, calls).finish()
         one = LayerRunner(anatomy, layer, hidden, calls)
         return {
-            site: problem(anatomy, one, layer, site, anatomy.units(site)[layer], options)
+            site: read_problem(anatomy, one, layer, site, options)
             for site in ("attention", "ffn")  # in the order of the data flow
         }
 
 
-@checked(problems=DictOf(Text(), Instance(Problem), 1), ratios=SHARES, **DRAWS)
+@checked(
+    problems=DictOf(Text(), Instance(Problem), 1), ratios=SHARES, n_random=Integer(1),
+    seed=Integer(0),
+)  # fmt: skip
 def layer_losses(
-    problems: Mapping[str, Problem], ratios: Sequence[float], draws: int = 3, seed: int = 0
+    problems: Mapping[str, Problem], ratios: Sequence[float], *, n_random: int = 3, seed: int = 0
 ) -> pd.DataFrame:
     """Loss of one layer's projections: units chosen or drawn, the rest refitted or as it was.
 
@@ -291,7 +306,7 @@ def layer_losses(
         From `layer_problems`.
     ratios : sequence of float
         Shares of units that leave, rounded to whole units.
-    draws, seed : int
+    n_random, seed : int
         Random choices for each, and the seed of the first.
 
     Returns
@@ -302,36 +317,30 @@ def layer_losses(
     """
     rows, options = [], Solver()
     for site, given in problems.items():
-        total = len(given.units)
-        damped, _ = damped_inverse(given.hessian, options.damp, options.damping)
+        total, scale = len(given.units), quadratic_form(given.W, given.H)
+        damped, _ = damped_inverse(given.H, options.damping, options.damping_mode)
         for leave in sorted({round(ratio * total) for ratio in ratios} - {0, total}):
-            chosen = {("SlimGPT", 0): solve(given, site, leave, options).kept}
-            for draw in range(draws):
+            chosen = {("SlimGPT", 0): solve(given, leave, options).kept}
+            for draw in range(n_random):
                 order = torch.randperm(total, generator=torch.Generator().manual_seed(seed + draw))
                 chosen["random", draw] = order[leave:].sort().values.tolist()
             for (choice, draw), kept in chosen.items():
-                columns = given.units[kept].ravel()
-                ways = {True: refit(given.weight, damped, columns), False: given.weight[:, columns]}
+                columns = given.columns(kept)
+                ways = {True: refit(given.W, damped, columns), False: given.W[:, columns]}
                 facts = {"site": site, "units": total, "leave": leave, "share": leave / total}
                 rows += [
                     {**facts, "choice": choice, "draw": draw, "compensated": refitted,
-                     "loss": _relative_loss(given, columns, weight)}
-                    for refitted, weight in ways.items()
+                     "loss": reconstruction_loss(given.W, given.H, W, columns) / scale}
+                    for refitted, W in ways.items()
                 ]  # fmt: skip
     return pd.DataFrame(rows)
-
-
-def _relative_loss(given: Problem, columns: torch.Tensor, weight: torch.Tensor) -> float:
-    gap = given.weight.clone()
-    gap[:, columns] -= weight
-    loss, scale = (((w @ given.hessian) * w).sum() for w in (gap, given.weight))
-    return float(loss / scale)
 
 
 @checked(model=Model(), calibrations=ListOf(BATCHES, 1), repeats=Integer(1), out_dir=FOLDER)
 def slimgpt_timing(
     model: PreTrainedModel,
     calibrations: Sequence[Sequence[dict]],
+    *,
     repeats: int = 3,
     out_dir: str | os.PathLike | None = None,
     **options,

@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -48,24 +49,25 @@ def _activations(statistics: Statistics) -> list[np.ndarray]:
 
 
 @checked(
-    draws=DictOf(Text(), ListOf(STATISTICS), 1), epsilon=Number(0) | None,
+    samples=DictOf(Text(), ListOf(STATISTICS), 1), epsilon=Number(0) | None,
     quantile=Number(0, below=1) | None,
 )  # fmt: skip
 def neuron_overlap(
-    draws: Mapping[str, Sequence[Statistics]],
+    samples: Mapping[str, Sequence[Statistics]],
+    *,
     epsilon: float | None = None,
     quantile: float | None = None,
 ) -> pd.DataFrame:
     """Overlap of the FFN neurons that two domains leave unused.
 
-    Every domain brings two or more draws (statistics of disjoint text of equal length). A pair of
-    domains is compared draw against draw; a domain with itself, one draw against another: that is
-    the noise floor that contextual differences must stand out from.
+    Every domain has two or more samples (statistics of disjoint text of equal length). A pair of
+    domains is compared sample against sample; a domain with itself, one sample against another:
+    that is the noise floor that contextual differences must stand out from.
 
     Parameters
     ----------
-    draws : mapping
-        Domain to its draws.
+    samples : mapping
+        Domain to its samples.
     epsilon : float, optional
         A neuron is unused if its mean |activation| is at or below this.
     quantile : float, optional
@@ -81,35 +83,35 @@ def neuron_overlap(
     Raises
     ------
     ValueError
-        If not exactly one rule is given, or a domain has fewer than two draws.
+        If not exactly one rule is given, or a domain has fewer than two samples.
     """
     if (epsilon is None) == (quantile is None):
         raise ValueError(f"give epsilon or quantile, not both or none: {epsilon}, {quantile}")
-    for domain, found in draws.items():
+    for domain, found in samples.items():
         if len(found) < 2:
             raise ValueError(
-                f"{domain!r} has {len(found)} draw(s); two are needed to know the noise"
+                f"{domain!r} has {len(found)} sample(s); two are needed to know the noise"
             )
     unused = {
-        domain: [_unused(_activations(draw), epsilon, quantile) for draw in found]
-        for domain, found in draws.items()
+        domain: [_unused(_activations(sample), epsilon, quantile) for sample in found]
+        for domain, found in samples.items()
     }
     return set_overlap(unused).rename(columns={"size": "unused"})
 
 
-@checked(draws=DictOf(Text(), ListOf(Instance(Sequence))))
-def set_overlap(draws: Mapping[str, Sequence[list[np.ndarray]]]) -> pd.DataFrame:
-    """Jaccard overlap of sets given as flags ``[member]`` per layer, mean over pairs of draws.
+@checked(samples=DictOf(Text(), ListOf(Instance(Sequence))))
+def set_overlap(samples: Mapping[str, Sequence[list[np.ndarray]]]) -> pd.DataFrame:
+    """Jaccard overlap of sets given as flags ``[member]`` per layer, mean over pairs of samples.
 
     Returns
     -------
     pandas.DataFrame
         ``domain, other, jaccard, chance, size`` (share of members in the set); a domain with itself
-        is one draw against another.
+        is one sample against another.
     """
     rows = []
-    for domain, own in draws.items():
-        for other, foreign in draws.items():
+    for domain, own in samples.items():
+        for other, foreign in samples.items():
             pairs = [
                 _jaccard(a, b)
                 for i, a in enumerate(own)
@@ -175,7 +177,7 @@ def _jaccard(first: list[np.ndarray], second: list[np.ndarray]) -> tuple[float, 
 
 @checked(model=Model(), plan=Instance(PruningPlan), criterion=CONTROL, seed=Integer(0))
 def matched_plan(
-    model: PreTrainedModel, plan: PruningPlan, criterion: str, seed: int = 0
+    model: PreTrainedModel, plan: PruningPlan, criterion: str, *, seed: int = 0
 ) -> PruningPlan:
     """A control of exactly the same size: as many units and zeroed features, chosen otherwise.
 
@@ -228,17 +230,18 @@ def matched_plan(
 @checked(
     **PAIR, statistics=STATISTICS, texts=PART,
     epsilons=DictOf(OneOf(SWEEPS), ListOf(Number(0))), controls=ListOf(CONTROL),
-    token_counts=COUNTS, path=FOLDER, seeds=ListOf(Integer(0)),
+    token_counts=COUNTS, out_dir=FOLDER, seeds=ListOf(Integer(0)),
 )  # fmt: skip
 def threshold_sweep(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     statistics: Statistics,
+    *,
     texts: Part,
     epsilons: Mapping[str, Sequence[float]],
     controls: Sequence[str] = ("random", "magnitude"),
     token_counts: np.ndarray | None = None,
-    path: str | os.PathLike | None = None,
+    out_dir: str | os.PathLike | None = None,
     seeds: Sequence[int] = (0,),
     **protocol,
 ) -> pd.DataFrame:
@@ -259,8 +262,8 @@ def threshold_sweep(
         Which of `matched_plan`'s controls to measure beside.
     token_counts : numpy.ndarray, optional
         See `contextual_plan`.
-    path : str or path, optional
-        A ``.jsonl`` file in which finished points are kept: an interrupted sweep goes on where it
+    out_dir : str or path, optional
+        Folder for ``sweep.jsonl``, the finished points: an interrupted sweep continues where it
         stopped, and a longer one measures only what is new.
     seeds : sequence of int
         Of the random control: one row for each, so that its spread shows.
@@ -285,7 +288,7 @@ def threshold_sweep(
         raise ValueError(f"{lists}; give at least one threshold")
     texts = excerpt(texts, tokenizer, max_tokens=protocol.pop("max_tokens", None))
     protocol["max_characters"] = None
-    ledger = ResultCache(path)
+    ledger = ResultCache(out_dir and Path(out_dir) / "sweep.jsonl")
     dense = _point(model, tokenizer, None, texts, protocol, ledger)
     jobs = list(_jobs(model, statistics, epsilons, controls, token_counts, seeds))
     rows = []
@@ -318,7 +321,7 @@ def _jobs(model, statistics, epsilons, controls, token_counts, seeds) -> Iterato
             # tokens are cut by frequency alone: nothing to control for
             for control in controls if component != "embedding" else ():
                 for seed in seeds if control == "random" else (0,):
-                    matched = matched_plan(model, plan, control, seed)
+                    matched = matched_plan(model, plan, control, seed=seed)
                     yield component, control, epsilon, seed, matched
 
 
@@ -358,14 +361,15 @@ def knee(curve: pd.DataFrame, x: str = "nonzero_ratio", y: str = "perplexity_rat
 
 
 @checked(
-    variant=Text(), **PAIR, texts=TEXTS,
+    **PAIR, texts=TEXTS, variant=Text(),
     dense=Model(lock=False) | None,
 )  # fmt: skip
 def measure(
-    variant: str,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[Part],
+    *,
+    variant: str,
     dense: PreTrainedModel | None = None,
     **protocol,
 ) -> pd.DataFrame:
@@ -373,10 +377,10 @@ def measure(
 
     Parameters
     ----------
-    variant : str
-        What to call it: dense, masked, shrunk, ….
     texts : sequence of Part
         Held-out texts, all of which is used; cut them once with `excerpt`.
+    variant : str
+        Its name in the table: dense, masked, shrunk, ….
     dense : transformers.PreTrainedModel, optional
         What it was cut from, for the ratios.
     **protocol

@@ -20,7 +20,6 @@ from ..domains import Part
 BATCHES = Batches()
 CACHE = Flag() | Location()
 COUNTS = Array() | None
-DRAWS = {"draws": Integer(1), "seed": Integer(0)}
 FOLDER = Location() | None
 MODEL = Model()
 PART = Texts()

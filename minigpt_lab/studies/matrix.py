@@ -49,7 +49,7 @@ Plans = Mapping[tuple[str, int], PruningPlan]
     tokenizer=Tokenizer(),
     domains=ListOf(Instance(Domain)),
     ratio=Number(0, below=1),
-    draws=Integer(1),
+    samples=Integer(1),
     calibration_tokens=Integer(1),
     seq_len=Integer(2),
     out_dir=Location() | None,
@@ -58,8 +58,9 @@ def domain_plans(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     domains: Sequence[Domain],
+    *,
     ratio: float = 0.3,
-    draws: int = 3,
+    samples: int = 3,
     calibration_tokens: int = 8_192,
     seq_len: int = 256,
     sites: tuple[str, ...] = ("ffn",),
@@ -76,11 +77,11 @@ def domain_plans(
     ratio : float
         Share of units to remove in every layer: the same number everywhere, so that every plan
         stores the same number of parameters.
-    draws : int
+    samples : int
         Disjoint, contiguous pieces of each calibration part, a plan from each: what differs
-        between them is noise. The random control changes its seed from draw to draw.
+        between them is noise. The random control changes its seed from sample to sample.
     calibration_tokens, seq_len : int
-        Tokens per draw, and per window.
+        Tokens per sample, and per window.
     sites : tuple of str
         Which of ``"ffn"`` and ``"attention"`` to cut.
     out_dir : str or path, optional
@@ -89,8 +90,8 @@ def domain_plans(
     Returns
     -------
     dict
-        ``(cut, draw)`` to plan; a cut is a domain's name or one of `CONTROLS`. The mix has the
-        tokens of all domains; the smallest weights are the same in every draw, so there is one.
+        ``(cut, sample)`` to plan; a cut is a domain's name or one of `CONTROLS`. The mix has the
+        tokens of all domains; the smallest weights are the same in every sample: there is one.
 
     Raises
     ------
@@ -111,19 +112,19 @@ def domain_plans(
     found = {}
     for domain in domains:
         batches = tokenize(
-            domain.calibration, tokenizer, seq_len=seq_len, max_tokens=draws * calibration_tokens
+            domain.calibration, tokenizer, seq_len=seq_len, max_tokens=samples * calibration_tokens
         )
         available = sum(batch["input_ids"].numel() for batch in batches)
-        if available < draws * (calibration_tokens // seq_len) * seq_len:
+        if available < samples * (calibration_tokens // seq_len) * seq_len:
             raise ValueError(
-                f"{domain.calibration} has {available} tokens, {draws} draws of "
-                f"{calibration_tokens} need more; take fewer draws or calibration_tokens"
+                f"{domain.calibration} has {available} tokens, {samples} samples of "
+                f"{calibration_tokens} need more; take fewer samples or calibration_tokens"
             )
-        for draw, batch in enumerate(batches.samples(draws)):
+        for draw, batch in enumerate(batches.samples(samples)):
             path = out_dir and Path(out_dir) / f"statistics-{domain.name}-{draw}.safetensors"
             found[domain.name, draw] = collect_statistics(model, batch, path=path)
             add(domain.name, draw, "contextual", statistics=found[domain.name, draw])
-    for draw in range(draws):
+    for draw in range(samples):
         first, *rest = (found[name, draw] for name in names)
         add("mix", draw, "contextual", statistics=sum(rest, first))
         add("random", draw, "random", seed=draw)
@@ -158,10 +159,10 @@ def _flags(plan: PruningPlan) -> list[np.ndarray]:
     tokenizer=Tokenizer(),
     domains=ListOf(Instance(Domain), 1),
     plans=Instance(Mapping, "lab.domain_plans gives it"),
-    test_tokens=Integer(2),
+    max_tokens=Integer(2),
     seq_len=Integer(2),
     recovery_tokens=Integer(0),
-    recovery_draws=Integer(0),
+    recovery_samples=Integer(0),
     recover_on=OneOf(["mix", "own"]),
     n_bootstrap=Integer(1),
     seed=Integer(0),
@@ -171,11 +172,12 @@ def domain_matrix(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     domains: Sequence[Domain],
+    *,
     plans: Plans,
-    test_tokens: int = 2_048,
+    max_tokens: int = 2_048,
     seq_len: int = 256,
     recovery_tokens: int = 0,
-    recovery_draws: int = 1,
+    recovery_samples: int = 1,
     recover_on: str = "mix",
     n_bootstrap: int = 1000,
     seed: int = 0,
@@ -192,12 +194,12 @@ def domain_matrix(
         Measured on their ``test`` parts.
     plans : mapping
         From `domain_plans`.
-    test_tokens, seq_len : int
+    max_tokens, seq_len : int
         Tokens of test text per domain, and per window (no overlap).
     recovery_tokens : int
         If positive, cuts (and the dense model, as a control) are fine-tuned on so many tokens, too.
-    recovery_draws : int
-        Of how many draws; the others are measured without recovery only.
+    recovery_samples : int
+        Of how many samples; the others are measured without recovery only.
     recover_on : {"mix", "own"}
         ``"mix"``: all on the same text, every domain's train part in equal shares, so that only the
         cut can make the difference. ``"own"``: a domain's cut on that domain, as Mini-GPTs does;
@@ -229,7 +231,7 @@ def domain_matrix(
     if missing:
         raise ValueError(f"no plan for {missing}; plans are of {sorted({cut for cut, _ in plans})}")
     texts = {
-        domain.name: excerpt(domain.test, tokenizer, max_tokens=test_tokens) for domain in domains
+        domain.name: excerpt(domain.test, tokenizer, max_tokens=max_tokens) for domain in domains
     }
     own = {domain.name: domain for domain in domains}
     mix = mixed(domains) if recovery_tokens else None
@@ -240,7 +242,7 @@ def domain_matrix(
     rows = []
     for cut, draw, plan in tqdm(jobs, desc="matrix", unit="model"):
         rows += cells.measure(cut, draw, plan)
-        if recovery_tokens and draw < recovery_draws:
+        if recovery_tokens and draw < recovery_samples:
             text = own.get(cut, mix) if recover_on == "own" else mix
             how = {"max_tokens": recovery_tokens, "seq_len": seq_len, "seed": seed, **recovery}
             rows += cells.measure(cut, draw, plan, text, how)

@@ -47,7 +47,7 @@ Plans = dict[Cell, PruningPlan]
 
 
 @dataclass(frozen=True)
-class Compensated:
+class SlimGPTRun:
     """A cut by `slimgpt`, made when it is wanted: its weights are too large to keep them all.
 
     Parameters
@@ -65,8 +65,8 @@ class Compensated:
         check_fields(self, batches=BATCHES, options=DictOf(Text()))
 
 
-Cut = PruningPlan | Compensated
-Cuts = dict[Cell, Cut]
+Pruning = PruningPlan | SlimGPTRun
+Prunings = dict[Cell, Pruning]
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Method:
 
 
 _METHODS = DictOf(Text(), Instance(Method), 1)
-_PLANS = DictOf(Instance(tuple), Instance(PruningPlan) | Instance(Compensated))
+_PLANS = DictOf(Instance(tuple), Instance(PruningPlan) | Instance(SlimGPTRun))
 
 
 def registered_methods() -> dict[str, Method]:
@@ -110,6 +110,7 @@ def registered_methods() -> dict[str, Method]:
 def method_scores(
     model: PreTrainedModel,
     batches: Sequence[dict],
+    *,
     statistics: Statistics,
     methods: Mapping[str, Method],
     cache: bool | str | os.PathLike = True,
@@ -145,6 +146,7 @@ def method_scores(
 def method_plans(
     model: PreTrainedModel,
     scores: Mapping[str, Scores],
+    *,
     methods: Mapping[str, Method],
     statistics: Statistics,
     ratios: Sequence[float],
@@ -181,9 +183,9 @@ def method_plans(
 
 
 @checked(plans=_PLANS, batches=BATCHES, variants=DictOf(Text(), Instance(Mapping), 1))
-def slimgpt_cuts(
-    plans: Plans, batches: Sequence[dict], variants: Mapping[str, Mapping[str, object]]
-) -> Cuts:
+def slimgpt_runs(
+    plans: Plans, batches: Sequence[dict], *, variants: Mapping[str, Mapping[str, object]]
+) -> dict[Cell, SlimGPTRun]:
     """`slimgpt` at the sizes of other methods' plans, as more methods of the same comparison.
 
     Parameters
@@ -202,23 +204,23 @@ def slimgpt_cuts(
             size = {"sites": KINDS[kind], "ratio": ratio}
             if "allocation" not in options:
                 size = {"sites": (*plan.removed,), "counts": plan.removed}
-            cuts.setdefault((name, kind, ratio), Compensated(batches, {**size, **options}))
+            cuts.setdefault((name, kind, ratio), SlimGPTRun(batches, {**size, **options}))
     return cuts
 
 
-@checked(model=MODEL, cut=Instance(PruningPlan) | Instance(Compensated))
-def realise(model: PreTrainedModel, cut: Cut) -> PreTrainedModel:
-    """The smaller model that a cut makes of a dense one."""
-    if isinstance(cut, PruningPlan):
-        return shrink(model, cut)
-    return slimgpt(model, cut.batches, progress=False, **cut.options)[0]
+@checked(model=MODEL, pruning=Instance(PruningPlan) | Instance(SlimGPTRun))
+def pruned_model(model: PreTrainedModel, pruning: Pruning) -> PreTrainedModel:
+    """Prune a copy of the dense model."""
+    if isinstance(pruning, PruningPlan):
+        return shrink(model, pruning)
+    return slimgpt(model, pruning.batches, progress=False, **pruning.options)[0]
 
 
-def _recipe(cut: Cut) -> list:
+def _recipe(pruning: Pruning) -> list:
     """What the cut model depends on, beside the dense one."""
-    if isinstance(cut, PruningPlan):
-        return [cut.keep, cut.shift]
-    return ["slimgpt", tokens_hash(cut.batches), dict(cut.options)]
+    if isinstance(pruning, PruningPlan):
+        return [pruning.keep, pruning.shift]
+    return ["slimgpt", tokens_hash(pruning.batches), dict(pruning.options)]
 
 
 @checked(
@@ -229,7 +231,8 @@ def _recipe(cut: Cut) -> list:
 def method_comparison(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    plans: Cuts,
+    plans: Prunings,
+    *,
     texts: Sequence[Part],
     max_tokens: int = 2_048,
     seq_len: int = 256,
@@ -244,7 +247,7 @@ def method_comparison(
     model, tokenizer
         The dense pair.
     plans : mapping
-        From `method_plans` and `slimgpt_cuts`.
+        From `method_plans` and `slimgpt_runs`.
     texts : sequence of Part
         Held out, e.g. the test parts of the calibration domain and of a general one.
     max_tokens, seq_len : int
@@ -269,8 +272,8 @@ def method_comparison(
     trained = recover_on and [content_hash(recover_on.train), settings]
     protocol = {"seq_len": seq_len, "max_characters": None}
 
-    def measured(plan: Cut | None) -> dict:
-        mini = model if plan is None else realise(model, plan)
+    def measured(plan: Pruning | None) -> dict:
+        mini = model if plan is None else pruned_model(model, plan)
         if plan is not None and recover_on is not None:
             recover(mini, tokenizer, recover_on, **settings)
         rows = [
@@ -293,7 +296,7 @@ def method_comparison(
 
 
 @checked(plans=_PLANS, sites=OneOf(KINDS), ratio=Number(0, below=1))
-def method_overlap(plans: Plans, sites: str, ratio: float) -> pd.DataFrame:
+def method_overlap(plans: Plans, *, sites: str, ratio: float) -> pd.DataFrame:
     """Jaccard overlap of the units that two methods remove, at one ratio.
 
     Returns
@@ -310,7 +313,7 @@ def method_overlap(plans: Plans, sites: str, ratio: float) -> pd.DataFrame:
 
 
 @checked(directions=ListOf(Integer(1)), seeds=Integer(1))
-def gradient_methods(directions: Sequence[int], seeds: int = 3) -> dict[str, Method]:
+def gradient_methods(directions: Sequence[int], *, seeds: int = 3) -> dict[str, Method]:
     """MINI-LLM's score with every kind of gradient, and a random control.
 
     Parameters
@@ -338,6 +341,7 @@ def gradient_methods(directions: Sequence[int], seeds: int = 3) -> dict[str, Met
 def scoring_costs(
     model: PreTrainedModel,
     batches: Sequence[dict],
+    *,
     statistics: Statistics,
     methods: Mapping[str, Method],
     sites: tuple[str, ...] = ("ffn", "attention"),

@@ -36,10 +36,10 @@ from ..store import ResultCache, content_hash
 
 @checked(
     model=Model(),
-    batches=Batches(),
+    tokenizer=Tokenizer(),
+    batches=Batches(again=True),
     domain=Instance(Domain),
     increase=Number(0),
-    tokenizer=Tokenizer() | None,
     most=Number(above=0, below=1),
     tolerance=Number(),
     seq_len=Integer(2),
@@ -49,11 +49,11 @@ from ..store import ResultCache, content_hash
 )
 def smallest_within(
     model: PreTrainedModel,
-    batches: Iterable[dict[str, torch.Tensor]],
+    tokenizer: PreTrainedTokenizerBase,
     domain: Domain,
-    increase: float = 0.05,
     *,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    batches: Iterable[dict[str, torch.Tensor]],
+    increase: float = 0.05,
     most: float = 0.8,
     tolerance: float = 0.01,
     seq_len: int = 256,
@@ -69,16 +69,14 @@ def smallest_within(
 
     Parameters
     ----------
-    model : transformers.PreTrainedModel
-        Left as it is.
-    batches : iterable of dict
-        Calibration tokens.
+    model, tokenizer
+        A pair; left as it is.
     domain : Domain
         Its validation part judges.
+    batches : iterable of dict
+        Calibration tokens.
     increase : float
         Largest relative increase of the perplexity over the dense model's: 0.05 is 5 %.
-    tokenizer : transformers.PreTrainedTokenizerBase, optional
-        The model's; what `tokenize` returned knows it.
     most : float
         Ratio at which to stop looking for more.
     tolerance : float
@@ -104,16 +102,12 @@ def smallest_within(
     Raises
     ------
     ValueError
-        If a number is out of range, the tokenizer is not known, a ratio cannot be met, or an
+        If a number is out of range, a ratio cannot be met, or an
         argument of `slimgpt` that is chosen here is given.
     """
     Number(above=0, below=most)("tolerance", tolerance)
     if taken := sorted({"ratio", "parameters", "counts", "inplace"} & set(options)):
         raise ValueError(f"{', '.join(taken)}: chosen by smallest_within; leave it out")
-    tokenizer = tokenizer or getattr(batches, "tokenizer", None)
-    if tokenizer is None:
-        raise ValueError("batches that tokenize did not make know no tokenizer: give tokenizer=")
-    batches = list(batches)
     options = {"ratio_of": "decoder", "allocation": "log-increase", **options}
     recipe = {
         "model": fingerprint(model),
@@ -129,7 +123,7 @@ def smallest_within(
 
     def cut(ratio: float) -> tuple[PreTrainedModel, PruningPlan]:
         folder = out_dir and _folder(out_dir, ratio, recipe)
-        return slimgpt(model, batches, ratio, out_dir=folder, progress=progress, **options)
+        return slimgpt(model, batches, ratio=ratio, out_dir=folder, progress=progress, **options)
 
     def measured(ratio: float) -> dict:
         mini, plan = cut(ratio) if ratio else (model, None)

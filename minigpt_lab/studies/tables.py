@@ -66,6 +66,7 @@ def cosine_curve(
     model: PreTrainedModel,
     batches: Iterable[dict[str, torch.Tensor]],
     directions: Iterable[int],
+    *,
     seeds: int = 3,
     sites: tuple[str, ...] = SITES,
     **options,

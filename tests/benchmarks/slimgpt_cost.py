@@ -9,7 +9,6 @@ of 2,048 tokens, for a CUDA device: seconds, and memory beside weights and hidde
 from __future__ import annotations
 
 import argparse
-import importlib
 import statistics
 import time
 from collections import defaultdict
@@ -19,15 +18,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import minigpt_lab as lab
 from minigpt_lab.calibration import layer_runner as layerwise
-from minigpt_lab.compensation import layer as compensation
+from minigpt_lab.compensation import layer_by_layer, solver
 from minigpt_lab.models.runtime import inference
 
 WINDOWS, SEQ_LEN = 32, 256
 PARTS = {  # what is timed: owner and name
-    "embeddings": (importlib.import_module("minigpt_lab.slimgpt"), "enter"),
+    "embeddings": (layer_by_layer, "catch_inputs"),
     "layers": (layerwise.LayerRunner, "run"),
-    "second moments": (compensation.Moments, "add"),
-    "choosing and refitting": (compensation, "eliminations"),
+    "second moments": (solver.Moments, "add"),
+    "choosing and refitting": (solver, "eliminate_levels"),
 }
 
 

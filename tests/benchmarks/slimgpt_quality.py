@@ -24,7 +24,7 @@ SHORT = 256  # calibration windows where budgets are compared
 HALF = 81_448_128  # parameters, half of the decoder's gone
 RATIOS = (0.2, 0.3, 0.5)
 ALLOCATIONS = ("uniform", "log-increase", "search")
-PAPER = {"damp": 0.01, "damping": "mean", "error": "slimgpt"}  # as SlimGPT's code does
+PAPER = {"damping": 0.01, "damping_mode": "mean", "saliency": "slimgpt"}  # as SlimGPT's code does
 VARIANTS = {
     "SlimGPT, damped by its features": {},
     "the same, uniform": {"allocation": "uniform"},
@@ -65,12 +65,12 @@ def sizes(model, tokenizer, law) -> Iterator[tuple[str, PreTrainedModel]]:
             lab.shrink(model, lab.plan_from_scores(model, wanda, ratio=ratio)),
         )
         for name, options in VARIANTS.items():
-            mini, _ = lab.slimgpt(model, batches, ratio, sites=("ffn",), **options, **quiet)
+            mini, _ = lab.slimgpt(model, batches, ratio=ratio, sites=("ffn",), **options, **quiet)
             yield f"{ratio:.0%} {name}", mini
     third = {"attention": [1] * 30}
-    for error in ("exact", "slimgpt", "diag"):
-        heads = {"sites": ("attention",), "counts": third, "error": error}
-        yield f"1 of 3 groups, {error}", lab.slimgpt(model, batches, **heads, **quiet)[0]
+    for saliency in ("exact", "slimgpt", "diag"):
+        heads = {"sites": ("attention",), "counts": third, "saliency": saliency}
+        yield f"1 of 3 groups, {saliency}", lab.slimgpt(model, batches, **heads, **quiet)[0]
     heads = {"units": "balanced_heads", "sites": ("attention",)}
     third = {"balanced_heads": third["attention"]}
     yield "1 of 3 heads each", lab.slimgpt(model, batches, counts=third, **heads, **quiet)[0]

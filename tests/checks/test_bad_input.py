@@ -121,17 +121,22 @@ def calls(t: dict) -> dict[str, dict]:
         "criterion": {"name": "a_name_of_a_test"},
         "describe": {"model": t["model"]},
         "domain_matrix": {
-            **pair, "domains": domains, "plans": {("tiny-law", 0): t["plan"]}, "test_tokens": 64,
-            "seq_len": 32, "recovery_tokens": 0, "recovery_draws": 1, "recover_on": "mix",
+            **pair, "domains": domains, "plans": {("tiny-law", 0): t["plan"]}, "max_tokens": 64,
+            "seq_len": 32, "recovery_tokens": 0, "recovery_samples": 1, "recover_on": "mix",
             "n_bootstrap": 10, "seed": 0, "out_dir": None,
         },
         "domain_names": {"tiny": True},
         "domain_plans": {
-            **pair, "domains": domains, "ratio": 0.3, "draws": 1, "calibration_tokens": 64,
+            **pair, "domains": domains, "ratio": 0.3, "samples": 1, "calibration_tokens": 64,
             "seq_len": 32, "sites": ("ffn",), "out_dir": None,
         },
         "efficiency": {**pair, "dense": None, "seq_len": 16, "new_tokens": 2, "batch_size": 1,
                        "repeats": 1},
+        "eliminate": {
+            "W": torch.ones(2, 4), "H": torch.eye(4), "units": torch.arange(4)[:, None], "count": 1,
+            "saliency": "exact", "block_size": 1, "damping": 0.1, "damping_mode": "mean",
+            "compensate": True,
+        },
         "excerpt": {"text": test, "tokenizer": t["tokenizer"], "max_tokens": 64,
                     "max_characters": 100},
         "generate": {**pair, "prompt": "The court", "max_new_tokens": 2},
@@ -165,6 +170,12 @@ def calls(t: dict) -> dict[str, dict]:
             "target_modules": ["q_proj"], "out_dir": None, "seed": 0, "progress": False,
         },
         "save_model": {**pair, "path": t["folder"] / "saved", "portable": False},
+        "search_counts": {
+            **read, "ratio": 0.2, "parameters": None, "sites": ("ffn",), "units": "kv_group",
+            "ratio_of": "units", "keep_layers": (0, 0), "multiple_of": 1, "levels": 2,
+            "validation_fraction": 0.25, "rounds": 1, "steps": 1, "step_size": 0.04, "seed": 0,
+            "offload": "device", "out_dir": None, "progress": False, "bias": "keep",
+        },
         "score": {
             "model": t["model"], "criterion": "magnitude", "batches": t["batches"],
             "statistics": None, "sites": ("ffn",), "units": "kv_group", "cache": False,
@@ -174,11 +185,11 @@ def calls(t: dict) -> dict[str, dict]:
             **read, "ratio": 0.2, "parameters": None, "sites": ("ffn",), "units": "kv_group",
             "allocation": "uniform", "ratio_of": "units", "keep_layers": (0, 0), "multiple_of": 1,
             "counts": None, "search": None, "inplace": False, "offload": "device", "out_dir": None,
-            "progress": False, "error": "exact", "damp": 0.3, "damping": "feature", "bias": "keep",
-            "schedule": "paper",
+            "progress": False, "saliency": "exact", "damping": 0.3, "damping_mode": "feature",
+            "bias": "keep", "block_size": "dynamic",
         },
         "smallest_within": {
-            **read, "domain": t["domain"], "increase": 0.5, "tokenizer": None, "most": 0.5,
+            **pair, "batches": t["batches"], "domain": t["domain"], "increase": 0.5, "most": 0.5,
             "tolerance": 0.4, "seq_len": 32, "max_tokens": 64, "out_dir": None, "progress": False,
         },
         "tokenize": {"text": test, "tokenizer": t["tokenizer"], "seq_len": 16, "max_tokens": 64,
@@ -186,7 +197,7 @@ def calls(t: dict) -> dict[str, dict]:
         "tokenizer_for": pair,
         "trim_tokenizer": {"tokenizer": t["tokenizer"], "kept": list(range(len(t["tokenizer"])))},
         "weight_compensated": {"model": t["model"], "plan": t["plan"], "hessians": t["hessians"],
-                               "damp": 0.01},
+                               "damping": 0.01},
     }  # fmt: skip
 
 
@@ -208,7 +219,7 @@ def study_calls(t: dict) -> dict[str, dict]:
             **pair, "source": t["domain"].calibration, "texts": texts, "options": {"ratio": 0.2},
             "tokens": [64], "lengths": [32], "total": 64, "seq_len": 32, "max_tokens": 64,
         },
-        "ablations.layer_losses": {"problems": t["problems"], "ratios": [0.2], "draws": 1,
+        "ablations.layer_losses": {"problems": t["problems"], "ratios": [0.2], "n_random": 1,
                                    "seed": 0},
         "ablations.layer_problems": {**read, "layer": 0},
         "ablations.one_layer_at_a_time": {
@@ -228,12 +239,12 @@ def study_calls(t: dict) -> dict[str, dict]:
                                   "seed": 0},
         "analysis.measure": {"variant": "dense", **pair, "texts": texts, "dense": None,
                              "seq_len": 32},
-        "analysis.neuron_overlap": {"draws": {"law": [t["statistics"]] * 2}, "epsilon": 0.1,
+        "analysis.neuron_overlap": {"samples": {"law": [t["statistics"]] * 2}, "epsilon": 0.1,
                                     "quantile": None},
         "analysis.threshold_sweep": {
             **pair, "statistics": t["statistics"], "texts": texts[0],
-            "epsilons": {"activation": [0.01]}, "controls": (), "token_counts": None, "path": None,
-            "seeds": (0,), "seq_len": 32,
+            "epsilons": {"activation": [0.01]}, "controls": (), "token_counts": None,
+            "out_dir": None, "seeds": (0,), "seq_len": 32,
         },
         "lookups.read_sweep": {"sweep": sweep, "component": "linear", "epsilon": 0.15},
         "lookups.threshold_range": {"magnitudes": magnitudes, "component": "linear",
@@ -251,10 +262,10 @@ def study_calls(t: dict) -> dict[str, dict]:
         },
         "methods.method_scores": {**read, "statistics": t["statistics"], "methods": found,
                                   "cache": False},
-        "methods.realise": {"model": t["model"], "cut": t["plan"]},
+        "methods.pruned_model": {"model": t["model"], "pruning": t["plan"]},
         "methods.scoring_costs": {**read, "statistics": t["statistics"], "methods": found,
                                   "sites": ("ffn",), "out_dir": None},
-        "methods.slimgpt_cuts": {"plans": plans, "batches": t["batches"], "variants": {"a": {}}},
+        "methods.slimgpt_runs": {"plans": plans, "batches": t["batches"], "variants": {"a": {}}},
     }  # fmt: skip
 
 

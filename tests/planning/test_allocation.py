@@ -155,7 +155,7 @@ def test_targets_out_of_reach_say_what_can_be_reached():
     for first in (1, 0.1):  # a third of the units is in the first layer
         for cut in (
             lambda a: lab.plan_from_scores(model, scores, ratio=0.5, allocation=a),
-            lambda a: lab.slimgpt(model, [{"input_ids": PROBE}], 0.5, allocation=a),
+            lambda a: lab.slimgpt(model, [{"input_ids": PROBE}], ratio=0.5, allocation=a),
         ):
             with pytest.raises(ValueError, match="ratio is 0.5, .* hold only 0.333 of the units"):
                 cut([first, 0, 0])

@@ -30,7 +30,7 @@ import minigpt_lab as lab
 from minigpt_lab import figures
 from minigpt_lab.calibration.collector import Collector
 from minigpt_lab.checks.paths import UnusablePath, writable_file, writable_folder
-from minigpt_lab.compensation.resumption import Finished, discard
+from minigpt_lab.compensation.workspace import Workspace, discard
 from minigpt_lab.experiments import reports
 from minigpt_lab.experiments.records import RECORD, discard_run, own_files, write_record
 from minigpt_lab.experiments.runs import install_run, run_notebook, run_once
@@ -88,7 +88,7 @@ FOLDERS = {
         eval_characters=500, out_dir=path, progress=False,
     ),
     "record": lambda _, path: write_record(Path(path), {"notebook": "x"}),
-    "finished": lambda _, path: Finished(path),
+    "finished": lambda _, path: Workspace(out_dir=path),
     "shards": lambda _, path: Shards("disk", path).update({0: torch.ones(2)}),
 }  # fmt: skip
 
@@ -443,7 +443,11 @@ def test_a_relative_path_stays_what_it_was_when_the_working_folder_changes(tmp_p
     (tmp_path / "begun").mkdir()
     (tmp_path / "later").mkdir()
     monkeypatch.chdir(tmp_path / "begun")
-    ledger, finished, shards = ResultCache("l.jsonl"), Finished("run"), Shards("disk", "shards")
+    ledger, finished, shards = (
+        ResultCache("l.jsonl"),
+        Workspace(out_dir="run"),
+        Shards("disk", "shards"),
+    )
     shards[0] = torch.ones(2)
     monkeypatch.chdir(tmp_path / "later")
     ledger.get([1], lambda: {"x": 1})

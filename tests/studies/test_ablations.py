@@ -11,7 +11,6 @@ from helpers import random_model
 
 import minigpt_lab as lab
 from minigpt_lab import figures
-from minigpt_lab.compensation.obs import exact_error
 from minigpt_lab.models.anatomy import Anatomy
 from minigpt_lab.studies import ablations
 
@@ -32,7 +31,7 @@ def study(tiny, tiny_domain, tmp_path_factory):
     measuring = {"max_tokens": 256, "seq_len": 64, "prompt": "The court",
                  "out_dir": tmp_path_factory.mktemp("study")}  # fmt: skip
     table, layers = ablations.slimgpt_variants(
-        model, tokenizer, variants, batches, texts, **measuring
+        model, tokenizer, variants, batches=batches, texts=texts, **measuring
     )
     return variants, batches, texts, measuring, table, layers
 
@@ -74,30 +73,33 @@ def test_a_finished_variant_is_found_under_any_name(study, tiny, monkeypatch):
     monkeypatch.setattr(ablations, "slimgpt", None)
     monkeypatch.setattr(ablations, "perplexity", None)
     renamed = {f"{name} again": options for name, options in variants.items()}
-    renamed["full again"] = {**FULL, "compensate": True, "schedule": "dynamic"}  # the defaults
-    again, same = ablations.slimgpt_variants(*tiny, renamed, batches, texts, **measuring)
+    renamed["full again"] = {**FULL, "compensate": True, "block_size": "dynamic"}  # the defaults
+    again, same = ablations.slimgpt_variants(
+        *tiny, renamed, batches=batches, texts=texts, **measuring
+    )
     assert again.drop(columns="variant").equals(table.drop(columns="variant"))
     assert same.drop(columns="variant").equals(layers.drop(columns="variant"))
     with pytest.raises(TypeError):  # other options are another variant
-        other = {"other": {**FULL, "error": "diag"}}
-        ablations.slimgpt_variants(*tiny, other, batches, texts, **measuring)
+        other = {"other": {**FULL, "saliency": "diag"}}
+        ablations.slimgpt_variants(*tiny, other, batches=batches, texts=texts, **measuring)
 
 
 def test_a_study_of_searches(study, tiny, tmp_path):
     model, tokenizer = tiny
     _, batches, texts, measuring, *_ = study
-    other, _ = lab.slimgpt(model, batches, 0.05, progress=False)
+    other, _ = lab.slimgpt(model, batches, ratio=0.05, progress=False)
     measuring = {**measuring, "out_dir": tmp_path, "prompt": ""}
+    measuring |= {"batches": batches, "texts": texts[:1]}
     quick = {"ratio": 0.3, "allocation": "search", "search": {"levels": 2, "rounds": 1, "steps": 2}}
     for each in (model, other):  # one folder for a study of several models
-        ablations.slimgpt_variants(each, tokenizer, {"s": quick}, batches, texts[:1], **measuring)
+        ablations.slimgpt_variants(each, tokenizer, {"s": quick}, **measuring)
     longer = {**quick, "search": {**quick["search"], "steps": 3}}
-    ablations.slimgpt_variants(model, tokenizer, {"s": longer}, batches, texts[:1], **measuring)
+    ablations.slimgpt_variants(model, tokenizer, {"s": longer}, **measuring)
     assert len(list(tmp_path.glob("search-*/search.jsonl"))) == 3
     assert len(list(tmp_path.glob("search-*/state.json"))) == 3
     for wrong in ({"dense": FULL}, {"s": {**FULL, "inplace": True}}):
         with pytest.raises(ValueError, match="a study names 'dense' and sets inplace"):
-            ablations.slimgpt_variants(model, tokenizer, wrong, batches, texts[:1], **measuring)
+            ablations.slimgpt_variants(model, tokenizer, wrong, **measuring)
 
 
 def test_one_layer_at_a_time_leaves_the_others_whole(study, tiny):
@@ -105,7 +107,7 @@ def test_one_layer_at_a_time_leaves_the_others_whole(study, tiny):
     model, _ = tiny
     measuring = {**measuring, "prompt": ""}
     table = ablations.one_layer_at_a_time(
-        *tiny, batches, texts[:1], [0.0, 0.2, 1.0], [0.25, 0.75], **measuring
+        *tiny, batches, texts=texts[:1], places=[0.0, 0.2, 1.0], ratios=[0.25, 0.75], **measuring
     )
     last = len(Anatomy(model).layers) - 1
     layers = sorted({0, round(0.2 * last), last})
@@ -113,7 +115,9 @@ def test_one_layer_at_a_time_leaves_the_others_whole(study, tiny):
         [i, r] for i in layers for r in (0.25, 0.75)
     ]
     assert (table["removed"] < 0.75 / (last + 1)).all()
-    mini, plan = lab.slimgpt(model, batches, 0.75, allocation="uniform", keep_layers=(last, 0))
+    mini, plan = lab.slimgpt(
+        model, batches, ratio=0.75, allocation="uniform", keep_layers=(last, 0)
+    )
     assert not any(sum(counts[:-1]) for counts in plan.removed.values())
     assert table["stored"].iloc[-1] == lab.model_size(mini).stored
 
@@ -123,20 +127,20 @@ def test_one_layers_problems_are_those_of_the_dense_model():
     ids = torch.randint(3, 97, (4, 16), generator=torch.Generator().manual_seed(0))
     batches = [{"input_ids": ids[:2]}, {"input_ids": ids[2:]}]
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    problems = ablations.layer_problems(model, batches, 2)
+    problems = ablations.layer_problems(model, batches, layer=2)
     anatomy = Anatomy(model)
     names = {site: anatomy.name(2, anatomy.family.consumes[site]) for site in problems}
     hessians = lab.collect_hessians(model, batches, names.values(), progress=False)
     for site, name in names.items():
         expected = hessians.matrices[name].float()
-        torch.testing.assert_close(problems[site].hessian, expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(problems[site].H, expected, atol=1e-5, rtol=1e-4)
     assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
 
 
 def test_losses_of_one_layer(study, tiny):
     _, batches, *_ = study
-    problems = ablations.layer_problems(tiny[0], batches, 1)
-    table = ablations.layer_losses(problems, [0.0, 0.1, 0.5, 1.0], draws=2)
+    problems = ablations.layer_problems(tiny[0], batches, layer=1)
+    table = ablations.layer_losses(problems, [0.0, 0.1, 0.5, 1.0], n_random=2)
     assert set(table["site"]) == {"attention", "ffn"}
     assert (table["leave"] > 0).all() and (table["leave"] < table["units"]).all()
     cells = table.set_index(["site", "leave", "choice", "draw", "compensated"])["loss"].unstack()
@@ -145,9 +149,9 @@ def test_losses_of_one_layer(study, tiny):
     means = channels.groupby(["leave", "choice"])["loss"].mean().unstack()
     assert (means["SlimGPT"] < means["random"]).all()
     given = problems["attention"]  # one unit leaves: the loss is the exact error
-    scale = float(((given.weight @ given.hessian) * given.weight).sum())
-    errors = exact_error(
-        given.weight, torch.linalg.inv(given.hessian.double()).float(), given.units
+    scale = float(((given.W @ given.H) * given.W).sum())
+    errors = lab.SALIENCIES["exact"](
+        given.W, torch.linalg.inv(given.H.double()).float(), given.units
     )
     one = table.query("site == 'attention' and leave == 1 and choice == 'SlimGPT' and compensated")
     best = float(errors.min()) / scale
@@ -156,13 +160,17 @@ def test_losses_of_one_layer(study, tiny):
 
 def test_time_is_measured_beside_a_plain_pass(study, tiny, tmp_path, monkeypatch):
     _, batches, *_ = study
-    table = ablations.slimgpt_timing(tiny[0], [batches[:1], batches], 2, tmp_path, **FULL)
+    table = ablations.slimgpt_timing(
+        tiny[0], [batches[:1], batches], repeats=2, out_dir=tmp_path, **FULL
+    )
     tokens = [batch["input_ids"].numel() for batch in batches]
     assert list(table["tokens"]) == [tokens[0], sum(tokens)]
     assert (table["low"] <= table["passes"]).all() and (table["passes"] <= table["high"]).all()
     assert (table["low"] > 0).all()
     monkeypatch.setattr(ablations, "slimgpt", None)
-    again = ablations.slimgpt_timing(tiny[0], [batches[:1], batches], 2, tmp_path, **FULL)
+    again = ablations.slimgpt_timing(
+        tiny[0], [batches[:1], batches], repeats=2, out_dir=tmp_path, **FULL
+    )
     assert again.equals(table)
 
 
@@ -196,7 +204,7 @@ def test_budgets_are_shares_of_parameters(study):
 
 def test_the_other_pictures(study, tiny):
     _, batches, *_ = study
-    losses = ablations.layer_losses(ablations.layer_problems(tiny[0], batches, 0), [0.2, 0.5])
+    losses = ablations.layer_losses(ablations.layer_problems(tiny[0], batches, layer=0), [0.2, 0.5])
     figure = figures.layer_losses(losses, caption="tiny")
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [
         f"{choice}, {way}compensated" for choice in ("SlimGPT", "random") for way in ("", "not ")
@@ -221,7 +229,14 @@ def test_amounts_of_text_and_lengths_of_windows(study, tiny, tiny_domain):
     measuring = {**measuring, "prompt": ""}
     source = tiny_domain.calibration
     found = ablations.calibration_amounts(
-        *tiny, source, texts, FULL, [256, 512], [32, 64], 512, **measuring
+        *tiny,
+        source,
+        texts=texts,
+        options=FULL,
+        tokens=[256, 512],
+        lengths=[32, 64],
+        total=512,
+        **measuring,
     )
     assert list(found["setting"].unique()) == [
         "calibration tokens", "tokens per window, 512 in all",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from helpers import random_plan
+from helpers import random_model, random_plan
 
 import minigpt_lab as lab
-from minigpt_lab.models import sizes
+from minigpt_lab import studies
 from minigpt_lab.studies import analysis
 
 
@@ -81,8 +81,8 @@ def test_a_sweep_resumes_where_it_stopped(tmp_path, tiny, draws, monkeypatch):
 
     def sweep(seeds=(0,), **epsilons):
         return analysis.threshold_sweep(
-            model, tokenizer, statistics, texts, epsilons, path=path, seeds=seeds, seq_len=64,
-            max_tokens=256,
+            model, tokenizer, statistics, texts=texts, epsilons=epsilons, out_dir=tmp_path,
+            seeds=seeds, seq_len=64, max_tokens=256,
         )  # fmt: skip
 
     first = sweep(activation=[0.05])
@@ -113,10 +113,12 @@ def test_activation_frame_has_a_row_per_neuron(draws, tiny):
     assert len(frame) == 2 * 4 * 384
 
 
-def test_budget_counts_every_parameter_once(model):
-    table = sizes.budget(model, "dense")
+@pytest.mark.parametrize("family", ["llama", "opt", "bloom"])
+def test_budget_counts_every_parameter_once(family):
+    model = random_model(family)
+    table = studies.parameter_budget(model, "dense")
     assert table["parameters"].sum() == sum(p.numel() for p in model.parameters())
     mini = lab.shrink(model, random_plan(model, 22))
-    parts = sizes.budget(mini, "mini").set_index("part")["parameters"]
+    parts = studies.parameter_budget(mini, "mini").set_index("part")["parameters"]
     assert parts.sum() == lab.model_size(mini).stored
     assert parts["ffn"] < table.set_index("part").loc["ffn", "parameters"]

@@ -11,7 +11,7 @@ from minigpt_lab.store.ledger import ResultCache
 from minigpt_lab.studies import matrix
 
 NAMES = ("tiny-law", "tiny-games")
-SMALL = {"test_tokens": 512, "seq_len": 64}
+SMALL = {"max_tokens": 512, "seq_len": 64}
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,9 @@ def domains():
 @pytest.fixture(scope="module")
 def plans(tiny, domains, tmp_path_factory):
     folder = tmp_path_factory.mktemp("plans")
-    return lab.domain_plans(*tiny, domains, 0.3, 3, 1024, seq_len=64, out_dir=folder)
+    return lab.domain_plans(
+        *tiny, domains, ratio=0.3, samples=3, calibration_tokens=1024, seq_len=64, out_dir=folder
+    )
 
 
 def test_every_plan_stores_the_same_and_draws_differ(tiny, plans):
@@ -34,7 +36,7 @@ def test_every_plan_stores_the_same_and_draws_differ(tiny, plans):
 
 
 def test_own_text_is_what_a_cut_knows(tiny, domains, plans):
-    table = lab.domain_matrix(*tiny, domains, plans, **SMALL)
+    table = lab.domain_matrix(*tiny, domains, plans=plans, **SMALL)
     assert len(table) == 2 * (len(NAMES) + len(matrix.CONTROLS) + 1)
     diagonal = table[table["cut"] == table["text"]]
     assert (diagonal[["difference", "difference_low", "difference_high"]] == 0).all(axis=None)
@@ -71,12 +73,12 @@ def test_an_interrupted_matrix_goes_on_where_it_was(tiny, domains, plans, tmp_pa
 
     monkeypatch.setattr(matrix, "recover", killed_later)
     with pytest.raises(KeyboardInterrupt):
-        lab.domain_matrix(*tiny, domains, few, **arguments)
-    table = lab.domain_matrix(*tiny, domains, few, **arguments)
+        lab.domain_matrix(*tiny, domains, plans=few, **arguments)
+    table = lab.domain_matrix(*tiny, domains, plans=few, **arguments)
     assert len(calls) == 3 + len(few) + 1 - 2  # the two finished ones are not trained again
     assert set(table["recovered"]) == {True, False}
     monkeypatch.setattr(matrix, "perplexity", None)  # nothing is measured twice
-    again = lab.domain_matrix(*tiny, domains, few, **arguments)
+    again = lab.domain_matrix(*tiny, domains, plans=few, **arguments)
     pd.testing.assert_frame_equal(again, table)
     pruned, recovered = (table[table["recovered"] == state] for state in (False, True))
     gain = recovered["perplexity"].to_numpy() / pruned["perplexity"].to_numpy()
@@ -88,7 +90,9 @@ def test_recovered_on_the_same_or_on_its_own_text(tiny, domains, plans, monkeypa
     seen = []
     monkeypatch.setattr(matrix, "recover", lambda m, t, domain, **how: seen.append(domain.name))
     for choice in ("mix", "own"):
-        lab.domain_matrix(*tiny, domains, few, **SMALL, recovery_tokens=512, recover_on=choice)
+        lab.domain_matrix(
+            *tiny, domains, plans=few, **SMALL, recovery_tokens=512, recover_on=choice
+        )
     assert seen == ["mix"] * 6 + ["mix", *NAMES, *["mix"] * 3]
 
 
@@ -124,14 +128,16 @@ def test_bad_input(tiny, domains, plans):
     model, tokenizer = tiny
     with pytest.raises(ValueError, match="two or more, of different names"):
         lab.domain_plans(model, tokenizer, [domains[0]] * 2)
-    with pytest.raises(ValueError, match="draws is 0"):
-        lab.domain_plans(model, tokenizer, domains, draws=0)
-    with pytest.raises(ValueError, match="tiny-law/calibration has .* tokens, 3 draws of 8192"):
+    with pytest.raises(ValueError, match="samples is 0"):
+        lab.domain_plans(model, tokenizer, domains, samples=0)
+    with pytest.raises(ValueError, match="tiny-law/calibration has .* tokens, 3 samples of 8192"):
         lab.domain_plans(model, tokenizer, domains)
     with pytest.raises(ValueError, match=r"no plan for \['tiny-medical'\]"):
-        lab.domain_matrix(model, tokenizer, [*domains, lab.load_domain("tiny-medical")], plans)
+        lab.domain_matrix(
+            model, tokenizer, [*domains, lab.load_domain("tiny-medical")], plans=plans
+        )
     with pytest.raises(ValueError, match="recover_on is 'all'"):
-        lab.domain_matrix(model, tokenizer, domains, plans, recover_on="all")
+        lab.domain_matrix(model, tokenizer, domains, plans=plans, recover_on="all")
 
 
 def test_a_ledger_survives_a_torn_line(tmp_path):

@@ -30,11 +30,20 @@ def compared(tiny, tiny_domain, tmp_path_factory):
         "random": Method("random", {"seed": 1}), "wanda": Method("wanda"),
         "flap": Method("fluctuation", bias_compensation=True),
     }  # fmt: skip
-    scores = method_scores(model, batches, statistics, methods, cache=False)
-    plans = method_plans(model, scores, methods, statistics, [0.25, 0.5], ["ffn", "both"])
+    scores = method_scores(model, batches, statistics=statistics, methods=methods, cache=False)
+    plans = method_plans(
+        model,
+        scores,
+        methods=methods,
+        statistics=statistics,
+        ratios=[0.25, 0.5],
+        sites=["ffn", "both"],
+    )
     folder = tmp_path_factory.mktemp("comparison")
     texts = [tiny_domain.test, lab.load_domain("tiny-games").test]
-    table = method_comparison(model, tokenizer, plans, texts, 256, 64, out_dir=folder)
+    table = method_comparison(
+        model, tokenizer, plans, texts=texts, max_tokens=256, seq_len=64, out_dir=folder
+    )
     return plans, table, folder, texts
 
 
@@ -61,7 +70,7 @@ def test_cells_are_those_of_the_functions(compared, tiny):
 def test_finished_cells_are_not_measured_again(compared, tiny, monkeypatch):
     plans, table, folder, texts = compared
     monkeypatch.setattr("minigpt_lab.studies.methods.perplexity", None)
-    again = method_comparison(*tiny, plans, texts, 256, 64, out_dir=folder)
+    again = method_comparison(*tiny, plans, texts=texts, max_tokens=256, seq_len=64, out_dir=folder)
     assert again.equals(table)
 
 
@@ -70,7 +79,13 @@ def test_recovered_cells_are_others(compared, tiny, tiny_domain):
     some = {cell: plan for cell, plan in plans.items() if cell == ("random", "ffn", 0.5)}
     recovery = {"method": "lora", "max_tokens": 1024, "seq_len": 64, "learning_rate": 5e-3}
     after = method_comparison(
-        *tiny, some, texts[:1], 256, 64, recover_on=tiny_domain, recovery=recovery
+        *tiny,
+        some,
+        texts=texts[:1],
+        max_tokens=256,
+        seq_len=64,
+        recover_on=tiny_domain,
+        recovery=recovery,
     )
     assert list(after["recovered"]) == [False, True]
     before = table.query("method == 'random' and sites == 'ffn' and ratio == 0.5").iloc[0]
@@ -80,7 +95,7 @@ def test_recovered_cells_are_others(compared, tiny, tiny_domain):
 
 def test_overlap_of_what_leaves(compared):
     plans, _, _, _ = compared
-    table = method_overlap(plans, "ffn", 0.5).set_index(["domain", "other"])
+    table = method_overlap(plans, sites="ffn", ratio=0.5).set_index(["domain", "other"])
     assert table.loc[("wanda", "wanda"), "jaccard"] == 1
     ours, flap = (
         {(i, u) for i, units in enumerate(plans[name, "ffn", 0.5].keep["ffn"]) for u in units}
@@ -102,7 +117,9 @@ def test_a_users_criterion_takes_part(monkeypatch):
     assert {*CRITERIA} <= set(methods) and methods["index"].criterion == "index"
     model = random_model("llama")
     scores = {"index": lab.score(model, "index")}
-    plans = method_plans(model, scores, methods, None, [0.5], ["ffn"])
+    plans = method_plans(
+        model, scores, methods=methods, statistics=None, ratios=[0.5], sites=["ffn"]
+    )
     assert plans["index", "ffn", 0.5].keep["ffn"][0] == list(range(10, 20))
 
 
