@@ -117,9 +117,7 @@ def slimgpt_variants(
             "rows": [
                 perplexity(mini, tokenizer, text, progress=False, **protocol).row() for text in read
             ],
-            "continuation": generate(mini, tokenizer, prompt, max_new_tokens=new_tokens)
-            if prompt
-            else "",
+            "continuation": prompt and generate(mini, tokenizer, prompt, max_new_tokens=new_tokens),
             "layers": [] if plan is None else _budget(model, plan),
         }
 

@@ -37,7 +37,7 @@ from ..store import ResultCache, content_hash
 @checked(
     model=Model(),
     tokenizer=Tokenizer(),
-    batches=Batches(again=True),
+    batches=Batches(),
     domain=Instance(Domain),
     increase=Number(0),
     most=Number(above=0, below=1),
