@@ -95,8 +95,7 @@ def slimgpt_variants(
         `Perplexity.row`.
     pandas.DataFrame
         A row per variant, site and layer: ``variant, site, layer, units, kept, removed, cost``
-        (parameters that leave with a unit) and ``error`` of the projection, relative to what it
-        put out.
+        (parameters of a unit) and ``error`` of the projection, relative to its output.
     """
     if "dense" in variants or {"inplace", "out_dir", "progress"} & set().union(*variants.values()):
         raise ValueError("a study names 'dense' and sets inplace, out_dir, progress by itself")
@@ -162,7 +161,7 @@ def one_layer_at_a_time(
     ratios: Sequence[float],
     **measuring,
 ) -> pd.DataFrame:
-    """What it costs to prune a single layer, by its depth and by how much of it leaves.
+    """Prune a single layer at a time, by its depth and by how much is removed.
 
     Parameters
     ----------
