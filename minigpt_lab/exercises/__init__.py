@@ -1,4 +1,4 @@
-"""What the notebooks ask, and `check`; importing this package fills the registry."""
+"""Exercises of the notebooks, and `check`; importing this package fills the registry."""
 
 from . import comparing, measuring, pruning
 from .checking import EXERCISES, check, exercise

@@ -5,20 +5,43 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
-from typing import get_type_hints
+from dataclasses import dataclass
 
 from ..checks import InvalidArgument, first_line, suggest
-from .verdicts import Members, Name, Number, Plan, Verdict
-
-#: Exercises by name: from what a notebook holds to an answer's kind, the right one and those that
-#: typical mistakes give.
-EXERCISES: dict[str, Callable[..., Number | Members | Name | Plan]] = {}
+from .verdicts import KINDS, Answer, Verdict
 
 
-def exercise(function: Callable) -> Callable:
-    """Register a function as an exercise under its name, with spaces (decorator)."""
-    EXERCISES[function.__name__.replace("_", " ")] = function
-    return function
+@dataclass(frozen=True)
+class Exercise:
+    """An exercise: the kind of its answer, and the function that computes the right one."""
+
+    kind: str
+    compute: Callable[..., Answer]
+
+    @property
+    def parameters(self) -> list[str]:
+        """Names of the objects that the right answer is computed from."""
+        return list(inspect.signature(self.compute).parameters)
+
+
+#: Exercises by name.
+EXERCISES: dict[str, Exercise] = {}
+
+
+def exercise(kind: str) -> Callable:
+    """Register a function as an exercise under its name, with spaces (decorator).
+
+    Parameters
+    ----------
+    kind : {"number", "share", "count", "set", "name", "plan"}
+        Of the answer.
+    """
+
+    def register(function: Callable[..., Answer]) -> Callable[..., Answer]:
+        EXERCISES[function.__name__.replace("_", " ")] = Exercise(kind, function)
+        return function
+
+    return register
 
 
 def check(name: str, answer: object, /, **given: object) -> Verdict:
@@ -29,14 +52,14 @@ def check(name: str, answer: object, /, **given: object) -> Verdict:
     name : str
         A key of `minigpt_lab.exercises.EXERCISES`.
     answer : object
-        What the exercise asks for; None or ``...`` as long as there is no answer.
+        The reader's answer; None or ``...`` as long as there is none.
     **given
-        What the right answer is computed from, as the notebook passes it.
+        Objects that the right answer is computed from, as the notebook passes them.
 
     Returns
     -------
     Verdict
-        Right, not answered yet, what is off, or that what is given does not hold the right answer
+        Right, not answered yet, what is off, or that the objects given do not hold the right answer
         (a component that was not swept, say): neither is ever an exception.
 
     Raises
@@ -47,34 +70,21 @@ def check(name: str, answer: object, /, **given: object) -> Verdict:
     if not isinstance(name, str) or name not in EXERCISES:
         hint = suggest(str(name), list(EXERCISES))
         raise InvalidArgument(f"no exercise {name!r:.60}; {hint}")
-    asked = EXERCISES[name]
-    needed = list(inspect.signature(asked).parameters)
+    kind, needed = EXERCISES[name].kind, EXERCISES[name].parameters
     if set(given) != set(needed):
-        found = ", ".join(given) or "none of them"
+        names = ", ".join(given) or "none of them"
         raise InvalidArgument(
-            f"exercise {name!r} is computed from {', '.join(needed)}; got {found}"
+            f"exercise {name!r} is computed from {', '.join(needed)}; got {names}"
         )
     if answer is None or answer is ...:
-        kind = get_type_hints(asked)["return"].kind
-        return Verdict(None, f"{name}: not answered yet; expected is {kind}")
+        return Verdict(None, f"{name}: not answered yet; expected is {KINDS[kind]}")
     try:
-        right = asked(**given)
-        unknown = isinstance(right, Number) and not math.isfinite(right.value)
-        problem = right.problem(answer)
-    except (
-        LookupError,
-        ValueError,
-        ArithmeticError,
-        TypeError,
-        AttributeError,
-        RuntimeError,
-    ) as error:
-        absent = isinstance(error, KeyError)
-        return _not_computed(name, f"there is no {error}" if absent else first_line(error))
-    if unknown:
-        return _not_computed(name, f"the right answer would be {right.value}")
-    return Verdict(problem is None, f"{name}: {'right' if problem is None else problem}")
-
-
-def _not_computed(name: str, reason: str) -> Verdict:
-    return Verdict(None, f"{name}: cannot be computed from what was measured here: {reason}")
+        right = EXERCISES[name].compute(**given)
+        if kind in ("number", "share", "count") and not math.isfinite(right.value):
+            raise ArithmeticError(f"the right answer would be {right.value}")
+        problem = right.problem(kind, answer)
+    except (LookupError, ValueError, ArithmeticError, TypeError, AttributeError, RuntimeError) as e:
+        reason = f"there is no {e}" if isinstance(e, KeyError) else first_line(e)
+        reason = f"cannot be computed from what was measured here: {reason}"
+        return Verdict(None, f"{name}: {reason}")
+    return Verdict(problem is None, f"{name}: {problem or 'right'}")

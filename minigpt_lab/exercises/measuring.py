@@ -12,14 +12,14 @@ from ..domains import Part, Question
 from ..evaluation import Answers
 from ..models import PruningPlan
 from .checking import exercise
-from .verdicts import Count, Members, Name, Number, Share
+from .verdicts import Answer
 
 # 04_recovery_curves
 
 
-@exercise
-def lora_numbers(linear: nn.Linear, r: int) -> Count:
-    """Numbers that a LoRA adapter trains on one linear layer."""
+@exercise("count")
+def lora_numbers(linear: nn.Linear, r: int) -> Answer:
+    """Trainable parameters of a LoRA adapter of one linear layer."""
     rows, columns = linear.weight.shape
     mistakes = {
         "what full fine-tuning trains": rows * columns,
@@ -28,7 +28,7 @@ def lora_numbers(linear: nn.Linear, r: int) -> Count:
         "the size of the product B A; its factors are what is trained": r * rows * columns,
         "one row and one column; there are as many as the rank": rows + columns,
     }
-    return Count(r * (rows + columns), mistakes)
+    return Answer(r * (rows + columns), mistakes)
 
 
 def _levels(table: pd.DataFrame, text: Part, *variants: str) -> list[float]:
@@ -36,42 +36,42 @@ def _levels(table: pd.DataFrame, text: Part, *variants: str) -> list[float]:
     return [float(found[variant]) for variant in variants]
 
 
-@exercise
-def recovered_share(table: pd.DataFrame, text: Part, pruned: str, recovered: str) -> Number:
-    """Share of the loss in nats per token that recovery takes back."""
+@exercise("number")
+def recovered_share(table: pd.DataFrame, text: Part, pruned: str, recovered: str) -> Answer:
+    """Share of the lost nats per token that recovery takes back."""
     levels = _levels(table, text, "dense", pruned, recovered)
-    dense, cut, after = np.log(levels)
+    dense, pruned_loss, after = np.log(levels)
     plain = (levels[1] - levels[2]) / (levels[1] - levels[0])
-    value = (cut - after) / (cut - dense)
+    value = (pruned_loss - after) / (pruned_loss - dense)
     mistakes = {
         "what is still missing; the share taken back is asked for": 1 - value,
         "a percentage; divide by 100": 100 * value,
         "taken from perplexities; a loss is the logarithm of one": plain,
-        "the loss taken back in nats; divide it by the loss that the cut cost": cut - after,
+        "the loss taken back in nats; divide it by the loss that pruning cost": pruned_loss - after,
         "the inverse; what came back goes on top": 1 / value if value else np.inf,
     }
-    return Number(value, mistakes)
+    return Answer(value, mistakes)
 
 
-@exercise
-def forgetting(table: pd.DataFrame, text: Part, pruned: str, recovered: str) -> Number:
+@exercise("number")
+def forgetting(table: pd.DataFrame, text: Part, pruned: str, recovered: str) -> Answer:
     """Factor by which recovery on one domain changes the perplexity of another."""
-    dense, cut, after = _levels(table, text, "dense", pruned, recovered)
+    dense, before, after = _levels(table, text, "dense", pruned, recovered)
     mistakes = {
-        "the inverse; the perplexity after recovery goes on top": cut / after,
+        "the inverse; the perplexity after recovery goes on top": before / after,
         "measured from the dense model; recovery starts at the pruned one": after / dense,
-        "the cut's doing: pruned over dense; recovery comes after it": cut / dense,
-        "the difference; divide": after - cut,
+        "the effect of pruning: pruned over dense; recovery comes after it": before / dense,
+        "the difference; divide": after - before,
     }
-    return Number(after / cut, mistakes)
+    return Answer(after / before, mistakes)
 
 
 # 05_mcq_evaluation
 
 
-@exercise
-def questions_needed(accuracy: float, margin: float) -> Number:
-    """Questions it takes to know an accuracy to a margin, with 95 % confidence."""
+@exercise("number")
+def questions_needed(accuracy: float, margin: float) -> Answer:
+    """Number of questions that give an accuracy to a margin, with 95 % confidence."""
     variance = accuracy * (1 - accuracy)
     value = 1.96**2 * variance / margin**2
     mistakes = {
@@ -80,11 +80,11 @@ def questions_needed(accuracy: float, margin: float) -> Number:
         "enough for half the margin": 4 * value,
         "its square root; the interval shrinks with the root of n": value**0.5,
     }
-    return Number(value, mistakes, tolerance=0.05)
+    return Answer(value, mistakes, tolerance=0.05)
 
 
-@exercise
-def chance_level(questions: Mapping[str, Sequence[Question]]) -> Share:
+@exercise("share")
+def chance_level(questions: Mapping[str, Sequence[Question]]) -> Answer:
     """Accuracy of a guess, over the questions of all domains together."""
     counts = [np.array([len(question.choices) for question in part]) for part in questions.values()]
     flat = np.concatenate(counts)
@@ -95,11 +95,11 @@ def chance_level(questions: Mapping[str, Sequence[Question]]) -> Share:
         ),
         "how often a guess is wrong": 1 - np.mean(1 / flat),
     }
-    return Share(np.mean(1 / flat), mistakes, tolerance=0.001)
+    return Answer(np.mean(1 / flat), mistakes, tolerance=0.001)
 
 
-@exercise
-def summed_score(found: Answers) -> Share:
+@exercise("share")
+def summed_score(found: Answers) -> Answer:
     """Accuracy if the summed log-probability of a choice decided."""
 
     def accuracy(column: str, pick: str) -> float:
@@ -116,43 +116,43 @@ def summed_score(found: Answers) -> Share:
             "whole_nll", "idxmin"
         ),
     }
-    return Share(accuracy("nll", "idxmin"), mistakes, tolerance=0.001)
+    return Answer(accuracy("nll", "idxmin"), mistakes, tolerance=0.001)
 
 
 # 06_domain_matrix
 
 
-@exercise
-def stand_in(table: pd.DataFrame, text: str, domains: Sequence[str]) -> Name:
-    """The other domain whose cut serves a text best, without recovery."""
+@exercise("name")
+def stand_in(table: pd.DataFrame, text: str, domains: Sequence[str]) -> Answer:
+    """The other domain whose pruned model serves a text best, without recovery."""
     rows = table[(table["text"] == text) & ~table["recovered"] & table["cut"].isin(domains)]
     gaps = rows.set_index("cut")["difference"].drop(text)
     mistakes = {
         "the text's own domain; another one is asked for": text,
         "the one that serves it worst; a difference is a price": gaps.idxmax(),
     }
-    return Name(gaps.idxmin(), list(domains), mistakes)
+    return Answer(gaps.idxmin(), mistakes, options=list(domains))
 
 
-@exercise
-def price_as_a_factor(table: pd.DataFrame, cut: str, text: str) -> Number:
-    """Perplexity of a foreign cut over that of the own one, from the difference in nats."""
+@exercise("number")
+def price_as_a_factor(table: pd.DataFrame, cut: str, text: str) -> Answer:
+    """Perplexity of a model pruned for another domain over that of the text's own, from nats."""
     rows = table[(table["text"] == text) & ~table["recovered"]].set_index("cut")
     nats = float(rows.loc[cut, "difference"])
     mistakes = {
         "the difference in nats; undo the logarithm": nats,
         "2 to the difference; nats go with e": 2**nats,
         "10 to the difference; nats go with e": 10**nats,
-        "the inverse; the foreign cut goes on top": np.exp(-nats),
+        "the inverse; the model of the other domain goes on top": np.exp(-nats),
         "the difference of the perplexities; divide them": (
             rows.loc[cut, "perplexity"] - rows.loc[text, "perplexity"]
         ),
     }
-    return Number(np.exp(nats), mistakes)
+    return Answer(np.exp(nats), mistakes)
 
 
-@exercise
-def common_core(plans: Mapping[tuple[str, int], PruningPlan], domains: Sequence[str]) -> Members:
+@exercise("set")
+def common_core(plans: Mapping[tuple[str, int], PruningPlan], domains: Sequence[str]) -> Answer:
     """Channels of the first layer that the first draws of all domains keep."""
     kept = {cut: set(plan.keep["ffn"][0]) for (cut, draw), plan in plans.items() if draw == 0}
     own = [kept[name] for name in domains]
@@ -164,4 +164,4 @@ def common_core(plans: Mapping[tuple[str, int], PruningPlan], domains: Sequence[
         "what the first domain keeps; the others have a say": own[0],
         "what no domain keeps": set(range(plans[domains[0], 0].units["ffn"][0])) - set.union(*own),
     }
-    return Members(set.intersection(*own), mistakes)
+    return Answer(set.intersection(*own), mistakes)

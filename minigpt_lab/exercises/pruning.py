@@ -14,7 +14,7 @@ from ..domains import Part
 from ..models import Anatomy, PruningPlan, model_size, token_parameters
 from ..studies import activation_frame
 from .checking import exercise
-from .verdicts import Count, Members, Name, Number, Plan, Share
+from .verdicts import Answer
 
 # 00_start_here
 
@@ -29,45 +29,46 @@ def _channel(model: PreTrainedModel) -> tuple[int, dict[str, int]]:
     if cost // row == 3:
         mistakes["what two matrices lose; a gated FFN has three"] = 2 * row
     if cost % row:
-        mistakes["the weights alone; a channel's bias leaves too"] = cost - cost % row
+        mistakes["the weights alone; a channel's bias is removed too"] = cost - cost % row
     return cost, mistakes
 
 
-@exercise
-def channel_cost(model: PreTrainedModel) -> Count:
-    """Parameters that leave with one FFN channel."""
+@exercise("count")
+def channel_cost(model: PreTrainedModel) -> Answer:
+    """Parameters that are removed with one FFN channel."""
     cost, mistakes = _channel(model)
-    whole = "all channels of a layer; one leaves"
-    return Count(cost, {**mistakes, whole: Anatomy(model).units("ffn")[0] * cost})
+    whole = "all channels of a layer; one is removed"
+    return Answer(cost, {**mistakes, whole: Anatomy(model).units("ffn")[0] * cost})
 
 
-@exercise
-def stored_share(model: PreTrainedModel, mini: PreTrainedModel) -> Share:
+@exercise("share")
+def stored_share(model: PreTrainedModel, mini: PreTrainedModel) -> Answer:
     """Share of the dense model's parameters that the small one stores."""
     size = model_size(mini, model)
     mistakes = {
-        "the share that left; the one that stays is asked for": 1 - size.stored / size.dense,
+        "the share removed; the share kept is asked for": 1
+        - size.stored / size.dense,
         "the share of the decoder layers; the embeddings are stored too": size.layer_ratio,
         "the dense size over the small one; turn it round": size.dense / size.stored,
     }
-    return Share(size.stored / size.dense, mistakes, tolerance=0.002)
+    return Answer(size.stored / size.dense, mistakes, tolerance=0.002)
 
 
-@exercise
-def costlier_text(table: pd.DataFrame) -> Name:
-    """The text whose perplexity the cut raises by the larger factor."""
+@exercise("name")
+def costlier_text(table: pd.DataFrame) -> Answer:
+    """The text whose perplexity pruning raises by the larger factor."""
     found = table.pivot(index="text", columns="variant", values="perplexity")
     rise = found["shrunk"] / found["dense"]
     hardest = "the text with the highest perplexity; compare each with its own dense level"
-    return Name(rise.idxmax(), list(rise.index), {hardest: found["shrunk"].idxmax()})
+    return Answer(rise.idxmax(), {hardest: found["shrunk"].idxmax()}, options=list(rise.index))
 
 
 # 01_activation_histograms
 
 
-@exercise
-def unused_share(statistics: Mapping[str, Statistics], domain: str, epsilon: float) -> Share:
-    """Share of all FFN neurons that a domain leaves at or below ε."""
+@exercise("share")
+def unused_share(statistics: Mapping[str, Statistics], domain: str, epsilon: float) -> Answer:
+    """Share of all FFN neurons whose mean |activation| is at or below ε on a domain."""
     frame = activation_frame(statistics)
     unused, own = frame["mean_abs"] <= epsilon, frame["domain"] == domain
     first = own & (frame["layer"] == 0)
@@ -77,11 +78,11 @@ def unused_share(statistics: Mapping[str, Statistics], domain: str, epsilon: flo
         "the share of the first layer alone; take all of them": unused[first].mean(),
         "how many they are; divide by the number of neurons": unused[own].sum(),
     }
-    return Share(unused[own].mean(), mistakes)
+    return Answer(unused[own].mean(), mistakes)
 
 
-@exercise
-def unused_by_one(unused: pd.DataFrame, domain: str, other: str) -> Members:
+@exercise("set")
+def unused_by_one(unused: pd.DataFrame, domain: str, other: str) -> Answer:
     """Neurons that one domain leaves unused and another does not."""
     one, two = (set(unused.index[unused[name]]) for name in (domain, other))
     mistakes = {
@@ -91,11 +92,11 @@ def unused_by_one(unused: pd.DataFrame, domain: str, other: str) -> Members:
         "all that the domain leaves unused; take the other's away": one,
         "what exactly one of them leaves unused, whichever; keep this domain's": one ^ two,
     }
-    return Members(one - two, mistakes)
+    return Answer(one - two, mistakes)
 
 
-@exercise
-def chance_overlap(share: float) -> Share:
+@exercise("share")
+def chance_overlap(share: float) -> Answer:
     """Jaccard overlap that two random sets of this share of the neurons can expect."""
     both = share**2
     mistakes = {
@@ -104,19 +105,19 @@ def chance_overlap(share: float) -> Share:
         "the expected union; the intersection is to be divided by it": 2 * share - both,
         "the intersection over both sizes; the union counts what is in both once": share / 2,
     }
-    return Share(both / (2 * share - both), mistakes)
+    return Answer(both / (2 * share - both), mistakes)
 
 
 # 02_threshold_sweep
 
 
-@exercise
-def epsilon_for_a_tenth(statistics: Statistics) -> Number:
-    """The absolute ε that cuts a tenth of all FFN activations."""
+@exercise("number")
+def epsilon_for_a_tenth(statistics: Statistics) -> Answer:
+    """The absolute ε that prunes a tenth of all FFN channels."""
     frame = statistics.to_frame()
     found = frame.loc[frame["side"] == "activation", ["layer", "mean_abs"]]
     mistakes = {
-        "the ε that leaves a tenth": found["mean_abs"].quantile(0.9),
+        "the ε that keeps a tenth": found["mean_abs"].quantile(0.9),
         "a tenth of the largest mean; a tenth of the neurons is asked for": (
             found["mean_abs"].max() / 10
         ),
@@ -127,12 +128,12 @@ def epsilon_for_a_tenth(statistics: Statistics) -> Number:
             found.loc[found["layer"] == 0, "mean_abs"].quantile(0.1)
         ),
     }
-    return Number(found["mean_abs"].quantile(0.1), mistakes)
+    return Answer(found["mean_abs"].quantile(0.1), mistakes)
 
 
-@exercise
-def even_pruning(model: PreTrainedModel, statistics: Statistics, uneven: PruningPlan) -> Plan:
-    """A plan of the size of a cut by one ε that takes the same share of every layer instead."""
+@exercise("plan")
+def even_pruning(model: PreTrainedModel, statistics: Statistics, uneven: PruningPlan) -> Answer:
+    """A plan as large as one by a single ε, with the same share of every layer instead."""
     magnitudes = score(model, "contextual", statistics=statistics, sites=("ffn",)).values["ffn"]
     target = uneven.predicted_size(model).stored
 
@@ -143,25 +144,25 @@ def even_pruning(model: PreTrainedModel, statistics: Statistics, uneven: Pruning
             return str(error)
         others = [*plan.removed.get("attention", []), plan.zero, plan.vocabulary]
         if any(others):
-            return "it cuts heads, tokens or single weights too; FFN channels alone are to leave"
+            return "it prunes heads, tokens or single weights too; prune FFN channels alone"
         shares = np.divide(plan.removed["ffn"], plan.units["ffn"])
         if np.ptp(shares) > 1.5 / max(plan.units["ffn"]):
             span = f"{min(shares):.0%} to {max(shares):.0%}"
             return f"layers lose {span} of their channels; take the same share of each"
         if abs(stored / target - 1) > 0.005:
             more = "more" if stored > target else "fewer"
-            return f"it stores {abs(stored / target - 1):.1%} {more} parameters than the cut by ε"
+            return f"it stores {abs(stored / target - 1):.1%} {more} parameters than the plan by ε"
         for layer, (magnitude, units) in enumerate(zip(magnitudes, plan.keep["ffn"], strict=True)):
             if np.delete(magnitude, units).max(initial=0) > magnitude[units].min():
-                return f"in layer {layer} a channel leaves that is more active than one that stays"
+                return f"in layer {layer} a removed channel is more active than one that is kept"
         return None
 
-    return Plan(judge)
+    return Answer(judge)
 
 
-@exercise
-def advantage_over_random(final: pd.DataFrame, component: str) -> Number:
-    """How many times the random control's loss is that of the contextual cut."""
+@exercise("number")
+def advantage_over_random(final: pd.DataFrame, component: str) -> Answer:
+    """Loss of the random control over that of contextual pruning."""
     swept = list(dict.fromkeys(final["component"]))
     if component not in swept:
         raise ValueError(f"{component} was not swept, only {', '.join(swept)}; give it thresholds")
@@ -174,33 +175,33 @@ def advantage_over_random(final: pd.DataFrame, component: str) -> Number:
     }
     if "magnitude" in loss:
         mistakes["the control with the smallest weights"] = loss["magnitude"] / loss["contextual"]
-    return Number(loss["random"] / loss["contextual"], mistakes)
+    return Answer(loss["random"] / loss["contextual"], mistakes)
 
 
 # 03_contextual_pruning
 
 
-@exercise
-def channels_alone(model: PreTrainedModel, plan: PruningPlan) -> Count:
-    """Parameters that leave the model with the plan's FFN channels."""
+@exercise("count")
+def channels_alone(model: PreTrainedModel, plan: PruningPlan) -> Answer:
+    """Parameters that are removed with the plan's FFN channels."""
     gone, size = sum(plan.removed["ffn"]), plan.predicted_size(model)
     cost, hasty = _channel(model)
     tokens = plan.vocabulary_size - len(plan.vocabulary or range(plan.vocabulary_size))
     mistakes = {
-        "the number of channels; count what each takes along": gone,
+        "the number of channels; count the parameters of each": gone,
         **{what: gone * per_channel for what, per_channel in hasty.items()},
-        "what leaves with the tokens": tokens * token_parameters(model),
-        "all that leaves; leave out the tokens and heads": size.dense - size.stored,
-        "what the channels that stay hold": (sum(plan.units["ffn"]) - gone) * cost,
+        "the parameters of the removed tokens": tokens * token_parameters(model),
+        "all removed parameters; do not count tokens and heads": size.dense - size.stored,
+        "the parameters of the channels that are kept": (sum(plan.units["ffn"]) - gone) * cost,
     }
-    return Count(gone * cost, mistakes)
+    return Answer(gone * cost, mistakes)
 
 
-@exercise
+@exercise("number")
 def token_inflation(
     tokenizer: PreTrainedTokenizerBase, trimmed: PreTrainedTokenizerBase, passage: str
-) -> Number:
-    """How many times as many tokens a passage has after trimming."""
+) -> Answer:
+    """Tokens of a passage after trimming over those before."""
     before, after = (
         len(words(passage, add_special_tokens=False)["input_ids"]) for words in (tokenizer, trimmed)
     )
@@ -209,12 +210,12 @@ def token_inflation(
         "how many tokens are added; divide the counts": after - before,
         "characters per token": len(passage) / after,
     }
-    return Number(after / before, mistakes, tolerance=0.005)
+    return Answer(after / before, mistakes, tolerance=0.005)
 
 
-@exercise
-def price_outside(table: pd.DataFrame, inside: Part, outside: Part) -> Number:
-    """Bits per character that the cut costs outside its domain, beyond what it costs inside."""
+@exercise("number")
+def price_outside(table: pd.DataFrame, inside: Part, outside: Part) -> Answer:
+    """Bits per character that pruning costs outside the domain, beyond what it costs inside."""
     rises = {
         column: found["shrunk"] - found["dense"]
         for column in ("bits_per_character", "perplexity")
@@ -229,4 +230,4 @@ def price_outside(table: pd.DataFrame, inside: Part, outside: Part) -> Number:
             rises["perplexity"][str(outside)] - rises["perplexity"][str(inside)]
         ),
     }
-    return Number(other - own, mistakes, tolerance=0.02)
+    return Answer(other - own, mistakes, tolerance=0.02)

@@ -1,7 +1,7 @@
-"""What an answer to an exercise can be, and what is off about a wrong one.
+"""The right answer to an exercise, what is off about a wrong one, and what `check` says of it.
 
-Every kind of answer holds the right one and what typical mistakes give instead. A verdict names the
-mistake where it is known, otherwise how the answer differs, and never the right answer.
+A verdict names the mistake where it is known, otherwise how the answer differs, and never the right
+answer.
 """
 
 from __future__ import annotations
@@ -9,20 +9,29 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence, Set, Sized
+from collections.abc import Mapping, Sequence, Set, Sized
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import ClassVar
 
 import numpy as np
 
 from ..checks import suggest
 from ..models import PruningPlan
 
+#: Kinds of answers, as the reader is told what is expected.
+KINDS = {
+    "number": "a number",
+    "share": "a share between 0 and 1",
+    "count": "a whole number",
+    "set": "a set of whole numbers",
+    "name": "a name, in quotes",
+    "plan": "a pruning plan",
+}
+
 
 @dataclass(frozen=True)
 class Verdict:
-    """What `check` says of an answer.
+    """A line on an answer.
 
     Parameters
     ----------
@@ -45,189 +54,118 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Number:
-    """A number, right within a relative tolerance.
+class Answer:
+    """The right answer, and the values that typical mistakes give instead.
 
     Parameters
     ----------
-    value : float
-        The right answer.
+    value : number, set, str or callable
+        The right answer; of a plan, of which many may be right, a function from the plan to what is
+        off about it or None.
     mistakes : mapping
-        What a wrong answer is instead, in words, to its value.
+        Description of a mistake to the value it gives.
+    options : sequence of str
+        Names to choose from.
     tolerance : float
-        Relative to the right answer.
+        Relative to the right number.
     """
 
-    kind: ClassVar[str] = "a number"
-    value: float
-    mistakes: Mapping[str, float] = field(default_factory=dict)
+    value: object
+    mistakes: Mapping[str, object] = field(default_factory=dict)
+    options: Sequence[str] = ()
     tolerance: float = 0.01
 
-    def problem(self, answer: object) -> str | None:
-        """What is off, or None."""
-        found = self._read(answer)
-        if found is None:
-            return _other_kind(self.kind, answer)
-        if not math.isfinite(found):
-            return f"it is {found}: was something divided by 0, or averaged over nothing?"
-        if self._near(found, self.value):
+    def problem(self, kind: str, answer: object) -> str | None:
+        """Error of an answer of a kind (a key of `KINDS`) in words; None if it is right."""
+        try:
+            given = _read(kind, answer)
+        except ValueError as error:
+            return str(error)
+        if kind == "plan":
+            return self.value(given)
+        if kind == "name" and given not in self.options:
+            return f"{given!r} is not among the names; {suggest(given, list(self.options))}"
+        if self._same(kind, given, self.value):
             return None
-        for what, value in self._known().items():
-            if self._near(found, value):
-                return f"this is {what}"
-        return self._distance(found)
+        for mistake, value in {**self.mistakes, **_general_mistakes(kind, self.value)}.items():
+            if self._same(kind, given, value):
+                return f"this is {mistake}"
+        return _difference(kind, given, self.value)
 
-    def _read(self, answer: object) -> float | None:
-        # arrays, Series and tensors of one element count, NumPy's scalars too
-        with contextlib.suppress(TypeError, ValueError, RuntimeError, ArithmeticError):
-            value = answer.item() if hasattr(answer, "item") else answer
-            return None if isinstance(value, bool | str | bytes) else float(value)
-        return None
-
-    def _near(self, found: float, value: float) -> bool:
-        return math.isclose(found, value, rel_tol=self.tolerance, abs_tol=1e-9)
-
-    def _known(self) -> dict[str, float]:
-        return {**self.mistakes, "the right size with the wrong sign": -self.value}
-
-    def _distance(self, found: float) -> str:
-        side = "large" if found > self.value else "small"
-        if found * self.value <= 0:
-            return f"too {side}"
-        ratio = max(found / self.value, self.value / found)
-        if ratio < 1.1:
-            return f"close, but too {side}"
-        return f"too {side}, by a factor of about {ratio:.2g}"
+    def _same(self, kind: str, given: object, value: object) -> bool:
+        if kind in ("number", "share"):
+            return math.isclose(given, value, rel_tol=self.tolerance, abs_tol=1e-9)
+        return given == value
 
 
-class Share(Number):
-    """A number between 0 and 1."""
-
-    kind = "a share between 0 and 1"
-
-    def _known(self) -> dict[str, float]:
-        general = {
-            "a percentage; divide by 100": 100 * self.value,
-            "the rest, 1 minus what is asked for": 1 - self.value,
-        }
-        return {**self.mistakes, **general}
-
-    def _distance(self, found: float) -> str:
-        if not 0 <= found <= 1:
-            return f"a share lies between 0 and 1, this is {found:.4g}"
-        return super()._distance(found)
+def _read(kind: str, answer: object) -> object:
+    """The answer as a float, a set, a name or a plan; ValueError if it is of another kind."""
+    if kind == "set":
+        return _read_set(answer)
+    if kind in ("name", "plan"):
+        given = answer if isinstance(answer, str if kind == "name" else PruningPlan) else None
+    else:
+        given = _read_number(answer)
+    if given is None or (kind == "count" and given % 1):
+        raise ValueError(f"expected {KINDS[kind]}, got {_described(answer)}")
+    if isinstance(given, float) and not math.isfinite(given):
+        raise ValueError(f"it is {given}: was something divided by 0, or averaged over nothing?")
+    return given
 
 
-class Count(Number):
-    """A whole number, right if it is exactly the one."""
-
-    kind = "a whole number"
-
-    def _read(self, answer: object) -> float | None:
-        value = super()._read(answer)
-        return value if value is None or not value % 1 else None
-
-    def _near(self, found: float, value: float) -> bool:
-        return found == value
+def _read_number(answer: object) -> float | None:
+    """A number, also as an array, Series or tensor of one element."""
+    with contextlib.suppress(TypeError, ValueError, RuntimeError, ArithmeticError):
+        value = answer.item() if hasattr(answer, "item") else answer
+        return None if isinstance(value, bool | str | bytes) else float(value)
+    return None
 
 
-@dataclass(frozen=True)
-class Members:
-    """A set of whole numbers, in any container and order.
+def _read_set(answer: object) -> set[int]:
+    """Whole numbers of any container."""
+    entries = answer.tolist() if hasattr(answer, "tolist") else answer
+    if not isinstance(entries, Set | list | tuple | range):
+        raise ValueError(f"expected {KINDS['set']}, got {_described(answer)}")
+    entries = [entry.item() if isinstance(entry, np.generic) else entry for entry in entries]
+    if entries and all(isinstance(entry, bool) for entry in entries):
+        raise ValueError("this is a mask of True and False; the places of True are asked for")
+    for entry in entries:
+        if isinstance(entry, bool) or not isinstance(entry, Real) or entry % 1:
+            raise ValueError(f"expected {KINDS['set']}; one of yours is {entry!r:.40}")
+    return {int(entry) for entry in entries}
 
-    Parameters
-    ----------
-    value : set
-        The right answer.
-    mistakes : mapping
-        What a wrong answer is instead, in words, to its members.
-    """
 
-    kind: ClassVar[str] = "a set of whole numbers"
-    value: Set[int]
-    mistakes: Mapping[str, Set[int]] = field(default_factory=dict)
+def _general_mistakes(kind: str, value: object) -> dict[str, object]:
+    """Mistakes that any exercise of a kind may meet."""
+    if kind == "share":
+        percentage, rest = "a percentage; divide by 100", "the rest, 1 minus what is asked for"
+        return {percentage: 100 * value, rest: 1 - value}
+    return {"the right size with the wrong sign": -value} if kind in ("number", "count") else {}
 
-    def problem(self, answer: object) -> str | None:
-        """What is off, or None."""
-        entries = answer.tolist() if hasattr(answer, "tolist") else answer
-        if not isinstance(entries, Set | list | tuple | range):
-            return _other_kind(self.kind, answer)
-        entries = [entry.item() if isinstance(entry, np.generic) else entry for entry in entries]
-        if entries and all(isinstance(entry, bool) for entry in entries):
-            return "this is a mask of True and False; the places of True are asked for"
-        for entry in entries:
-            if isinstance(entry, bool) or not isinstance(entry, Real) or entry % 1:
-                return f"expected {self.kind}; one of yours is {entry!r:.40}"
-        found = {int(entry) for entry in entries}
-        if found == self.value:
-            return None
-        for what, value in self.mistakes.items():
-            if found == value:
-                return f"this is {what}"
-        missing, extra = self.value - found, found - self.value
+
+def _difference(kind: str, given: object, value: object) -> str:
+    """Difference of an answer from the right one, in words that do not give it away."""
+    if kind == "name":
+        return f"it is not {given!r}"
+    if kind == "set":
+        missing, extra = value - given, given - value
         parts = []
         if missing:
-            parts.append(f"{len(missing)} of {len(self.value)} missing, {min(missing)} is one")
+            parts.append(f"{len(missing)} of {len(value)} missing, {min(missing)} is one")
         if extra:
             parts.append(f"{len(extra)} too many, {min(extra)} is one")
         return "; ".join(parts)
-
-
-@dataclass(frozen=True)
-class Name:
-    """One of several names.
-
-    Parameters
-    ----------
-    value : str
-        The right answer.
-    options : sequence of str
-        What can be answered.
-    mistakes : mapping
-        What a wrong answer is instead, in words, to its name.
-    """
-
-    kind: ClassVar[str] = "a name, in quotes"
-    value: str
-    options: Sequence[str]
-    mistakes: Mapping[str, str] = field(default_factory=dict)
-
-    def problem(self, answer: object) -> str | None:
-        """What is off, or None."""
-        if not isinstance(answer, str):
-            return _other_kind(self.kind, answer)
-        if answer not in self.options:
-            return f"{answer!r} is not among the names; {suggest(answer, list(self.options))}"
-        if answer == self.value:
-            return None
-        for what, value in self.mistakes.items():
-            if answer == value:
-                return f"this is {what}"
-        return f"it is not {answer!r}"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A pruning plan.
-
-    Parameters
-    ----------
-    judge : callable
-        What is off about a plan, or None: many plans may be right.
-    """
-
-    kind: ClassVar[str] = "a pruning plan"
-    judge: Callable[[PruningPlan], str | None]
-
-    def problem(self, answer: object) -> str | None:
-        """What is off, or None."""
-        if not isinstance(answer, PruningPlan):
-            return _other_kind(self.kind, answer)
-        return self.judge(answer)
-
-
-def _other_kind(kind: str, answer: object) -> str:
-    return f"expected {kind}, got {_described(answer)}"
+    if kind == "share" and not 0 <= given <= 1:
+        return f"a share lies between 0 and 1, this is {given:.4g}"
+    side = "large" if given > value else "small"
+    if given * value <= 0:
+        return f"too {side}"
+    factor = max(given / value, value / given)
+    return (
+        f"close, but too {side}"
+        if factor < 1.1
+        else f"too {side}, by a factor of about {factor:.2g}"
+    )
 
 
 def _described(answer: object) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-import inspect
+from functools import partial
 from pathlib import Path
 
 import nbformat
@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import minigpt_lab as lab
 from minigpt_lab.exercises.checking import EXERCISES
-from minigpt_lab.exercises.verdicts import Count, Members, Name, Number, Plan, Share
+from minigpt_lab.exercises.verdicts import KINDS, Answer
 from minigpt_lab.models.anatomy import Anatomy
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
@@ -48,7 +48,7 @@ def test_every_exercise_is_asked_once_and_solved():
     for path in NOTEBOOKS:
         for name, call in asked(path).items():
             named = {keyword.arg for keyword in call.keywords} - {None}
-            needed = set(inspect.signature(EXERCISES[name]).parameters)
+            needed = set(EXERCISES[name].parameters)
             starred = any(keyword.arg is None for keyword in call.keywords)
             assert named <= needed if starred else named == needed, (path.stem, name)
 
@@ -76,7 +76,7 @@ def test_every_solution_is_right(domains, tmp_path):
 @pytest.mark.parametrize("name", EXERCISES)
 @pytest.mark.parametrize("empty", [None, ...])
 def test_no_answer_yet_is_no_error(name, empty):
-    verdict = lab.check(name, empty, **dict.fromkeys(inspect.signature(EXERCISES[name]).parameters))
+    verdict = lab.check(name, empty, **dict.fromkeys(EXERCISES[name].parameters))
     assert verdict.right is None and not verdict
     assert str(verdict).startswith(f"· {name}: not answered yet; expected is a ")
 
@@ -159,20 +159,24 @@ ANYTHING = st.recursive(
 
 @given(ANYTHING)
 def test_no_answer_is_an_exception(answer):
-    plan = Plan(lambda _: pytest.fail("not a plan"))
-    for kind in (Number(0.25), Share(0.25), Count(3), Members({3, 5}), Name("a", ["a"]), plan):
-        problem = kind.problem(answer)
+    right = dict.fromkeys(("number", "share"), 0.25) | {"count": 3, "set": {3, 5}, "name": "a"}
+    right["plan"] = lambda _: pytest.fail("not a plan")
+    for kind in KINDS:
+        problem = Answer(right[kind], options=["a"]).problem(kind, answer)
         assert problem is None or (problem and "\n" not in problem)
 
 
 def test_numbers_know_their_sign_and_counts_are_whole():
-    assert "wrong sign" in Number(-0.2).problem(0.2)
-    assert Number(-0.2).problem(-0.1) == "too large, by a factor of about 2"
-    assert Number(0.0).problem(0.1) == "too large" and Number(0.0).problem(0.0) is None
-    assert Count(1152).problem(np.int64(1152)) is None and Count(1152).problem(1152.0) is None
-    assert Count(1152).problem(1152.5) == "expected a whole number, got 1152.5"
-    assert Count(1152).problem(1153) == "close, but too large"
-    assert Share(0.5, {"one half of all": 0.25}).problem(0.25) == "this is one half of all"
+    assert "wrong sign" in Answer(-0.2).problem("number", 0.2)
+    assert Answer(-0.2).problem("number", -0.1) == "too large, by a factor of about 2"
+    assert Answer(0.0).problem("number", 0.1) == "too large"
+    assert Answer(0.0).problem("number", 0.0) is None
+    count = partial(Answer(1152).problem, "count")
+    assert count(np.int64(1152)) is None and count(1152.0) is None
+    assert count(1152.5) == "expected a whole number, got 1152.5"
+    assert count(1153) == "close, but too large"
+    half = Answer(0.5, {"one half of all": 0.25})
+    assert half.problem("share", 0.25) == "this is one half of all"
 
 
 @pytest.mark.parametrize(
@@ -197,17 +201,18 @@ def test_numbers_know_their_sign_and_counts_are_whole():
     ],
 )
 def test_a_set(answer, message):
-    problem = Members({3, 5, 8}, {"the other way round": {1, 2}}).problem(answer)
+    problem = Answer({3, 5, 8}, {"the other way round": {1, 2}}).problem("set", answer)
     assert (problem is None) if message is None else message in problem
 
 
 def test_a_name():
-    question = Name("law", ["law", "games", "medical"], {"the worst": "games"})
-    assert question.problem("law") is None
-    assert question.problem("games") == "this is the worst"
-    assert question.problem("medical") == "it is not 'medical'"
-    assert question.problem("lwa") == "'lwa' is not among the names; did you mean 'law'?"
-    assert question.problem(2) == "expected a name, in quotes, got 2"
+    right = Answer("law", {"the worst": "games"}, options=["law", "games", "medical"])
+    problem = partial(right.problem, "name")
+    assert problem("law") is None
+    assert problem("games") == "this is the worst"
+    assert problem("medical") == "it is not 'medical'"
+    assert problem("lwa") == "'lwa' is not among the names; did you mean 'law'?"
+    assert problem(2) == "expected a name, in quotes, got 2"
 
 
 def test_a_plan_of_the_wrong_size_shape_or_choice(tiny, tiny_statistics):
@@ -226,9 +231,9 @@ def test_a_plan_of_the_wrong_size_shape_or_choice(tiny, tiny_statistics):
 
     assert "take the same share of each" in problem(cut)
     smaller = lab.contextual_plan(model, tiny_statistics, quantile=share / 2)
-    assert "more parameters than the cut by ε" in problem(smaller)
+    assert "more parameters than the plan by ε" in problem(smaller)
     at_random = lab.score(model, "random", sites=("ffn",))
-    assert "more active than one that stays" in problem(
+    assert "a removed channel is more active" in problem(
         lab.plan_from_scores(model, at_random, parameters=stored)
     )
     heads = lab.score(model, "contextual", statistics=tiny_statistics)
@@ -266,7 +271,7 @@ def test_a_channel_costs_what_leaves_with_it(model):
     ("answer", "message"),
     [
         (lambda moment, block: torch.linalg.inv(block), None),
-        (lambda moment, block: moment, "nothing makes up for it"),
+        (lambda moment, block: moment, "the error without compensation"),
         (lambda moment, block: block, "invert that block"),
         (lambda moment, block: torch.diag(1 / block.diagonal()), "diagonal of H⁻¹ alone"),
     ],
@@ -296,3 +301,16 @@ def test_the_tokens_that_invert_a_moment(model):
     channels = Anatomy(model).units("ffn")[0]
     assert lab.check("tokens to invert", channels, model=model)
     assert "one too few" in lab.check("tokens to invert", channels - 1, model=model).message
+
+
+@pytest.mark.parametrize("name", EXERCISES)
+@pytest.mark.parametrize("held", [None, 3, "x", (), pd.DataFrame(), np.zeros(3), float("nan")])
+def test_an_exercise_given_anything_answers_with_a_verdict(name, held):
+    verdict = lab.check(name, 0.5, **dict.fromkeys(EXERCISES[name].parameters, held))
+    assert not verdict and "\n" not in str(verdict)
+
+
+@pytest.mark.parametrize("name", [None, 3, [], "", float("nan")])
+def test_an_exercise_has_a_name(name):
+    with pytest.raises(ValueError, match="no exercise"):
+        lab.check(name, 1)

@@ -11,7 +11,6 @@ import pytest
 
 import minigpt_lab as lab
 from minigpt_lab import figures
-from minigpt_lab.exercises import EXERCISES
 from minigpt_lab.figures.frames import _shown
 from minigpt_lab.widgets.base import Chooser
 from minigpt_lab.widgets.jobs import ModelJob
@@ -262,19 +261,3 @@ def test_widgets_take_numbers_of_any_kind_and_refuse_what_they_cannot_show(tiny,
     with pytest.raises(ValueError, match="draw is None; expected a function"):
         Chooser(None, domain=["law"])
     assert "what draw returned is None" in Chooser(lambda n: None, n=[np.int64(3)]).summary.value
-
-
-@pytest.mark.parametrize("name", EXERCISES)
-@pytest.mark.parametrize("held", [None, 3, "x", (), pd.DataFrame(), np.zeros(3), float("nan")])
-def test_an_exercise_given_anything_answers_with_a_verdict(name, held):
-    import inspect
-
-    needed = inspect.signature(EXERCISES[name]).parameters
-    verdict = lab.check(name, 0.5, **dict.fromkeys(needed, held))
-    assert not verdict and "\n" not in str(verdict)
-
-
-@pytest.mark.parametrize("name", [None, 3, [], "", float("nan")])
-def test_an_exercise_has_a_name(name):
-    with pytest.raises(ValueError, match="no exercise"):
-        lab.check(name, 1)
