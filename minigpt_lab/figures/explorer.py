@@ -1,19 +1,22 @@
-"""The explorer's picture: built once, then only what moved is drawn, so that a slider is quick."""
+"""The explorer's picture: a static background per domain, and the few marks that a slider moves.
+
+Drawing all of it anew (six panels with their ticks and texts) would take 0.4 s on one core, against
+0.03 s for the marks (`tests/benchmarks/explorer_latency.py`): matplotlib's blitting.
+"""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Rectangle
+from matplotlib.patches import Rectangle, StepPatch
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image
 
@@ -28,259 +31,239 @@ _UNITS = {
     "embedding": "token's share of the text",
 }
 _BINS = 60
-_LOOK = {**STYLE, "font.size": 8, "axes.titlesize": 8.5}
+_SMALL = {**STYLE, "font.size": 8, "axes.titlesize": 8.5}
 _SIZES = ("stored", "non-zero", "layers")  # short: the next panel is near
+_MARGINS = {"left": 0.07, "right": 0.972, "top": 0.94, "bottom": 0.125, "hspace": 0.46}
 
 
 class ThresholdPicture:
-    """Where ε falls among the neurons of a domain, which layers lose what, what a sweep measured.
+    """Place of ε among the neurons of a domain, what it removes of each layer, and its cost.
 
     Parameters
     ----------
     magnitudes : mapping
         Domain to its `Magnitudes`; all domains share the scales, so that they compare.
-    sweeps : mapping, optional
-        Domain to its `threshold_sweep`; draws the curves, and the reading at ε on them.
+    domain : str
+        The one that is drawn.
+    sweep : pandas.DataFrame, optional
+        Its `threshold_sweep`; draws the curves, and the reading at ε on them.
     """
 
     @checked(
         magnitudes=DictOf(Text(), Instance(Magnitudes), 1),
-        sweeps=DictOf(Text(), Instance(pd.DataFrame)) | None,
+        sweep=Instance(pd.DataFrame) | None,
     )
     def __init__(
         self,
         magnitudes: Mapping[str, Magnitudes],
-        sweeps: Mapping[str, pd.DataFrame] | None = None,
+        domain: str,
+        *,
+        sweep: pd.DataFrame | None = None,
     ):
-        self.magnitudes, self.sweeps = dict(magnitudes), dict(sweeps or {})
-        self._edges = {name: self._bins(name) for name in COMPONENTS}
-        self._domain = ""
-        self._backgrounds: dict[str, object] = {}  # domain to the drawing without what moves
-        with mpl.rc_context(_LOOK):
-            self.figure = Figure(figsize=(9.6, 5.4), dpi=100)
-            self._canvas = FigureCanvasAgg(self.figure)
-            grid = self.figure.add_gridspec(
-                2, 3, left=0.07, right=0.972, top=0.94, bottom=0.125, hspace=0.46, wspace=0.32,
-                height_ratios=(1, 1.5),
-            )  # fmt: skip
-            self._histograms = {
-                name: self._histogram(self.figure.add_subplot(grid[0, place]), name)
-                for place, name in enumerate(COMPONENTS)
-            }
-            self._depth(self.figure.add_subplot(grid[1, 0]))
-            self._leaving(self.figure.add_subplot(grid[1, 1]))
-            self._caption = self.figure.text(
-                0.01, 0.012, "", fontsize=7.5, color="#555555", parse_math=False
-            )
-            self._third = self.figure.add_subplot(grid[1, 2])
-        self._marks: dict[str, Line2D] = {}
-        self._sizes: dict[str, Rectangle] = {}
-
-    @property
-    def _moving(self) -> list[Artist]:
-        """What changes without a new domain."""
-        lines = [parts["line"] for parts in self._histograms.values()]
-        paths = [self._path, self._path_core, *self._bars.values(), self._legend]
-        return [*lines, *paths, *self._marks.values(), *self._sizes.values()]
-
-    def _bins(self, component: str) -> np.ndarray:
-        """Bin edges (log10) over all domains' magnitudes above zero."""
-        live = [found.pooled[component] for found in self.magnitudes.values()]
-        live = np.concatenate([values[values > 0] for values in live])
-        ends = (live.min(), live.max()) if len(live) else (1e-6, 1.0)
-        return np.linspace(np.log10(ends[0]) - 0.1, np.log10(ends[1]) + 0.1, _BINS + 1)
-
-    def _histogram(self, axis: Axes, component: str) -> dict:
-        edges = self._edges[component]
-        width = np.ptp(edges)
-        axis.set_xlim(edges[0] - 0.1 * width, edges[-1])
-        _log_axis(axis, edges, zero_at=edges[0] - 0.06 * width)
-        axis.set_xlabel(_UNITS[component])
-        axis.yaxis.set_major_formatter(PercentFormatter(1))
-        axis.yaxis.set_major_locator(MaxNLocator(4))
-        never = axis.bar([edges[0] - 0.06 * width], [0], 0.05 * width)[0]
-        return {
-            "axis": axis,
-            "steps": axis.stairs(np.zeros(_BINS), edges, fill=True, alpha=0.55),
-            "never": never,
-            "line": axis.axvline(edges[0], color="black", ls="--", lw=1.2),
-            # right of the bar of zeros, which may be as high as the panel
-            "note": axis.text(0.085, 0.97, "", transform=axis.transAxes, va="top", fontsize=7),
+        own, tint = magnitudes[domain], colour(domain, list(magnitudes))
+        self._edges = {
+            name: _bin_edges([found.pooled[name] for found in magnitudes.values()])
+            for name in COMPONENTS
         }
-
-    def _depth(self, axis: Axes) -> None:
-        layers = len(next(iter(self.magnitudes.values())).layers)
-        edges = self._edges["activation"]
-        self._image = axis.imshow(
-            np.zeros((layers, _BINS)), aspect="auto", cmap="cividis", vmin=0, interpolation="none",
-            extent=(edges[0], edges[-1], layers - 0.5, -0.5),
-        )  # fmt: skip
-        self._path = axis.plot([], [], color="white", lw=2.5)[0]
-        self._path_core = axis.plot([], [], color="black", ls="--", lw=1.2)[0]
-        _log_axis(axis, edges)
-        axis.set(xlabel=_UNITS["activation"], ylabel="layer")
-        axis.set_title("Where does each layer lie?")
-        axis.yaxis.set_major_locator(MaxNLocator(8, integer=True))
-        axis.grid(False)
-
-    def _leaving(self, axis: Axes) -> None:
-        layers = len(next(iter(self.magnitudes.values())).layers)
-        edges, empty = np.arange(layers + 1) - 0.5, np.zeros(layers)
-        self._bars = {
-            "ffn": axis.stairs(empty, edges, orientation="horizontal", fill=True, alpha=0.75,
-                               color=PART_STYLE["ffn"][0], label="FFN channels"),
-            "attention": axis.stairs(empty, edges, orientation="horizontal", lw=1.6,
-                                     color=PART_STYLE["attention"][0], label="heads (groups)"),
-        }  # fmt: skip
-        axis.set(xlim=(0, 1), ylim=(layers - 0.5, -0.5), xlabel="share that leaves", ylabel="layer")
-        axis.set_title("Which layers lose what?")
-        axis.xaxis.set_major_formatter(PercentFormatter(1, 0))
-        axis.yaxis.set_major_locator(MaxNLocator(8, integer=True))
-        self._legend = axis.legend(loc="lower right", fontsize=7)
-
-    def _sizing(self, axis: Axes) -> None:
-        bars = axis.barh(_SIZES, [1, 1, 1], color=[PART_STYLE["ffn"][0]] * 3, height=0.5)
-        self._sizes = dict(zip(_SIZES, bars, strict=True))
-        axis.set(xlim=(0, 1), ylim=(2.6, -0.6), xlabel="share of the dense model's parameters")
-        axis.set_title("How large is what stays?")
-        axis.tick_params(axis="y", labelsize=7)
-        axis.xaxis.set_major_formatter(PercentFormatter(1, 0))
-
-    def _losses(self, axis: Axes, sweep: pd.DataFrame) -> None:
-        axis.set_title("What does it cost? (from the sweep)")
-        points = sweep[(sweep["method"] == "contextual") & (sweep["epsilon"] > 0)]
-        for component, rows in points.groupby("component", sort=False):
-            tint, marker, line = COMPONENT_STYLE[component]
-            axis.plot(rows["epsilon"], rows["perplexity_ratio"], color=tint, marker=marker, ms=3.5,
-                      ls=line, label=component)  # fmt: skip
-            if component in COMPONENTS:
-                self._marks[component] = axis.plot([], [], "*", ms=13, color=tint, mec="black")[0]
-        axis.axhline(1, color="black", lw=0.8)
-        axis.set(xscale="log", yscale="log", xlabel="ε", ylabel="validation perplexity ÷ dense")
-        axis.set_yticks(*log_ticks(0.9, max(2.0, 1.1 * points["perplexity_ratio"].max())))
-        axis.minorticks_off()
-        axis.legend(loc="upper left", fontsize=7)
+        self._stars: dict[str, Line2D] = {}
+        self._sizes: dict[str, Rectangle] = {}
+        with mpl.rc_context(_SMALL):
+            self.figure = Figure(figsize=(9.6, 5.4), dpi=100)
+            layout = {"height_ratios": (1, 1.5), "wspace": 0.32, **_MARGINS}
+            above, (depth, removed, third) = self.figure.subplots(2, 3, gridspec_kw=layout)
+            self._lines = {
+                name: _histogram(axis, name, own.pooled[name], self._edges[name], tint)
+                for axis, name in zip(above, COMPONENTS, strict=True)
+            }
+            self._paths = _layer_density(depth, own.layers, self._edges["activation"])
+            self._bars = _removed_shares(removed, len(own.layers))
+            if sweep is None:
+                self._sizes = _size_bars(third)
+            else:
+                self._stars = _sweep_curves(third, sweep)
+            caption = f"{own.statistics.model_name}; {domain}: {own.statistics.n_tokens:,} "
+            caption += "calibration tokens; one scale for all domains"
+            grey = {"fontsize": 7.5, "color": "#555555", "parse_math": False}
+            self.figure.text(0.01, 0.012, caption, **grey)
+            self._moving = [*self._lines.values(), *self._paths, *self._bars.values()]
+            self._moving += [removed.get_legend(), *self._stars.values(), *self._sizes.values()]
+            for artist in self._moving:
+                artist.set_animated(True)  # not part of the background
+            self._canvas = FigureCanvasAgg(self.figure)
+            self._canvas.draw()
+        self._background = self._canvas.copy_from_bbox(self.figure.bbox)
 
     def draw(
         self,
-        domain: str,
         thresholds: Mapping[str, float | np.ndarray | None],
+        *,
         removed: pd.DataFrame,
         size: Size,
         readings: Mapping[str, Reading | None],
-    ) -> Figure:
-        """Change the picture to one choice.
+    ) -> bytes:
+        """Draw one choice of thresholds as PNG.
 
         Parameters
         ----------
-        domain : str
-            One of the mapping's.
         thresholds : mapping
-            Component to its ε, for activations one per layer ``[layer]``; None where it stays whole
-            or (linear layers) has an ε of its own in every place.
+            Component to its ε, for activations one per layer ``[layer]``; None where all of it is
+            kept or (linear layers) has an ε of its own in every place.
         removed : pandas.DataFrame
-            `PruningPlan.frame`.
+            `PruningPlan.to_frame`.
         size : Size
             Predicted for that plan.
         readings : mapping
-            Component to what the sweep says there.
+            Component to its `Reading` of the sweep.
         """
-        if domain != self._domain:
-            with mpl.rc_context(_LOOK):
-                self._show_domain(domain)
-        for name, parts in self._histograms.items():
-            values = thresholds.get(name)
-            chosen = np.atleast_1d(np.nan if values is None else values)
-            same = np.ptp(chosen) == 0
-            parts["line"].set_visible(bool(same))
-            if same:
-                parts["line"].set_xdata([self._place(name, chosen[0])] * 2)
-        layers = len(self._image.get_array())
-        values = thresholds.get("activation")
-        steps = np.full(layers, np.nan if values is None else values, float)
-        with np.errstate(divide="ignore"):
-            path = np.repeat(np.log10(steps), 2), np.repeat(np.arange(layers + 1) - 0.5, 2)[1:-1]
-        self._path.set_data(*path)
-        self._path_core.set_data(*path)
+        for name, line in self._lines.items():
+            self._move_line(name, line, thresholds.get(name))
+        self._move_paths(thresholds.get("activation"))
         for site, bars in self._bars.items():
             rows = removed[removed["site"] == site]
             bars.set_data((rows["removed"] / rows["units"]).to_numpy())
-        for name, mark in self._marks.items():
-            reading, value = readings.get(name), thresholds.get(name)
-            known = reading is not None and np.ndim(value) == 0
-            mark.set_data(([value], [reading.value]) if known else ([], []))
-        whole = (size.dense, size.dense, size.layers_dense)
-        left = (size.stored, size.nonzero, size.layers_stored)
-        shares = [part / dense for part, dense in zip(left, whole, strict=True)]
-        for name, share in zip(self._sizes, shares, strict=False):
-            self._sizes[name].set_width(share)
-        return self.figure
+        for name, star in self._stars.items():
+            reading, epsilon = readings.get(name), thresholds.get(name)
+            known = reading is not None and np.ndim(epsilon) == 0
+            star.set_data(([epsilon], [reading.value]) if known else ([], []))
+        shares = (
+            size.stored / size.dense,
+            size.nonzero / size.dense,
+            size.layers_stored / size.layers_dense,
+        )
+        for bar, share in zip(self._sizes.values(), shares, strict=False):
+            bar.set_width(share)
+        return self._png()
 
-    def prepare(self) -> None:
-        """Draw every domain's ticks, labels and distributions now; `draw` must follow."""
-        for domain in self.magnitudes:
-            with mpl.rc_context(_LOOK):
-                self._show_domain(domain)
-            self._keep_background()
+    def _move_line(self, component: str, line: Line2D, epsilon: float | np.ndarray | None) -> None:
+        """One ε for all layers is a line of the histogram; zero stands over the bar of zeros."""
+        chosen = np.atleast_1d(np.nan if epsilon is None else epsilon)
+        line.set_visible(bool(np.ptp(chosen) == 0))
+        edges = self._edges[component]
+        place = np.log10(chosen[0]) if chosen[0] > 0 else edges[0] - 0.02 * np.ptp(edges)
+        line.set_xdata([place, place])
 
-    def png(self) -> bytes:
-        """The picture as PNG; ticks, labels and distributions are drawn once for each domain."""
-        if self._domain not in self._backgrounds:
-            self._keep_background()
-        self._canvas.restore_region(self._backgrounds[self._domain])
+    def _move_paths(self, epsilon: float | np.ndarray | None) -> None:
+        """The ε of every layer, as steps."""
+        layers = len(self._bars["ffn"].get_data().values)
+        steps = np.full(layers, np.nan if epsilon is None else epsilon, float)
+        with np.errstate(divide="ignore"):
+            across = np.repeat(np.log10(steps), 2)
+        for path in self._paths:
+            path.set_data(across, np.repeat(np.arange(layers + 1) - 0.5, 2)[1:-1])
+
+    def _png(self) -> bytes:
+        self._canvas.restore_region(self._background)
         for artist in self._moving:
             artist.axes.draw_artist(artist)
         buffer = io.BytesIO()
-        Image.fromarray(np.asarray(self._canvas.buffer_rgba())).convert("RGB").save(
-            buffer, format="png", compress_level=1
-        )
+        image = Image.fromarray(np.asarray(self._canvas.buffer_rgba())).convert("RGB")
+        image.save(buffer, format="png", compress_level=1)
         return buffer.getvalue()
 
-    def _keep_background(self) -> None:
-        for artist in self._moving:
-            artist.set_animated(True)
-        with mpl.rc_context(_LOOK):
-            self._canvas.draw()
-        self._backgrounds[self._domain] = self._canvas.copy_from_bbox(self.figure.bbox)
-        for artist in self._moving:
-            artist.set_animated(False)
 
-    def _place(self, component: str, epsilon: float) -> float:
-        """Where ε stands on the axis of a histogram; zero, over the bar of zeros."""
-        edges = self._edges[component]
-        return np.log10(epsilon) if epsilon > 0 else edges[0] - 0.02 * np.ptp(edges)
+def _bin_edges(magnitudes: Sequence[np.ndarray]) -> np.ndarray:
+    """Bin edges (log10) over the magnitudes above zero."""
+    positive = np.concatenate([values[values > 0] for values in magnitudes])
+    ends = (positive.min(), positive.max()) if len(positive) else (1e-6, 1.0)
+    return np.linspace(np.log10(ends[0]) - 0.1, np.log10(ends[1]) + 0.1, _BINS + 1)
 
-    def _show_domain(self, domain: str) -> None:
-        self._domain, found = domain, self.magnitudes[domain]
-        tint = colour(domain, list(self.magnitudes))
-        for name, parts in self._histograms.items():
-            values, edges = found.pooled[name], self._edges[name]
-            live = values[np.searchsorted(values, 0, side="right") :]
-            shares = np.histogram(np.log10(live), edges)[0] / max(len(values), 1)
-            zero = 1 - len(live) / max(len(values), 1)
-            parts["steps"].set(data=shares, color=tint)
-            parts["never"].set(height=zero, color=tint)
-            # a bar of zeros may be ten times as high as all the rest: its number stands beside it
-            parts["axis"].set_ylim(0, 1.25 * max(shares.max(), 1e-9))
-            parts["note"].set_text(f"exactly 0: {zero:.1%}" if zero else "")
-            what = "tokens" if name == "embedding" else "neurons"
-            parts["axis"].set_title(f"{name}: {len(values):,} {what}", fontsize=8.5)
-        edges = self._edges["activation"]
-        with np.errstate(divide="ignore"):
-            density = np.stack([np.histogram(np.log10(v), edges)[0] / len(v) for v in found.layers])
-        self._image.set_data(density)
-        self._image.set_clim(0, np.quantile(density, 0.995) or 1)
-        measured = found.statistics
-        self._caption.set_text(
-            f"{measured.model_name}; {domain}: {measured.n_tokens:,} calibration tokens; one scale "
-            "for all domains"
+
+def _histogram(
+    axis: Axes, component: str, values: np.ndarray, edges: np.ndarray, tint: str
+) -> Line2D:
+    """Distribution of the logs of `values` (ascending); returns the line of ε."""
+    width = np.ptp(edges)
+    zero_at = edges[0] - 0.06 * width
+    positive = values[np.searchsorted(values, 0, side="right") :]
+    shares = np.histogram(np.log10(positive), edges)[0] / max(len(values), 1)
+    zeros = 1 - len(positive) / max(len(values), 1)
+    axis.stairs(shares, edges, fill=True, alpha=0.55, color=tint)
+    axis.bar([zero_at], [zeros], 0.05 * width, color=tint)
+    axis.set_xlim(edges[0] - 0.1 * width, edges[-1])
+    # a bar of zeros may be ten times as high as all the rest: its number stands beside it
+    axis.set_ylim(0, 1.25 * max(shares.max(), 1e-9))
+    if zeros:
+        axis.text(
+            0.085, 0.97, f"exactly 0: {zeros:.1%}", transform=axis.transAxes, va="top", fontsize=7
         )
-        self._third.clear()
-        self._marks, self._sizes = {}, {}
-        if domain in self.sweeps:
-            self._losses(self._third, self.sweeps[domain])
-        else:
-            self._sizing(self._third)
+    _log_axis(axis, edges, zero_at=zero_at)
+    axis.yaxis.set_major_formatter(PercentFormatter(1))
+    axis.yaxis.set_major_locator(MaxNLocator(4))
+    axis.set_xlabel(_UNITS[component])
+    what = "tokens" if component == "embedding" else "neurons"
+    axis.set_title(f"{component}: {len(values):,} {what}")
+    return axis.axvline(edges[0], color="black", ls="--", lw=1.2)
+
+
+def _layer_density(axis: Axes, layers: Sequence[np.ndarray], edges: np.ndarray) -> list[Line2D]:
+    """Distribution of each layer's activations as an image; returns the two lines of ε."""
+    with np.errstate(divide="ignore"):
+        density = np.stack([np.histogram(np.log10(v), edges)[0] / len(v) for v in layers])
+    axis.imshow(
+        density,
+        aspect="auto",
+        cmap="cividis",
+        vmin=0,
+        vmax=np.quantile(density, 0.995) or 1,
+        interpolation="none",
+        extent=(edges[0], edges[-1], len(layers) - 0.5, -0.5),
+    )
+    _log_axis(axis, edges)
+    axis.set(xlabel=_UNITS["activation"], ylabel="layer")
+    axis.set_title("Where does each layer lie?")
+    axis.yaxis.set_major_locator(MaxNLocator(8, integer=True))
+    axis.grid(False)
+    (halo,) = axis.plot([], [], color="white", lw=2.5)
+    (line,) = axis.plot([], [], color="black", ls="--", lw=1.2)
+    return [halo, line]
+
+
+def _removed_shares(axis: Axes, layers: int) -> dict[str, StepPatch]:
+    """Empty bars of the share that is removed of each layer, by site."""
+    edges, empty = np.arange(layers + 1) - 0.5, np.zeros(layers)
+    looks = {
+        "ffn": {"fill": True, "alpha": 0.75, "label": "FFN channels"},
+        "attention": {"lw": 1.6, "label": "heads (groups)"},
+    }
+    bars = {
+        site: axis.stairs(empty, edges, orientation="horizontal", color=PART_STYLE[site][0], **look)
+        for site, look in looks.items()
+    }
+    axis.set(xlim=(0, 1), ylim=(layers - 0.5, -0.5), xlabel="share removed", ylabel="layer")
+    axis.set_title("Which layers lose what?")
+    axis.xaxis.set_major_formatter(PercentFormatter(1, 0))
+    axis.yaxis.set_major_locator(MaxNLocator(8, integer=True))
+    axis.legend(loc="lower right", fontsize=7)
+    return bars
+
+
+def _size_bars(axis: Axes) -> dict[str, Rectangle]:
+    """Bars of the three sizes."""
+    bars = axis.barh(_SIZES, [1, 1, 1], color=PART_STYLE["ffn"][0], height=0.5)
+    axis.set(xlim=(0, 1), ylim=(2.6, -0.6), xlabel="share of the dense model's parameters")
+    axis.set_title("How large is the pruned model?")
+    axis.tick_params(axis="y", labelsize=7)
+    axis.xaxis.set_major_formatter(PercentFormatter(1, 0))
+    return dict(zip(_SIZES, bars, strict=True))
+
+
+def _sweep_curves(axis: Axes, sweep: pd.DataFrame) -> dict[str, Line2D]:
+    """Curves of a sweep; returns the star of each component's reading."""
+    points = sweep[(sweep["method"] == "contextual") & (sweep["epsilon"] > 0)]
+    stars = {}
+    for component, rows in points.groupby("component", sort=False):
+        tint, marker, line = COMPONENT_STYLE[component]
+        style = {"color": tint, "marker": marker, "ms": 3.5, "ls": line, "label": component}
+        axis.plot(rows["epsilon"], rows["perplexity_ratio"], **style)
+        if component in COMPONENTS:
+            (stars[component],) = axis.plot([], [], "*", ms=13, color=tint, mec="black")
+    axis.axhline(1, color="black", lw=0.8)
+    axis.set(xscale="log", yscale="log", xlabel="ε", ylabel="validation perplexity ÷ dense")
+    axis.set_title("What does it cost? (from the sweep)")
+    axis.set_yticks(*log_ticks(0.9, max(2.0, 1.1 * points["perplexity_ratio"].max())))
+    axis.minorticks_off()
+    axis.legend(loc="upper left", fontsize=7)
+    return stars
 
 
 def _log_axis(axis: Axes, edges: np.ndarray, zero_at: float | None = None) -> None:

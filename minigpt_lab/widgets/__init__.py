@@ -1,17 +1,16 @@
-"""Controls for the notebooks: they choose ε, a ratio or a domain, and show what is known there.
+"""Controls for the notebooks: explorers of ε, ratios and results, and buttons that run a model.
 
-A slider never runs a model: `studies.lookups` and `planning` make the numbers, `figures` the
-picture, and an explorer puts both on the page. What needs a model is a `ModelJob`, behind a button.
+A slider never runs a model: `studies` and `planning` make the numbers, `figures` the picture, and
+an explorer puts both on the page. Work that needs a model is a `ModelJob`, behind a button.
 """
 
 from .base import Chooser, Explorer
-from .jobs import Cancelled, ModelJob, perplexity_job
+from .jobs import ModelJob, perplexity_job
 from .pruning import ABSOLUTE, RELATIVE, RatioExplorer, ThresholdExplorer
 
 __all__ = [
     "ABSOLUTE",
     "RELATIVE",
-    "Cancelled",
     "Chooser",
     "Explorer",
     "ModelJob",

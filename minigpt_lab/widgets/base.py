@@ -1,4 +1,4 @@
-"""What explorers share: controls, a line of numbers, a picture, and a static page of them."""
+"""The explorers' base: controls, a line of numbers, a picture, and a static page of them."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Explorer:
     Parameters
     ----------
     controls : sequence of ipywidgets.Widget
-        Rows to show.
+        Rows of the view.
     inputs : sequence of ipywidgets.Widget
-        Those among them whose value matters.
+        Controls whose value redraws the explorer.
     """
 
     def __init__(self, controls: Sequence[ipywidgets.Widget], inputs: Sequence[ipywidgets.Widget]):
@@ -50,7 +50,7 @@ class Explorer:
         self.summary.value, self.image.value = words, picture
 
     def show(self, interactive: bool) -> Page:
-        """What a notebook cell displays: the live controls, or what they show as a static page."""
+        """Page for a notebook cell: the live controls, or their numbers and picture alone."""
         return Page(self, interactive)
 
 
@@ -84,7 +84,7 @@ def escaped(text: str) -> str:
 
 
 def size_words(size: Size) -> str:
-    """The three meanings of size."""
+    """The three sizes of a plan, in words."""
     return (
         f"stored {size.stored:,} ({size.stored / size.dense:.1%} of dense), non-zero "
         f"{size.nonzero:,} ({size.nonzero / size.dense:.1%}), inside the layers "
@@ -115,14 +115,14 @@ class Chooser(Explorer):
         super().__init__([row], list(self.controls.values()))
 
     def choose(self) -> tuple[str, bytes]:
-        """What `draw` makes of the choice."""
-        found = self.draw(**{name: control.value for name, control in self.controls.items()})
-        if isinstance(found, Figure):
-            return "", png_bytes(found)
-        found = Instance(pd.DataFrame, "or a Figure")("what draw returned", found)
-        # long texts whole, and no formulas
+        """The figure or the table that `draw` gives for the choice."""
+        drawn = self.draw(**{name: control.value for name, control in self.controls.items()})
+        if isinstance(drawn, Figure):
+            return "", png_bytes(drawn)
+        table = Instance(pd.DataFrame, "or a Figure")("what draw returned", drawn)
+        # long texts in full, and no formulas
         with pd.option_context("display.max_colwidth", None, "display.html.use_mathjax", False):
-            words = found.to_html(index=False, float_format="{:.3g}".format, border=0)
+            words = table.to_html(index=False, float_format="{:.3g}".format, border=0)
         return words, b""
 
 
@@ -131,10 +131,9 @@ def _choices(name: str, choices: Sequence) -> list:
     odd = isinstance(choices, str | bytes) or not isinstance(choices, Iterable)
     if odd or getattr(choices, "ndim", 1) != 1:
         raise invalid(name, choices, "a list of choices")
-    found = [to_python(choice) for choice in choices]
-    if not found:
-        raise invalid(name, found, "at least one choice")
-    for choice in found:
-        if isinstance(choice, float) and choice != choice:
-            raise invalid(name, found, "choices that can be told apart (NaN equals nothing)")
-    return found
+    values = [to_python(choice) for choice in choices]
+    if not values:
+        raise invalid(name, values, "at least one choice")
+    if any(value != value for value in values if isinstance(value, float)):
+        raise invalid(name, values, "choices that can be told apart (NaN equals nothing)")
+    return values

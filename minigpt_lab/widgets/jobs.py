@@ -1,10 +1,11 @@
-"""What needs a model: behind a button, in the background, with a progress bar and a way out."""
+"""Buttons for work that needs a model: in the background, with progress and a cancel button."""
 
 from __future__ import annotations
 
 import html
 import threading
 from collections.abc import Callable
+from concurrent.futures import CancelledError
 from functools import partial
 
 import ipywidgets
@@ -30,23 +31,19 @@ from .base import alarm, escaped, size_words
 from .pruning import RatioExplorer, ThresholdExplorer
 
 
-class Cancelled(Exception):
-    """Raised inside a `ModelJob`'s work once its cancel button has been pressed."""
-
-
 class ModelJob:
-    """A button for what needs a model: runs in the background, can be cancelled.
+    """A button that runs work in the background, with progress and a cancel button.
 
-    If the work fails or is cancelled, the last result stays and the reason stands below it. A model
-    that a cell is using is waited for, and the line below the bar says so.
+    If the work fails or is cancelled, the last result is kept and the reason shown below it. The
+    job waits for a model that a cell is using, and says so below the bar.
 
     Parameters
     ----------
     description : str
         On the button.
     work : callable
-        Takes ``tick(done)`` with the share that is done, to be called often (it raises `Cancelled`
-        to stop the work); returns the result as text.
+        Takes ``tick(done)`` with the share that is done, to be called often (it raises
+        `concurrent.futures.CancelledError` to stop the work); returns the result as text.
     """
 
     @checked(description=Text(), work=Function())
@@ -102,12 +99,12 @@ class ModelJob:
 
     def _tick(self, done: float) -> None:
         if self._stop.is_set():
-            raise Cancelled
+            raise CancelledError
         self.progress.value, self.state.value = min(done, 1.0), "running …"
 
     def _waits(self, name: str, _seconds: float) -> None:
         if self._stop.is_set():
-            raise Cancelled
+            raise CancelledError
         self.state.value = f"waiting: the {html.escape(name)} is in use …"
 
     def _run(self) -> None:
@@ -115,8 +112,8 @@ class ModelJob:
         try:
             self.result.value = html.escape(self.work(self._tick))
             self.state.value, self.progress.value = "", 1.0
-        except Cancelled:
-            self.state.value = "cancelled; the last result stands"
+        except CancelledError:
+            self.state.value = "cancelled; the last result is kept"
         except Exception as error:  # noqa: BLE001 - a thread's error would be lost
             self.state.value = alarm(error)
         finally:
@@ -163,9 +160,9 @@ def perplexity_job(
             tick((calls - 1) / batches)
 
         with hooked(partial(mini.register_forward_pre_hook, count)):
-            found = perplexity(
+            result = perplexity(
                 mini, tokenizer, held_out, seq_len=seq_len, max_characters=None, progress=False
             )
-        return f"{size_words(plan.predicted_size(explorer.model))}: {found}"
+        return f"{size_words(plan.predicted_size(explorer.model))}: {result}"
 
     return ModelJob("measure perplexity", work)

@@ -18,7 +18,7 @@ from ..planning import ALLOCATIONS, contextual_plan, plan_from_scores
 from ..studies import COMPONENTS, Magnitudes, read_sweep, threshold_range
 from .base import Explorer, Page, escaped, size_words
 
-_MOST = 0.99  # ratio of a slider: something of each layer must stay
+_HIGHEST = 0.99  # ratio of a slider: something of each layer must be kept
 ABSOLUTE, RELATIVE = "absolute ε", "share of each layer"
 
 
@@ -47,10 +47,13 @@ class ThresholdExplorer(Explorer):
     """
 
     @checked(
-        model=Model(lock=False), statistics=DictOf(Text(), Instance(Statistics), 1), domain=Text(),
-        epsilon=Number(low=0), token_counts=DictOf(Text(), Array(), 1) | None,
+        model=Model(lock=False),
+        statistics=DictOf(Text(), Instance(Statistics), 1),
+        domain=Text(),
+        epsilon=Number(low=0),
+        token_counts=DictOf(Text(), Array(), 1) | None,
         sweeps=DictOf(Text(), Instance(pd.DataFrame), 1) | None,
-    )  # fmt: skip
+    )
     def __init__(
         self,
         model: PreTrainedModel,
@@ -68,17 +71,17 @@ class ThresholdExplorer(Explorer):
         for name, given in (("token_counts", token_counts), ("sweeps", sweeps)):
             for key in given or ():
                 if key not in statistics:
-                    close = suggest(str(key), [*statistics])
+                    hint = suggest(str(key), [*statistics])
                     raise ValueError(
-                        f"{name} has {key!r}, of which there are no statistics; {close}"
+                        f"{name} has {key!r}, of which there are no statistics; {hint}"
                     )
         self.model, self.statistics, self.sweeps = model, dict(statistics), dict(sweeps or {})
         self.token_counts = dict(token_counts or {})
         self.magnitudes = {
-            name: Magnitudes(found, self.token_counts.get(name))
-            for name, found in self.statistics.items()
+            name: Magnitudes(each, self.token_counts.get(name))
+            for name, each in self.statistics.items()
         }
-        self._picture = ThresholdPicture(self.magnitudes, self.sweeps)
+        self._pictures: dict[str, ThresholdPicture] = {}
         self.domain = ipywidgets.Dropdown(
             options=list(statistics), value=domain, description="domain"
         )
@@ -86,24 +89,21 @@ class ThresholdExplorer(Explorer):
             options=[ABSOLUTE, RELATIVE], style={"button_width": "auto"}
         )
         self.active = {
-            name: ipywidgets.Checkbox(name == "activation", description=name, indent=False,
-                                      layout={"width": "110px"})
+            name: ipywidgets.Checkbox(
+                name == "activation", description=name, indent=False, layout={"width": "110px"}
+            )
             for name in COMPONENTS
-        }  # fmt: skip
+        }
         self.epsilon = {
             name: _log_slider(self.magnitudes, name, epsilon if name == "activation" else None)
             for name in COMPONENTS
         }
-        self.share = {
-            name: ipywidgets.FloatSlider(
-                value=0.1, min=0, max=_MOST, step=0.01, continuous_update=False,
-                readout_format=".0%", layout={"width": "440px", "display": "none"},
-            )
-            for name in COMPONENTS[:2]
-        }  # fmt: skip
+        self.share = {name: _share_slider(0.1) for name in COMPONENTS[:2]}
         self.rule.observe(lambda _change: self._swap_sliders(), "value")
+        self._swap_sliders()
+        by_component = (self.active, self.epsilon, self.share)
         rows = [
-            ipywidgets.HBox([self.active[name], self.epsilon[name], *_present(self.share, name)])
+            ipywidgets.HBox([controls[name] for controls in by_component if name in controls])
             for name in COMPONENTS
         ]
         inputs = [*self.active.values(), *self.epsilon.values(), *self.share.values()]
@@ -116,7 +116,7 @@ class ThresholdExplorer(Explorer):
         return self.rule.value == RELATIVE
 
     def thresholds(self) -> dict[str, float]:
-        """ε (or share) of every component that is ticked; 0 where ε means tokens never seen."""
+        """ε (or share) of every ticked component; 0 for tokens that never occur."""
         chosen = {}
         for name in COMPONENTS:
             if self.active[name].value:
@@ -129,14 +129,14 @@ class ThresholdExplorer(Explorer):
     @property
     def plan(self) -> PruningPlan:
         """The plan for the controls' values."""
-        chosen = self.thresholds()
-        embedding = {"epsilon_embedding": chosen.pop("embedding", None)}
-        found = self.statistics[self.domain.value]
-        embedding["token_counts"] = self.token_counts.get(self.domain.value)
+        chosen, domain = self.thresholds(), self.domain.value
+        options: dict = {"epsilon_embedding": chosen.pop("embedding", None)}
+        options["token_counts"] = self.token_counts.get(domain)
         if self.relative:
-            return contextual_plan(self.model, found, quantile=chosen or None, **embedding)
-        epsilons = {f"epsilon_{name}": value for name, value in chosen.items()}
-        return contextual_plan(self.model, found, **epsilons, **embedding)
+            options["quantile"] = chosen or None
+        else:
+            options |= {f"epsilon_{name}": value for name, value in chosen.items()}
+        return contextual_plan(self.model, self.statistics[domain], **options)
 
     @property
     def size(self) -> Size:
@@ -144,14 +144,13 @@ class ThresholdExplorer(Explorer):
         return self.plan.predicted_size(self.model)
 
     def show(self, interactive: bool) -> Page:
-        """As every explorer; live, all domains are drawn ahead, so that choosing one is quick."""
-        if interactive:
-            self._picture.prepare()
-            self.render()
+        """As every explorer; live, the pictures of all domains are prepared."""
+        for name in self.statistics if interactive else ():
+            self._picture(name)
         return super().show(interactive)
 
     def choose(self) -> tuple[str, bytes]:
-        """Sizes, shares and readings, and where ε falls."""
+        """Sizes, shares and readings, and the picture of the thresholds."""
         plan, domain, chosen = self.plan, self.domain.value, self.thresholds()
         size = plan.predicted_size(self.model)
         marks: dict = dict(chosen)
@@ -163,20 +162,28 @@ class ThresholdExplorer(Explorer):
         else:
             sweep = self.sweeps.get(domain)
             readings = {name: read_sweep(sweep, name, value) for name, value in chosen.items()}
-        self._picture.draw(domain, marks, plan.to_frame(), size, readings)
         lines = [f"<b>{escaped(domain)}</b>: {size_words(size)}", *self._shares(chosen)]
         lines += [
             f"{name} alone: validation perplexity {reading} (from the sweep)"
             for name, reading in readings.items()
             if reading is not None
         ]
-        return "<br>".join(lines), self._picture.png()
+        picture = self._picture(domain).draw(
+            marks, removed=plan.to_frame(), size=size, readings=readings
+        )
+        return "<br>".join(lines), picture
+
+    def _picture(self, domain: str) -> ThresholdPicture:
+        if domain not in self._pictures:
+            sweep = self.sweeps.get(domain)
+            self._pictures[domain] = ThresholdPicture(self.magnitudes, domain, sweep=sweep)
+        return self._pictures[domain]
 
     def _shares(self, chosen: Mapping[str, float]) -> list[str]:
-        """What the thresholds catch in this domain, and activation's ε in the others."""
+        """Shares at or below the thresholds in this domain, and below activation's ε in others."""
         if self.relative:
-            return [f"{name}: the lowest {v:.0%} of each layer" for name, v in chosen.items()
-                    if name != "embedding"]  # fmt: skip
+            shares = {name: share for name, share in chosen.items() if name in self.share}
+            return [f"{name}: the lowest {v:.0%} of each layer" for name, v in shares.items()]
         domain = self.domain.value
         words = [
             f"{name} ε = {value:.3e}: {self.magnitudes[domain].share(name, value):.1%}"
@@ -201,17 +208,31 @@ class ThresholdExplorer(Explorer):
 def _log_slider(magnitudes, component: str, start: float | None) -> ipywidgets.FloatLogSlider:
     low, high = threshold_range(magnitudes, component, start)
     return ipywidgets.FloatLogSlider(
-        value=max(start or 0, 10**low), min=low, max=high, step=0.02, continuous_update=False,
-        readout_format=".2e", layout={"width": "440px"},
-    )  # fmt: skip
+        value=max(start or 0, 10**low),
+        min=low,
+        max=high,
+        step=0.02,
+        continuous_update=False,
+        readout_format=".2e",
+        layout={"width": "440px"},
+    )
 
 
-def _present(sliders: Mapping[str, ipywidgets.Widget], name: str) -> list[ipywidgets.Widget]:
-    return [sliders[name]] if name in sliders else []
+def _share_slider(start: float, **options) -> ipywidgets.FloatSlider:
+    return ipywidgets.FloatSlider(
+        value=start,
+        min=0,
+        max=_HIGHEST,
+        step=0.01,
+        continuous_update=False,
+        readout_format=".0%",
+        layout={"width": "440px"},
+        **options,
+    )
 
 
 class RatioExplorer(Explorer):
-    """Method, ratio and allocation over finished scores: what each would cut where.
+    """Method, ratio and allocation over finished scores, and the plan they give.
 
     Parameters
     ----------
@@ -224,17 +245,15 @@ class RatioExplorer(Explorer):
     """
 
     @checked(
-        model=Model(lock=False), scores=DictOf(Text(), Instance(Scores), 1),
-        ratio=Number(low=0, high=_MOST),
-    )  # fmt: skip
+        model=Model(lock=False),
+        scores=DictOf(Text(), Instance(Scores), 1),
+        ratio=Number(low=0, high=_HIGHEST),
+    )
     def __init__(self, model: PreTrainedModel, scores: Mapping[str, Scores], *, ratio: float = 0.2):
         self.model, self.scores = model, dict(scores)
         self.method = ipywidgets.Dropdown(options=list(scores), description="method")
         self.allocation = ipywidgets.Dropdown(options=list(ALLOCATIONS), description="allocation")
-        self.ratio = ipywidgets.FloatSlider(
-            value=ratio, min=0, max=_MOST, step=0.01, description="ratio", continuous_update=False,
-            readout_format=".0%", layout={"width": "440px"},
-        )  # fmt: skip
+        self.ratio = _share_slider(ratio, description="ratio")
         inputs = [self.method, self.allocation, self.ratio]
         super().__init__([ipywidgets.HBox(inputs[:2]), self.ratio], inputs)
 
@@ -246,7 +265,7 @@ class RatioExplorer(Explorer):
         return plan_from_scores(self.model, scores, ratio=ratio, allocation=allocation)
 
     def choose(self) -> tuple[str, bytes]:
-        """Sizes, and what leaves every layer."""
+        """Sizes, and the share removed of every layer."""
         plan = self.plan
         words = size_words(plan.predicted_size(self.model))
         return f"<b>{escaped(self.method.value)}</b>: {words}", png_bytes(

@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 
 import minigpt_lab as lab
-from minigpt_lab.figures.explorer import ThresholdPicture
-from minigpt_lab.studies.lookups import COMPONENTS, Magnitudes, read_sweep
+from minigpt_lab.figures import ThresholdPicture
+from minigpt_lab.studies import COMPONENTS, Magnitudes, read_sweep
 
 SWEEP = pd.DataFrame(
     [["activation", "contextual", e, r] for e, r in ((0.02, 1.1), (0.05, 2.0), (0.1, 9.0))],
@@ -20,12 +20,13 @@ SWEEP = pd.DataFrame(
 def drawn(tiny, tiny_statistics):
     """A picture, and a function that draws thresholds on it."""
     magnitudes = {"tiny-law": Magnitudes(tiny_statistics)}
-    picture = ThresholdPicture(magnitudes, {"tiny-law": SWEEP})
+    picture = ThresholdPicture(magnitudes, "tiny-law", sweep=SWEEP)
 
     def draw(marks, quantile=None, readings=None, **epsilons):
         plan = lab.contextual_plan(tiny[0], tiny_statistics, quantile=quantile, **epsilons)
         size = plan.predicted_size(tiny[0])
-        return picture.draw("tiny-law", marks, plan.to_frame(), size, readings or {}), plan
+        picture.draw(marks, removed=plan.to_frame(), size=size, readings=readings or {})
+        return picture.figure, plan
 
     return draw
 
@@ -83,22 +84,22 @@ def test_the_sweep_and_its_reading(drawn):
 
 
 def test_without_a_sweep_sizes_stand_there(tiny, tiny_statistics):
-    picture = ThresholdPicture({"tiny-law": Magnitudes(tiny_statistics)})
+    picture = ThresholdPicture({"tiny-law": Magnitudes(tiny_statistics)}, "tiny-law")
     plan = lab.contextual_plan(tiny[0], tiny_statistics, epsilon_activation=0.1)
     size = plan.predicted_size(tiny[0])
-    figure = picture.draw("tiny-law", {"activation": 0.1}, plan.to_frame(), size, {})
-    widths = [bar.get_width() for bar in axis_of(figure, "How large").patches]
+    picture.draw({"activation": 0.1}, removed=plan.to_frame(), size=size, readings={})
+    widths = [bar.get_width() for bar in axis_of(picture.figure, "How large").patches]
     expected = [size.stored / size.dense, size.nonzero / size.dense]
     assert widths == pytest.approx([*expected, size.layers_stored / size.layers_dense])
 
 
 def test_words_stay_off_the_bars_and_in_their_panels(tiny, tiny_statistics):
-    picture = ThresholdPicture({"tiny-law": Magnitudes(tiny_statistics)})
+    picture = ThresholdPicture({"tiny-law": Magnitudes(tiny_statistics)}, "tiny-law")
     plan = lab.contextual_plan(tiny[0], tiny_statistics, epsilon_activation=0.1)
-    figure = picture.draw("tiny-law", {}, plan.to_frame(), plan.predicted_size(tiny[0]), {})
+    size, figure = plan.predicted_size(tiny[0]), picture.figure
+    picture.draw({}, removed=plan.to_frame(), size=size, readings={})
     axis = axis_of(figure, "embedding")
     (note,) = (text for text in axis.texts if "exactly 0" in text.get_text())
-    picture.png()
     bar = next(patch for patch in axis.patches if hasattr(patch, "get_height"))
     assert bar.get_height() > 0 and note.get_window_extent().x0 > bar.get_window_extent().x1
     sizes, beside = axis_of(figure, "How large"), axis_of(figure, "Which layers")
