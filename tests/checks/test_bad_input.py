@@ -85,7 +85,7 @@ def things(tmp_path_factory):
         "model": model, "tokenizer": tokenizer, "domain": domain, "batches": batches,
         "statistics": statistics, "scores": scores, "plan": plan, "names": names,
         "questions": questions, "answers": answers, "hessians": hessians,
-        "problems": ablations.layer_problems(model, batches, 0),
+        "problems": ablations.layer_problems(model, batches, layer=0),
         "folder": tmp_path_factory.mktemp("out"),
     }  # fmt: skip
 
