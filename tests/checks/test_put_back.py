@@ -104,6 +104,7 @@ def test_an_interrupted_call_leaves_nothing_behind(name):
     assert ended and (len(ended) < 8 or name == "shrink")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_an_interrupted_recovery_leaves_nothing_but_weights_behind(method, tiny, tiny_domain):
     model = copy.deepcopy(tiny[0]).train()

@@ -339,6 +339,7 @@ def test_a_round_gains_on_where_it_starts(tiny, batches):
     assert len(repr(counts)) < 200 and "<table" in counts._repr_html_()
 
 
+@pytest.mark.slow
 def test_an_interrupted_search_goes_on(tiny, batches, tmp_path, monkeypatch):
     model, arguments = tiny[0], {"ratio": 0.4, **QUICK, "progress": False}
     expected = lab.search_counts(model, batches, **arguments)

@@ -161,6 +161,7 @@ history.drop(columns="seconds").to_csv(sys.argv[2], index=False)
     pd.testing.assert_frame_equal(resumed, whole, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "damage"),
     [
@@ -199,6 +200,7 @@ def test_a_broken_checkpoint_is_passed_over(tmp_path, pruned, tiny, tiny_domain,
     assert same_weights(again, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_gradients_that_a_caller_has_switched_off_are_taken(
@@ -446,6 +448,7 @@ def test_a_loss_that_is_not_a_number_ends_it(mini, tiny, tiny_domain):
         lab.recover(mini, tiny[1], tiny_domain, **SMALL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "lora"])
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
 def test_weights_of_a_short_type_are_trained_as_well(pruned, tiny, tiny_domain, method, stored):
