@@ -1,4 +1,4 @@
-"""How large a model is, in the ways that must not be confused, and what of it can be pruned."""
+"""The size of a model, counted in several ways, and the parts of it that can be pruned."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from ..checks import Model, checked
 from .anatomy import Anatomy
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Size:
-    """Parameters of a model, counted in the ways that must not be confused.
+    """Parameters of a model: stored, non-zero and inside the decoder layers.
 
     Parameters
     ----------
@@ -26,8 +26,8 @@ class Size:
     layers_stored, layers_dense : int
         Parameters inside the decoder layers, after and before.
     paper_nonzero : int, optional
-        Parameters that the code of the Mini-GPTs paper, which removes none, would count as not
-        zero: a channel that is cut costs a row of the first projection, and the column of the
+        Parameters that the code of the Mini-GPTs paper, which removes none, would count as
+        non-zero: a pruned channel costs a row of the first projection, and the column of the
         second still counts. Only a plan knows it (`PruningPlan.predicted_size`).
     """
 
@@ -40,24 +40,20 @@ class Size:
 
     @property
     def layer_ratio(self) -> float:
-        """Share of the decoder layers' parameters that stays."""
+        """Share of the decoder layers' parameters that is kept."""
         return self.layers_stored / self.layers_dense
 
     def to_frame(self) -> pd.DataFrame:
         """One row with the counts and their shares of the dense model."""
-        return pd.DataFrame(
-            [
-                {
-                    **asdict(self),
-                    "stored_ratio": self.stored / self.dense,
-                    "nonzero_ratio": self.nonzero / self.dense,
-                    "layer_ratio": self.layer_ratio,
-                    "paper_nonzero_ratio": self.paper_nonzero and self.paper_nonzero / self.dense,
-                }
-            ]
-        )
+        shares = {
+            "stored_ratio": self.stored / self.dense,
+            "nonzero_ratio": self.nonzero / self.dense,
+            "layer_ratio": self.layer_ratio,
+            "paper_nonzero_ratio": self.paper_nonzero and self.paper_nonzero / self.dense,
+        }
+        return pd.DataFrame([asdict(self) | shares])
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         paper = ""
         if self.paper_nonzero is not None:
             share = self.paper_nonzero / self.dense
@@ -67,6 +63,9 @@ class Size:
             f"({self.nonzero / self.dense:.1%}) of {self.dense:,}; "
             f"{self.layer_ratio:.1%} of the decoder layers{paper}"
         )
+
+    def _repr_html_(self) -> str:
+        return self.to_frame().to_html(index=False)
 
 
 @checked(model=Model(), dense=Model() | None)
@@ -78,13 +77,13 @@ def model_size(model: PreTrainedModel, dense: PreTrainedModel | None = None) -> 
     model : transformers.PreTrainedModel
         Any supported model.
     dense : transformers.PreTrainedModel, optional
-        The model it was cut from, for the ratios; by default itself.
+        The model before pruning, for the ratios; by default `model` itself.
     """
     dense = dense or model
     return Size(
-        stored=sum(p.numel() for p in model.parameters()),
+        stored=model.num_parameters(),
         nonzero=sum(int(p.count_nonzero()) for p in model.parameters()),
-        dense=sum(p.numel() for p in dense.parameters()),
+        dense=dense.num_parameters(),
         layers_stored=layer_parameters(model),
         layers_dense=layer_parameters(dense),
     )
@@ -97,7 +96,7 @@ def layer_parameters(model: PreTrainedModel) -> int:
 
 @checked(model=Model(lock=False))
 def describe(model: PreTrainedModel) -> pd.DataFrame:
-    """What can be pruned on this model.
+    """The sites of a model that can be pruned: units, their number and their cost.
 
     Parameters
     ----------
@@ -111,14 +110,14 @@ def describe(model: PreTrainedModel) -> pd.DataFrame:
         ratios of units removed per layer, parameters that one unit costs, and the share of the
         model's parameters that all units of the site hold. Under grouped-query attention the query
         heads of the site ``"attention"`` appear again as ``"balanced_heads"``, whose units are one
-        query head of every key/value group: the other way to cut the same weights.
+        query head of every key/value group: the other way to prune the same weights.
     """
     anatomy = Anatomy(model)
     grouped = max(anatomy.units("balanced_heads")) > 1
     names = {"ffn": "channel", "attention": "key/value group" if grouped else "head"}
     if grouped:
         names["balanced_heads"] = "query head of every group"
-    everything = sum(parameter.numel() for parameter in model.parameters())
+    total = model.num_parameters()
     rows = []
     for site in names:
         units = anatomy.units(site)
@@ -131,7 +130,7 @@ def describe(model: PreTrainedModel) -> pd.DataFrame:
                 "units_per_layer": _span(units),
                 "legal_ratios": f"k/n for 0 ≤ k < n = {_span(units)}",
                 "parameters_per_unit": _span(costs),
-                "share_of_model": sum(map(int.__mul__, units, costs)) / everything,
+                "share_of_model": sum(map(int.__mul__, units, costs)) / total,
             }
         )
     tokens, cost = len(model.get_input_embeddings().weight), token_parameters(model)
@@ -141,16 +140,16 @@ def describe(model: PreTrainedModel) -> pd.DataFrame:
             "unit": "token",
             "layers": 1,
             "units_per_layer": str(tokens),
-            "legal_ratios": "tokens unseen or rare; bytes and special tokens stay",
+            "legal_ratios": "tokens unseen or rare; bytes and special tokens are kept",
             "parameters_per_unit": str(cost),
-            "share_of_model": tokens * cost / everything,
+            "share_of_model": tokens * cost / total,
         }
     )
     return pd.DataFrame(rows)
 
 
 def token_parameters(model: PreTrainedModel) -> int:
-    """Parameters that leave with one token: its rows of the embedding and of an untied head."""
+    """Parameters that are removed with one token: its rows of embedding and untied head."""
     cost = model.get_input_embeddings().weight.shape[1]
     head = model.get_output_embeddings()
     if not Anatomy(model).head_is_tied():

@@ -8,7 +8,8 @@ kept encodes exactly as before.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from weakref import WeakKeyDictionary
 
@@ -48,10 +49,14 @@ class TrimmedVocabulary:
         known = getattr(model, "trimmed_vocabulary", None)
         return known or cls(size, tuple(range(size)), tuple(range(size)))
 
-    def cut(self, kept: list[int], mask: bool) -> TrimmedVocabulary:
-        """After a further cut to `kept`, in ids of the model."""
-        allowed = tuple(self.rows[token] for token in kept)
-        return TrimmedVocabulary(self.size, self.rows if mask else allowed, allowed)
+    def trimmed(self, kept: Sequence[int]) -> TrimmedVocabulary:
+        """With only the rows `kept`, in ids of the model."""
+        rows = tuple(self.rows[token] for token in kept)
+        return TrimmedVocabulary(self.size, rows, rows)
+
+    def masked(self, kept: Sequence[int]) -> TrimmedVocabulary:
+        """With all rows, of which only `kept` are allowed, in ids of the model."""
+        return replace(self, allowed=tuple(self.rows[token] for token in kept))
 
 
 def _model(tokenizer: PreTrainedTokenizerBase) -> dict | None:

@@ -158,7 +158,7 @@ def test_a_plan_equals_its_json(tmp_path, model, statistics):
     plan = lab.contextual_plan(model, statistics, epsilon_linear=0.3, epsilon_activation=0.2)
     assert lab.PruningPlan.load(plan.save(tmp_path / "plan.json")) == plan
     text = str(plan)
-    assert "ffn" in text and "units leave" in text and "epsilon_activation=0.2" in text
+    assert "ffn" in text and "units removed" in text and "epsilon_activation=0.2" in text
     data = plan.to_dict()
     for change in (
         {"keep": {"ffn": plan.keep["ffn"][:1]}},
