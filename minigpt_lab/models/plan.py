@@ -128,12 +128,10 @@ class PruningPlan:
                 if kept.all():
                     continue
                 for projection, side in anatomy.coupled(site):
-                    name, module = (
-                        anatomy.name(layer, projection),
-                        anatomy.module(layer, projection),
-                    )
+                    key = anatomy.name(layer, projection), side
+                    module = anatomy.module(layer, projection)
                     width = module.weight.shape[weight_axis(module, side)]
-                    mask = masks.setdefault((name, side), np.ones(width, bool))
+                    mask = masks.setdefault(key, np.ones(width, bool))
                     mask[anatomy.unit_features(projection, layer)[~kept]] = False
         return masks
 

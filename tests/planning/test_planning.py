@@ -171,7 +171,7 @@ def test_a_plan_equals_its_json(tmp_path, model, statistics):
             lab.PruningPlan.from_dict({**data, **change})
     name = next(iter(statistics.layer_of))
     wrong = lab.PruningPlan.from_dict({**data, "zero": {name: {"input": [999]}}})
-    with pytest.raises(ValueError, match="does not have"):
+    with pytest.raises(ValueError, match="zeroes input 999 of"):
         lab.shrink(model, wrong)
     (tmp_path / "bad.json").write_text('{"keep": {}}')
     with pytest.raises(ValueError, match="no pruning plan"):

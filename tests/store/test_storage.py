@@ -815,7 +815,6 @@ def test_saving_refuses_what_is_no_model(things, tmp_path):
         ((None, things["tokenizer"], tmp_path / "x"), "model is None"),
         ((things["model"], "tiny-llama", tmp_path / "x"), "tokenizer is 'tiny-llama'"),
         ((things["model"], things["tokenizer"], None), "path is None"),
-        ((things["model"], things["tokenizer"], tmp_path / "x", 1), "portable is 1"),
     ):
         with pytest.raises(ValueError, match=f"{name}; expected"):
             saving.save_model(*arguments)
