@@ -10,10 +10,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..checks import COMPUTE_DTYPES
 from . import layouts
 from .architectures import ALL_SITES, FAMILIES, SITES, Projection
-
-_PLAIN = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -166,7 +165,7 @@ class Anatomy:
 
 
 def _require_plain(name: str, module: nn.Module) -> None:
-    if not is_linear(module) or module.weight.dtype not in _PLAIN:
+    if not is_linear(module) or module.weight.dtype not in COMPUTE_DTYPES:
         kind, weight = type(module).__name__, getattr(module, "weight", None)
         stored = "" if weight is None else f" with weights of type {weight.dtype}"
         raise ValueError(

@@ -33,10 +33,10 @@ from ..checks import (
 )
 from ..store import DATA, hub_reachable, read_toml, undo_interrupted_write
 from .conversion import converted
+from .folder_checks import UnfitFolder
 from .loading import load_folder, load_pretrained, load_tokenizer, refuse_quantised
 from .merging import ADAPTER, load_adapter
 from .runtime import default_device
-from .weight_files import UnfitFolder
 
 
 def registry() -> dict[str, dict]:

@@ -1,4 +1,4 @@
-"""A model out of its folder: whole, as it was saved, or not at all.
+"""Loading a model from its folder: as it was saved, or not at all.
 
 What a folder holds is compared with what its config asks for before and after it is read: no weight
 is ever made up for one that is missing.
@@ -23,17 +23,17 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ..checks import COMPUTE_DTYPES
+from ..checks import COMPUTE_DTYPES, DictOf, Integer, Items, OneOf
 from .anatomy import Anatomy
-from .layers import add_bias
-from .plan import PruningPlan
-from .resizing import set_units
-from .vocabulary import TrimmedVocabulary
-from .weight_files import (
+from .architectures import ALL_SITES
+from .folder_checks import (
     WRAPPERS,
+    Tensors,
     UnfitFolder,
+    by_model_names,
     check_config,
-    check_fit,
+    check_memory,
+    check_weights,
     damaged,
     read_object,
     reading,
@@ -41,16 +41,20 @@ from .weight_files import (
     safetensors_files,
     stored_tensors,
 )
+from .layers import add_bias
+from .plan import PruningPlan
+from .resizing import set_units
+from .vocabulary import TrimmedVocabulary
 
 SIDECAR = "minigpt_lab.json"
 FORMAT = 1
-_MOST_TOKENS = 2**24
+_WIDTHS = DictOf(OneOf(ALL_SITES), Items(Integer(1)))
 _MOST_UNITS = 2**20  # of the dense model; of today's largest fewer than 2**17
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
 def load_folder(folder: Path, dtype: str | torch.dtype) -> PreTrainedModel:
-    """The model in a folder, or the mini-GPT that `save_model` left there.
+    """Load the model in a folder, or the mini-GPT that `save_model` wrote there.
 
     Raises
     ------
@@ -67,20 +71,21 @@ def load_folder(folder: Path, dtype: str | torch.dtype) -> PreTrainedModel:
             + (f"; did you mean its folder {inside[0]}?" if inside else "")
         )
     with reading(folder):
-        facts = read_object(folder / "config.json")
-        refuse_quantised(facts.get("quantization_config"), folder)
+        entries = read_object(folder / "config.json")
+        refuse_quantised(entries.get("quantization_config"), folder)
         tensors = stored_tensors(folder)
-        check_config(folder, facts, tensors)
+        check_config(folder, entries, tensors)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         _check_class(folder, config)
         if dtype == "auto" and isinstance(config.dtype, torch.dtype):
-            _check_stored_type(folder, config.dtype)
-        read = _shrunk if (folder / SIDECAR).is_file() else _plain
-        return read(folder, config, tensors, dtype)
+            _check_stored_dtype(folder, config.dtype)
+        if (folder / SIDECAR).is_file():
+            return _load_mini(folder, config, tensors, dtype)
+        return _load_plain(folder, config, tensors, dtype)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a model's folder.
+    """Load the tokenizer in a model's folder.
 
     Raises
     ------
@@ -102,14 +107,14 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def load_pretrained(source: str | Path, dtype: str | torch.dtype, **options) -> PreTrainedModel:
-    """Transformers' loader; weights that it would make up or leave out are an error.
+    """Load with transformers; weights that it would make up or leave out are an error.
 
     Raises
     ------
     ValueError
         Naming them.
     """
-    model, found = AutoModelForCausalLM.from_pretrained(
+    model, info = AutoModelForCausalLM.from_pretrained(
         source,
         dtype=dtype,
         use_safetensors=True,
@@ -118,17 +123,18 @@ def load_pretrained(source: str | Path, dtype: str | torch.dtype, **options) -> 
         ignore_mismatched_sizes=True,  # named below
         **options,
     )
-    missing = found["missing_keys"] - model.all_tied_weights_keys.keys()
-    refuse_unfit(source, missing, found["unexpected_keys"], found["mismatched_keys"])
+    missing = info["missing_keys"] - model.all_tied_weights_keys.keys()
+    refuse_unfit(source, missing, info["unexpected_keys"], info["mismatched_keys"])
+    return untie_if_separate(model)
+
+
+def untie_if_separate(model: PreTrainedModel) -> PreTrainedModel:
+    """Note it if a model's head is not its embedding, so that saving and loading keep both."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     separate = head is not None and head.weight is not embedding.weight
-    return untied(model) if separate and model.config.tie_word_embeddings else model
-
-
-def untied(model: PreTrainedModel) -> PreTrainedModel:
-    """Note that a model's head is not its embedding, so that saving and loading keep both."""
-    model.config.tie_word_embeddings = False
-    model.all_tied_weights_keys = {}
+    if separate and model.config.tie_word_embeddings:
+        model.config.tie_word_embeddings = False
+        model.all_tied_weights_keys = {}
     return model
 
 
@@ -145,7 +151,7 @@ def refuse_quantised(settings: object, source: str | Path) -> None:
     method = settings if isinstance(settings, Mapping) else vars(settings)
     raise UnfitFolder(
         f"{source} is quantised ({method.get('quant_method')}): its layers hold no plain weights "
-        "to cut; expected float32, bfloat16 or float16. Load the checkpoint it was made from, or "
+        "to prune; expected float32, bfloat16 or float16. Load the checkpoint it was made from, or "
         "dequantise it (model.dequantize()) and save that"
     )
 
@@ -162,7 +168,7 @@ def _check_class(folder: Path, config: PretrainedConfig) -> None:
         )
 
 
-def _check_stored_type(folder: Path, dtype: torch.dtype) -> None:
+def _check_stored_dtype(folder: Path, dtype: torch.dtype) -> None:
     if dtype not in COMPUTE_DTYPES:
         raise UnfitFolder(
             f"{folder} is stored as {str(dtype).removeprefix('torch.')}; expected float32, "
@@ -170,112 +176,89 @@ def _check_stored_type(folder: Path, dtype: torch.dtype) -> None:
         )
 
 
-def _plain(
-    folder: Path, config: PretrainedConfig, tensors: Mapping, dtype: str | torch.dtype
+def _load_plain(
+    folder: Path, config: PretrainedConfig, tensors: Tensors, dtype: str | torch.dtype
 ) -> PreTrainedModel:
-    check_fit(folder, _on_meta(config, None), tensors)
-    if not any(re.search(WRAPPERS, name) for name in tensors):
-        return load_pretrained(folder, dtype)
-    stored = (config.dtype or torch.float32) if dtype == "auto" else dtype
-    return _filled(_on_meta(config, stored), folder, _unwrapped(tensors), stored)
+    check_memory(folder, _on_meta(config, None), tensors)
+    if any(re.search(WRAPPERS, name) for name in tensors):  # transformers does not know them
+        stored = _stored_dtype(config, dtype)
+        return _fill(_on_meta(config, stored), folder, tensors, stored)
+    return load_pretrained(folder, dtype)
 
 
-def _unwrapped(tensors: Mapping) -> dict:
-    """By the names that weights have without torch.compile, DDP and the like around the model."""
-    return {re.sub(WRAPPERS, "", name): each for name, each in tensors.items()}
+def _stored_dtype(config: PretrainedConfig, dtype: str | torch.dtype) -> torch.dtype:
+    return (config.dtype or torch.float32) if dtype == "auto" else dtype
 
 
 def _on_meta(config: PretrainedConfig, dtype: torch.dtype | None) -> PreTrainedModel:
-    """What a config describes, without its weights."""
+    """The model that a config describes, without memory for its weights."""
     with torch.device("meta"), no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     model.tie_weights()
     return model
 
 
-def _shrunk(
-    folder: Path, config: PretrainedConfig, tensors: Mapping, dtype: str | torch.dtype
+def _load_mini(
+    folder: Path, config: PretrainedConfig, tensors: Tensors, dtype: str | torch.dtype
 ) -> PreTrainedModel:
-    """Rebuild a mini-GPT: the config's model, cut to the saved widths, filled with its weights."""
+    """Rebuild a mini-GPT: the config's model, resized to the saved widths, with its weights."""
     sidecar = read_object(folder / SIDECAR)
     if sidecar.get("format") != FORMAT:
         raise UnfitFolder(
             f"{folder / SIDECAR}: format {sidecar.get('format')!r}, this version reads {FORMAT}"
         )
-    stored = (config.dtype or torch.float32) if dtype == "auto" else dtype
-    tensors = _unwrapped(tensors)
+    # 1. the shape: widths of the layers, and biases that the architecture lacks
+    stored = _stored_dtype(config, dtype)
     model = _on_meta(config, stored)
     anatomy = Anatomy(model)
-    dense = anatomy.layer_widths()
-    most = max(max(counts) for counts in dense.values())
-    if most > _MOST_UNITS:
-        raise damaged(folder, f"config.json asks for layers of {most:,} units")
-    widths = _checked_widths(folder, sidecar.get("widths"), dense)
+    widths = _checked_widths(folder, sidecar.get("widths"), anatomy.layer_widths())
     set_units(anatomy, {site: [[*range(n)] for n in counts] for site, counts in widths.items()})
+    names = by_model_names(model, tensors)
     for _, name, module in anatomy.linears():
-        if module.bias is None and f"{name}.bias" in tensors:
+        if module.bias is None and f"{name}.bias" in names:
             add_bias(module)
-    _filled(model, folder, tensors, stored)
-    _check_heads(folder, model)
-    plans = sidecar.get("plans")
-    if not isinstance(plans, list):
+    # 2. the weights
+    _fill(model, folder, tensors, stored)
+    _check_heads(folder, anatomy)
+    # 3. where it came from
+    if not isinstance(sidecar.get("plans"), list):
         raise damaged(folder, f"{SIDECAR}: plans is no list")
-    model.pruning_plans = [PruningPlan.from_dict(plan) for plan in plans]
+    model.pruning_plans = [PruningPlan.from_dict(plan) for plan in sidecar["plans"]]
     if sidecar.get("vocabulary") is not None:
-        model.trimmed_vocabulary = _vocabulary(folder, sidecar["vocabulary"], model)
+        model.trimmed_vocabulary = TrimmedVocabulary.from_dict(sidecar["vocabulary"], model)
     return model
 
 
 def _checked_widths(folder: Path, widths: object, dense: dict) -> dict[str, list[int]]:
     """Units per layer and site, none more than the dense model has."""
-    whole = (
-        isinstance(widths, dict)
-        and widths.keys() == dense.keys()
-        and all(
-            isinstance(counts, list)
-            and len(counts) == len(dense[site])
-            and all(
-                type(n) is int and 0 < n <= most
-                for n, most in zip(counts, dense[site], strict=True)
-            )
-            for site, counts in widths.items()
-        )
-    )
-    if not whole:
-        shapes = {site: f"{counts[:3]}…" for site, counts in dense.items()}
-        raise damaged(folder, f"{SIDECAR}: widths are not numbers of at most {shapes}")
+    most = max(max(counts) for counts in dense.values())
+    if most > _MOST_UNITS:
+        raise damaged(folder, f"config.json asks for layers of {most:,} units")
+    widths = _WIDTHS(f"{SIDECAR}: widths", widths)
+    for site, counts in dense.items():
+        given = widths.get(site, [])
+        if len(given) != len(counts) or any(n > m for n, m in zip(given, counts, strict=True)):
+            raise damaged(folder, f"{SIDECAR}: {site} widths are {given}, of at most {counts[:3]}…")
     return widths
 
 
-def _check_state(folder: Path, model: PreTrainedModel, tensors: Mapping) -> None:
-    """Refuse files whose tensors are not, in name and shape, those of the rebuilt model."""
-    state = {name: [*tensor.shape] for name, tensor in model.state_dict().items()}
-    refuse_unfit(
-        folder,
-        state.keys() - tensors.keys() - model.all_tied_weights_keys.keys(),
-        tensors.keys() - state.keys(),
-        [
-            (name, tensors[name][0], shape)
-            for name, shape in state.items()
-            if name in tensors and [*tensors[name][0]] != shape
-        ],
-    )
-
-
-def _filled(
-    model: PreTrainedModel, folder: Path, tensors: Mapping, dtype: torch.dtype
+def _fill(
+    model: PreTrainedModel, folder: Path, tensors: Tensors, dtype: torch.dtype
 ) -> PreTrainedModel:
-    """A model on the meta device with its weights, and with what is computed and not stored."""
-    _check_state(folder, model, tensors)
-    separate = tensors.keys() & model.all_tied_weights_keys.keys()  # a head of its own after all
+    """Give a model on the meta device the weights of a folder, and compute its other buffers."""
+    check_weights(folder, model, tensors)
+    separate = by_model_names(model, tensors).keys() & model.all_tied_weights_keys.keys()
     state = {}
     for file in safetensors_files(folder):
-        for name, tensor in _unwrapped(load_file(file)).items():
+        for name, tensor in by_model_names(model, load_file(file)).items():
             state[name] = tensor.to(dtype if tensor.is_floating_point() else tensor.dtype)
     model.load_state_dict(state, strict=False, assign=True)
-    untied(model) if separate else model.tie_weights()
+    if separate:  # the file has a head of its own after all
+        untie_if_separate(model)
+    else:
+        model.tie_weights()
     for tensor in model.state_dict(keep_vars=True).values():
-        tensor._is_hf_initialized = True  # what transformers marks the weights of a file with
+        tensor._is_hf_initialized = True  # as transformers marks the weights of a file
     for name, buffer in [*model.named_non_persistent_buffers()]:
         owner, _, last = name.rpartition(".")
         setattr(model.get_submodule(owner), last, torch.empty_like(buffer, device="cpu"))
@@ -285,30 +268,10 @@ def _filled(
     return model
 
 
-def _check_heads(folder: Path, model: PreTrainedModel) -> None:
+def _check_heads(folder: Path, anatomy: Anatomy) -> None:
     """Refuse numbers of surviving heads that the dense model does not have."""
-    for layer in Anatomy(model).layers:
+    known = set(range(anatomy.model.config.num_attention_heads))
+    for layer in anatomy.layers:
         heads = getattr(layer, "surviving_heads", None)
-        if heads is None:
-            continue
-        known = set(range(model.config.num_attention_heads))
-        if heads.is_floating_point() or not set(heads.tolist()) <= known:
+        if heads is not None and (heads.is_floating_point() or not {*heads.tolist()} <= known):
             raise damaged(folder, f"surviving_heads are {heads.tolist()[:8]} of {len(known)}")
-
-
-def _vocabulary(folder: Path, kept: object, model: PreTrainedModel) -> TrimmedVocabulary:
-    """Which tokens a mini-GPT has of those it began with."""
-    size, rows = (kept.get("size"), kept.get("rows")) if isinstance(kept, dict) else (None, None)
-    length = model.get_input_embeddings().weight.shape[0]
-    whole = (
-        isinstance(rows, list)
-        and len(rows) == length
-        and all(type(row) is int for row in [*rows, size])
-        and all(a < b for a, b in zip([-1, *rows], [*rows, size], strict=True))
-        and size <= _MOST_TOKENS
-    )
-    if not whole:
-        raise damaged(
-            folder, f"{SIDECAR}: vocabulary is not {length} ascending rows of a size above them"
-        )
-    return TrimmedVocabulary(size, tuple(rows), tuple(rows))

@@ -1,9 +1,9 @@
-"""Adapters: a folder that names its base model, merged into it so that nothing else changes."""
+"""Loading an adapter: its base model with the adapter merged, so that nothing else changes."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -12,12 +12,13 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .anatomy import weight_axis
-from .loading import has_tokenizer, load_tokenizer, untied
-from .weight_files import UnfitFolder, damaged, listed, read_object, reading
+from .folder_checks import UnfitFolder, damaged, listed, read_object, reading
+from .loading import has_tokenizer, load_tokenizer, untie_if_separate
 
 ADAPTER = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
-_RANKS = ("r", "init_r", "target_r", "num_virtual_tokens", "token_dim", "encoder_hidden_size")
+_SIZES = ("r", "init_r", "target_r", "num_virtual_tokens", "token_dim", "encoder_hidden_size")
+Shapes = Mapping[str, list[int]]  # of the adapter's weights, by name
 
 
 def load_adapter(
@@ -25,7 +26,7 @@ def load_adapter(
     above: tuple[Path, ...],
     open_base: Callable[..., tuple[PreTrainedModel, PreTrainedTokenizerBase]],
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base model of an adapter with the adapter merged, and the tokenizer they work with.
+    """Load the base model of an adapter with the adapter merged, and the tokenizer they work with.
 
     Parameters
     ----------
@@ -42,8 +43,24 @@ def load_adapter(
         If the adapter does not fit its base, is its own, or cannot be merged as peft applies it.
     """
     above = (*above, folder.resolve())
-    facts = read_object(folder / ADAPTER)
-    name = facts.get("base_model_name_or_path")
+    with reading(folder):
+        config = read_object(folder / ADAPTER)
+        name = _base_name(folder, config, above)
+    base, tokenizer = open_base(name, above=above)
+    if has_tokenizer(folder):
+        tokenizer = load_tokenizer(folder)
+    with reading(folder):
+        shapes = _read_shapes(folder)
+        _check_sizes(folder, config, shapes)
+        _grow_vocabulary(base, shapes)
+        _check_layers(folder, base, name, shapes)
+        adapted = _adapted(folder, base, shapes)
+        return _merge(folder, adapted), tokenizer
+
+
+def _base_name(folder: Path, config: Mapping, above: tuple[Path, ...]) -> str:
+    """Name or folder of the base, which must not be an adapter above it."""
+    name = config.get("base_model_name_or_path")
     if not name or not isinstance(name, str):
         raise UnfitFolder(
             f"the adapter in {folder} names no base model; write its name or folder into "
@@ -54,22 +71,14 @@ def load_adapter(
             f"the adapter in {folder} is, through base_model_name_or_path {name!r}, its own base; "
             "write the name or folder of the model it was trained on there"
         )
-    if facts.get("megatron_config"):
+    if config.get("megatron_config"):  # it names a module that peft would import
         raise UnfitFolder(
             f"the adapter in {folder} is for Megatron layers, which are not read here"
         )
-    base, tokenizer = open_base(name, above=above)
-    if has_tokenizer(folder):
-        tokenizer = load_tokenizer(folder)
-    with reading(folder):
-        shapes = _shapes(folder)
-        _check_ranks(folder, facts, shapes)
-        _give_rows(base, shapes)
-        _check_layers(folder, base, name, shapes)
-        return _merged(folder, base, shapes), tokenizer
+    return name
 
 
-def _shapes(folder: Path) -> dict[str, list[int]]:
+def _read_shapes(folder: Path) -> Shapes:
     if not (folder / _WEIGHTS).is_file():
         raise damaged(folder, f"it holds no {_WEIGHTS}; pickled weights are never opened")
     with safe_open(folder / _WEIGHTS, framework="pt") as opened:
@@ -79,42 +88,38 @@ def _shapes(folder: Path) -> dict[str, list[int]]:
         }
 
 
-def _check_ranks(folder: Path, facts: dict, shapes: dict[str, list[int]]) -> None:
+def _check_sizes(folder: Path, config: Mapping, shapes: Shapes) -> None:
     """Refuse sizes that the adapter's weights do not have, before peft makes tensors of them."""
     longest = max((max(shape, default=0) for shape in shapes.values()), default=0)
-    patterns = facts.get("rank_pattern") or {}
-    sizes = {name: facts.get(name) for name in _RANKS} | dict(patterns)
+    sizes = {name: config.get(name) for name in _SIZES} | dict(config.get("rank_pattern") or {})
     for name, size in sizes.items():
         if isinstance(size, int | float) and not size <= longest:
-            raise damaged(
-                folder, f"{ADAPTER}: {name} is {size}, its weights have at most {longest}"
-            )
+            why = f"{ADAPTER}: {name} is {size}, its weights have at most {longest}"
+            raise damaged(folder, why)
 
 
-def _give_rows(base: PreTrainedModel, shapes: dict[str, list[int]]) -> None:
-    """As many token rows as the adapter brings an embedding or a head for."""
-    modules = {id(module): name for name, module in base.named_modules()}
+def _grow_vocabulary(base: PreTrainedModel, shapes: Shapes) -> None:
+    """Give the base as many token rows as the adapter brings an embedding or a head for."""
+    names = {module: name for name, module in base.named_modules()}
     embedding = base.get_input_embeddings()
-    for module in (embedding, base.get_output_embeddings()):
-        shape = shapes.get(f"{modules.get(id(module))}.weight")
-        if shape is not None and shape[0] > embedding.weight.shape[0]:
-            base.resize_token_embeddings(shape[0], mean_resizing=False)
+    for table in (embedding, base.get_output_embeddings()):
+        rows, *_ = shapes.get(f"{names.get(table)}.weight", [0])
+        if rows > embedding.weight.shape[0]:
+            base.resize_token_embeddings(rows, mean_resizing=False)
 
 
-def _check_layers(
-    folder: Path, base: PreTrainedModel, name: str, shapes: dict[str, list[int]]
-) -> None:
-    """Refuse an adapter of another shape; peft passes over one whose layer is gone."""
+def _check_layers(folder: Path, base: PreTrainedModel, name: str, shapes: Shapes) -> None:
+    """Refuse a LoRA adapter of another shape; peft passes over one whose layer is gone."""
     modules = dict(base.named_modules())
     for key, shape in shapes.items():
-        layer, _, which = key.partition(".lora_")
-        axis, side = {"A.weight": (1, "input"), "B.weight": (0, "output")}.get(which, (0, None))
+        layer, _, factor = key.partition(".lora_")
+        axis, side = {"A.weight": (1, "input"), "B.weight": (0, "output")}.get(factor, (0, None))
         if side is None:
             continue  # of an embedding, or no LoRA: the names are compared later
         module = modules.get(layer)
-        here = module and module.weight.shape[weight_axis(module, side)]
-        if here != shape[axis]:
-            what = f"{here} {side}s of {layer}" if module else f"no {layer}"
+        width = module and module.weight.shape[weight_axis(module, side)]
+        if width != shape[axis]:
+            what = f"{width} {side}s of {layer}" if module else f"no {layer}"
             raise UnfitFolder(
                 f"the adapter in {folder} does not fit its base {name!r}, which has {what}; the "
                 f"adapter was trained on {shape[axis]}. If the base was pruned since, merge "
@@ -122,12 +127,12 @@ def _check_layers(
             )
 
 
-@torch.no_grad()
-def _merged(folder: Path, base: PreTrainedModel, shapes: dict[str, list[int]]) -> PreTrainedModel:
-    """The base with the adapter's changes in its weights; its logits are those of peft."""
+def _adapted(folder: Path, base: PreTrainedModel, shapes: Shapes) -> nn.Module:
+    """The base with the adapter applied by peft, if every weight of it found its layer."""
     from peft import PeftModel, get_peft_model_state_dict
 
-    tables = [f"{name}." for name, module in base.named_modules() if _is_table(base, module)]
+    tables = {base.get_input_embeddings(), base.get_output_embeddings()}
+    prefixes = tuple(f"{name}." for name, module in base.named_modules() if module in tables)
     with warnings.catch_warnings():  # what peft warns of is refused here
         warnings.simplefilter("ignore")
         adapted = PeftModel.from_pretrained(base, folder).eval()
@@ -137,34 +142,32 @@ def _merged(folder: Path, base: PreTrainedModel, shapes: dict[str, list[int]]) -
             f"the adapter in {folder} is of type {kind}, which changes no weights and so cannot be "
             "merged; expected LoRA"
         )
-    known = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    wanted = {name.removeprefix("base_model.model.") for name in known}
-    extra = [n for n in shapes.keys() - wanted if not n.startswith(tuple(tables))]
-    for odd, words in (
-        (wanted - shapes.keys(), "lacks"),
-        (extra, "has, for no layer of its base,"),
-    ):
-        if odd:
-            raise damaged(folder, f"the adapter {words} {len(odd)} weights: {listed(sorted(odd))}")
+    state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    wanted = {name.removeprefix("base_model.model.") for name in state}
+    missing = wanted - shapes.keys()
+    extra = [name for name in shapes.keys() - wanted if not name.startswith(prefixes)]
+    for names, words in ((missing, "lacks"), (extra, "has, for no layer of its base,")):
+        if names:
+            why = f"the adapter {words} {len(names)} weights: {listed(sorted(names))}"
+            raise damaged(folder, why)
+    return adapted
+
+
+@torch.no_grad()
+def _merge(folder: Path, adapted: nn.Module) -> PreTrainedModel:
+    """The base with the adapter's changes in its weights, if its logits are those of peft."""
     probe = _probe(adapted)
     expected = adapted(input_ids=probe, use_cache=False).logits
     _separate_tables(adapted)
-    model = adapted.merge_and_unload()
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is not None and head.weight is not embedding.weight:
-        untied(model)
-    found = model.eval()(input_ids=probe, use_cache=False).logits
-    share = 1e-3 if expected.dtype in (torch.float32, torch.float64) else 0.05
-    if (found - expected).abs().max() > share * expected.abs().max():  # not of NaN: refused later
+    model = untie_if_separate(adapted.merge_and_unload()).eval()
+    logits = model(input_ids=probe, use_cache=False).logits
+    tolerance = 1e-3 if expected.dtype in (torch.float32, torch.float64) else 0.05
+    if (logits - expected).abs().max() > tolerance * expected.abs().max():  # NaN: refused later
         raise UnfitFolder(
             f"the adapter in {folder} cannot be merged into its base: the logits would differ; "
             "merge it with peft and save the result"
         )
     return model.requires_grad_(True)
-
-
-def _is_table(base: PreTrainedModel, module: nn.Module) -> bool:
-    return module in (base.get_input_embeddings(), base.get_output_embeddings())
 
 
 def _probe(adapted: nn.Module) -> torch.Tensor:
@@ -173,19 +176,16 @@ def _probe(adapted: nn.Module) -> torch.Tensor:
     ids = torch.randint(rows, (2, 16), generator=torch.Generator().manual_seed(0))
     trained = getattr(adapted.active_peft_config, "trainable_token_indices", None) or []
     chosen = trained if isinstance(trained, list) else next(iter(trained.values()))
-    for place, token in enumerate(chosen[:16]):
-        ids[0, place] = token
+    ids[0, : len(chosen[:16])] = torch.tensor(chosen[:16], dtype=ids.dtype)
     return ids
 
 
 def _separate_tables(adapted: nn.Module) -> None:
-    """A head of its own where the embedding that it shares its weight with, or it, is adapted.
-
-    Merging changes weights in place: a change of one must not be one of the other.
-    """
+    """Untie embedding and head if one of them is adapted: merging changes weights in place."""
     model = adapted.get_base_model()
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    layers = [layer for layer in (head, embedding) if hasattr(layer, "lora_A")]
-    if layers and head.weight is embedding.weight:
-        inner = head.get_base_layer() if hasattr(head, "get_base_layer") else head
-        inner.weight = nn.Parameter(inner.weight.detach().clone())
+    if head is None or head.weight is not embedding.weight:
+        return
+    if hasattr(head, "lora_A") or hasattr(embedding, "lora_A"):
+        linear = head.get_base_layer() if hasattr(head, "get_base_layer") else head
+        linear.weight = nn.Parameter(linear.weight.detach().clone())

@@ -22,6 +22,7 @@ from ..checks import Integer, InvalidArgument, ListOf, Model, Tokenizer, checked
 
 #: Where a trimmed tokenizer keeps the original ids of its tokens; saved and loaded with it.
 _ORIGINAL = "minigpt_lab_original_ids"
+_MOST_TOKENS = 2**24
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,24 @@ class TrimmedVocabulary:
     allowed: tuple[int, ...]
 
     @classmethod
+    def from_dict(cls, data: dict, model: PreTrainedModel) -> TrimmedVocabulary:
+        """The vocabulary that `save_model` wrote of a model.
+
+        Raises
+        ------
+        ValueError
+            If it is not one of the model's rows.
+        """
+        size = Integer(1, _MOST_TOKENS)("the vocabulary's size", data["size"])
+        rows = ListOf(Integer(0))("the vocabulary's rows", data["rows"])
+        total = model.get_input_embeddings().weight.shape[0]
+        if len(rows) != total or any(a >= b for a, b in pairwise([*rows, size])):
+            raise ValueError(f"the vocabulary is not {total} ascending rows of a size above them")
+        return cls(size, rows, rows)
+
+    @classmethod
     def of(cls, model: PreTrainedModel) -> TrimmedVocabulary:
-        """What the model remembers, or the whole vocabulary of one that was never cut."""
+        """The vocabulary of a model; of one that was never trimmed, all tokens."""
         size = model.get_input_embeddings().weight.shape[0]
         known = getattr(model, "trimmed_vocabulary", None)
         return known or cls(size, tuple(range(size)), tuple(range(size)))

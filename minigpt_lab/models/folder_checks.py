@@ -1,28 +1,33 @@
-"""A model's folder before it is loaded: what its files hold, beside what its config asks for.
+"""Checks of a model's folder before it is loaded: what its files hold, against its config.
 
-Nothing is allocated for what a JSON file claims: the headers of the weight files say what is there.
+No memory is allocated for what a JSON file claims: the headers of the weight files say what is
+there.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import safe_open
-from torch import nn
+from transformers import PreTrainedModel
+
+from ..store import read_json
 
 #: Put before the names of weights by torch.compile, DDP, FSDP and activation checkpointing.
 WRAPPERS = r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 
 _PLAIN = {"F64", "F32", "F16", "BF16"}
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-_FEW = 2**27
+_FEW = 2**27  # parameters: of fewer that are missing transformers says the names itself
 _MOST = 100_000  # of what libraries build one by one
+Tensors = Mapping[str, tuple[list[int], str]]  # name to shape and type
+T = TypeVar("T")
 
 
 class UnfitFolder(ValueError):
@@ -36,10 +41,10 @@ def damaged(folder: Path | str, why: str, remedy: str = "save it again") -> Unfi
 
 @contextlib.contextmanager
 def reading(folder: Path | str) -> Iterator[None]:
-    """Errors of the libraries that read a folder as one sentence; their log stays quiet."""
+    """Turn errors of the libraries that read a folder into one sentence; their log stays quiet."""
     log = logging.getLogger("transformers.modeling_utils")
     level = log.level
-    log.setLevel(logging.ERROR)  # what is missing is said by our error
+    log.setLevel(logging.ERROR)  # our error names what is missing
     try:
         yield
     except UnfitFolder:
@@ -54,16 +59,11 @@ def reading(folder: Path | str) -> Iterator[None]:
 
 
 def read_object(path: Path) -> dict:
-    """The object in a JSON file."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError as error:
-        raise damaged(path, "its JSON is nested too deeply") from error
-    except (ValueError, OSError) as error:
-        raise damaged(path.parent, f"{path.name}: {error}") from error
-    if not isinstance(found, dict):
-        raise damaged(path.parent, f"{path.name} holds a {type(found).__name__}, not an object")
-    return found
+    """The object in a JSON file; to be called inside `reading`."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise damaged(path.parent, f"{path.name} holds a {type(content).__name__}, not an object")
+    return content
 
 
 def safetensors_files(folder: Path) -> list[Path]:
@@ -78,21 +78,19 @@ def safetensors_files(folder: Path) -> list[Path]:
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
     if index.is_file():
-        wanted = read_object(index).get("weight_map")
-        if not isinstance(wanted, dict):
-            raise damaged(folder, f"{index.name} has no weight_map")
-        shards = sorted({Path(str(name)).name for name in wanted.values()})
+        weight_map = read_object(index)["weight_map"]
+        shards = sorted({Path(str(name)).name for name in weight_map.values()})
         missing = [name for name in shards if not (folder / name).is_file()]
         if missing:
             why = f"{listed(missing)} of {len(shards)} shards not there"
             raise damaged(folder, why, "copy or download them again")
         return [folder / name for name in shards]
-    files = sorted(p for p in folder.glob("*.safetensors") if p.is_file())
+    files = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
     if not files:
-        others = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
+        pickled = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
         raise damaged(
             folder,
-            "it holds no *.safetensors" + (f", but {listed(others)}" if others else ""),
+            "it holds no *.safetensors" + (f", but {listed(pickled)}" if pickled else ""),
             "pickled weights are never opened, as they can run code: save it again with "
             "save_pretrained, which writes safetensors",
         )
@@ -107,21 +105,20 @@ def stored_tensors(folder: Path) -> dict[str, tuple[list[int], str]]:
     UnfitFolder
         If a file is not there, or a weight is quantised.
     """
-    found = {}
+    tensors = {}
     for file in safetensors_files(folder):
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118 (no mapping)
                 entry = opened.get_slice(name)
-                found[name] = entry.get_shape(), entry.get_dtype()
-    odd = [
-        name for name, (_, kind) in found.items() if name.endswith("weight") and kind not in _PLAIN
-    ]
+                tensors[name] = entry.get_shape(), entry.get_dtype()
+    odd = [n for n, (_, dtype) in tensors.items() if n.endswith("weight") and dtype not in _PLAIN]
     if odd:
         raise UnfitFolder(
-            f"{folder} holds weights of type {found[odd[0]][1]} ({listed(odd)}); expected float32, "
-            "bfloat16, float16 or float64: load the checkpoint it was made from, or dequantise it"
+            f"{folder} holds weights of type {tensors[odd[0]][1]} ({listed(odd)}); expected "
+            "float32, bfloat16, float16 or float64: load the checkpoint it was made from, or "
+            "dequantise it"
         )
-    return found
+    return tensors
 
 
 def check_config(folder: Path, config: Mapping, tensors: Collection[str]) -> None:
@@ -138,27 +135,33 @@ def check_config(folder: Path, config: Mapping, tensors: Collection[str]) -> Non
                 f"{folder / 'config.json'}: {name} is {value!r}, code from the hub, which is never "
                 "run; remove the entry"
             )
-        if not isinstance(value, int | float) or isinstance(value, bool):
+        if not isinstance(value, int | float):
             continue
         if name in _LAYERS and not value <= len(tensors):
-            raise damaged(
-                folder,
-                f"config.json asks for {value} layers, the files hold {len(tensors)} tensors",
-            )
+            why = f"asks for {value} layers, the files hold {len(tensors)} tensors"
+            raise damaged(folder, f"config.json {why}")
         if name in ("num_labels", "extra_ids") and not value <= _MOST:
             raise damaged(folder, f"{name} is {value} in config.json")
 
 
-def check_fit(
-    folder: Path | str, model: nn.Module, tensors: Mapping[str, tuple[list[int], str]]
-) -> None:
-    """Refuse weights that are not a model's, before memory is allocated for them.
+def by_model_names(model: PreTrainedModel, tensors: Mapping[str, T]) -> dict[str, T]:
+    """Tensors by their names in a model: without wrappers, with the prefix a base model lacks."""
+    state, named = model.state_dict(), {}
+    for name, tensor in tensors.items():
+        name = re.sub(WRAPPERS, "", name)
+        full = f"{model.base_model_prefix}.{name}"
+        named[full if full in state and name not in state else name] = tensor
+    return named
+
+
+def check_memory(folder: Path | str, model: PreTrainedModel, tensors: Tensors) -> None:
+    """Refuse a config that asks for much more memory than its weights do.
 
     Parameters
     ----------
     folder : str or path
         For the error.
-    model : torch.nn.Module
+    model : transformers.PreTrainedModel
         On the meta device.
     tensors : mapping
         Of `stored_tensors`.
@@ -170,25 +173,33 @@ def check_fit(
         its start than it has parameters.
     """
     held = sum(torch.Size(shape).numel() for shape, _ in tensors.values())
-    needed = sum(parameter.numel() for parameter in model.parameters())
-    # of a few that are missing transformers knows the names better: some files have older ones
+    needed = model.num_parameters()
     if needed > max(held, _FEW):
-        names = {re.sub(WRAPPERS, "", name): shape for name, (shape, _) in tensors.items()}
-        prefix = getattr(model, "base_model_prefix", "")
-        missing, odd = [], []
-        for name, parameter in model.named_parameters():
-            shape = names.get(name, names.get(name.removeprefix(f"{prefix}.")))
-            if shape is None:
-                missing.append(name)
-            elif [*parameter.shape] != [*shape]:
-                odd.append((name, shape, parameter.shape))
-        refuse_unfit(folder, missing, (), odd)
-        raise damaged(
-            folder, f"config.json asks for {needed:,} parameters, the files hold {held:,}"
-        )
+        check_weights(folder, model, tensors, unexpected=False)
     computed = sum(buffer.numel() for buffer in model.buffers())
     if computed > max(needed, 2**24):
         raise damaged(folder, f"config.json asks for {computed:,} numbers beside the weights")
+
+
+def check_weights(
+    folder: Path | str, model: PreTrainedModel, tensors: Tensors, unexpected: bool = True
+) -> None:
+    """Refuse files whose tensors are not, in name and shape, those of a model.
+
+    Raises
+    ------
+    UnfitFolder
+        Naming the first few and how many there are.
+    """
+    stored = {name: shape for name, (shape, _) in by_model_names(model, tensors).items()}
+    wanted = {name: [*tensor.shape] for name, tensor in model.state_dict().items()}
+    both = wanted.keys() & stored.keys()
+    refuse_unfit(
+        folder,
+        wanted.keys() - both - model.all_tied_weights_keys.keys(),
+        stored.keys() - both if unexpected else (),
+        [(name, stored[name], wanted[name]) for name in both if stored[name] != wanted[name]],
+    )
 
 
 def refuse_unfit(
@@ -204,8 +215,6 @@ def refuse_unfit(
     UnfitFolder
         Naming the first few and how many there are.
     """
-    if not (missing or unexpected or mismatched):
-        return
     parts = []
     if missing:
         parts.append(f"{_weights(missing)} missing: {listed(sorted(missing))}")
@@ -216,11 +225,9 @@ def refuse_unfit(
         )
     if unexpected:
         parts.append(f"{_weights(unexpected)} of no layer: {listed(sorted(unexpected))}")
-    raise damaged(
-        folder,
-        "; ".join(parts),
-        "save it again, or use the config.json that was saved with these weights",
-    )
+    if parts:
+        remedy = "save it again, or use the config.json that was saved with these weights"
+        raise damaged(folder, "; ".join(parts), remedy)
 
 
 def _weights(names: Collection[str]) -> str:
