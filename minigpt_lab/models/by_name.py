@@ -1,4 +1,4 @@
-"""Models by name: the embedded ones, the hub, a local folder, a saved mini-GPT.
+"""Loading a model by name: an embedded one, from the hub, a local folder or a saved mini-GPT.
 
 A saved mini-GPT is an ordinary Hugging Face folder with one file more, ``minigpt_lab.json``: the
 units of every layer and the plan they came from. Sizes per architecture are data, not code.
@@ -6,10 +6,8 @@ units of every layer and the plan they came from. Sizes per architecture are dat
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -86,17 +84,12 @@ def load_model(
 
 
 def _open(name_or_path: str | os.PathLike, dtype: str | torch.dtype, above: tuple = ()) -> tuple:
-    """A model and its tokenizer, on the CPU; `above` are the adapters that lie on it."""
+    """A model and its tokenizer, on the CPU; `above` are the adapters whose base it is."""
     name, folder = str(name_or_path), Path(name_or_path).expanduser()
-    # "tiny-opt" is a name of the kit, Path("tiny-opt") a folder
-    entry = None if isinstance(name_or_path, os.PathLike) else registry().get(name)
-    if entry is not None:
-        folder = DATA / entry["folder"] if "folder" in entry else converted(name, entry)
-        model = load_folder(folder, dtype)
-        model.config.minigpt_lab_origin = {
-            field: entry[field] for field in ("title", "note", "licence")
-        }
-        return model, load_tokenizer(folder)
+    is_path = isinstance(name_or_path, os.PathLike)  # "tiny-opt" is a name, Path("tiny-opt") not
+    known = {} if is_path else registry()
+    if name in known:
+        return _load_registered(name, known[name], dtype)
     if undo_interrupted_write(folder).is_dir():
         if (folder / ADAPTER).is_file():
             return load_adapter(folder, above, functools.partial(_open, dtype=dtype))
@@ -106,27 +99,27 @@ def _open(name_or_path: str | os.PathLike, dtype: str | torch.dtype, above: tupl
             f"{folder} is a file; expected the folder that holds it, with config.json and "
             "*.safetensors"
         )
-    if isinstance(name_or_path, os.PathLike) or folder.is_absolute() or name.startswith("."):
-        near = suggest(folder.name, sorted(p.name for p in folder.parent.glob("*/")))
+    if is_path or folder.is_absolute() or name.startswith("."):
+        near = suggest(folder.name, sorted(path.name for path in folder.parent.glob("*/")))
         offer = f"; {near}" if near.startswith("did") else ""
         raise FileNotFoundError(f"no model {name!r}: there is no such folder{offer}")
     return _load_hub(name, dtype)
 
 
+def _load_registered(name: str, entry: dict, dtype: str | torch.dtype) -> tuple:
+    folder = DATA / entry["folder"] if "folder" in entry else converted(name, entry)
+    model = load_folder(folder, dtype)
+    model.config.minigpt_lab_origin = {key: entry[key] for key in ("title", "note", "licence")}
+    return model, load_tokenizer(folder)
+
+
 def _load_hub(name: str, dtype: str | torch.dtype) -> tuple:
     where = {"local_files_only": not hub_reachable()}
-    with _hub_errors(name):
+    try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, **where)
-    refuse_quantised(getattr(config, "quantization_config", None), name)
-    with _hub_errors(name):
+        refuse_quantised(getattr(config, "quantization_config", None), name)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **where)
         return load_pretrained(name, dtype, **where), tokenizer
-
-
-@contextlib.contextmanager
-def _hub_errors(name: str) -> Iterator[None]:
-    try:
-        yield
     except UnfitFolder:
         raise
     except (OSError, ValueError) as error:

@@ -1,7 +1,6 @@
-"""Weights that wait outside the device they are used on: `accelerate`'s offloading.
+"""Offloaded weights: kept in host memory or on disk by `accelerate` until a layer is called.
 
-A model loaded with ``from_pretrained(…, device_map=…, offload_folder=…)`` may have layers whose
-weights are in host memory or on disk and come in for each call.
+A model loaded with ``from_pretrained(…, device_map=…, offload_folder=…)`` may have such layers.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ from ..checks import safe_contextmanager
 
 
 def is_offloaded(module: nn.Module) -> bool:
-    """Whether some of a module's weights are elsewhere between calls."""
+    """Whether some of a module's weights are offloaded between calls."""
     return any(parameter.is_meta for parameter in module.parameters())
 
 
-def weights(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and values of all parameters; one that waits elsewhere is read when it is its turn."""
+def materialized_parameters(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and values of all parameters; an offloaded one is read when it is its turn."""
     owners = dict(module.named_modules())
     for name, parameter in module.named_parameters():
         path, _, own = name.rpartition(".")
@@ -33,7 +32,7 @@ def weights(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def execution_device(module: nn.Module) -> torch.device:
-    """Where a module computes."""
+    """The device that a module computes on."""
     if not is_offloaded(module):
         return next(module.parameters()).device
     hooks = (getattr(each, "_hf_hook", None) for each in module.modules())
@@ -42,15 +41,15 @@ def execution_device(module: nn.Module) -> torch.device:
 
 @safe_contextmanager
 def materialized(layer: nn.Module, folder: str | os.PathLike | None = None) -> Iterator[None]:
-    """A layer with all its weights on its device while inside, where they may change.
+    """Have all weights of a layer on its device inside the block, where they may change.
 
-    A layer that was offloaded is so again afterwards: what it has become waits in host memory, or
-    in a folder.
+    A layer that was offloaded is offloaded again afterwards, as it is then: to host memory, or to a
+    folder.
 
     Parameters
     ----------
     layer : torch.nn.Module
-        Left alone if it is not offloaded.
+        Nothing happens if it is not offloaded.
     folder : str or path, optional
         For its weights, one folder per layer; needed where host memory is what they are to spare.
 
@@ -65,7 +64,7 @@ def materialized(layer: nn.Module, folder: str | os.PathLike | None = None) -> I
     device = execution_device(layer)
     if folder is None and device.type == "cpu":
         raise ValueError(
-            "the model's weights wait on disk, and what they become has to as well: give out_dir"
+            "the model's weights are offloaded to disk, as the pruned ones must be: give out_dir"
         )
     for module in layer.modules():
         hook = getattr(module, "_hf_hook", None)

@@ -1,9 +1,8 @@
-"""What every pass over a model needs: a device, evaluation mode, a name, a hash, a check of ids."""
+"""Helpers for running a model: device, eval mode, seeds, name, hash of the weights, token ids."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import hashlib
 import json
 import random
@@ -17,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel, set_seed
 
 from ..checks import Instance, Model, Text, checked, locked, safe_contextmanager
-from .offloading import weights
+from .offloading import materialized_parameters
 
 
 def default_device() -> torch.device:
@@ -42,7 +41,7 @@ def label(model: PreTrainedModel) -> str:
 
 @safe_contextmanager
 def inference(model: nn.Module) -> Iterator[nn.Module]:
-    """Evaluation mode without gradients; the model is held, and its training flags come back."""
+    """Evaluation mode without gradients, on a locked model; restores its training flags."""
     with locked(model):
         training = {module: module.training for module in model.modules()}
         try:
@@ -55,7 +54,7 @@ def inference(model: nn.Module) -> Iterator[nn.Module]:
 
 
 class GlobalGenerators:
-    """The generators that all threads share; one call at a time may seed them."""
+    """The random generators of all threads, which one call at a time may seed."""
 
 
 _GENERATORS = GlobalGenerators()
@@ -63,14 +62,14 @@ _GENERATORS = GlobalGenerators()
 
 @safe_contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed the global generators of random, NumPy and torch; they go on afterwards as before."""
+    """Seed the generators of random, NumPy and torch; their states are restored afterwards."""
     with locked(_GENERATORS), contextlib.ExitStack() as undo:
         undo.callback(random.setstate, random.getstate())
         undo.callback(np.random.set_state, np.random.get_state())  # noqa: NPY002
         undo.callback(torch.set_rng_state, torch.get_rng_state())
         if torch.cuda.is_initialized():
             undo.callback(torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all())
-        else:  # what was seeded before it begins, not what was here
+        else:  # not begun: it will begin with what was seeded before
             undo.callback(torch.cuda.manual_seed_all, torch.initial_seed())
         if torch.backends.mps.is_available():
             undo.callback(torch.mps.set_rng_state, torch.mps.get_rng_state())
@@ -78,31 +77,17 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-@safe_contextmanager
-def settings_saved_as_they_are(model: PreTrainedModel) -> Iterator[None]:
-    """Let transformers save generation settings that it would refuse, such as a temperature unused.
-
-    It saves those that a model came with whatever they are, but none that were changed since (a
-    trimmed vocabulary changes the numbers of special tokens).
-    """
-    settings = getattr(model, "generation_config", None)
-    if settings is not None:
-        model.generation_config = copy.deepcopy(settings)
-        model.generation_config._original_object_hash = hash(settings)
-    try:
-        yield
-    finally:
-        if settings is not None:
-            model.generation_config = settings
-
-
-# Config fields that say nothing about what the model computes.
-_CIRCUMSTANCES = {
-    "_name_or_path", "transformers_version", "minigpt_lab_origin", "architectures", "use_cache",
+# Config fields that do not change what the model computes.
+_IGNORED = {
+    "_name_or_path",
+    "transformers_version",
+    "minigpt_lab_origin",
+    "architectures",
+    "use_cache",
     "dtype",
-}  # fmt: skip
-_KNOWN = 4  # hashes kept per model: of its weights, and of those of a few masks
-_fingerprints: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+}
+_MOST_HASHES = 4  # kept per model: of its weights, and of those under a few masks
+_hashes: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 @checked(model=Model())
@@ -110,42 +95,42 @@ def fingerprint(model: PreTrainedModel) -> str:
     """SHA-256 of a model's config and weights (names, types, shapes, bytes).
 
     Kept until the config or a weight changes, so that repeated calls cost a sum over the weights.
-    Seen are changes through autograd's eyes (under ``torch.no_grad``) and, by that sum, nearly all
-    behind its back (``weight.data.mul_(2)``); not seen are those that only reorder a weight's
-    values through ``.data``, or change weights that are offloaded.
+    Changes that autograd counts are seen, and by that sum nearly all that it does not count
+    (``weight.data.mul_(2)``); not seen are those that only reorder a weight's values through
+    ``.data``, or change weights that are offloaded.
 
     A call waits while another thread uses the model, so it never sees the weights under its mask.
     """
-    facts = {k: v for k, v in model.config.to_dict().items() if k not in _CIRCUMSTANCES}
-    config = json.dumps(facts, sort_keys=True, default=str)
-    version = config, *((k, *_version(p)) for k, p in model.named_parameters())
-    known = _fingerprints.setdefault(model, {})
-    if version not in known:
-        digest = hashlib.sha256(config.encode())
-        for key, parameter in weights(model):
-            digest.update(f"{key} {parameter.dtype} {tuple(parameter.shape)}".encode())
-            content = parameter.detach().cpu().contiguous().view(torch.uint8)
-            digest.update(memoryview(content.numpy()).cast("B"))
-        known[version] = digest.hexdigest()
-        while len(known) > _KNOWN:
-            del known[next(iter(known))]
-    known[version] = known.pop(version)  # the least recently asked for goes first
+    entries = {k: v for k, v in model.config.to_dict().items() if k not in _IGNORED}
+    config = json.dumps(entries, sort_keys=True, default=str)
+    version = config, *((name, *_version(p)) for name, p in model.named_parameters())
+    known = _hashes.setdefault(model, {})
+    known[version] = known.pop(version, None) or _hash(model, config)  # the newest comes last
+    while len(known) > _MOST_HASHES:
+        del known[next(iter(known))]
     return known[version]
 
 
-_WHOLE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+def _hash(model: PreTrainedModel, config: str) -> str:
+    digest = hashlib.sha256(config.encode())
+    for name, parameter in materialized_parameters(model):
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
+        content = parameter.detach().cpu().contiguous().view(torch.uint8)
+        digest.update(memoryview(content.numpy()).cast("B"))
+    return digest.hexdigest()
 
 
 def _version(parameter: torch.Tensor) -> tuple:
-    """What changes with a parameter: counted by autograd, or seen in a sum over its bits."""
-    counted = 0 if parameter.is_inference() else parameter._version
-    about = parameter.data_ptr(), counted, parameter.dtype, parameter.shape
+    """A key that changes with a parameter: autograd's count, and a sum over its bits."""
+    count = 0 if parameter.is_inference() else parameter._version
+    key = parameter.data_ptr(), count, parameter.dtype, parameter.shape
     if parameter.is_meta:
-        return about
+        return key
     values = parameter.detach().flatten()
     size = values.element_size()
-    kind = torch.int64 if values.numel() * size % 8 == 0 else _WHOLE[size]  # 20 times as fast
-    return *about, int(values.view(kind).sum(dtype=torch.int64))  # wraps around: exact in any order
+    narrow = {2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
+    dtype = torch.int64 if values.numel() * size % 8 == 0 else narrow  # 20 times as fast
+    return *key, int(values.view(dtype).sum(dtype=torch.int64))  # wraps around: exact in any order
 
 
 @checked(model=Model(), model_hash=Text(), measured=Text())
@@ -157,11 +142,11 @@ def require_weights(model: PreTrainedModel, model_hash: str, measured: str) -> N
     ValueError
         If its fingerprint is not `model_hash`.
     """
-    found = fingerprint(model)
-    if found != model_hash:
+    own_hash = fingerprint(model)
+    if own_hash != model_hash:
         raise ValueError(
             f"{measured} are of another model (weights {model_hash[:12]}), not of {label(model)} "
-            f"(weights {found[:12]}); compute them on this one"
+            f"(weights {own_hash[:12]}); compute them on this one"
         )
 
 

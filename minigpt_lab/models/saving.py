@@ -1,22 +1,32 @@
-"""Models out: saved whole, reloaded and compared."""
+"""Saving a model: written beside its place, reloaded and compared, then renamed."""
 
 from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..checks import Flag, Location, Model, Tokenizer, UnusablePath, checked, writable_folder
+from ..checks import (
+    Flag,
+    Location,
+    Model,
+    Tokenizer,
+    UnusablePath,
+    checked,
+    safe_contextmanager,
+    writable_folder,
+)
 from ..store import DamagedFile, atomic_write, read_json, write_json
 from .anatomy import Anatomy
 from .by_name import load_model
 from .layers import has_added_bias
 from .loading import FORMAT, SIDECAR
 from .resizing import config_widths, padding, set_units, update_config
-from .runtime import inference, settings_saved_as_they_are
+from .runtime import inference
 from .vocabulary import tokenizer_for
 
 
@@ -48,8 +58,8 @@ def save_model(
     portable : bool
         Pad layers with units of zeros to the widest (to the dense width where the config has no
         field for it), so that plain transformers loads the folder at the price of a larger file.
-        It has no place for biases that bias compensation gave to layers without one: it would warn
-        of them and leave them out.
+        Not for models with biases that bias compensation gave to layers without one: plain
+        transformers would leave these out.
 
     Returns
     -------
@@ -68,12 +78,12 @@ def save_model(
         If the reloaded model gives other logits.
     """
     final = writable_folder(path)
-    if final.is_dir() and any(final.iterdir()) and not _is_saved(final):
+    if final.is_dir() and any(final.iterdir()) and _written_files(final) is None:
         raise FileExistsError(
             f"{final} exists and was not written by save_model; choose another folder"
         )
-    kept = getattr(model, "trimmed_vocabulary", None)
-    if kept is not None and kept.rows != kept.allowed:
+    vocabulary = getattr(model, "trimmed_vocabulary", None)
+    if vocabulary is not None and vocabulary.rows != vocabulary.allowed:
         raise ValueError(
             "a mask over the vocabulary cannot be saved: its tokens are forbidden, not gone; "
             "shrink the model and save that"
@@ -84,16 +94,16 @@ def save_model(
             "transformers cannot load it whole; save it without portable=True"
         )
     stored = _padded(model) if portable else model
-    with atomic_write(final, _written) as staging:
-        # names as in memory: a layer's own widths leave no loader but ours, which knows no others
-        with settings_saved_as_they_are(stored):
+    with atomic_write(final, lambda folder: _written_files(folder) or set()) as staging:
+        with _original_generation_config(stored):
+            # names as in memory: of a layer with widths of its own only our loader knows them
             stored.save_pretrained(staging, max_shard_size="1TB", save_original_format=False)
         tokenizer_for(model, tokenizer).save_pretrained(staging)
         sidecar = {
             "format": FORMAT,
             "widths": Anatomy(stored).layer_widths(),
             "plans": [plan.to_dict() for plan in getattr(model, "pruning_plans", [])],
-            "vocabulary": kept and {"size": kept.size, "rows": kept.rows},
+            "vocabulary": vocabulary and {"size": vocabulary.size, "rows": vocabulary.rows},
             "files": sorted(path.name for path in staging.iterdir()),
         }
         write_json(staging / SIDECAR, sidecar)
@@ -101,32 +111,42 @@ def save_model(
     return final
 
 
-def _is_saved(folder: Path) -> bool:
-    """Whether `save_model` wrote a folder: it has our sidecar, which may be damaged."""
+def _written_files(folder: Path) -> set[str] | None:
+    """Names of the files that an earlier `save_model` wrote into a folder; None if it wrote none.
+
+    Of a damaged sidecar only its own name is known.
+    """
     try:
-        return "widths" in _sidecar(folder)
+        sidecar = read_json(folder / SIDECAR)
     except (FileNotFoundError, UnusablePath):
-        return False
+        return None
     except DamagedFile:
-        return True
+        return {SIDECAR}
+    if not isinstance(sidecar, dict) or "widths" not in sidecar:
+        return None
+    return {SIDECAR, *(name for name in sidecar.get("files", []) if isinstance(name, str))}
 
 
-def _written(folder: Path) -> set[str]:
-    """Names of the files in a folder that `save_model` wrote, as far as it says."""
+@safe_contextmanager
+def _original_generation_config(model: PreTrainedModel) -> Iterator[None]:
+    """Let transformers save generation settings that it refuses, such as an unused temperature.
+
+    It saves those that a model came with whatever they are, but none that were changed since (a
+    trimmed vocabulary changes the numbers of special tokens): a copy is marked as original.
+    """
+    settings = getattr(model, "generation_config", None)
+    if settings is not None:
+        model.generation_config = copy.deepcopy(settings)
+        model.generation_config._original_object_hash = hash(settings)
     try:
-        found = _sidecar(folder).get("files", [])
-    except (OSError, DamagedFile):
-        found = []
-    return {SIDECAR, *(name for name in found if isinstance(name, str))}
-
-
-def _sidecar(folder: Path) -> dict:
-    found = read_json(folder / SIDECAR)
-    return found if isinstance(found, dict) else {}
+        yield
+    finally:
+        if settings is not None:
+            model.generation_config = settings
 
 
 def _padded(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy with layers of one width: the widest, or the dense one where no config says less."""
+    """A copy with layers of one width: the widest, or the dense one if the config has no field."""
     model = copy.deepcopy(model)
     anatomy = Anatomy(model)
     for site, counts in anatomy.layer_widths().items():
@@ -143,15 +163,14 @@ def _pad(anatomy: Anatomy, site: str, widths: list[int]) -> None:
 
 
 def _compare_reloaded(model: PreTrainedModel, folder: Path) -> None:
+    """Refuse a folder whose model gives other logits, on a fixed probe, than the one in memory."""
     reloaded, _ = load_model(folder, device=model.device)
     reloaded.set_attn_implementation(model.config._attn_implementation)
-    # Buffers outside the state (rotary frequencies) are not saved but computed anew; a model cast
-    # to bfloat16 has them rounded, which is no fault of the file.
-    for (name, ours), (_, theirs) in zip(
-        model.named_buffers(), reloaded.named_buffers(), strict=True
-    ):
+    # Rotary frequencies and the like are not saved but computed anew; a model cast to bfloat16 has
+    # them rounded, which is no fault of the file.
+    for name, buffer in model.named_non_persistent_buffers():
         owner, _, last = name.rpartition(".")
-        setattr(reloaded.get_submodule(owner), last, ours.to(theirs.device))
+        setattr(reloaded.get_submodule(owner), last, buffer)
     rows = model.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
     probe = torch.randint(rows, (2, 16), generator=generator).to(model.device)
