@@ -23,7 +23,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ..checks import COMPUTE_DTYPES, DictOf, Integer, Items, OneOf
+from ..checks import COMPUTE_DTYPES, DictOf, Integer, ListOf, OneOf
 from .anatomy import Anatomy
 from .architectures import ALL_SITES
 from .folder_checks import (
@@ -48,7 +48,7 @@ from .vocabulary import TrimmedVocabulary
 
 SIDECAR = "minigpt_lab.json"
 FORMAT = 1
-_WIDTHS = DictOf(OneOf(ALL_SITES), Items(Integer(1)))
+_WIDTHS = DictOf(OneOf(ALL_SITES), ListOf(Integer(1), kind=list))
 _MOST_UNITS = 2**20  # of the dense model; of today's largest fewer than 2**17
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 

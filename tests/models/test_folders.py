@@ -100,8 +100,8 @@ def test_a_config_of_another_model_is_refused(folder, entries, said):
 @pytest.mark.parametrize(
     ("file", "entries", "said"),
     [
-        ("minigpt_lab.json", {"widths": {"ffn": [10**10] * 3}}, "ffn widths are"),
-        ("minigpt_lab.json", {"widths": None}, "widths is"),
+        ("minigpt_lab.json", {"widths": {"ffn": [10**10] * 3}}, "widths"),
+        ("minigpt_lab.json", {"widths": None}, "widths is None"),
         ("minigpt_lab.json", {"plans": 3}, "plans is no list"),
         ("minigpt_lab.json", {"plans": [3]}, "damaged"),
         ("minigpt_lab.json", {"plans": [{"model_hash": "", "units": {}, "keep": 1}]}, "keep is 1"),
@@ -130,7 +130,7 @@ def test_widths_are_numbers_that_the_weights_have(tmp_path, words, site, value):
     widths = json.loads(sidecar.read_text())["widths"]
     widths[site][1] = value
     change_json(sidecar, widths=widths)
-    refused(tmp_path / "mini", "widths (is|are)|another shape")
+    refused(tmp_path / "mini", "widths|another shape")
 
 
 @pytest.mark.parametrize(
