@@ -91,7 +91,8 @@ class AnyOf(Check):
                 continue
             except ValueError as error:
                 details.append(error)
-        raise details[0] if details else Mismatch
+        alone = sum(not isinstance(check, Nothing) for check in self.checks) == 1
+        raise details[0] if details and alone else Mismatch  # of several, all are named
 
 
 class Nothing(Check):
