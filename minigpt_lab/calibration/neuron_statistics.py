@@ -11,6 +11,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ from ..models import (
     require_weights,
     weight_axis,
 )
-from ..store import SUFFIX, DamagedFile, read_cached, read_tensors, warn_if_unsaved, write_tensors
+from ..store import DamagedFile, cached, read_tensors, write_tensors
 from .collector import Collector, Key
 
 #: Fields of `Statistics` beside the sums, in a file's header and among its tensors.
@@ -273,18 +274,18 @@ def collect_statistics(
     ValueError
         If there are no tokens, a token id is out of range, or an activation is not finite.
     """
-    if path is not None and not isinstance(batches, list):
-        batches = list(batches)  # read twice
-    known = None if path is None else read_cached(path, Statistics.load, SUFFIX)
-    if known is not None:
-        merges = getattr(batches, "merges", known.merges)
-        same_text = known.content_hash == tokens_hash(batches)
-        if (
-            same_text
-            and known.model_hash == fingerprint(model)
-            and len(merges) == len(known.merges)
-        ):
-            return known
+
+    def is_current(known: Statistics) -> bool:
+        if (known.model_hash, known.content_hash) != (fingerprint(model), tokens_hash(batches)):
+            return False
+        return len(getattr(batches, "merges", known.merges)) == len(known.merges)
+
+    compute = partial(_collect, model, batches, progress)
+    return cached(path, compute, Statistics.load, Statistics.save, is_current)
+
+
+def _collect(model: PreTrainedModel, batches: Iterable[dict], progress: bool) -> Statistics:
+    """Statistics of one pass over all batches."""
     collector = Collector(model)
     content = hashlib.sha256()
     vocabulary = model.get_input_embeddings().weight.shape[0]
@@ -316,7 +317,7 @@ def collect_statistics(
     anatomy = Anatomy(model)
     second = anatomy.family.consumes["ffn"]
     empty = np.zeros(0, dtype=np.int64)
-    found = Statistics(
+    return Statistics(
         sums=sums,
         activations=[anatomy.name(layer, second) for layer in range(len(anatomy.layers))],
         layer_of=collector.layer_of,
@@ -329,10 +330,6 @@ def collect_statistics(
         domain=getattr(batches, "source", ""),
         content_hash=content.hexdigest(),
     )
-    if path is not None:
-        with warn_if_unsaved("the statistics are"):
-            found.save(path)
-    return found
 
 
 def _mask(batch: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -26,7 +26,7 @@ from ..criteria import chosen_sites
 from ..domains import unpadded
 from ..models import Anatomy, fingerprint, is_offloaded
 from ..planning import one_target, parameters_to_remove, unit_counts, unit_steps
-from ..store import PLACES, ResultCache
+from ..store import ResultCache, Shards
 from .budgets import Budget, Budgets
 from .descent import Descent
 from .layer_counts import SearchedCounts, by_layer, unscored_sites
@@ -78,7 +78,7 @@ class Effort:
     steps=Integer(1),
     step_size=Number(above=0, high=1),
     seed=Integer(0),
-    offload=OneOf(PLACES),
+    offload=OneOf(Shards.PLACES),
     out_dir=Location() | None,
     progress=Flag(),
 )

@@ -53,7 +53,7 @@ from ..planning import (
     removed_shares,
     unit_counts,
 )
-from ..store import PLACES
+from ..store import Shards
 from .budget_search import search_counts
 from .layer_counts import SearchedCounts, by_layer, require_counts, unscored_sites
 from .obs import full_precision
@@ -69,7 +69,7 @@ from .workspace import Workspace
     counts=Instance(SearchedCounts) | DictOf(Text(), ListOf(Integer(0))) | None,
     search=DictOf(Text()) | None,
     inplace=Flag(),
-    offload=OneOf(PLACES),
+    offload=OneOf(Shards.PLACES),
     out_dir=Location() | None,
     progress=Flag(),
 )

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch.nn import functional
 
-from ..store import ResultCache, Shards, content_hash
+from ..store import ResultCache, Shards, cache_key
 from .budgets import Budget
 from .supernetwork import Supernet
 
@@ -47,7 +46,7 @@ class Trials:
     ):
         self.net, self.fill_with = net, (windows, base, progress)
         self.held_out, self.ledger = held_out, ledger
-        self.key = content_hash([json.dumps(facts, sort_keys=True)])
+        self.key = cache_key(facts)
         self.n_tokens = sum(ids.numel() for ids in held_out)
         self.dense: Shards | None = None  # log-probabilities of the dense model
 

@@ -14,7 +14,6 @@ from torch import nn
 from ..checks import writable_folder
 from ..models import Anatomy, add_bias, materialized, rebuild_layer
 from ..store import (
-    SUFFIX,
     DamagedFile,
     Shards,
     holds_kind,
@@ -77,7 +76,7 @@ class Workspace:
 
     def _read_state(self) -> None:
         """Read the run in the folder, if all of its files are there and readable."""
-        state = read_cached(self.folder / STATE, _read_state, ".json") or {}
+        state = read_cached(self.folder / STATE, _read_state) or {}
         layers = state.get("layers", [])
         weights = [self._weights(layer) for layer, sites in enumerate(layers) if sites]
         hidden = self._hidden(len(layers))
@@ -87,7 +86,7 @@ class Workspace:
                     f"{path} exists and is of no run; it is left alone: choose another folder"
                 )
         needed = weights + [hidden] * state.get("hidden", hidden.exists())
-        if not [path for path in needed if read_cached(path, _read, SUFFIX) is None]:
+        if not [path for path in needed if read_cached(path, _read) is None]:
             self._known, self.finished = state.get("recipe"), layers
 
     def require(self, facts: Mapping[str, object]) -> None:
@@ -212,4 +211,4 @@ def discard(folder: str | os.PathLike) -> None:
 
 
 def _tensor_files(folder: Path) -> list[Path]:
-    return [*folder.glob(f"layer-*{SUFFIX}"), *folder.glob(f"hidden-*{SUFFIX}")]
+    return [*folder.glob("layer-*.safetensors"), *folder.glob("hidden-*.safetensors")]

@@ -32,13 +32,12 @@ from ..checks import (
 )
 from ..models import ALL_SITES, SITES, Anatomy, fingerprint, label, require_weights
 from ..store import (
-    SUFFIX,
     DamagedFile,
     cache_folder,
+    cache_key,
+    cached,
     content_hash,
-    read_cached,
     read_tensors,
-    warn_if_unsaved,
     write_tensors,
 )
 from .units import check_option, chosen_sites
@@ -228,7 +227,6 @@ def score(
         statistics.require(model)
     options = {key: to_python(value) for key, value in options.items()}
     _check_names(criterion, options)
-    batches = batches if batches is None or isinstance(batches, list) else list(batches)
     written = as_json(options)
     facts = {"model_hash": fingerprint(model), "options": written, **_text(batches, statistics)}
     path = _cached(cache, criterion, sites, facts, options)
@@ -241,17 +239,13 @@ def score(
             raise DamagedFile(f"{path} holds other scores than it should ({error})") from error
         return found
 
-    known = None if path is None else read_cached(path, load, SUFFIX)
-    if known is not None:
-        return known
-    values = _asked(criterion, model, batches, statistics, sites, options)
-    if fingerprint(model) != facts["model_hash"]:
-        raise RuntimeError(f"the {criterion} criterion changed the model's weights")
-    scores = Scores(criterion, _checked(criterion, model, sites, values), **facts)
-    if path is not None:
-        with warn_if_unsaved("the scores are"):
-            scores.save(path)
-    return scores
+    def compute() -> Scores:
+        values = _asked(criterion, model, batches, statistics, sites, options)
+        if fingerprint(model) != facts["model_hash"]:
+            raise RuntimeError(f"the {criterion} criterion changed the model's weights")
+        return Scores(criterion, _checked(criterion, model, sites, values), **facts)
+
+    return cached(path, compute, load, Scores.save)
 
 
 def _check_names(name: str, options: Mapping[str, object]) -> None:
@@ -345,7 +339,7 @@ def _cached(cache, name: str, sites: tuple[str, ...], facts: dict, options: dict
     except (OSError, TypeError):  # typed at a prompt, or no plain data: it may not be the same
         return None
     folder = cache_folder() / "scores" if cache is True else writable_folder(cache)
-    key = content_hash([json.dumps([name, code, list(sites), facts], sort_keys=True)])
+    key = cache_key(name, code, sites, facts)
     return folder / f"{name}-{key[:16]}.safetensors"
 
 

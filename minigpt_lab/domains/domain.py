@@ -33,7 +33,7 @@ from ..checks import (
     suggest,
     to_path,
 )
-from ..store import DATA, cached, pinned_packages, read_toml
+from ..store import DATA, cache_folder, cache_key, cached, pinned_packages, read_toml
 from .passages import PASSAGE_WORDS, characters, count_words, cut, near_duplicates
 from .questions import Questions, read_questions
 from .running import token_ids
@@ -380,6 +380,7 @@ def _shipped(name: str, entry: dict) -> Domain:
         domain = make_domain(name, documents, **facts)
         return {**{part: list(p) for part, p in domain.parts.items()}, "dropped": domain.dropped}
 
-    stored = cached("domains", name, [_VERSION, entry["texts"], pins, local], made)
+    key = cache_key(_VERSION, entry["texts"], pins, local)
+    stored = cached(cache_folder() / "domains" / f"{name}-{key[:12]}.json", made)
     parts = {part: Part(name, part, tuple(stored[part])) for part in PARTS}
     return Domain(name, **facts, **parts, dropped=stored["dropped"], checked=True)

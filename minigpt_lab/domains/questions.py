@@ -17,7 +17,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..checks import Integer, ListOf, Text
-from ..store import cached, fetch, pinned_packages, read_archive, read_text
+from ..store import cache_folder, cache_key, cached, fetch, pinned_packages, read_archive, read_text
 from .passages import CJK, count_words, cut, near_duplicates, sentences, split_words
 from .sources import plain as plain_text
 from .user_texts import json_rows
@@ -167,8 +167,8 @@ def read_questions(
         found = _collect(sources, test, elsewhere, name, licence)
         return {"items": [astuple(item) for item in found], "dropped": found.dropped}
 
-    recipe = [_VERSION, sources, pins, list(test), list(elsewhere)]
-    stored = cached("questions", name, recipe, made)
+    key = cache_key(_VERSION, sources, pins, list(test), list(elsewhere))
+    stored = cached(cache_folder() / "questions" / f"{name}-{key[:12]}.json", made)
     return Questions((Question(*item) for item in stored["items"]), stored["dropped"])
 
 

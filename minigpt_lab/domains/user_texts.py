@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ..checks import suggest
-from ..store import is_regular, parse_json, read_text
+from ..store import parse_json, read_text
 
 _TEXTS = (".txt", ".text", ".md", ".markdown", ".rst")
 _ROWS = (".jsonl", ".ndjson", ".json")
@@ -59,7 +59,7 @@ def find_questions(folder: Path) -> Path | None:
     if not folder.is_dir():
         return None
     found = (each for each in sorted(folder.iterdir()) if each.name.lower() in QUESTIONS)
-    return next(filter(is_regular, found), None)
+    return next(filter(os.path.isfile, found), None)  # noqa: PTH113, is_file may raise
 
 
 def read_path(path: Path, column: str | None) -> tuple[list[str], list[str]]:
@@ -143,7 +143,7 @@ def _walk(root: Path, left: LeftOut) -> Iterator[Path]:
             path = Path(place, name)
             if path.suffix.lower() not in FILES:
                 left.add("files of other kinds", name)
-            elif not is_regular(path):
+            elif not os.path.isfile(path):  # noqa: PTH113, is_file may raise
                 left.add("links to nothing, pipes or devices", name)
             elif name.lower() not in QUESTIONS:
                 yield path

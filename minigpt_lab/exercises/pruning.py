@@ -46,8 +46,7 @@ def stored_share(model: PreTrainedModel, mini: PreTrainedModel) -> Answer:
     """Share of the dense model's parameters that the small one stores."""
     size = model_size(mini, model)
     mistakes = {
-        "the share removed; the share kept is asked for": 1
-        - size.stored / size.dense,
+        "the share removed; the share kept is asked for": 1 - size.stored / size.dense,
         "the share of the decoder layers; the embeddings are stored too": size.layer_ratio,
         "the dense size over the small one; turn it round": size.dense / size.stored,
     }

@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 
 from ..checks import DictOf, Flag, Integer, ListOf, Location, Number, Text, suggest
-from ..store import DATA, read_text, read_toml, read_user_json
+from ..store import DATA, read_json, read_text, read_toml
 
 NOTEBOOKS = DATA.parent / "notebooks"
 SMOKE = NOTEBOOKS / "smoke.yaml"
@@ -110,7 +110,7 @@ def cells(notebook: Path) -> list[dict]:
     ValueError
         If it is no notebook.
     """
-    content = read_user_json(notebook)
+    content = read_json(notebook)
     try:
         return [{**cell, "source": "".join(cell["source"])} for cell in content["cells"]]
     except (TypeError, KeyError):

@@ -74,7 +74,7 @@ def write_record(folder: Path, content: Mapping[str, object]) -> Path:
     FileExistsError
         If a file of that name is there that is no record: it is left alone.
     """
-    read_cached(folder / RECORD, own_record, ".json")
+    read_cached(folder / RECORD, own_record)
     plain = _finite(as_json({**content, "schema": SCHEMA}))
     text = json.dumps(plain, indent=1, sort_keys=True, ensure_ascii=False)
     with atomic_write(folder / RECORD) as staging:

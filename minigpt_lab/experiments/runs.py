@@ -193,7 +193,7 @@ def _execute(notebook: Path, parameters: dict, folder: Path, smoke: bool) -> str
     """Run a notebook and complete its record; return why it failed, if it did."""
     started = time.time()
     folder.mkdir(parents=True, exist_ok=True)
-    read_cached(folder / RECORD, own_record, ".json")  # refuses a file that is no record
+    read_cached(folder / RECORD, own_record)  # refuses a file that is no record
     (folder / RECORD).unlink(missing_ok=True)  # of an earlier run, should this one be killed
     defaults = default_parameters(notebook)
     reason = _papermill(notebook, _injected(notebook, defaults, parameters, folder), folder)

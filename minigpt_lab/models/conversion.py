@@ -18,8 +18,8 @@ from ..store import (
     fetch,
     pinned_packages,
     read_archive,
+    read_cached,
     read_json,
-    set_aside,
     sha256,
     verify,
     write_failed,
@@ -49,12 +49,8 @@ def converted(name: str, entry: dict) -> Path:
         If the disk is full.
     """
     folder = cache_folder() / "models" / f"{name}-{entry['sha256'][:12]}"
-    if folder.is_dir():
-        try:
-            _require_unchanged(folder)
-            return folder
-        except DamagedFile as error:
-            set_aside(folder, str(error))
+    if read_cached(folder, _unchanged) is not None:
+        return folder
     instead = f"load the hub model {entry['hub']!r} or a local folder instead"
     print(f"{name} is {entry['title']}: {entry['note']}. Licence: {entry['licence']}", flush=True)
     archives = [
@@ -105,8 +101,8 @@ def _hashes(folder: Path) -> dict[str, str]:
     return {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.name != _HASHES}
 
 
-def _require_unchanged(folder: Path) -> None:
-    """Refuse a copy whose files are not those that were written.
+def _unchanged(folder: Path) -> Path:
+    """Return a copy whose files are those that were written.
 
     Raises
     ------
@@ -124,3 +120,4 @@ def _require_unchanged(folder: Path) -> None:
     there = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
     if more := there - {*known, _HASHES}:
         raise DamagedFile(f"{min(more)} was added")
+    return folder

@@ -260,7 +260,7 @@ class PruningPlan:
         OSError
             If it cannot be written.
         """
-        read_cached(path, _read_fields, ".json")
+        read_cached(path, _read_fields)
         return write_json(to_path(path), self.to_dict())
 
     @classmethod

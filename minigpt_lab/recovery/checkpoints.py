@@ -86,7 +86,7 @@ def resume_run(folder: Path, facts: dict) -> dict | None:
     FileExistsError
         If its ``run.json`` is something else.
     """
-    run = read_cached(folder / RUN, _read_run, ".json")
+    run = read_cached(folder / RUN, _read_run)
     if run is None:
         if _checkpoints(folder):
             raise ValueError(

@@ -1,11 +1,19 @@
 """What is kept on disk, whole or not at all: pinned packages, cached results, tensors, shards."""
 
-from .assets import (
+from .atomic import (
+    Scratch,
+    atomic_write,
+    clear_scratch,
+    make_folder,
+    remove_empty,
+    undo_interrupted_write,
+)
+from .cache import ResultCache, cache_folder, cache_key, cached, read_cached
+from .disk_errors import WriteFailed, write_failed
+from .packages import (
     CACHE_REMEDY,
     DATA,
     SourceUnavailable,
-    cache_folder,
-    cached,
     fetch,
     hub_reachable,
     pinned_packages,
@@ -13,65 +21,14 @@ from .assets import (
     read_toml,
     verify,
 )
-from .files import is_regular, parse_json, read_text, read_user_json
-from .ledger import ResultCache, content_hash
-from .shards import PLACES, Shards
-from .storage import (
+from .shards import Shards
+from .tensor_files import holds_kind, read_tensors, write_tensors
+from .text_files import (
     DamagedFile,
-    Scratch,
-    WriteFailed,
-    atomic_write,
-    clear_scratch,
-    make_folder,
-    read_cached,
+    content_hash,
+    parse_json,
     read_json,
-    remove_empty,
-    set_aside,
+    read_text,
     sha256,
-    undo_interrupted_write,
-    warn_if_unsaved,
-    write_failed,
     write_json,
 )
-from .tensor_files import SUFFIX, holds_kind, read_tensors, write_tensors
-
-__all__ = [
-    "CACHE_REMEDY",
-    "DATA",
-    "PLACES",
-    "SUFFIX",
-    "DamagedFile",
-    "ResultCache",
-    "Scratch",
-    "Shards",
-    "SourceUnavailable",
-    "WriteFailed",
-    "atomic_write",
-    "cache_folder",
-    "cached",
-    "clear_scratch",
-    "content_hash",
-    "fetch",
-    "holds_kind",
-    "hub_reachable",
-    "is_regular",
-    "make_folder",
-    "parse_json",
-    "pinned_packages",
-    "read_archive",
-    "read_cached",
-    "read_json",
-    "read_tensors",
-    "read_text",
-    "read_toml",
-    "read_user_json",
-    "remove_empty",
-    "set_aside",
-    "sha256",
-    "undo_interrupted_write",
-    "verify",
-    "warn_if_unsaved",
-    "write_failed",
-    "write_json",
-    "write_tensors",
-]

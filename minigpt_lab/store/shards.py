@@ -1,4 +1,4 @@
-"""Tensors kept one by one where there is room for them: on the device, in host memory, on disk."""
+"""Tensors offloaded one by one: stored on the device, in host memory or on disk."""
 
 from __future__ import annotations
 
@@ -12,28 +12,29 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ..checks import Location, OneOf, checked, writable_folder
-from .storage import Scratch, explain_disk_errors
-
-PLACES = ("device", "cpu", "disk")
+from .atomic import Scratch
+from .disk_errors import explain_disk_errors
 
 
 class Shards(MutableMapping):
-    """A mapping of numbers to tensors that come back on the device they were given from.
+    """Mapping of numbers to offloaded tensors; each is returned on the device it came from.
 
     Parameters
     ----------
     place : {"device", "cpu", "disk"}
-        Where they wait. ``"cpu"`` uses pinned memory beside a CUDA device, so that copies overlap
-        with the computation; ``"disk"`` a temporary folder, removed with the mapping (after a kill,
-        by the next call).
+        Where they are offloaded to. ``"cpu"`` uses pinned memory beside a CUDA device, so that
+        copies overlap with the computation; ``"disk"`` a temporary folder, removed with the mapping
+        (after a kill, by the next call).
     folder : str or path, optional
         In which to make that folder; by default the system's.
     """
 
+    PLACES = ("device", "cpu", "disk")
+
     @checked(place=OneOf(PLACES), folder=Location() | None)
     def __init__(self, place: str = "device", folder: str | os.PathLike | None = None):
         self.place, self.folder = place, folder
-        self._kept: dict[int, torch.Tensor | Path] = {}
+        self._stored: dict[int, torch.Tensor | Path] = {}
         self._devices: dict[int, torch.device] = {}
         self._disk: Path | None = None
         if place == "disk":
@@ -53,21 +54,21 @@ class Shards(MutableMapping):
             with explain_disk_errors(path):
                 save_file({"tensor": tensor.contiguous()}, path)
             tensor = path
-        self._kept[key] = tensor
+        self._stored[key] = tensor
 
     def __getitem__(self, key: int) -> torch.Tensor:
-        kept = self._kept[key]
-        if isinstance(kept, Path):
-            kept = load_file(kept)["tensor"]
-        return kept.to(self._devices[key], non_blocking=True)
+        stored = self._stored[key]
+        if isinstance(stored, Path):
+            stored = load_file(stored)["tensor"]
+        return stored.to(self._devices[key], non_blocking=True)
 
     def __delitem__(self, key: int) -> None:
-        kept = self._kept.pop(key)
-        if isinstance(kept, Path):
-            kept.unlink()
+        stored = self._stored.pop(key)
+        if isinstance(stored, Path):
+            stored.unlink()
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self._kept)
+        return iter(self._stored)
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._stored)

@@ -13,9 +13,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..checks import readable_file, to_python, writable_file
-from .storage import DamagedFile, atomic_write
+from .atomic import atomic_write
+from .text_files import DamagedFile, damaged_file
 
-SUFFIX = ".safetensors"
 _HASH = "content_sha256"
 
 
@@ -77,7 +77,8 @@ def read_tensors(path: Path, kind: str) -> tuple[dict, dict[str, torch.Tensor]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             header = json.loads(metadata[kind])
     except (SafetensorError, json.JSONDecodeError, RecursionError) as error:
-        raise DamagedFile(f"{path} is no readable {kind} file ({error})") from error
+        message = f"{path} is no readable {kind} file ({error})"
+        raise damaged_file(path, ".safetensors", message) from error
     digest = _digest(tensors)
     if not isinstance(header, dict) or header.pop(_HASH, digest) != digest:
         raise DamagedFile(f"{path} is no readable {kind} file (its content has changed)")
@@ -85,7 +86,7 @@ def read_tensors(path: Path, kind: str) -> tuple[dict, dict[str, torch.Tensor]]:
 
 
 def holds_kind(path: Path, kind: str) -> bool:
-    """Whether a file is empty or of a kind, as far as its first bytes tell."""
+    """Whether a file is empty or holds tensors of a kind, as far as its first bytes tell."""
     with path.open("rb") as file:
         head = file.read(4096)  # it may be damaged further on
     return not head or f'"{kind}":'.encode() in head

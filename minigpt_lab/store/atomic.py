@@ -10,44 +10,25 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import hashlib
-import json
 import os
-import re
 import shutil
 import sys
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
 
 from filelock import FileLock, Timeout
 
 from ..checks import (
-    UnusablePath,
-    readable_file,
     require_creatable,
     to_path,
     writable_file,
     writable_folder,
 )
-from . import files
+from .disk_errors import explain_disk_errors, write_failed
 
 _LOCK, _NEW, _OLD = "owner.lock", "new", "old"
 _SUFFIX = ".writing"
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-#: What a disk or its permissions refuse; other errors while writing are not about the disk.
-_TROUBLE = (*_FULL, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
-Loaded = TypeVar("Loaded")
-
-
-class WriteFailed(OSError):
-    """The disk refused what was to be written: full, read-only or at a limit."""
-
-
-class DamagedFile(ValueError):
-    """A file of the package that cannot be read whole."""
 
 
 def make_folder(folder: Path) -> None:
@@ -248,130 +229,3 @@ def remove_empty(folder: Path) -> None:
     """Remove a folder that holds nothing; any other is left."""
     with contextlib.suppress(OSError):
         folder.rmdir()
-
-
-@contextlib.contextmanager
-def explain_disk_errors(final: Path) -> Iterator[None]:
-    """Say in one sentence that, and why, the disk refused to take a file.
-
-    Raises
-    ------
-    WriteFailed
-        With the errno of the cause.
-    """
-    try:
-        yield
-    except Exception as error:
-        number = _disk_trouble(error)
-        if number is None or isinstance(error, WriteFailed | UnusablePath):
-            raise
-        raise write_failed(final, number) from error
-
-
-def write_failed(final: Path, number: int, remedy: str = "choose another path") -> WriteFailed:
-    """The error of a disk that refused."""
-    why = os.strerror(number)
-    if number in _FULL:
-        there = next(folder for folder in final.absolute().parents if folder.is_dir())
-        why = f"{why}, {shutil.disk_usage(there).free / 2**20:.1f} MiB free"
-        remedy = f"make room or {remedy}"
-    found = WriteFailed(f"{final} could not be written ({why}); {remedy}")
-    found.errno = number
-    return found
-
-
-def _disk_trouble(error: BaseException | None) -> int | None:
-    """The errno of what a disk refused, also where a library (Rust's) hides it in its words."""
-    if isinstance(error, OSError) and error.errno:
-        return error.errno if error.errno in _TROUBLE else None
-    said = re.search(r"\(os error (\d+)\)", str(error))
-    return int(said[1]) if said and int(said[1]) in _TROUBLE else None
-
-
-@contextlib.contextmanager
-def warn_if_unsaved(what: str) -> Iterator[None]:
-    """Warn instead of raising where a result is only kept for later: it took long, and is there."""
-    try:
-        yield
-    except OSError as error:
-        warnings.warn(f"{what} returned, but not kept: {error}", stacklevel=4)
-
-
-def set_aside(path: Path, reason: str) -> None:
-    """Rename a damaged file or folder, with one line; what it held is made anew."""
-    number = 1
-    while os.path.lexists(aside := path.with_name(f"{path.name}.damaged-{number}")):
-        number += 1
-    try:
-        path.rename(aside)
-        done = f"set aside as {aside.name}"
-    except OSError as error:
-        done = f"left there ({os.strerror(error.errno or errno.EIO)})"
-    warnings.warn(
-        f"{path} is damaged ({reason}): {done}, and what it held is made anew", stacklevel=4
-    )
-
-
-def read_cached(
-    path: str | os.PathLike, load: Callable[[Path], Loaded], suffix: str
-) -> Loaded | None:
-    """What an earlier call kept in a file; None if there is no file yet, or a damaged one.
-
-    Parameters
-    ----------
-    path : str or path
-        Where it will be written; asked before the work begins.
-    load : callable
-        Reads it; raises `DamagedFile` if it cannot be read, another ValueError for a file of
-        another kind.
-    suffix : str
-        Of such files: a damaged one with another name is not taken for ours.
-
-    Raises
-    ------
-    FileExistsError
-        If the file is something else: it is left alone.
-    UnusablePath
-        If the path cannot be written.
-    """
-    path = writable_file(path)
-    if not path.exists() or not path.stat().st_size:
-        return None
-    try:
-        return load(path)
-    except DamagedFile as error:
-        if path.suffix != suffix:
-            raise FileExistsError(f"{error}; it is left alone: choose another path") from error
-        set_aside(path, str(error.__cause__ or error))
-        return None
-    except ValueError as error:
-        raise FileExistsError(f"{error}; it is left alone: choose another path") from error
-
-
-def read_json(path: Path) -> object:
-    """Content of a JSON file of ours.
-
-    Raises
-    ------
-    DamagedFile
-        If it cannot be read.
-    """
-    path = readable_file(path)
-    try:
-        return files.read_user_json(path)
-    except ValueError as error:
-        raise DamagedFile(str(error)) from error
-
-
-def write_json(path: Path, content: object, indent: int | None = None) -> Path:
-    """Write a JSON file whole or not at all."""
-    text = json.dumps(content, ensure_ascii=False, indent=indent)
-    with atomic_write(path) as staging:
-        staging.write_text(text, encoding="utf-8")
-    return path
-
-
-def sha256(path: Path) -> str:
-    """Hex SHA-256 of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
-import json
 import os
 import re
 import shutil
@@ -12,36 +10,21 @@ import socket
 import subprocess
 import sys
 import tarfile
-import tempfile
 import tomllib
-import warnings
 import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-from platformdirs import user_cache_path
-
-from ..checks import to_path
-from .storage import (
-    DamagedFile,
-    Scratch,
-    explain_disk_errors,
-    read_cached,
-    read_json,
-    sha256,
-    warn_if_unsaved,
-    write_failed,
-    write_json,
-)
+from .atomic import Scratch
+from .cache import cache_folder, set_aside
+from .disk_errors import explain_disk_errors, write_failed
+from .text_files import sha256
 
 #: The kit runs from its checkout, where data/ and notebooks/ stand beside the package.
 DATA = Path(__file__).resolve().parents[2] / "data"
-
-
 #: What to do when the disk of the cache is full.
 CACHE_REMEDY = "set MINIGPT_LAB_CACHE to a folder on another disk"
 _NO_SPACE = re.compile(r"no space left|disk quota exceeded", re.IGNORECASE)
@@ -86,27 +69,6 @@ def pinned_packages() -> dict[str, Package]:
     return {name: Package(name=name, **entry) for name, entry in entries.items()}
 
 
-def cache_folder() -> Path:
-    """Folder for downloads and conversions: ``MINIGPT_LAB_CACHE``, or the user's cache folder.
-
-    Raises
-    ------
-    PermissionError
-        If the folder cannot be created or written.
-    """
-    folder = to_path(os.environ.get("MINIGPT_LAB_CACHE") or user_cache_path("minigpt_lab"))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise PermissionError(
-            f"cache folder {folder} cannot be written ({error.strerror}); "
-            "set MINIGPT_LAB_CACHE to a folder that can"
-        ) from error
-    return folder
-
-
 def hub_reachable() -> bool:
     """Whether the Hugging Face hub's name resolves (or a proxy may do so for us).
 
@@ -122,59 +84,18 @@ def hub_reachable() -> bool:
     return True
 
 
-def cached(kind: str, name: str, recipe: list, make: Callable[[], dict]) -> dict:
-    """Plain data from the cache, or (first use) made and kept there with its hash.
-
-    A file that is damaged or was changed is set aside, and the data made anew.
-
-    Parameters
-    ----------
-    kind, name : str
-        Folder of the cache, and what the file's name begins with.
-    recipe : list
-        All that the data depends on, as plain data.
-    make : callable
-        Gives the data.
-    """
-    key = hashlib.sha256(json.dumps(["hashed", *recipe]).encode()).hexdigest()[:12]
-    cached = cache_folder() / kind / f"{name}-{key}.json"
-    known = read_cached(cached, _read_hashed, ".json")
-    if known is not None:
-        return known
-    made = make()
-    with warn_if_unsaved(f"{name} is"):
-        write_json(cached, {"sha256": _json_hash(made), "made": made})
-    return made
-
-
-def _read_hashed(path: Path) -> dict:
-    content = read_json(path)
-    if not isinstance(content, dict) or content.get("sha256") != _json_hash(content.get("made")):
-        raise DamagedFile(f"{path} is not what was written")
-    return content["made"]
-
-
-def _json_hash(data: object) -> str:
-    return hashlib.sha256(json.dumps(data).encode()).hexdigest()
-
-
 def verify(path: Path, expected: str, what: str) -> Path:
-    """Return `path` if its hash is `expected`; else set the file aside and refuse it.
+    """Return a path if its content has the expected SHA-256.
 
     Raises
     ------
     ValueError
-        If the hash differs. The file is moved to ``quarantine/`` in the cache for inspection.
+        If the hash differs.
     """
     found = sha256(path)
-    if found == expected:
-        return path
-    aside = cache_folder() / "quarantine" / f"{found[:16]}-{path.name}"
-    aside.parent.mkdir(exist_ok=True)
-    shutil.move(path, aside)
-    raise ValueError(
-        f"{what}: expected sha256 {expected}, got {found}; not used, kept aside as {aside}"
-    )
+    if found != expected:
+        raise ValueError(f"{what}: expected sha256 {expected}, got {found}; it is not used")
+    return path
 
 
 def fetch(package: Package, instead: str) -> Path:
@@ -201,63 +122,64 @@ def fetch(package: Package, instead: str) -> Path:
     final = cache_folder() / "packages" / f"{package.name}-{package.version}.{package.kind}"
     what = f"{package.kind} {package.name} {package.version}"
     if final.exists():
-        try:
-            return verify(final, package.sha256, what)
-        except ValueError as error:
-            warnings.warn(f"{error}; fetched again", stacklevel=2)
-    clients = {"wheel": _download_wheel, "deb": _download_deb, "npm": _download_npm}
+        if sha256(final) == package.sha256:
+            return final
+        set_aside(final, "its sha256 is not the pinned one")
     with explain_disk_errors(final), Scratch(cache_folder(), package.name) as scratch:
-        reason = clients[package.kind](package, str(scratch.path))
-        suffixes = (".whl", ".deb", ".tgz")
-        found = [path for path in scratch.path.iterdir() if path.suffix in suffixes]
-        if _NO_SPACE.search(reason or ""):
+        reason = _CLIENTS[package.kind](package, scratch.path)
+        files = [path for path in scratch.path.iterdir() if path.suffix in _SUFFIXES]
+        if _NO_SPACE.search(reason):
             # what there is of the file is cut off, and removed: it would keep the disk full
             raise write_failed(final, errno.ENOSPC, CACHE_REMEDY)
-        if len(found) != 1:
+        if len(files) != 1:
             raise SourceUnavailable(f"{what} could not be downloaded ({reason}); {instead}")
-        verify(found[0], package.sha256, what)
+        verify(files[0], package.sha256, what)
         final.parent.mkdir(exist_ok=True)
-        found[0].replace(final)
+        files[0].replace(final)
     return final
 
 
-def _run(*command: str, cwd: str) -> str:
-    """Run a client of a registry; return the last line it complained with."""
+def _run(folder: Path, *command: str) -> str:
+    """Run a client of a registry in a folder; return the last line it complained with."""
     # its own temporary files, as large as the package, go where they are removed with the rest
-    done = subprocess.run(
-        command, cwd=cwd, capture_output=True, text=True, check=False,
-        env={**os.environ, "TMPDIR": cwd, "LC_ALL": "C"},
-    )  # fmt: skip
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    environment = {**os.environ, "TMPDIR": str(folder), "LC_ALL": "C"}
+    ended = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    lines = [line for line in ended.stderr.splitlines() if line.strip()]
     full = [line for line in lines if _NO_SPACE.search(line)]
-    return (full or lines)[-1].strip() if lines else f"exit status {done.returncode}"
+    return (full or lines)[-1].strip() if lines else f"exit status {ended.returncode}"
 
 
-def _download_wheel(package: Package, folder: str) -> str:
+def _download_wheel(package: Package, folder: Path) -> str:
     pip = (sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:")
     pinned = f"{package.name}=={package.version}"
-    return _run(*pip, "--disable-pip-version-check", "--dest", folder, pinned, cwd=folder)
+    return _run(folder, *pip, "--disable-pip-version-check", "--dest", str(folder), pinned)
 
 
-def _download_deb(package: Package, folder: str) -> str:
+def _download_deb(package: Package, folder: Path) -> str:
     if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
         return "it is a Debian package and this system has no apt-get"
     download = ("apt-get", "--quiet", "download", f"{package.name}={package.version}")
-    reason = _run(*download, cwd=folder)
-    if not any(Path(folder).glob("*.deb")) and os.access("/var/lib/apt/lists", os.W_OK):
-        _run("apt-get", "--quiet", "update", cwd=folder)  # a fresh machine has no package lists
-        reason = _run(*download, cwd=folder)
+    reason = _run(folder, *download)
+    if not any(folder.glob("*.deb")) and os.access("/var/lib/apt/lists", os.W_OK):
+        _run(folder, "apt-get", "--quiet", "update")  # a fresh machine has no package lists
+        reason = _run(folder, *download)
     return reason
 
 
-def _download_npm(package: Package, folder: str) -> str:
+def _download_npm(package: Package, folder: Path) -> str:
     if shutil.which("npm") is None:
         return "it is an npm package and this system has no npm"
-    return _run("npm", "pack", "--silent", f"{package.name}@{package.version}", cwd=folder)
+    return _run(folder, "npm", "pack", "--silent", f"{package.name}@{package.version}")
+
+
+_CLIENTS = {"wheel": _download_wheel, "deb": _download_deb, "npm": _download_npm}
+_SUFFIXES = (".whl", ".deb", ".tgz")
 
 
 def read_archive(archive: Path, pattern: str) -> dict[str, bytes]:
-    """Content of an archive's files whose path matches a glob, by path, sorted.
+    """Contents of the files in an archive whose path matches a glob, by path, sorted.
 
     Parameters
     ----------
@@ -273,17 +195,17 @@ def read_archive(archive: Path, pattern: str) -> dict[str, bytes]:
     """
     if archive.suffix == ".wheel":
         with zipfile.ZipFile(archive) as file:
-            found = {name: file.read(name) for name in file.namelist() if fnmatch(name, pattern)}
+            contents = {name: file.read(name) for name in file.namelist() if fnmatch(name, pattern)}
     elif archive.suffix == ".npm":
         with tarfile.open(archive) as file:
-            found = _matching(file, pattern)
+            contents = _matching(file, pattern)
     else:
         unpack = subprocess.Popen(["dpkg-deb", "--fsys-tarfile", archive], stdout=subprocess.PIPE)
         with unpack, tarfile.open(fileobj=unpack.stdout, mode="r|") as file:
-            found = _matching(file, pattern)
-    if not found:
+            contents = _matching(file, pattern)
+    if not contents:
         raise ValueError(f"{archive.name} holds no file {pattern!r}")
-    return dict(sorted(found.items()))
+    return dict(sorted(contents.items()))
 
 
 def _matching(archive: tarfile.TarFile, pattern: str) -> dict[str, bytes]:

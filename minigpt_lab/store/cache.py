@@ -1,0 +1,218 @@
+"""One cache for everything that took long, found again by a hash of all that it depends on.
+
+Results lie in files that are written whole or not at all: plain data as JSON, arrays as
+safetensors (`cached`), many small results as lines of one file (`ResultCache`). A damaged file is
+set aside with a warning and computed again. Where the disk is full, the result is returned anyway.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from platformdirs import user_cache_path
+
+from ..checks import as_json, readable_file, to_path, writable_file, writable_folder
+from .atomic import make_folder, undo_interrupted_write
+from .disk_errors import explain_disk_errors, warn_if_unsaved
+from .text_files import DamagedFile, content_hash, damaged_file, read_json, write_json
+
+Result = TypeVar("Result")
+
+
+def cache_folder() -> Path:
+    """Folder for downloads and conversions: ``MINIGPT_LAB_CACHE``, or the user's cache folder.
+
+    Raises
+    ------
+    PermissionError
+        If the folder cannot be created or written.
+    """
+    folder = to_path(os.environ.get("MINIGPT_LAB_CACHE") or user_cache_path("minigpt_lab"))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise PermissionError(
+            f"cache folder {folder} cannot be written ({error.strerror}); "
+            "set MINIGPT_LAB_CACHE to a folder that can"
+        ) from error
+    return folder
+
+
+def cache_key(*facts: object) -> str:
+    """Hex SHA-256 of all that a result depends on, as plain data."""
+    return content_hash([json.dumps(as_json(facts), sort_keys=True)])
+
+
+def read_cached(path: str | os.PathLike, read: Callable[[Path], Result]) -> Result | None:
+    """Return what an earlier call wrote; None if there is nothing yet or it is damaged.
+
+    Parameters
+    ----------
+    path : str or path
+        Where the result will be written; asked before the work begins.
+    read : callable
+        Reads it; raises `DamagedFile` if it is ours and cannot be read (it is then set aside),
+        another ValueError for anything else.
+
+    Raises
+    ------
+    FileExistsError
+        If it is something else: it is left alone.
+    UnusablePath
+        If the path cannot be written.
+    """
+    path = undo_interrupted_write(to_path(path))
+    path = writable_folder(path) if path.is_dir() else writable_file(path)
+    if not path.exists() or not path.stat().st_size:
+        return None
+    try:
+        return read(path)
+    except DamagedFile as error:
+        set_aside(path, str(error.__cause__ or error))
+        return None
+    except ValueError as error:
+        raise FileExistsError(f"{error}; it is left alone: choose another path") from error
+
+
+def set_aside(path: Path, reason: str) -> None:
+    """Rename a damaged file or folder, with a warning; what it held is made anew."""
+    number = 1
+    while os.path.lexists(aside := path.with_name(f"{path.name}.damaged-{number}")):
+        number += 1
+    try:
+        path.rename(aside)
+        done = f"set aside as {aside.name}"
+    except OSError as error:
+        done = f"left there ({error.strerror})"
+    warnings.warn(
+        f"{path} is damaged ({reason}): {done}, and what it held is made anew", stacklevel=5
+    )
+
+
+def _read_hashed(path: Path) -> object:
+    content = read_json(path)
+    if not isinstance(content, dict) or content.get("sha256") != cache_key(content.get("result")):
+        raise DamagedFile(f"{path} is not what was written")
+    return content["result"]
+
+
+def _write_hashed(result: object, path: Path) -> None:
+    write_json(path, {"sha256": cache_key(result), "result": result})
+
+
+def cached(
+    path: str | os.PathLike | None,
+    compute: Callable[[], Result],
+    read: Callable[[Path], Result] = _read_hashed,
+    write: Callable[[Result, Path], object] = _write_hashed,
+    is_current: Callable[[Result], bool] = lambda _: True,
+) -> Result:
+    """Return the result in a file, or compute it and write it there.
+
+    Parameters
+    ----------
+    path : str or path, optional
+        Of the file: named by a `cache_key`, or by a user; None computes.
+    compute : callable
+        Gives the result.
+    read, write : callable
+        Take ``(path)`` and ``(result, path)``; `read` is as for `read_cached`. By default the
+        result is plain data, written as JSON with its hash.
+    is_current : callable
+        Whether a result that was read is the one asked for, where the file's name does not tell.
+
+    Raises
+    ------
+    FileExistsError
+        If the file is something else: it is left alone.
+    """
+    if path is None:
+        return compute()
+    result = read_cached(path, read)
+    if result is not None and is_current(result):
+        return result
+    result = compute()
+    with warn_if_unsaved(path):
+        write(result, to_path(path))
+    return result
+
+
+class ResultCache:
+    """Results in a file of JSON lines, each found by its key; a killed run goes on where it was.
+
+    Lines that cannot be read are computed again; results that cannot be written are returned.
+
+    Parameters
+    ----------
+    path : str or path, optional
+        Of the file; by default results are kept in memory only.
+
+    Raises
+    ------
+    FileExistsError
+        If it holds something else: it is left alone.
+    OSError
+        If it cannot be written.
+    """
+
+    def __init__(self, path: str | os.PathLike | None = None):
+        self.path = None if path is None else writable_file(path).absolute()
+        self._results: dict[str, dict] = {}
+        if self.path is not None:
+            self._results = read_cached(self.path, _read_lines) or {}
+
+    def get(self, facts: object, compute: Callable[[], dict]) -> dict:
+        """Return a result: from the file if it is there, else computed and written.
+
+        Parameters
+        ----------
+        facts : object
+            All that the result depends on, as plain data.
+        compute : callable
+            Gives the result, as plain data.
+        """
+        key = cache_key(facts)
+        if key not in self._results:
+            self._results[key] = compute()
+            if self.path is not None:
+                # a line of its own, also after one that was cut off
+                line = "\n" + json.dumps({"key": key, "result": self._results[key]})
+                with warn_if_unsaved(self.path), explain_disk_errors(self.path):
+                    make_folder(self.path.parent)
+                    with self.path.open("a", encoding="utf-8") as file:
+                        file.write(line)
+        return self._results[key]
+
+
+def _read_lines(path: Path) -> dict[str, dict]:
+    """Results by key; a warning says how many lines of a file could not be read."""
+    rows, unreadable = [], 0
+    for line in readable_file(path).read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except (ValueError, RecursionError):
+            unreadable += 1  # left behind by an interrupted write
+    results = {
+        row["key"]: row["result"]
+        for row in rows
+        if isinstance(row, dict) and isinstance(row.get("key"), str)
+        if isinstance(row.get("result"), dict)
+    }
+    if rows and not results:
+        raise ValueError(f"{path} holds no results: its lines say something else")
+    if unreadable and not results:
+        message = f"{path} holds no results: none of its {unreadable} lines can be read"
+        raise damaged_file(path, ".jsonl", message)
+    if unreadable:
+        warnings.warn(
+            f"{path}: {unreadable} lines cannot be read; what they held is made anew", stacklevel=4
+        )
+    return results
