@@ -84,7 +84,8 @@ def read_json(path: str | os.PathLike) -> object:
     try:
         return parse_json(read_text(path))
     except ValueError as error:
-        raise damaged_file(path, ".json", f"{path} is cut short or no JSON ({error})") from error
+        reason = str(error).removeprefix(f"{path} ")
+        raise damaged_file(path, ".json", f"{path} is cut short or no JSON ({reason})") from error
 
 
 def write_json(path: Path, content: object, indent: int | None = None) -> Path:
