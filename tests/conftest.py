@@ -102,10 +102,10 @@ def tiny_sweep(tmp_path_factory) -> KilledSweep:
     grid, folder = home / "tiny_sizes.yaml", home / "runs"
     grid.write_text(
         "notebook: 03_contextual_pruning\n"
-        "parameters: {model_name: tiny-llama, other_domain: tiny-law, seq_len: 64,\n"
+        "parameters: {model_name: tiny-llama, other_domain_name: tiny-law, seq_len: 64,\n"
         "             calibration_tokens: 1024, test_tokens: 512, epsilon_embedding: null}\n"
-        "grid: {domain: [tiny-law, tiny-games], quantile_activation: [0.1, 0.3, 0.5]}\n"
-        "exclude: [{domain: tiny-games, quantile_activation: 0.5}]\n"
+        "grid: {domain_name: [tiny-law, tiny-games], quantile_activation: [0.1, 0.3, 0.5]}\n"
+        "exclude: [{domain_name: tiny-games, quantile_activation: 0.5}]\n"
         "jobs: 2\n"
     )
     command = [sys.executable, "-m", "minigpt_lab", "sweep", str(grid), "--out", str(folder)]

@@ -61,7 +61,7 @@ def test_every_solution_is_right(domains, tmp_path):
     path = NOTEBOOKS[-1]
     assert path.stem == "solutions"
     executed = papermill.execute_notebook(
-        str(path), str(tmp_path / path.name), {"domains": domains}, kernel_name="python3",
+        str(path), str(tmp_path / path.name), {"domain_names": domains}, kernel_name="python3",
         cwd=str(tmp_path), progress_bar=False, extra_arguments=["--log-level=ERROR"],
     )  # fmt: skip
     said = {

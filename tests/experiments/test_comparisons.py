@@ -16,7 +16,7 @@ def run(folder, table, text="abc", weights="012", **parameters):
     """A run folder with a summary table; `text` and `weights` are hashes."""
     folder.mkdir(parents=True)
     pd.DataFrame(table).to_csv(folder / "summary.csv", index=False)
-    given = {"domain": "law", "seq_len": 64, "test_tokens": 1024, **parameters}
+    given = {"domain_name": "law", "seq_len": 64, "test_tokens": 1024, **parameters}
     write_record(folder, {
         "notebook": "03_contextual_pruning", "status": "completed", "parameters": given,
         "metrics": {"nonzero": 70}, "tables": ["summary"], "protocol": "quickly",
@@ -39,7 +39,7 @@ def runs(tmp_path):
     run(tmp_path / "a", rows(80, 20.0, 2.5))
     run(tmp_path / "b", rows(60, 30.0, 3.0))
     run(tmp_path / "c", rows(70, 40.0, 3.5))
-    run(tmp_path / "d", rows(50, 9.0, 3.0), domain="games")  # cut for another domain
+    run(tmp_path / "d", rows(50, 9.0, 3.0), domain_name="games")  # cut for another domain
     return tmp_path
 
 
@@ -65,7 +65,7 @@ def test_methods_have_one_name_whatever_the_size(tmp_path):
     answers = {"domain": ["law", "games"] * 2, "variant": ["dense"] * 2 + ["random"] * 2,
                "stored": [9, 9, 8, 8], "perplexity": [1.0, 2.0, 3.0, 4.0], "accuracy": 0.5,
                "low": 0.4, "high": 0.6}  # fmt: skip
-    run(tmp_path / "answers", answers, domain=None, test_tokens=512)
+    run(tmp_path / "answers", answers, domain_name=None, test_tokens=512)
     found = comparisons.measurements(tmp_path)
     assert set(found["method"]) == {"dense", "pruned", "recovered, full", "random"}
     assert found["low"].isna().all() and found["inside"].all()

@@ -21,7 +21,7 @@ WRONG = [
     ("03", "seq_len", True, "a whole number"),
     ("03", "seq_len", None, "a whole number"),
     ("03", "quantile_activation", "0.1", "a number or None"),
-    ("03", "domain", 3, "a string"),
+    ("03", "domain_name", 3, "a string"),
     ("03", "epsilon_linear", {"a": 1}, "a number or a string or a list"),
     ("03", "epsilon_linear", True, "a number or a string or a list"),
 ]
@@ -49,11 +49,11 @@ def test_values_of_the_right_kind_reach_the_kernel(monkeypatch, tmp_path):
         "epsilon_linear": 0.1,
         "seq_len": 8,
     }
-    experiments.run_notebook("03", {**given, "domain": "./texts"}, tmp_path / "run")
+    experiments.run_notebook("03", {**given, "domain_name": "./texts"}, tmp_path / "run")
     assert given.items() <= handed.items()
-    assert handed["domain"] == str(tmp_path / "texts")  # the kernel works elsewhere
-    experiments.run_notebook("01", {"domains": ["./texts", "tiny-law"]}, tmp_path / "run")
-    assert handed["domains"] == [str(tmp_path / "texts"), "tiny-law"]
+    assert handed["domain_name"] == str(tmp_path / "texts")  # the kernel works elsewhere
+    experiments.run_notebook("01", {"domain_names": ["./texts", "tiny-law"]}, tmp_path / "run")
+    assert handed["domain_names"] == [str(tmp_path / "texts"), "tiny-law"]
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def test_parameters_of_the_command_line(command):
     words = [
         "02",
         "-p",
-        "domain=law",
+        "domain_name=law",
         "-p",
         "controls",
         "[]",
@@ -97,7 +97,7 @@ def test_parameters_of_the_command_line(command):
         "x",
     ]
     calls, printed = command(*words, "-p", "epsilon_all=[1e-3]")
-    given = {"domain": "law", "controls": [], "model_name": "a=b", "epsilon_all": [1e-3]}
+    given = {"domain_name": "law", "controls": [], "model_name": "a=b", "epsilon_all": [1e-3]}
     assert calls == [("02_threshold_sweep", given, "x", False)]
     rows = [line.split() for line in printed.splitlines()[4:7]]
     assert rows == [
@@ -114,8 +114,8 @@ def test_help_lists_notebooks_and_parameters(command):
     _, printed = command("--help")
     assert all(name in printed for name in notebook_names())
     calls, printed = command("03", "--help")
-    assert 'domain = "medical"' in printed and not calls
+    assert 'domain_name = "medical"' in printed and not calls
     _, printed = command("1", "--help")  # by its number, though 10 begins so too
-    assert "domains = " in printed
+    assert "domain_names = " in printed
     with pytest.raises(SystemExit, match="no notebook '99'"):
         command("99", "--help")

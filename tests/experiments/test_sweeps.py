@@ -83,7 +83,7 @@ def test_a_killed_sweep_of_a_real_notebook_goes_on(tiny_sweep):
     assert set(counts) <= {"skipped", "completed"}
     frame = results(tiny_sweep.folder)
     shrunk = frame[frame["metric"] == "shrunk stored"]
-    pairs = set(zip(shrunk["domain"], shrunk["quantile_activation"], strict=True))
+    pairs = set(zip(shrunk["domain_name"], shrunk["quantile_activation"], strict=True))
     assert pairs == {("tiny-law", 0.1), ("tiny-law", 0.3), ("tiny-law", 0.5), ("tiny-games", 0.1),
                      ("tiny-games", 0.3)}  # fmt: skip
     assert set(shrunk["better"]) == {"lower"} and shrunk["value"].between(1e5, 1e6).all()
@@ -239,25 +239,25 @@ def test_defaults_that_are_paths_start_at_the_notebook(tmp_path, monkeypatch):
 
 
 WRONG = {
-    "notebook: 3_contextual\ngrid: {domain: [law]}": "no notebook '3_contextual'; did you mean",
-    "grid: {domain: [law]}": "expected 'notebook: NAME'",
+    "notebook: 3_contextual\ngrid: {prompt: [law]}": "no notebook '3_contextual'; did you mean",
+    "grid: {prompt: [law]}": "expected 'notebook: NAME'",
     "notebook: [03": "is no YAML",
-    "notebook: 03\ngrid: {domain: [law]}": "notebook is 3; expected a name in quotes, e.g. .*'03'",
-    "notebook: '03'\ngird: {domain: [law]}": "unknown key 'gird'; did you mean 'grid'",
-    "notebook: '03'\ngrid: {domain: []}": r"domain is \[\]; expected a list of one or more",
-    "notebook: '03'\ngrid: {domain: law}": "domain is 'law'; expected a list",
-    "notebook: '03'\ngrid: {domian: [law]}": "no parameter 'domian'; did you mean 'domain'",
+    "notebook: 03\ngrid: {prompt: [law]}": "notebook is 3; expected a string",
+    "notebook: '03'\ngird: {prompt: [law]}": "unknown key 'gird'; did you mean 'grid'",
+    "notebook: '03'\ngrid: {prompt: []}": r"prompt is \[\]; expected a list of one or more",
+    "notebook: '03'\ngrid: {prompt: law}": "prompt is 'law'; expected a list",
+    "notebook: '03'\ngrid: {promt: [law]}": "no parameter 'promt'; did you mean 'prompt'",
     "notebook: '03'\ngrid: {seq_len: [64, 1.5]}": "seq_len is 1.5; expected a whole number",
     "notebook: '03'\ngrid: {e: [{epsilon: 1}]}": "no parameter 'epsilon'; did you mean",
     "notebook: '03'\nparameters: {seq_len: '64'}": "seq_len is '64'; expected a whole number",
-    "notebook: '03'\nparameters: [1]": r"parameters is \[1\]; expected a mapping",
+    "notebook: '03'\nparameters: [1]": r"parameters is \[1\]; expected a dict",
     "notebook: '03'\nparameters: {out_dir: x}": "out_dir is set by the runner",
-    "notebook: '03'\nparameters: {domain: a}\ngrid: {domain: [b]}": "under parameters and grid",
-    "notebook: '03'\ngrid: {domain: [a]}\nexclude: [{domain: b}]": "none of the combinations",
-    "notebook: '03'\ngrid: {domain: [a]}\nexclude: [{domain: a}]": "exclude leaves no run",
+    "notebook: '03'\nparameters: {prompt: a}\ngrid: {prompt: [b]}": "under parameters and grid",
+    "notebook: '03'\ngrid: {prompt: [a]}\nexclude: [{prompt: b}]": "none of the combinations",
+    "notebook: '03'\ngrid: {prompt: [a]}\nexclude: [{prompt: a}]": "exclude leaves no run",
     "notebook: '03'\nresources: {gpu: 1}": "resources is .*expected cpus and gpus",
-    "notebook: '03'\njobs: many": "jobs is 'many'; expected a positive whole number",
-    "notebook: '03'\nsmoke: 3": "smoke is 3; expected true or false",
+    "notebook: '03'\njobs: many": "jobs is 'many'; expected a whole number of at least 1",
+    "notebook: '03'\nsmoke: 3": "smoke is 3; expected True or False",
 }
 
 
@@ -274,13 +274,13 @@ def test_a_grid_is_a_product_with_bundles_and_exceptions(tmp_path):
     path = tmp_path / "grid.yaml"
     path.write_text(
         "notebook: '03'\nsmoke: true\nresources: {cpus: 2, gpus: 1}\n"
-        "grid:\n  domain: [tiny-law, tiny-games, tiny-law]\n"
+        "grid:\n  domain_name: [tiny-law, tiny-games, tiny-law]\n"
         "  epsilon: [{epsilon_linear: 1e-3, epsilon_activation: 1e-3}, {epsilon_linear: 0.1}]\n"
-        "exclude: [{domain: tiny-law, epsilon_linear: 0.1}]\n"
+        "exclude: [{domain_name: tiny-law, epsilon_linear: 0.1}]\n"
     )
     grid = grids.read_grid(path)
     assert (grid.name, grid.cpus, grid.gpus, grid.smoke) == ("grid", 2, 1, True)
-    chosen = [(r["domain"], r["epsilon_linear"]) for r in grid.runs.values()]
+    chosen = [(r["domain_name"], r["epsilon_linear"]) for r in grid.runs.values()]
     assert chosen == [("tiny-law", 1e-3), ("tiny-games", 1e-3), ("tiny-games", 0.1)]
     assert all(r["model_name"] == "tiny-llama" for r in grid.runs.values())
 

@@ -34,13 +34,13 @@ AXES = "".join(
 GRIDS = {
     "aliases": (LAUGHS + "notebook: '03'\n", "more than 100,000 values"),
     "merges": (MERGES + "notebook: '03'\n", "more than 100,000 values"),
-    "itself": ("notebook: '03'\nparameters: &p {domain: *p}\n", "more than 100,000 values"),
+    "itself": ("notebook: '03'\nparameters: &p {domain_name: *p}\n", "more than 100,000 values"),
     "deep": ("notebook: " + "[" * 50_000, "nested too deeply"),
     "tag": ("notebook: !!python/object/apply:os.system ['touch PLANTED']\n", "is no YAML"),
     "date": ("notebook: '03'\nparameters: {seed: 2024-99-99}\n", "is no YAML"),
     "number": (f"notebook: '03'\nparameters: {{seed: {'9' * 5000}}}\n", "is no YAML"),
     "product": (f"notebook: '03'\ngrid:\n{AXES}", "1,000,000,000 combinations; .* at most 10,000"),
-    "set": ("notebook: '03'\nparameters: {domain: !!set {a, b}}\n", "expected a string"),
+    "set": ("notebook: '03'\nparameters: {domain_name: !!set {a, b}}\n", "expected a string"),
     "hidden date": ("notebook: '02'\nparameters: {controls: [2024-01-01]}\n", "expected a string"),
     "exclude": ("notebook: '03'\nexclude: [3]\n", "exclude.* is 3; expected a dict"),
     "resources": ("notebook: '03'\nresources: {cpus: .nan}\n", "cpus is nan; expected a number"),
@@ -229,12 +229,12 @@ def test_paths_are_those_of_whoever_calls(tmp_path, monkeypatch, handed):
         (home / name).write_text("x")
     monkeypatch.chdir(home)
     monkeypatch.setenv("HOME", str(home))
-    given = {"domain": "notes.txt", "other_domain": "~/texts", "model_name": "model"}
+    given = {"domain_name": "notes.txt", "other_domain_name": "~/texts", "model_name": "model"}
     monkeypatch.setattr(experiments, "read_record", lambda folder: {**RUN, "tables": []})
     words = [word for key, value in given.items() for word in ("-p", f"{key}={value}")]
     monkeypatch.setattr(sys, "argv", ["minigpt_lab", "run", "03", *words, "--out", "run"])
     command_line.main()
-    expected = {"domain": "notes.txt", "other_domain": "texts", "model_name": "model"}
+    expected = {"domain_name": "notes.txt", "other_domain_name": "texts", "model_name": "model"}
     assert {k: handed[k] for k in given} == {k: str(home / v) for k, v in expected.items()}
     assert handed["output"].startswith(str(home / "run"))
     texts = {"domains": ["texts", "law", "./law"]}
@@ -245,8 +245,8 @@ def test_paths_are_those_of_whoever_calls(tmp_path, monkeypatch, handed):
     (tmp_path / "grid").mkdir()
     (tmp_path / "grid" / "near.txt").write_text("x")
     path = tmp_path / "grid" / "g.yaml"
-    path.write_text("notebook: '03'\ngrid: {domain: [near.txt, notes.txt]}\n")
-    found = [run["domain"] for run in grids.read_grid(path).runs.values()]
+    path.write_text("notebook: '03'\ngrid: {domain_name: [near.txt, notes.txt]}\n")
+    found = [run["domain_name"] for run in grids.read_grid(path).runs.values()]
     assert found == [str(path.parent / "near.txt"), str(home / "notes.txt")]
 
 

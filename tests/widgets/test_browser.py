@@ -32,7 +32,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))
 SHOTS = ROOT / "runs" / "browser"
 NOTEBOOK = "02_threshold_sweep.ipynb"
 PARAMETERS = {
-    "model_name": "tiny-llama", "domain": "tiny-law", "explored": ["tiny-games"],
+    "model_name": "tiny-llama", "domain_name": "tiny-law", "explored_domain_names": ["tiny-games"],
     "epsilon_linear": [], "epsilon_activation": [0.03, 0.1], "epsilon_embedding": [],
     "epsilon_all": [], "controls": [], "seq_len": 64, "calibration_tokens": 1024,
     "validation_tokens": 256, "test_tokens": 256,
