@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -58,8 +58,8 @@ def _parser() -> argparse.ArgumentParser:
     tasks = parser.add_subparsers(dest="task", required=True)
     run = tasks.add_parser("run", help="run a notebook and print what it measured", add_help=False)
     run.add_argument("notebook", nargs="?", help=f"default: {DEFAULT}")
-    words = {"nargs": 2, "action": "append", "default": [], "metavar": ("NAME", "VALUE")}
-    run.add_argument("-p", **words, help="set a parameter; -p NAME=VALUE is the same")
+    metavar, words = ("NAME", "VALUE"), "set a parameter; -p NAME=VALUE is the same"
+    run.add_argument("-p", nargs=2, action="append", default=[], metavar=metavar, help=words)
     run.add_argument("--out", default="", help="run folder; default: runs/NOTEBOOK/TIME")
     run.add_argument("--smoke", action="store_true", help="small parameters on a tiny model")
     run.add_argument("--once", action="store_true", help="do nothing if --out holds a finished run")
@@ -197,7 +197,7 @@ def main() -> None:
     """Do what the command line asks; an error is one line, and a status that is not 0."""
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     with contextlib.suppress(AttributeError):  # names in any alphabet, whatever the terminal's
-        sys.stdout.reconfigure(errors="backslashreplace")
+        cast(Any, sys.stdout).reconfigure(errors="backslashreplace")
     try:
         arguments = _parser().parse_args(_split_assignments(sys.argv[1:]))
         status = arguments.do(arguments)

@@ -11,6 +11,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
 
 _POLL = 0.1  # seconds between two looks at a model that is in use
 _told = threading.local()
@@ -25,7 +26,7 @@ class _Deferred:
     def __init__(self):
         self.contexts = 0  # open in the main thread
         self.pending = False
-        self.previous: Callable | None = None
+        self.previous: Callable = signal.default_int_handler
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """Note the signal if a context is being entered or left, else let it through."""
@@ -302,7 +303,7 @@ def restore_on_exit(model) -> Iterator[Snapshot]:
 
 
 @safe_contextmanager
-def hooked(*registrations: Callable[[], object]) -> Iterator[None]:
+def hooked(*registrations: Callable[[], Any]) -> Iterator[None]:
     """Have hooks for as long as the block runs.
 
     Parameters

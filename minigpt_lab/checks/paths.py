@@ -104,7 +104,7 @@ def require_creatable(final: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOENT, errno.ENOTDIR):
             raise UnusablePath(
-                f"{final} cannot be written ({os.strerror(error.errno)}); choose another path"
+                f"{final} cannot be written ({os.strerror(error.errno or 0)}); choose another path"
             ) from error
     parent = next(folder for folder in final.absolute().parents if os.path.lexists(folder))
     if not parent.is_dir():

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence, Set
+from typing import Any
 
 import numpy as np
 import torch
 
 
-def to_python(value: object) -> object:
+def to_python(value: object) -> Any:
     """A scalar of NumPy or torch as Python's; everything else as it is."""
     if isinstance(value, torch.Tensor | np.ndarray) and value.ndim == 0:
         return value.item()
@@ -29,7 +30,7 @@ def _by_name(value: object) -> str:
     return getattr(value, "__name__", str(value))
 
 
-def as_json(value: object, unknown: Callable = _by_name) -> object:
+def as_json(value: object, unknown: Callable = _by_name) -> Any:
     """A value as JSON has it: numbers and arrays as Python's, paths as strings.
 
     Parameters

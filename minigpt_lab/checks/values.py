@@ -7,6 +7,7 @@ import operator
 import os
 from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -44,7 +45,7 @@ class Check:
     remedy = ""
     locks = False
 
-    def __call__(self, name: str, value: object) -> object:
+    def __call__(self, name: str, value: object) -> Any:
         """Return the value in the form that the function works with.
 
         Raises
@@ -57,7 +58,7 @@ class Check:
         except Mismatch:
             raise invalid(name, value, self.expected, self.remedy) from None
 
-    def _convert(self, name: str, value: object) -> object:
+    def _convert(self, name: str, value: object) -> Any:
         """Return the converted value.
 
         Raises
@@ -135,7 +136,7 @@ class Number(Check):
         require(all(within(value, bound) for _, bound, within in self.bounds))
         return value
 
-    def _number(self, value: object) -> int | float:
+    def _number(self, value: Any) -> int | float:
         require(isinstance(value, Real) and not isinstance(value, bool))
         try:
             as_float = float(value)

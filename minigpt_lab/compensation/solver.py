@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -68,7 +69,7 @@ class Solver:
             raise invalid("dtype", self.dtype, "torch.float32 or torch.float64")
 
     @classmethod
-    def from_options(cls, options: Mapping[str, object], others: Iterable[str]) -> Solver:
+    def from_options(cls, options: Mapping[str, Any], others: Iterable[str]) -> Solver:
         """Settings from ``**options`` of a function, whose other arguments may have been meant."""
         known = [field.name for field in fields(cls)]
         for name in options:

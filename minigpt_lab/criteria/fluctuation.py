@@ -79,6 +79,6 @@ def fluctuation_scores(
         for site, layers in scores.items():
             consumer = anatomy.family.consumes[site]
             for layer, values in enumerate(layers):
-                features = anatomy.unit_features(consumer, layer)
-                layers[layer] = values / features.shape[1]
+                per_unit = anatomy.unit_features(consumer, layer).shape[1]
+                layers[layer] = values / per_unit
     return scores

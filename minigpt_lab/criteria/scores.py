@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -277,7 +278,7 @@ def _asked(name: str, model, batches, statistics, sites, options) -> object:
         ) from error
 
 
-def _checked(name: str, model: PreTrainedModel, sites: tuple[str, ...], values: object) -> dict:
+def _checked(name: str, model: PreTrainedModel, sites: tuple[str, ...], values: Any) -> dict:
     """What a criterion gave, as arrays: one finite number for every unit of the sites."""
     lists = isinstance(values, Mapping) and all(map(np.iterable, values.values()))
     if not lists or not sites or {*values} != {*sites}:

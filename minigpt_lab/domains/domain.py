@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import InitVar, dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -372,7 +373,7 @@ def _shipped(name: str, entry: dict) -> Domain:
     """A declared domain, from the cache or (first use) from its sources."""
     pins = [pinned_packages()[s["package"]].sha256 for s in entry["texts"] if "package" in s]
     local = [(DATA / s["member"]).read_text() for s in entry["texts"] if "package" not in s]
-    facts = {key: entry[key] for key in ("title", "licence", "attribution")}
+    facts: dict[str, Any] = {key: entry[key] for key in ("title", "licence", "attribution")}
     facts["question_sources"] = tuple(entry.get("questions", ()))
 
     def made() -> dict:

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -353,7 +354,7 @@ def _own(path: Path) -> Iterator[Question]:
             ) from error
 
 
-def _answered(choices: object, answer: object) -> tuple[object, object]:
+def _answered(choices: Any, answer: Any) -> tuple[Any, Any]:
     """Choices as a list, and the place of the answer, given as a choice, its letter or its place.
 
     A letter is the name of a choice where choices are named, and counts from A where they are not;

@@ -36,7 +36,7 @@ def read_source(source: dict) -> list[str]:
     """
     if "package" not in source:
         files = {source["member"]: (DATA / source["member"]).read_bytes()}
-        archive = None
+        archive = Path()
     else:
         instead = (
             "use another domain, your own folder of .txt files, or load_domain(name, online=True)"
@@ -46,7 +46,7 @@ def read_source(source: dict) -> list[str]:
     return list(_READERS[source["reader"]](files, source, archive))
 
 
-def _jsonl(files: dict[str, bytes], source: dict, _archive: Path | None) -> Iterator[str]:
+def _jsonl(files: dict[str, bytes], source: dict, _archive: Path) -> Iterator[str]:
     for content in files.values():
         for line in content.decode().splitlines():
             text = source["template"].format_map(json.loads(line))
@@ -59,12 +59,12 @@ def plain(text: str) -> str:
     return text.replace('""', '"').replace("\xa0", " ")
 
 
-def _lines(files: dict[str, bytes], _source: dict, _archive: Path | None) -> Iterator[str]:
+def _lines(files: dict[str, bytes], _source: dict, _archive: Path) -> Iterator[str]:
     for content in files.values():
         yield from filter(None, content.decode().splitlines())
 
 
-def _dialogue(files: dict[str, bytes], _source: dict, _archive: Path | None) -> Iterator[str]:
+def _dialogue(files: dict[str, bytes], _source: dict, _archive: Path) -> Iterator[str]:
     """One document per non-player character's file: what is said, a line each, in file order."""
     for content in files.values():
         lines = dict.fromkeys(_spoken(json.loads(content)))  # each line once
@@ -95,7 +95,7 @@ def _catalogue(files: dict[str, bytes], source: dict, archive: Path) -> Iterator
     npcs = read_archive(archive, NPC_FILES).values()
     said = {line for content in npcs for line in _spoken(json.loads(content))}
     for content in files.values():
-        pairs = gettext.GNUTranslations(io.BytesIO(content))._catalog
+        pairs = vars(gettext.GNUTranslations(io.BytesIO(content)))["_catalog"]
         for english, chinese in pairs.items():
             if not (isinstance(english, str) and isinstance(chinese, str)):
                 continue  # plural forms

@@ -7,6 +7,7 @@ import io
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..checks import suggest
 from ..store import parse_json, read_text
@@ -270,7 +271,7 @@ def _text_columns(tables: list[Mapping], names: list[str], what: str) -> tuple[s
     return tuple(texts)
 
 
-def _is_text(value: object) -> bool:
+def _is_text(value: Any) -> bool:
     """Whether a cell holds words: no number, no empty string."""
     try:
         float(value)

@@ -315,10 +315,10 @@ def _newcombe(both: int, won: int, lost: int, n: int) -> tuple[float, float]:
     shares = [(both + won) / n, (both + lost) / n]
     (low1, high1), (low2, high2) = (_wilson(both + x, n) for x in (won, lost))
     margins = (both + won) * (lost + neither) * (both + lost) * (won + neither)
-    phi = both * neither - won * lost
-    if phi > 0:
-        phi = max(phi - n / 2, 0)  # continuity
-    phi = phi / sqrt(margins) if margins else 0.0
+    product: float = both * neither - won * lost
+    if product > 0:
+        product = max(product - n / 2, 0.0)  # continuity
+    phi = product / sqrt(margins) if margins else 0.0
     difference = shares[0] - shares[1]
     ends = []
     for a, b in ((shares[0] - low1, high2 - shares[1]), (high1 - shares[0], shares[1] - low2)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 from pathlib import Path
 
 import torch
@@ -75,7 +76,7 @@ def converted(name: str, entry: dict) -> Path:
             write_json(staging / _HASHES, _hashes(staging))
     except WriteFailed as error:
         remedy = f"at least {needed / 2**20:.0f} MiB are needed: {CACHE_REMEDY}"
-        raise write_failed(folder, error.errno, remedy) from error
+        raise write_failed(folder, error.errno or errno.ENOSPC, remedy) from error
     return folder
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -229,7 +230,7 @@ def _load_mini(
     return model
 
 
-def _checked_widths(folder: Path, widths: object, dense: dict) -> dict[str, list[int]]:
+def _checked_widths(folder: Path, widths: Any, dense: dict) -> dict[str, list[int]]:
     """Units per layer and site, none more than the dense model has."""
     most = max(max(counts) for counts in dense.values())
     if most > _MOST_UNITS:

@@ -208,7 +208,11 @@ def _renumbered(tokenizer: PreTrainedTokenizerBase, new: dict[int, int]) -> PreT
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizers.Tokenizer.from_str(json.dumps(spec)),
         **{name: token for name, token in tokenizer.special_tokens_map.items() if token in vocab},
-        **{_ORIGINAL: [original[old] if original else old for old in sorted(new, key=new.get)]},
+        **{
+            _ORIGINAL: [
+                original[old] if original else old for old in sorted(new, key=new.__getitem__)
+            ]
+        },
         model_max_length=tokenizer.model_max_length,
         padding_side=tokenizer.padding_side,
         clean_up_tokenization_spaces=False,

@@ -97,9 +97,9 @@ def plan_from_scores(
     origin |= {"allocation": allocation_name(allocation), "ratio_of": ratio_of}
     origin["removed"] = removed_shares(model, groups, counts)
     keep = keep_all(anatomy, dict.fromkeys((*SITES, *values)))
-    for group, gone in zip(groups, counts, strict=True):
+    for group, count in zip(groups, counts, strict=True):
         ranked = np.argsort(group.scores, kind="stable")
-        keep[group.site][group.layer] = np.sort(ranked[gone:]).tolist()
+        keep[group.site][group.layer] = np.sort(ranked[count:]).tolist()
     units = {site: anatomy.units(site) for site in keep}
     rows = model.get_input_embeddings().weight.shape[0]
     return PruningPlan(scores.model_hash, units, keep, vocabulary_size=rows, origin=origin)

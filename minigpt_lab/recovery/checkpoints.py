@@ -205,4 +205,4 @@ def is_whole(checkpoint: Path) -> bool:
 def _checkpoints(folder: Path) -> list[Path]:
     """Checkpoints of the run in a folder, by their steps; no copies that a user made of them."""
     found = [p for p in folder.glob("checkpoint-*") if _NAME.fullmatch(p.name) and p.is_dir()]
-    return sorted(found, key=lambda path: int(_NAME.fullmatch(path.name)[1]))
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))

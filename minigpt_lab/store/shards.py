@@ -36,7 +36,7 @@ class Shards(MutableMapping):
         self.place, self.folder = place, folder
         self._stored: dict[int, torch.Tensor | Path] = {}
         self._devices: dict[int, torch.device] = {}
-        self._disk: Path | None = None
+        self._disk = Path()  # of the tensors, where they go to disk
         if place == "disk":
             scratch = Scratch(writable_folder(folder or tempfile.gettempdir()), "shards")
             self._disk = scratch.path

@@ -300,7 +300,7 @@ def mixed(domains: Sequence[Domain]) -> Domain:
         queues = {domain.name: iter(domain.parts[part]) for domain in domains}
         used, passages = dict.fromkeys(queues, 0), []
         while True:  # until the first domain runs out: equal shares
-            name = min(used, key=used.get)
+            name = min(used, key=used.__getitem__)
             passage = next(queues[name], None)
             if passage is None:
                 break
