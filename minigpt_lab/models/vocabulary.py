@@ -1,7 +1,7 @@
-"""The vocabulary site: which tokens stay, and a tokenizer that agrees with the model about it.
+"""The vocabulary site: the tokens to keep, and a tokenizer that agrees with the model about them.
 
-Only byte-pair encodings are trimmed. A kept token brings every token it is merged from, and the
-bytes and special tokens always stay: so any text still encodes, and a text whose tokens were all
+Only byte-pair encodings are trimmed. With a token, every token that it is merged from is kept, and
+bytes and special tokens always are: so any text still encodes, and a text whose tokens were all
 kept encodes exactly as before.
 """
 
@@ -27,12 +27,12 @@ _MOST_TOKENS = 2**24
 
 @dataclass(frozen=True)
 class TrimmedVocabulary:
-    """What a model with fewer tokens must remember about the tokenizer it began with.
+    """The tokens of a model whose vocabulary was trimmed or masked, by their original ids.
 
     Parameters
     ----------
     size : int
-        Tokens of the model before the first cut.
+        Tokens of the model before it was trimmed.
     rows : tuple of int
         Original id of every row of the embedding.
     allowed : tuple of int
@@ -76,7 +76,7 @@ class TrimmedVocabulary:
         return replace(self, allowed=tuple(self.rows[token] for token in kept))
 
 
-def _model(tokenizer: PreTrainedTokenizerBase) -> dict | None:
+def _byte_pair_model(tokenizer: PreTrainedTokenizerBase) -> dict | None:
     """The byte-pair model of a tokenizer as JSON, or None if it is of another kind."""
     if not tokenizer.is_fast:
         return None
@@ -92,7 +92,7 @@ def require_byte_pairs(tokenizer: PreTrainedTokenizerBase) -> None:
     InvalidArgument
         Naming the kind of its vocabulary.
     """
-    if _model(tokenizer) is not None:
+    if _byte_pair_model(tokenizer) is not None:
         return
     kind = "of a Python tokenizer"
     if tokenizer.is_fast:
@@ -112,29 +112,30 @@ def _merges(model: dict) -> list[tuple[str, str, str]]:
 
 def merge_table(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     """Merges as token ids ``[merge, (left, right, result)]``; empty if there are none to know."""
-    model = _model(tokenizer)
+    model = _byte_pair_model(tokenizer)
     if model is None:
-        return np.zeros((0, 3), dtype=np.int64)
+        return np.zeros((0, 3), np.int64)
     ids = model["vocab"]
     rows = [tuple(ids[t] for t in merge) for merge in _merges(model) if {*merge} <= ids.keys()]
     return np.array(rows, dtype=np.int64).reshape(-1, 3)
 
 
 def protected_tokens(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """Ids that never leave: special and added tokens, and the bytes every text can fall back on."""
-    keep = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
-    model = _model(tokenizer)
+    """Ids that are always kept: special and added tokens, and those of single bytes."""
+    protected = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    model = _byte_pair_model(tokenizer)
     if model is not None:
-        bytes_ = {f"<0x{value:02X}>" for value in range(256)}
-        if not model.get("byte_fallback"):
-            level = "ByteLevel" in tokenizer.backend_tokenizer.to_str()
-            bytes_ = set(ByteLevel.alphabet()) if level else _single(model)
-        keep |= {model["vocab"][token] for token in bytes_ if token in model["vocab"]}
-    return np.array(sorted(keep), dtype=np.int64)
+        ids = model["vocab"]
+        protected |= {ids[token] for token in _byte_tokens(tokenizer, model) if token in ids}
+    return np.array(sorted(protected), dtype=np.int64)
 
 
-def _single(model: dict) -> set[str]:
-    """Tokens of one character, at any place in a word."""
+def _byte_tokens(tokenizer: PreTrainedTokenizerBase, model: dict) -> set[str]:
+    """Tokens that every text can fall back on: bytes, or characters where there are no bytes."""
+    if model.get("byte_fallback"):
+        return {f"<0x{value:02X}>" for value in range(256)}
+    if "ByteLevel" in tokenizer.backend_tokenizer.to_str():
+        return {*ByteLevel.alphabet()}
     inner = model.get("continuing_subword_prefix") or ""
     last = model.get("end_of_word_suffix") or ""
     return {t for t in model["vocab"] if len(t.removeprefix(inner).removesuffix(last)) == 1}
@@ -157,10 +158,9 @@ def close_over_merges(kept: np.ndarray, merges: np.ndarray) -> np.ndarray:
     """
     kept, before = kept.copy(), -1
     left, right, result = merges.T
-    while before != (before := int(kept.sum())):
-        needed = kept[result]
-        kept[left[needed]] = True
-        kept[right[needed]] = True
+    while before != (before := int(kept.sum())):  # until nothing is added any more
+        kept[left[kept[result]]] = True
+        kept[right[kept[result]]] = True
     return kept
 
 
@@ -175,7 +175,7 @@ def trim_tokenizer(
     tokenizer : transformers.PreTrainedTokenizerBase
         A byte-pair tokenizer.
     kept : sequence of int
-        Ids of the tokens that stay, closed over merges (as a plan holds them), ascending.
+        Ids of the tokens to keep, closed over merges (as a plan holds them), ascending.
 
     Returns
     -------
@@ -241,8 +241,9 @@ def tokenizer_for(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer that fits a model: trimmed if the model's vocabulary is, else as given.
 
-    A model whose tokens were cut (once or more) takes the tokenizer of any stage before. A special
-    token for which the model has no row is no obstacle: only a text that uses it is refused.
+    For a model that was trimmed, once or more, the tokenizer of any stage before may be given. A
+    special token for which the model has no row is no obstacle: only a text that uses it is
+    refused.
 
     Raises
     ------
@@ -250,31 +251,30 @@ def tokenizer_for(
         If the tokenizer does not belong to the model.
     """
     wanted = TrimmedVocabulary.of(model)
-    original = tokenizer.init_kwargs.get(_ORIGINAL)
-    if original is not None and len(original) == wanted.size:
-        original = None  # this very tokenizer is what the model began with
-    if original is None:
+    original = tokenizer.init_kwargs.get(_ORIGINAL)  # ids of a tokenizer that was trimmed already
+    if original is None or len(original) == wanted.size:  # the one that the model began with
+        original = range(wanted.size)
         fits = _fits(tokenizer, model, wanted.size)
     else:
-        fits = set(wanted.allowed) <= set(original)
+        fits = {*wanted.allowed} <= {*original}
     if not fits:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} tokens, the model's vocabulary "
             f"{len(wanted.rows)}: they do not belong together; use the pair that load_model returns"
         )
-    if list(wanted.allowed) == (original or list(range(wanted.size))):
+    if [*wanted.allowed] == [*original]:
         return tokenizer
     known = _fitted.get(tokenizer)
     if known is None or known[0] != wanted:
-        rows = {old: row for row, old in enumerate(wanted.rows)}
-        ids = {old: own for own, old in enumerate(original or range(wanted.size))}
-        fitted = _renumbered(tokenizer, {ids[old]: rows[old] for old in wanted.allowed})
-        known = _fitted[tokenizer] = (wanted, fitted)
+        row = {token: row for row, token in enumerate(wanted.rows)}
+        own_id = {token: own for own, token in enumerate(original)}
+        new = {own_id[token]: row[token] for token in wanted.allowed}
+        known = _fitted[tokenizer] = (wanted, _renumbered(tokenizer, new))
     return known[1]
 
 
 def _fits(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, rows: int) -> bool:
-    """Whether a whole vocabulary can be that of a model with so many rows."""
+    """Whether an untrimmed tokenizer can be that of a model with so many rows."""
     special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
     if any(token >= rows for token in tokenizer.get_vocab().values() if token not in special):
         return False

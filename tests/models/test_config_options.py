@@ -8,7 +8,7 @@ from helpers import CONFIGS, logits, random_model, random_plan
 from transformers import AutoModelForCausalLM, BloomConfig
 
 import minigpt_lab as lab
-from minigpt_lab.models.anatomy import Anatomy
+from minigpt_lab.models import Anatomy
 
 PROBE = torch.randint(3, 20, (2, 12), generator=torch.Generator().manual_seed(1))
 _SLIDING = ["full_attention", "sliding_attention", "sliding_attention"]

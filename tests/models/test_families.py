@@ -8,9 +8,7 @@ from helpers import random_model
 from transformers import AutoModelForCausalLM, GPTJConfig
 
 import minigpt_lab as lab
-from minigpt_lab.models.anatomy import Anatomy, weight_axis
-from minigpt_lab.models.architectures import ALL_SITES, Projection
-from minigpt_lab.models.plan import keep_all
+from minigpt_lab.models import ALL_SITES, Anatomy, Projection, keep_all, weight_axis
 
 
 def test_units_and_costs_match_the_model(model):

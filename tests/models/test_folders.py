@@ -50,6 +50,7 @@ def refused(folder: Path, words: str, **options) -> str:
 
 
 @pytest.mark.parametrize("shrunk", [False, True])
+@pytest.mark.parametrize("family", ["llama", "opt", "bloom"])
 @pytest.mark.parametrize("part", ["norm", "att", "embed", "0"])
 def test_weights_that_are_not_there_are_named(tmp_path, words, family, part, shrunk):
     """Whatever is taken out of a file: another load would have made up other numbers."""
@@ -60,8 +61,6 @@ def test_weights_that_are_not_there_are_named(tmp_path, words, family, part, shr
         model.save_pretrained(tmp_path)
         words.save_pretrained(tmp_path)
     gone = [name for name in load_file(tmp_path / "model.safetensors") if part in name]
-    if not gone:
-        pytest.skip(f"{family} has no weight with {part} in its name")
     change_weights(tmp_path, lambda state: {k: v for k, v in state.items() if part not in k})
     sentence = refused(tmp_path, r"weights? (is|are) missing: ")
     assert f"({len(gone)} weight" in sentence
@@ -122,15 +121,15 @@ def test_a_saved_mini_gpt_is_compared_with_its_weights_first(tmp_path, words, fi
 
 
 @pytest.mark.parametrize("site", ["ffn", "attention", "balanced_heads"])
-@pytest.mark.parametrize("value", [0, -1, 1.5, True, "3", None, 10**12, 21])
-def test_widths_are_numbers_that_the_weights_have(tmp_path, words, site, value):
+def test_widths_are_numbers_that_the_weights_have(tmp_path, words, site):
     model = random_model("llama")
     lab.save_model(lab.shrink(model, random_plan(model, 3, False)), words, tmp_path / "mini")
     sidecar = tmp_path / "mini" / "minigpt_lab.json"
     widths = json.loads(sidecar.read_text())["widths"]
-    widths[site][1] = value
-    change_json(sidecar, widths=widths)
-    refused(tmp_path / "mini", "widths|another shape")
+    for value in (0, -1, 1.5, True, "3", None, 10**12, 21):
+        widths[site][1] = value
+        change_json(sidecar, widths=widths)
+        refused(tmp_path / "mini", "widths|another shape")
 
 
 @pytest.mark.parametrize(
@@ -190,11 +189,11 @@ def test_quantised_weights_are_named(folder, dtype):
 
 
 @pytest.mark.parametrize("name", ["config.json", "minigpt_lab.json", "generation_config.json"])
-@pytest.mark.parametrize("content", ["[" * 100_000, '{"a":' * 100_000, "[]", "3", "{", "\xff"])
-def test_json_of_any_kind_is_one_sentence(tmp_path, words, name, content):
+def test_json_of_any_kind_is_one_sentence(tmp_path, words, name):
     lab.save_model(random_model("llama"), words, tmp_path / "mini")
-    (tmp_path / "mini" / name).write_text(content, encoding="latin-1")
-    refused(tmp_path / "mini", "damaged or incomplete|is damaged")
+    for content in ("[" * 100_000, '{"a":' * 100_000, "[]", "3", "{", "\xff"):
+        (tmp_path / "mini" / name).write_text(content, encoding="latin-1")
+        refused(tmp_path / "mini", "damaged or incomplete|is damaged")
 
 
 def test_everyday_mistakes_get_a_sentence(folder):

@@ -70,8 +70,15 @@ def words(tiny):
     return lab.trim_tokenizer(lab.trim_tokenizer(full, sorted(range(259))), range(97))
 
 
-@pytest.mark.parametrize("kind", kinds("llama"))
-@pytest.mark.parametrize("family", _LAYERS)
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [
+        *(("llama", kind) for kind in kinds("llama")),
+        *(("gpt2", kind) for kind in kinds("gpt2")),
+        *(("mistral", kind) for kind in ("head", "embedding", "both", "saved both")),
+        *(("opt", kind) for kind in ("plain", "bias", "embedding")),
+    ],
+)
 def test_merged_logits_are_pefts_also_after_saving(tmp_path, words, family, kind):
     folder, expected = saved_adapter(tmp_path, family, kinds(family)[kind], words)
     merged, _ = lab.load_model(folder, device="cpu")

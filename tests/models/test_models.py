@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +13,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import minigpt_lab as lab
-from minigpt_lab.models import by_name as models
-from minigpt_lab.models import runtime, saving
-from minigpt_lab.models.anatomy import Anatomy
+from minigpt_lab.models import Anatomy, fingerprint, saving
+from minigpt_lab.models.by_name import registry
 from minigpt_lab.models.resizing import config_widths
 from minigpt_lab.store import DATA, pinned_packages
 
@@ -168,10 +168,10 @@ def test_saving_replaces_models_only_and_leaves_no_halves(tmp_path, tokenizer, m
     with pytest.raises(FileExistsError, match="not written by save_model"):
         lab.save_model(model, tokenizer, tmp_path / "thesis")
 
-    def broken(*_args):
+    def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(saving, "_compare_reloaded", broken)
+    monkeypatch.setattr(saving, "load_model", interrupted)
     with pytest.raises(KeyboardInterrupt):
         lab.save_model(model, tokenizer, tmp_path / "new")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "mini", "thesis"]
@@ -262,14 +262,14 @@ def test_unknown_names_are_offered_the_nearest(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="no model: expected config.json"):
         lab.load_model(tmp_path)
     with pytest.raises(FileNotFoundError, match="no model 'tiny-llama'"):
-        lab.load_model(models.Path("tiny-llama"))  # a path is a folder, never a name
+        lab.load_model(Path("tiny-llama"))  # a path is a folder, never a name
     with pytest.raises(
         ValueError, match="dtype is 'float33'; expected a type of weights: 'float32'"
     ):
         lab.load_model("tiny-llama", dtype="float33")
 
 
-@pytest.mark.parametrize("name", [name for name in models.registry() if name.startswith("tiny-")])
+@pytest.mark.parametrize("name", [name for name in registry() if name.startswith("tiny-")])
 def test_tiny_models_have_learnt_something(name):
     model, tokenizer = lab.load_model(name, device="cpu")
     assert 7e5 < model.num_parameters() < 1.5e6
@@ -280,23 +280,23 @@ def test_tiny_models_have_learnt_something(name):
 
 def test_the_fingerprint_sees_weights_and_config():
     model = random_model("llama")
-    before = runtime.fingerprint(model)
-    assert runtime.fingerprint(random_model("llama")) == before
+    before = fingerprint(model)
+    assert fingerprint(random_model("llama")) == before
     with torch.no_grad():
         model.model.norm.weight[0] += 1
-    changed = runtime.fingerprint(model)
+    changed = fingerprint(model)
     assert changed != before
     other = random_model("llama")
     other.config.rms_norm_eps = 0.1
-    assert runtime.fingerprint(other) != before
+    assert fingerprint(other) != before
 
 
 def test_models_to_fetch_are_pinned_and_state_their_licence():
     readme = (DATA.parent / "README.md").read_text()
     pinned = pinned_packages()
-    for name, entry in models.registry().items():
+    for name, entry in registry().items():
         assert f"`{name}`" in readme and entry["licence"]
         for package, _ in entry.get("parts", []):
             assert entry["licence"].startswith(pinned[package].licence)
             assert len(pinned[package].sha256) == len(entry["sha256"]) == 64
-    assert "ai.google.dev/gemma/terms" in models.registry()["gemma-3-270m"]["licence"]
+    assert "ai.google.dev/gemma/terms" in registry()["gemma-3-270m"]["licence"]

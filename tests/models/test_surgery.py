@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import minigpt_lab as lab
-from minigpt_lab.models.anatomy import Anatomy
+from minigpt_lab.models import Anatomy
 
 ids = st.integers(0, 2**32 - 1)
 

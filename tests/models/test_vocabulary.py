@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 import minigpt_lab as lab
-from minigpt_lab.models.vocabulary import close_over_merges, merge_table, protected_tokens
+from minigpt_lab.models import close_over_merges, merge_table, protected_tokens
 
 
 @pytest.fixture(scope="module")
