@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -14,23 +13,21 @@ from torch import nn
 from ..checks import writable_folder
 from ..models import Anatomy, add_bias, materialized, rebuild_layer
 from ..store import (
-    DamagedFile,
+    RunState,
     Shards,
     holds_kind,
     make_folder,
     read_cached,
-    read_json,
     read_tensors,
     remove_empty,
-    write_json,
     write_tensors,
 )
 
 STATE = "state.json"
 _KIND = "finished"  # layers, of the files beside it
 
-#: Names of arguments whose facts have other names.
-_ARGUMENTS = {
+#: How runs differ in facts that are not named as an argument.
+_DIFFERENCES = {
     "model": "another model",
     "tokens": "other calibration tokens",
     "counts": "another size or allocation",
@@ -42,7 +39,7 @@ class Workspace:
     """Hidden states, offloaded weights and finished layers of one run.
 
     A run that was interrupted is continued at the layer where it stopped, if there is a folder.
-    DamagedFile files are set aside, and the run begins anew.
+    Damaged files are set aside, and the run begins anew.
 
     Parameters
     ----------
@@ -67,17 +64,17 @@ class Workspace:
     def __init__(self, offload: str = "device", out_dir: str | os.PathLike | None = None):
         self.hidden = Shards(offload)
         self.finished: list[dict[str, dict]] = []
-        self.facts: dict[str, object] = {}
-        self._known: dict[str, object] | None = None  # facts of the run in the folder
         self.folder = None if out_dir is None else writable_folder(out_dir).absolute()
         if self.folder is not None:
             make_folder(self.folder)
-            self._read_state()
+        self.state = RunState(self.folder and self.folder / STATE, _DIFFERENCES)
+        if self.folder is not None:
+            self._read_layers()
 
-    def _read_state(self) -> None:
+    def _read_layers(self) -> None:
         """Read the run in the folder, if all of its files are there and readable."""
-        state = read_cached(self.folder / STATE, _read_state) or {}
-        layers = state.get("layers", [])
+        progress = self.state.progress or {}
+        layers = progress.get("layers", [])
         weights = [self._weights(layer) for layer, sites in enumerate(layers) if sites]
         hidden = self._hidden(len(layers))
         for path in {*_tensor_files(self.folder)} - {*weights, hidden}:
@@ -85,37 +82,15 @@ class Workspace:
                 raise FileExistsError(
                     f"{path} exists and is of no run; it is left alone: choose another folder"
                 )
-        needed = weights + [hidden] * state.get("hidden", hidden.exists())
-        if not [path for path in needed if read_cached(path, _read) is None]:
-            self._known, self.finished = state.get("recipe"), layers
+        needed = weights + [hidden] * progress.get("hidden", hidden.exists())
+        if [path for path in needed if read_cached(path, _read) is None]:
+            self.state.forget()
+        else:
+            self.finished = layers
 
     def require(self, facts: Mapping[str, object]) -> None:
-        """Refuse to continue a run with other arguments; call it as soon as each is known.
-
-        Parameters
-        ----------
-        facts : mapping
-            Arguments that the result depends on, as plain data.
-
-        Raises
-        ------
-        ValueError
-            If they are not those of the run in the folder; what differs is named.
-        """
-        facts = json.loads(json.dumps(facts))
-        self.facts |= facts
-        differing = [
-            name
-            for name, value in facts.items()
-            if self._known is not None and self._known.get(name) != value
-        ]
-        if differing:
-            names = ", ".join(_ARGUMENTS.get(name, f"another {name}") for name in differing)
-            raise ValueError(
-                f"{self.folder} holds a run with {names}: call with the same arguments to continue "
-                "it (a model that was being changed in place must be loaded anew), or give another "
-                "folder"
-            )
+        """Refuse to continue a run with other arguments; see `RunState.require`."""
+        self.state.require(facts)
 
     def weights_of(self, layer: nn.Module, index: int) -> AbstractContextManager:
         """A layer with all its weights on its device while inside; see `materialized`."""
@@ -178,8 +153,7 @@ class Workspace:
         if goes_on:
             states = {str(window): self.hidden[window] for window in self.hidden}
             write_tensors(self._hidden(layer + 1), _KIND, {}, states)
-        state = {"recipe": self.facts, "layers": self.finished, "hidden": goes_on}
-        write_json(self.folder / STATE, state)
+        self.state.write(layers=self.finished, hidden=goes_on)
 
     def _weights(self, layer: int) -> Path:
         return self.folder / f"layer-{layer}.safetensors"
@@ -190,15 +164,6 @@ class Workspace:
 
 def _read(path: Path) -> dict[str, torch.Tensor]:
     return read_tensors(path, _KIND)[1]
-
-
-def _read_state(path: Path) -> dict:
-    state = read_json(path)
-    if not isinstance(state, dict) or not state.keys() >= {"recipe", "layers"}:
-        raise ValueError(f"{path} is no state of a run: it holds something else")
-    if not isinstance(state["recipe"], dict) or not isinstance(state["layers"], list):
-        raise DamagedFile(f"{path} is no readable state of a run")
-    return state
 
 
 def discard(folder: str | os.PathLike) -> None:

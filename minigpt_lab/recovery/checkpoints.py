@@ -20,11 +20,10 @@ from safetensors import SafetensorError, safe_open
 
 from ..checks import writable_folder
 from ..store import (
+    RunState,
     Scratch,
     clear_scratch,
     make_folder,
-    read_cached,
-    read_json,
     remove_empty,
     sha256,
     write_json,
@@ -35,7 +34,6 @@ RUN = "run.json"
 STATE = "trainer_state.json"
 OPTIMIZER = "optimizer.pt"
 _HASHES = "sha256.json"
-_RUN_FIELDS = ("facts", "start")
 _NAME = re.compile(r"checkpoint-([0-9]+)")
 #: Files of a checkpoint.
 _WRITTEN = re.compile(
@@ -70,13 +68,8 @@ def run_folder(out_dir: str | os.PathLike | None) -> Iterator[Path]:
         yield scratch.path
 
 
-def begin_run(folder: Path, facts: dict, start: dict) -> None:
-    """Note what a run is and where it started, for the call that resumes it."""
-    write_json(folder / RUN, {"facts": facts, "start": start}, indent=1)
-
-
-def resume_run(folder: Path, facts: dict) -> dict | None:
-    """Where the run in a folder started, or None if there is none.
+def open_run(folder: Path, facts: dict) -> RunState:
+    """State of the run in a folder, or of a new one: its `progress` holds where it started.
 
     Raises
     ------
@@ -86,29 +79,12 @@ def resume_run(folder: Path, facts: dict) -> dict | None:
     FileExistsError
         If its ``run.json`` is something else.
     """
-    run = read_cached(folder / RUN, _read_run)
-    if run is None:
-        if _checkpoints(folder):
-            raise ValueError(
-                f"{folder} holds checkpoints of something else (no {RUN}); choose another out_dir"
-            )
-        return None
-    here = json.loads(json.dumps(facts))  # tuples become lists, as they did on disk
-    there = run["facts"]
-    differing = [key for key in {**there, **here} if there.get(key) != here.get(key)]
-    if differing:
+    run = RunState(folder / RUN)
+    if run.progress is None and _checkpoints(folder):
         raise ValueError(
-            f"{folder} holds a run with another "
-            + ", ".join(f"{key} ({there.get(key)}, now {here.get(key)})" for key in differing)
-            + "; repeat that call to resume it, or choose another out_dir"
+            f"{folder} holds checkpoints of something else (no {RUN}); choose another out_dir"
         )
-    return run["start"]
-
-
-def _read_run(path: Path) -> dict:
-    run = read_json(path)
-    if not isinstance(run, dict) or not all(isinstance(run.get(k), dict) for k in _RUN_FIELDS):
-        raise ValueError(f"{path} is no run of recover: it holds something else")
+    run.require(facts)
     return run
 
 

@@ -21,11 +21,10 @@ from ..evaluation import perplexity
 from .adapters import Trainable
 from .checkpoints import (
     STATE,
-    begin_run,
     discard_checkpoint,
     has_ended,
     last_whole,
-    resume_run,
+    open_run,
     rotate,
     seal,
     slim,
@@ -84,13 +83,14 @@ class KitTrainer(Trainer):
             Metrics before training.
         """
         first = self.is_world_process_zero()
-        start = resume_run(folder, facts)
+        run = open_run(folder, facts)
+        start = run.progress and run.progress["start"]
         checkpoint = self._agreed(last_whole(folder) if first else None)
         self.began, ended = time.time(), False
         if start is None:
             start = self._agreed(self._measure())
             if first:
-                begin_run(folder, facts, start)
+                run.write(start=start)
         if checkpoint is not None:
             state = TrainerState.load_from_json(str(checkpoint / STATE))
             self.began -= max(row.get("eval_seconds", 0.0) for row in state.log_history)

@@ -21,6 +21,7 @@ from .packages import (
     read_toml,
     verify,
 )
+from .run_state import RunState
 from .shards import Shards
 from .tensor_files import holds_kind, read_tensors, write_tensors
 from .text_files import (

@@ -48,7 +48,7 @@ def cache_folder() -> Path:
 
 def cache_key(*facts: object) -> str:
     """Hex SHA-256 of all that a result depends on, as plain data."""
-    return content_hash([json.dumps(as_json(facts), sort_keys=True)])
+    return content_hash([json.dumps({"facts": as_json(facts)}, sort_keys=True)])
 
 
 def read_cached(path: str | os.PathLike, read: Callable[[Path], Result]) -> Result | None:
