@@ -258,7 +258,7 @@ def test_a_full_disk_stops_clearly_and_is_resumed(tmp_path, pruned, tiny, tiny_d
     script.write_text(f"""
 import resource, signal, sys, warnings
 import minigpt_lab as lab
-from minigpt_lab import runtime
+from minigpt_lab.models import runtime
 from minigpt_lab.recovery import training
 real, calls = training.perplexity, []
 def full(*arguments, **options):
