@@ -1,32 +1,27 @@
-"""Pictures of what a domain switches on: a tidy frame in, a matplotlib figure out.
-
-The question is the title, units stand on the axes, model and protocol in the caption.
-"""
+"""FFN activations: distributions per layer, drift with depth, overlap between domains."""
 
 from __future__ import annotations
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator, NullLocator, StrMethodFormatter
 
-from .frames import drawn
-from .style import (
-    colour,
+from .axes import (
     heat,
     layer_ticks,
     log_labels,
     log_ticks,
-    new_figure,
     percent,
-    style_for,
-    with_note,
+    side_legend,
 )
+from .frames import draws_frame
+from .style import colour, new_figure, style_for, with_note
 
 MAGNITUDE = "mean |activation| per token"
 
 
-@drawn(names="domain", numbers="layer mean_abs")
+@draws_frame(names="domain", numbers="layer mean_abs")
 def activation_histograms(
     frame: pd.DataFrame, *, epsilon: float | None = None, n_layers: int = 6, caption: str = ""
 ) -> Figure:
@@ -45,114 +40,96 @@ def activation_histograms(
     """
     layers = np.unique(np.linspace(0, frame["layer"].max(), n_layers).round().astype(int))
     domains = list(frame["domain"].unique())
-    magnitudes = frame["mean_abs"].to_numpy()
-    positive = magnitudes[magnitudes > 0]
+    positive = frame.loc[frame["mean_abs"] > 0, "mean_abs"]
     # half a per cent lies far out, on two thirds of the scale: the last bin holds it
-    highest = max(np.quantile(positive, 0.995), epsilon or 0)
+    highest = max(positive.quantile(0.995), epsilon or 0)
     edges = np.linspace(np.log10(positive.min()) - 0.1, np.log10(highest) + 0.1, 41)
-    some_off = len(positive) < len(frame)
-    zero_at = edges[0] - 0.09 * np.ptp(edges) if some_off else None  # apart, left of the scale
+    some_zero = len(positive) < len(frame)
+    zero_at = edges[0] - 0.09 * np.ptp(edges)  # apart, left of the scale
     free = "right" if np.median(np.log10(positive)) < edges.mean() else "left"
     shown = frame[frame["layer"].isin(layers)].groupby(["layer", "domain"])["mean_abs"]
     counts = shown.size()
     neurons = "–".join(f"{count:,}" for count in sorted({counts.min(), counts.max()}))
     note = f"n = {neurons} neurons per layer and domain; the last bin holds all above"
-    figure, axes = _panels(len(layers), with_note(caption, note), domains)
+    figure, axes = _layer_panels(len(layers), with_note(caption, note))
     for axis, layer in zip(axes, layers, strict=True):
         values = {domain: shown.get_group((layer, domain)).to_numpy() for domain in domains}
-        for domain, found in values.items():
+        for domain, own in values.items():
             tint, marker = style_for(domain, domains)
-            _distribution(axis, found, edges, color=tint, marker=marker, label=domain)
-        if some_off:
-            _never_on(axis, values, zero_at, np.ptp(edges))
-        if epsilon:
-            axis.axvline(
-                np.log10(epsilon), color="black", ls="--", lw=1, label=f"ε = {epsilon:.3g}"
-            )
+            _distribution(axis, own, edges, color=tint, marker=marker, label=domain)
+        if some_zero:
+            _zero_bars(axis, values, zero_at, np.ptp(edges))
         title = f"layer {layer}"
         if epsilon:
+            dashed = {"color": "black", "ls": "--", "lw": 1, "label": f"ε = {epsilon:.3g}"}
+            axis.axvline(np.log10(epsilon), **dashed)
             title += _shares_below(axis, values, epsilon, free)
-        axis.set_title(title, fontsize=9, fontweight="normal")
+        axis.set_title(title)
     axes[0].yaxis.set_major_formatter(percent)
     axes[0].yaxis.set_major_locator(MaxNLocator(3))
     axes[0].set_ylim(0, axes[0].get_ylim()[1])
     marks, words = log_ticks(10 ** edges[0], 10 ** edges[-1])
-    places = list(np.log10(marks))
-    if some_off:
-        places, words = [zero_at, *places], ["0", *words]
-    axes[0].set_xticks(places, words)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="upper right", fontsize=8)
+    zero = some_zero * [zero_at], some_zero * ["0"]
+    axes[0].set_xticks([*zero[0], *np.log10(marks)], [*zero[1], *words])
+    side_legend(figure, axes[0])
     return figure
 
 
-def _panels(count: int, caption: str, domains: list[str]):
-    """A figure and its panels, in at most two rows, with room for a legend at the right.
-
-    A slider waits for this picture: its margins are counted in inches, because a constrained layout
-    would take a quarter of the time.
-    """
+def _layer_panels(count: int, caption: str) -> tuple[Figure, np.ndarray]:
+    """A figure and its panels, in at most two rows."""
     columns = -(-count // 2) if count > 3 else count
     rows = -(-count // columns)
     title = "How strongly does each domain use the FFN's neurons?"
-    legend = 0.7 + 0.07 * max(map(len, domains))
-    figure = new_figure(2.9 * columns + 0.8 + legend, 2.3 * rows + 0.9, caption, title, layout=None)
+    figure = new_figure(2.9 * columns + 1.9, 2.3 * rows + 0.9, caption, title)
     axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
     for axis in axes[count:]:
         axis.set_visible(False)
     for axis in axes[count - columns : count]:
         axis.set_xlabel(MAGNITUDE)
         axis.tick_params(labelbottom=True)
-    figure.supylabel("share of the layer's neurons", fontsize=9, x=0.1 / figure.get_figwidth())
-    width, height = figure.get_size_inches()
-    head, foot = (text.count("\n") + 1 for text in (figure.get_suptitle(), figure.get_supxlabel()))
-    figure.subplots_adjust(
-        left=0.75 / width, right=1 - (legend + 0.1) / width, wspace=0.06,
-        top=1 - (0.34 + 0.19 * head) / height, bottom=(0.55 + 0.13 * foot) / height,
-        hspace=0.22 if count % columns == 0 else 0.5,
-    )  # fmt: skip
+    figure.supylabel("share of the layer's neurons", fontsize=9)
     return figure, axes[:count]
 
 
-def _never_on(axis, values: dict[str, np.ndarray], zero_at: float, scale: float) -> None:
+def _zero_bars(axis, values: dict[str, np.ndarray], zero_at: float, scale: float) -> None:
     """The share of neurons that are exactly zero, as bars of their own."""
-    off = [(found == 0).mean() for found in values.values()]
-    bar = 0.07 * scale / len(off)
-    axis.bar(zero_at + bar * (np.arange(len(off)) - len(off) / 2), off, bar, align="edge",
-             color=[colour(domain, list(values)) for domain in values])  # fmt: skip
-    if max(off) > 0:
-        shares = dict.fromkeys(f"{100 * share:.1f} %" for share in (min(off), max(off)))
-        axis.annotate("never on:\n" + "–".join(shares), (zero_at, max(off)), xytext=(-4, 3),
-                      textcoords="offset points", fontsize=7.5)  # fmt: skip
+    zeros = np.array([(own == 0).mean() for own in values.values()])
+    width = 0.07 * scale / len(zeros)
+    places = zero_at + width * (np.arange(len(zeros)) - len(zeros) / 2)
+    tints = [colour(domain, list(values)) for domain in values]
+    axis.bar(places, zeros, width, align="edge", color=tints)
+    if zeros.any():
+        shares = dict.fromkeys(f"{100 * share:.1f} %" for share in (zeros.min(), zeros.max()))
+        above = {"xytext": (-4, 3), "textcoords": "offset points", "fontsize": 7.5}
+        axis.annotate("never on:\n" + "–".join(shares), (zero_at, zeros.max()), **above)
 
 
-def _distribution(axis, values: np.ndarray, edges: np.ndarray, **how) -> None:
+def _distribution(axis, values: np.ndarray, edges: np.ndarray, **look) -> None:
     """Steps over the logs of the values that are not zero, a marker on each that holds some."""
     logs = np.minimum(np.log10(values[values > 0]), edges[-1])
     shares = np.histogram(logs, edges)[0] / len(values)
-    middles = (edges[:-1] + edges[1:]) / 2
-    axis.plot(middles, shares, drawstyle="steps-mid", lw=1.2, ms=3,
-              markevery=np.flatnonzero(shares > 0.01).tolist(), **how)  # fmt: skip
+    look |= {"drawstyle": "steps-mid", "lw": 1.2, "ms": 3}
+    marked = np.flatnonzero(shares > 0.01).tolist()
+    axis.plot((edges[:-1] + edges[1:]) / 2, shares, markevery=marked, **look)
 
 
 def _shares_below(axis, values: dict[str, np.ndarray], epsilon: float, side: str) -> str:
     """Write each domain's share at or below ε where there is room; return one domain's instead."""
-    words = [f"{100 * (found <= epsilon).mean():.1f} %" for found in values.values()]
+    words = [f"{100 * (own <= epsilon).mean():.1f} %" for own in values.values()]
     if len(words) == 1:
         return f": {words[0]} at or below ε"
     names = [name if len(name) <= 12 else f"{name[:11]}…" for name in values]
-    lines = map(" ".join, zip(names, words, strict=True))
-    text = "\n".join(["at or below ε:", *lines])
-    axis.text(1 if side == "right" else 0.02, 1, text, transform=axis.transAxes, ha=side, va="top",
-              fontsize=7)  # fmt: skip
+    text = "\n".join(["at or below ε:", *map(" ".join, zip(names, words, strict=True))])
+    place = 1 if side == "right" else 0.02
+    axis.text(place, 1, text, transform=axis.transAxes, ha=side, va="top", fontsize=7)
     return ""
 
 
-@drawn(names="domain", numbers="layer mean_abs")
+@draws_frame(names="domain", numbers="layer mean_abs")
 def activation_depth(
     frame: pd.DataFrame, *, epsilon: float | None = None, caption: str = ""
 ) -> Figure:
-    """How the scale of mean |activation| drifts with depth, and what one ε would cut of each layer.
+    """Scale of mean |activation| by depth, and the share of each layer that one ε would prune.
 
     Parameters
     ----------
@@ -164,31 +141,25 @@ def activation_depth(
         Model, tokens.
     """
     domains, layers = list(frame["domain"].unique()), int(frame["layer"].max()) + 1
-    levels = (0.01, 0.1, 0.5, 0.9, 0.99)
-    bands = frame.groupby(["domain", "layer"])["mean_abs"].quantile(list(levels)).unstack()
+    groups = frame.groupby(["domain", "layer"])["mean_abs"]
+    bands = groups.quantile([0.01, 0.1, 0.5, 0.9, 0.99]).unstack()
     columns = min(len(domains), 3)
     rows = -(-len(domains) // columns)
-    title = "How does the scale drift with depth, and what would one ε cut?"
-    count = len(frame) // frame.groupby(["domain", "layer"]).ngroups
-    note = (
-        f"line: median neuron; bands: the middle 80 % and 98 % of a layer's n = {count:,} neurons"
-    )
+    title = "How does the scale drift with depth, and what would one ε prune?"
+    count = f"{len(frame) // groups.ngroups:,}"
+    note = f"line: median neuron; bands: the middle 80 % and 98 % of a layer's n = {count} neurons"
     below = epsilon is not None
-    height = 1.9 * rows + 2.2 * below + 0.6
-    width = 2.6 * max(columns, 2) + 1.2
+    width, height = 2.6 * max(columns, 2) + 1.2, 1.9 * rows + 2.2 * below + 0.6
     figure = new_figure(width, height, with_note(caption, note), title)
     grid = figure.add_gridspec(rows + below, columns, height_ratios=[1] * rows + [1.1] * below)
     first = None
     for place, domain in enumerate(domains):
         axis = figure.add_subplot(grid[divmod(place, columns)], sharex=first, sharey=first)
         first = first or axis
-        found, tint = bands.loc[domain].clip(lower=np.nextafter(0, 1)), colour(domain, domains)
-        for low, high, alpha in ((0.01, 0.99, 0.18), (0.1, 0.9, 0.35)):
-            axis.fill_between(found.index, found[low], found[high], color=tint, alpha=alpha, lw=0)
-        axis.plot(found.index, found[0.5], color=tint, lw=1.6)
+        _depth_bands(axis, bands.loc[domain], colour(domain, domains))
         if below:
             axis.axhline(epsilon, color="black", ls="--", lw=1)
-        axis.set_title(domain, fontsize=9, fontweight="normal")
+        axis.set_title(domain)
         axis.label_outer()
         if place % columns == 0:
             axis.set_ylabel("mean |activation|")
@@ -196,31 +167,39 @@ def activation_depth(
             axis.set_xlabel("layer")
             axis.tick_params(labelbottom=True)
     first.set_yscale("log", nonpositive="clip")
-    drawn = bands.to_numpy()
-    log_labels(first.yaxis, drawn[drawn > 0])
-    first.set_ylim(drawn[drawn > 0].min() / 1.2, drawn.max() * 1.2)
+    positive = bands.to_numpy()[bands > 0]
+    log_labels(first.yaxis, positive)
+    first.set_ylim(positive.min() / 1.2, positive.max() * 1.2)
     layer_ticks(first, layers, room=12)
     if below:
         axis = figure.add_subplot(grid[rows, :])
-        _cut_by_depth(axis, frame, domains, epsilon)
+        _shares_by_depth(axis, frame, domains, epsilon)
         layer_ticks(axis, layers, room=int(4.4 * width))
     return figure
 
 
-def _cut_by_depth(axis, frame, domains, epsilon) -> None:
+def _depth_bands(axis, bands: pd.DataFrame, tint: str) -> None:
+    """Median and two bands of a domain's layers."""
+    bands = bands.clip(lower=np.nextafter(0, 1))
+    for low, high, alpha in ((0.01, 0.99, 0.18), (0.1, 0.9, 0.35)):
+        axis.fill_between(bands.index, bands[low], bands[high], color=tint, alpha=alpha, lw=0)
+    axis.plot(bands.index, bands[0.5], color=tint, lw=1.6)
+
+
+def _shares_by_depth(axis, frame: pd.DataFrame, domains: list[str], epsilon: float) -> None:
     """Share of each layer at or below ε, a line per domain."""
-    cut = (frame["mean_abs"] <= epsilon).groupby([frame["domain"], frame["layer"]]).mean()
+    shares = (frame["mean_abs"] <= epsilon).groupby([frame["domain"], frame["layer"]]).mean()
     for domain in domains:
         tint, marker = style_for(domain, domains)
-        shares = cut.loc[domain]
-        axis.plot(shares.index, shares, color=tint, marker=marker, ms=4, lw=1.2, label=domain)
+        own = shares.loc[domain]
+        axis.plot(own.index, own, color=tint, marker=marker, ms=4, lw=1.2, label=domain)
     axis.set(xlabel="layer", ylabel=f"neurons at or\nbelow ε = {epsilon:.3g}")
     axis.yaxis.set_major_formatter(percent)
-    axis.set_ylim(-0.03, max(0.05, cut.max() * 1.05))
-    axis.legend(fontsize=8, ncols=2, frameon=True, edgecolor="none")
+    axis.set_ylim(-0.03, max(0.05, shares.max() * 1.05))
+    axis.legend(ncols=2, frameon=True, edgecolor="none")
 
 
-@drawn(names="domain other", maybe="jaccard chance")
+@draws_frame(names="domain other", maybe="jaccard chance")
 def overlap_matrix(
     overlap: pd.DataFrame,
     *,
@@ -238,7 +217,7 @@ def overlap_matrix(
     title : str
         The question, if the sets are others than the unused neurons.
     """
-    order = list(dict.fromkeys(overlap["domain"]))
+    order = list(overlap["domain"].unique())
     table, chance = (
         overlap.pivot(index="domain", columns="other", values=name).loc[order, order]
         for name in ("jaccard", "chance")
@@ -261,15 +240,14 @@ def overlap_matrix(
         )
     figure = new_figure(2.2 + 0.8 * cells, 1.5 + 0.62 * cells, caption, title)
     axis = figure.subplots()
-    heat(axis, table, words, cmap="cividis", vmax=1, square=True,
-         vmin=min(np.nanmin(chance), 0.99),
-         cbar_kws={"label": f"Jaccard overlap\n{note}"})  # fmt: skip
+    scale = {"cmap": "cividis", "vmin": min(np.nanmin(chance), 0.99), "vmax": 1}
+    heat(axis, table, words, square=True, cbar_kws={"label": f"Jaccard overlap\n{note}"}, **scale)
     axis.tick_params(axis="x", rotation=30)
     axis.tick_params(axis="y", rotation=0)
     return figure
 
 
-@drawn(names="domain", numbers="layer neuron mean_abs")
+@draws_frame(names="domain", numbers="layer neuron mean_abs")
 def magnitude_scatter(
     frame: pd.DataFrame, domain: str, other: str, *, epsilon: float | None = None, caption: str = ""
 ) -> Figure:
@@ -288,60 +266,61 @@ def magnitude_scatter(
     """
     wide = frame.pivot(index=["layer", "neuron"], columns="domain", values="mean_abs")
     live = (wide[[domain, other]] > 0).all(axis=1)
-    across, up = wide.loc[live, domain], wide.loc[live, other]
-    caption = with_note(caption, f"n = {len(across):,} neurons of all layers")
+    x, y = wide.loc[live, domain], wide.loc[live, other]
+    caption = with_note(caption, f"n = {len(x):,} neurons of all layers")
     figure = new_figure(4.8, 4.5, caption, "Is a neuron as active in the other domain?")
     axis = figure.subplots()
-    drawn = axis.hexbin(across, up, xscale="log", yscale="log", gridsize=55,
-                        bins="log", mincnt=1, cmap="cividis")  # fmt: skip
-    figure.colorbar(drawn, ax=axis, label="neurons per cell")
-    low, high = min(across.min(), up.min()), max(across.max(), up.max())
+    cells = {"gridsize": 55, "bins": "log", "mincnt": 1, "cmap": "cividis"}
+    image = axis.hexbin(x, y, xscale="log", yscale="log", **cells)
+    figure.colorbar(image, ax=axis, label="neurons per cell")
+    low, high = min(x.min(), y.min()), max(x.max(), y.max())
     axis.plot([low, high], [low, high], color="black", lw=0.8, label="equally active")
     if epsilon:
-        axis.axvline(epsilon, color="black", ls="--", lw=1, label=f"ε = {epsilon:.3g}")
-        axis.axhline(epsilon, color="black", ls="--", lw=1)
+        dashed = {"color": "black", "ls": "--", "lw": 1}
+        axis.axvline(epsilon, label=f"ε = {epsilon:.3g}", **dashed)
+        axis.axhline(epsilon, **dashed)
         low, high = min(low, epsilon), max(high, epsilon)
     for side in (axis.xaxis, axis.yaxis):
         side.set_ticks(*log_ticks(low, high))
         side.set_minor_locator(NullLocator())
-    axis.legend(fontsize=8, loc="upper left", frameon=True, edgecolor="none")
-    words = [f"correlation of logs {np.log(across).corr(np.log(up)):.2f}"]
-    if not live.all():
-        words.append(f"not drawn: {(~live).sum():,} of {len(live):,},\nnever on in one or both")
+    axis.legend(loc="upper left", frameon=True, edgecolor="none")
     axis.set(xlabel=f"{MAGNITUDE} on {domain}", ylabel=f"{MAGNITUDE} on {other}")
-    axis.text(0.97, 0.04, "\n".join(words), ha="right", fontsize=8, transform=axis.transAxes,
-              bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8})  # fmt: skip
+    words = f"correlation of logs {np.log(x).corr(np.log(y)):.2f}"
+    if not live.all():
+        words += f"\nnot drawn: {(~live).sum():,} of {len(live):,},\nnever on in one or both"
+    box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8}
+    axis.text(0.97, 0.04, words, ha="right", fontsize=8, transform=axis.transAxes, bbox=box)
     return figure
 
 
-@drawn(names="domain", numbers="tokens jaccard chance")
+@draws_frame(names="domain", numbers="tokens jaccard chance")
 def calibration_curve(stability: pd.DataFrame, *, caption: str = "") -> Figure:
-    """How soon the set of kept neurons settles as a domain's calibration text grows.
+    """Overlap of the set of kept neurons with the final one, by the amount of calibration text.
 
     Parameters
     ----------
     stability : pandas.DataFrame
-        From `minigpt_lab.studies.analysis.calibration_stability`: columns ``domain, tokens,
+        From `minigpt_lab.studies.calibration_stability`: columns ``domain, tokens,
         jaccard, chance``.
     caption : str
         Model, rule.
     """
-    domains = list(dict.fromkeys(stability["domain"]))
+    domains = list(stability["domain"].unique())
     note = "sets of kept neurons; the last point of a line is the set it is compared with"
-    title = "How much calibration text does a cut need?"
+    title = "How much calibration text does pruning need?"
     figure = new_figure(6.4, 3.8, with_note(caption, note), title)
     axis = figure.subplots()
     for domain, rows in stability.groupby("domain", sort=False):
         tint, marker = style_for(domain, domains)
-        axis.plot(rows["tokens"], rows["jaccard"], color=tint, marker=marker, ms=5, lw=1.3,
-                  label=domain)  # fmt: skip
+        look = {"color": tint, "marker": marker, "ms": 5, "lw": 1.3, "label": domain}
+        axis.plot(rows["tokens"], rows["jaccard"], **look)
     chance = stability["chance"].mean()
     axis.axhline(chance, color="black", ls="--", lw=1, label=f"by chance {chance:.2f}")
     axis.set(xlabel="calibration tokens", ylabel="Jaccard overlap with the full set")
     axis.set_xscale("log")
     axis.set_xticks(sorted(set(stability["tokens"])))
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axis.xaxis.set_minor_locator(NullLocator())
     axis.set_ylim(chance - 0.03 * (1 - chance), 1 + 0.03 * (1 - chance))
-    figure.legend(loc="outside right upper", fontsize=8)
+    side_legend(figure)
     return figure

@@ -1,4 +1,4 @@
-"""What recovery, questions and foreign domains say about a cut: a frame in, a figure out."""
+"""Recovery, multiple choice, and pruned models on the texts of other domains."""
 
 from __future__ import annotations
 
@@ -7,25 +7,18 @@ from itertools import pairwise
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
-from .frames import drawn
-from .style import (
-    METHOD_STYLE,
-    VARIANT_STYLE,
-    colour,
-    heat,
-    log_labels,
-    new_figure,
-    style_for,
-    with_note,
-)
+from .axes import heat, line_with_range, log_labels, short_number, side_legend, spread
+from .frames import draws_frame
+from .style import METHOD_STYLE, VARIANT_STYLE, colour, new_figure, style_for, with_note
 
 
-@drawn(names="regime method", numbers="tokens perplexity other_perplexity")
+@draws_frame(names="regime method", numbers="tokens perplexity other_perplexity")
 def recovery_curves(
     histories: pd.DataFrame, *, dense: Mapping[str, float], caption: str = ""
 ) -> Figure:
@@ -44,7 +37,7 @@ def recovery_curves(
     caption : str
         Model, text, protocol.
     """
-    regimes, methods = (list(dict.fromkeys(histories[name])) for name in ("regime", "method"))
+    regimes, methods = (list(histories[name].unique()) for name in ("regime", "method"))
     columns = ("perplexity", "other_perplexity")
     question = "Does a short fine-tune bring the model back, and what does it forget?"
     note = "each panel has its own scale"
@@ -55,37 +48,28 @@ def recovery_curves(
         part = histories[histories["regime"] == regime]
         for method, rows in part.groupby("method", sort=False):
             tint, marker = style_for(method, methods, METHOD_STYLE)
-            own, other = (
-                _over_seeds(axis, rows.groupby("tokens")[column], color=tint, marker=marker, **how)
+            look = {"color": tint, "marker": marker, "ms": 4.5, "lw": 1.3}
+            own, _ = (
+                line_with_range(axis, rows.groupby("tokens")[column], **look, **how)
                 for column, how in zip(columns, _TEXTS, strict=True)
             )
             axis.plot(own.idxmin(), own.min(), "o", ms=11, mfc="none", mec=tint, mew=1.4)
-            met = own[own <= own_level].head(1)
-            axis.plot(met.index, met, "*", ms=15, color=tint, mec="black")
+            reached = own[own <= own_level].head(1)
+            axis.plot(reached.index, reached, "*", ms=15, color=tint, mec="black")
         for level, line in zip(dense.values(), _LEVELS, strict=True):
             axis.axhline(level, color="black", lw=1, ls=line)
-        axis.set(yscale="log", xlabel="tokens trained on (0: cut, not tuned)")
-        axis.set_title(regime, fontsize=9, fontweight="normal")
+        axis.set(yscale="log", xlabel="tokens trained on (0: pruned, not tuned)")
+        axis.set_title(regime)
         log_labels(axis.yaxis, [*part[list(columns)].to_numpy().ravel(), *dense.values()])
         axis.xaxis.set_major_locator(MaxNLocator(4))
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes[0].set_ylabel("validation perplexity")
-    figure.legend(handles=_recovery_handles(methods, dense), loc="outside right upper", fontsize=8)
+    figure.legend(handles=_recovery_handles(methods, dense), loc="outside right upper")
     return figure
 
 
 _TEXTS = ({"ls": "-"}, {"ls": ":", "mfc": "white"})  # of the domain, of the other text
 _LEVELS = ("--", (0, (1, 2)))
-
-
-def _over_seeds(axis, seeds, **how) -> pd.Series:
-    """Draw the median over seeds, and their range if there are several; return the median."""
-    middle = seeds.median()
-    axis.plot(middle, ms=4.5, lw=1.3, **how)
-    if seeds.size().max() > 1:
-        axis.fill_between(middle.index, seeds.min(), seeds.max(), color=how["color"], alpha=0.2,
-                          lw=0)  # fmt: skip
-    return middle
 
 
 def _recovery_handles(methods: list[str], dense: Mapping[str, float]) -> list[Line2D]:
@@ -105,7 +89,7 @@ def _recovery_handles(methods: list[str], dense: Mapping[str, float]) -> list[Li
     return handles
 
 
-@drawn(names="domain variant", numbers="accuracy chance items", maybe="low high")
+@draws_frame(names="domain variant", numbers="accuracy chance items", maybe="low high")
 def answer_dots(answers: pd.DataFrame, *, caption: str = "") -> Figure:
     """Accuracy with 95 % intervals, per domain and variant, beside chance.
 
@@ -114,13 +98,16 @@ def answer_dots(answers: pd.DataFrame, *, caption: str = "") -> Figure:
     answers : pandas.DataFrame
         Columns ``domain, variant, accuracy, low, high, chance, items``.
     """
-    return _dots(
-        answers, "accuracy", "accuracy in % (95 % Wilson interval)", caption,
-        "Does the model still answer its domain's questions?", reference="chance",
-    )  # fmt: skip
+    return _answer_rows(
+        answers,
+        "accuracy",
+        label="accuracy in % (95 % Wilson interval)",
+        caption=caption,
+        title="Does the model still answer its domain's questions?",
+    )
 
 
-@drawn(names="domain variant", numbers="difference items", maybe="low high")
+@draws_frame(names="domain variant", numbers="difference items", maybe="low high")
 def answer_differences(differences: pd.DataFrame, *, caption: str = "") -> Figure:
     """Accuracy minus the dense model's on the same questions, with paired 95 % intervals.
 
@@ -129,43 +116,46 @@ def answer_differences(differences: pd.DataFrame, *, caption: str = "") -> Figur
     differences : pandas.DataFrame
         Columns ``domain, variant, difference, low, high, items``.
     """
-    return _dots(
-        differences, "difference", "accuracy − dense, percentage points (paired 95 % interval)",
-        caption,
-        "Is the change more than luck?", reference=None,
-    )  # fmt: skip
+    return _answer_rows(
+        differences,
+        "difference",
+        label="accuracy − dense, percentage points (paired 95 % interval)",
+        caption=caption,
+        title="Is the change more than luck?",
+    )
 
 
-def _dots(table, value, label, caption, question, reference) -> Figure:
-    domains = list(dict.fromkeys(table["domain"]))
-    variants = list(dict.fromkeys(table["variant"]))
+def _answer_rows(
+    table: pd.DataFrame, column: str, *, label: str, caption: str, title: str
+) -> Figure:
+    """Dots with intervals, domains below each other; chance or zero is a dashed line."""
+    domains, variants = (list(table[name].unique()) for name in ("domain", "variant"))
     height = 1.3 + 0.24 * (len(variants) + 1) * len(domains)
-    figure = new_figure(7.0, height, caption, question)
+    figure = new_figure(7.0, height, caption, title)
     axis = figure.subplots()
-    middles = np.arange(len(domains)) * (len(variants) + 1.0)
+    tops = np.arange(len(domains)) * (len(variants) + 1.0)
     for place, variant in enumerate(variants):
         rows = table[table["variant"] == variant].set_index("domain").reindex(domains)
-        bounds = [rows[value] - rows["low"], rows["high"] - rows[value]]
         tint, marker = style_for(variant, variants, VARIANT_STYLE)
-        axis.errorbar(rows[value], middles + place, xerr=np.maximum(bounds, 0), fmt=marker,
-                      color=tint, ms=5, capsize=2, label=variant)  # fmt: skip
-    if reference:
-        levels = table.groupby("domain")[reference].first()[domains]
-        ends = (middles - 0.6, middles + len(variants) - 0.4)
-        axis.vlines(levels, *ends, color="black", ls="--", lw=1, label=reference)
+        look = {"fmt": marker, "color": tint, "ms": 5, "capsize": 2, "label": variant}
+        lengths = spread(rows[column], rows["low"], rows["high"])
+        axis.errorbar(rows[column], tops + place, xerr=lengths, **look)
+    facts = table.groupby("domain").first().loc[domains]
+    if column == "accuracy":
+        ends = (tops - 0.6, tops + len(variants) - 0.4)
+        axis.vlines(facts["chance"], *ends, color="black", ls="--", lw=1, label="chance")
     else:
         axis.axvline(0, color="black", ls="--", lw=1)
-    counts = table.groupby("domain")["items"].first()
-    names = [f"{domain}\nn = {counts[domain]}" for domain in domains]
-    axis.set_yticks(middles + (len(variants) - 1) / 2, names)
-    axis.set_ylim(middles[-1] + len(variants), -1)
+    names = [f"{domain}\nn = {count}" for domain, count in facts["items"].items()]
+    axis.set_yticks(tops + (len(variants) - 1) / 2, names)
+    axis.set_ylim(tops[-1] + len(variants), -1)
     axis.xaxis.set_major_formatter(PercentFormatter(1, 0, symbol=""))
     axis.set_xlabel(label)
-    figure.legend(loc="outside right upper", fontsize=8)
+    side_legend(figure)
     return figure
 
 
-@drawn(names="domain variant", numbers="perplexity_ratio difference")
+@draws_frame(names="domain variant", numbers="perplexity_ratio difference")
 def perplexity_and_accuracy(table: pd.DataFrame, *, caption: str = "") -> Figure:
     """Each domain's way from dense over pruned to recovered, perplexity against accuracy.
 
@@ -178,7 +168,8 @@ def perplexity_and_accuracy(table: pd.DataFrame, *, caption: str = "") -> Figure
     """
     figure = new_figure(6.4, 4.0, caption, "Does accuracy follow perplexity back?")
     axis = figure.subplots()
-    domains, variants = (list(dict.fromkeys(table[name])) for name in ("domain", "variant"))
+    domains, variants = (list(table[name].unique()) for name in ("domain", "variant"))
+    markers = {name: style_for(name, variants, VARIANT_STYLE)[1] for name in variants}
     for domain in domains:
         rows, tint = table[table["domain"] == domain], colour(domain, domains)
         places = rows[["perplexity_ratio", "difference"]].to_numpy()
@@ -186,9 +177,7 @@ def perplexity_and_accuracy(table: pd.DataFrame, *, caption: str = "") -> Figure
         for start, end in pairwise(places[-2:]):  # the way back is what the question is about
             axis.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": tint, "lw": 1.6})
         for place, variant in zip(places, rows["variant"], strict=True):
-            axis.plot(
-                *place, color=tint, ms=6, marker=style_for(variant, variants, VARIANT_STYLE)[1]
-            )
+            axis.plot(*place, color=tint, ms=6, marker=markers[variant])
     axis.margins(x=0.14, y=0.1)  # for the names
     _name_ends(axis, table.groupby("domain", sort=False).last())
     axis.axhline(0, color="black", lw=0.8)
@@ -198,13 +187,9 @@ def perplexity_and_accuracy(table: pd.DataFrame, *, caption: str = "") -> Figure
     )
     log_labels(axis.xaxis, [1, *table["perplexity_ratio"]])
     axis.yaxis.set_major_formatter(PercentFormatter(1, 0, symbol=""))
-    handles = [
-        Line2D(
-            [], [], color="#555555", marker=style_for(v, variants, VARIANT_STYLE)[1], ls="", label=v
-        )
-        for v in variants
-    ]
-    figure.legend(handles=handles, loc="outside right upper", fontsize=8)
+    grey = {"color": "#555555", "ls": ""}
+    handles = [Line2D([], [], marker=each, label=name, **grey) for name, each in markers.items()]
+    figure.legend(handles=handles, loc="outside right upper")
     return figure
 
 
@@ -216,71 +201,63 @@ def _name_ends(axis, ends: pd.DataFrame) -> None:
         distances = np.linalg.norm(apart - own, axis=1)
         distances[distances == 0] = np.inf
         up = own[1] >= apart[distances.argmin(), 1]
-        axis.annotate(domain, place, xytext=(-6, 3 if up else -3), textcoords="offset points",
-                      ha="right", va="bottom" if up else "top", fontsize=8)  # fmt: skip
+        where = {"xytext": (-6, 3 if up else -3), "textcoords": "offset points"}
+        axis.annotate(domain, place, ha="right", va="bottom" if up else "top", fontsize=8, **where)
 
 
-def _short(value: float) -> str:
-    """Three digits, or all of a large number."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
+_STEPS = (1.02, 1.05, 1.1, 1.2, 1.5, 2, 3, 5, 10)  # of the colour bar
 
 
-@drawn(
-    names="cut text",
-    numbers="perplexity difference",
+@draws_frame(
+    "cut text",
+    "perplexity difference",
     maybe="difference_low difference_high",
     flags="recovered",
 )
 def domain_heatmap(matrix: pd.DataFrame, *, caption: str = "") -> Figure:
-    """Perplexity of every cut on every text, coloured by its ratio to the text's own cut.
+    """Perplexity of every pruned model on every text, coloured by its ratio to the text's own.
 
     Parameters
     ----------
     matrix : pandas.DataFrame
         From `domain_matrix`.
     """
-    states = sorted(matrix["recovered"].unique())
-    texts = list(dict.fromkeys(matrix["text"]))
-    cuts = sorted(dict.fromkeys(matrix["cut"]), key=lambda cut: cut not in texts)
+    states, texts = sorted(matrix["recovered"].unique()), list(matrix["text"].unique())
+    cuts = sorted(matrix["cut"].unique(), key=lambda cut: cut not in texts)  # controls below
     width, height = 3.2 + 0.85 * len(texts), (0.7 + 0.42 * len(cuts)) * len(states) + 0.9
-    figure = new_figure(width, height, caption, "Is a model cut for a domain better there?")
+    title = "Is a model pruned for a domain better there?"
+    figure = new_figure(width, height, caption, title)
     axes = figure.subplots(len(states), 1, sharex=True, squeeze=False).ravel()
     foreign = matrix[matrix["cut"].isin(texts) & (matrix["cut"] != matrix["text"])]
-    # the scale is that of the domains' cuts: beside the smallest weights they would all look white
-    reach = max(0.05, float(np.quantile(foreign["difference"].abs(), 0.8)))
-    above = {"clip_on": False, "zorder": 3}
-    step = next(step for step in _STEPS if 2.5 * np.log(step) >= reach or step == _STEPS[-1])
-    marks = [ratio for ratio in step ** np.arange(-2.0, 3) if abs(np.log(ratio)) <= reach]
+    # the scale is that of the domains' models: beside random pruning they would all look white
+    limit = max(0.05, float(np.quantile(foreign["difference"].abs(), 0.8)))
     for axis, state in zip(axes, states, strict=True):
-        part = matrix[matrix["recovered"] == state]
-        wide = part.pivot(index="cut", columns="text").loc[cuts]
-        gaps, values = wide["difference"][texts], wide["perplexity"][texts]
-        sure = wide["difference_low"][texts] * wide["difference_high"][texts] > 0
-        sure |= gaps == 0  # the text's own cut
-        words = values.map(_short) + "\n×" + np.exp(gaps).map(_short)
-        heat(
-            axis,
-            gaps,
-            words.where(sure, words.map("({})".format)),
-            7,
-            cmap="PuOr_r",
-            vmin=-reach,
-            vmax=reach,
-            cbar_kws={"label": "perplexity ÷ that of the text's own cut", "extend": "both"},
-        )
-        for place, text in enumerate(texts):
-            axis.add_patch(Rectangle((place, cuts.index(text)), 1, 1, fill=False, lw=1.6, **above))
-        if len(cuts) > len(texts):  # the domains' cuts above, the controls below
-            axis.axhline(len(texts), color="white", lw=4)
-        axis.set_ylabel("cut for")
-        axis.set_title("recovered" if state else "without recovery", fontsize=9,
-                       fontweight="normal")  # fmt: skip
-        axis.tick_params(axis="x", rotation=30)
-        axis.tick_params(axis="y", rotation=0)
-        scale = axis.collections[0].colorbar.ax.yaxis
-        scale.set_ticks(np.log(marks), [f"×{ratio:.3g}" for ratio in marks])
+        rows = matrix[matrix["recovered"] == state].pivot(index="cut", columns="text")
+        _domain_panel(axis, rows.loc[cuts], texts, limit)
+        axis.set_title("recovered" if state else "without recovery")
     axes[-1].set_xlabel("held-out text")
     return figure
 
 
-_STEPS = (1.02, 1.05, 1.1, 1.2, 1.5, 2, 3, 5, 10)
+def _domain_panel(axis: Axes, rows: pd.DataFrame, texts: list[str], limit: float) -> None:
+    """Cells ``[cut, text]`` of one state; the text's own model is framed."""
+    gaps = rows["difference"][texts]
+    sure = rows["difference_low"][texts] * rows["difference_high"][texts] > 0
+    sure |= gaps == 0  # the text's own model
+    words = rows["perplexity"][texts].map(short_number, form="#.3g")
+    words += "\n×" + np.exp(gaps).map(short_number, form="#.3g")
+    bar = {"label": "perplexity ÷ own model's", "extend": "both"}
+    scale = {"cmap": "PuOr_r", "vmin": -limit, "vmax": limit, "cbar_kws": bar}
+    heat(axis, gaps, words.where(sure, words.map("({})".format)), 7, **scale)
+    for place, text in enumerate(texts):
+        corner = (place, list(gaps.index).index(text))
+        axis.add_patch(Rectangle(corner, 1, 1, fill=False, lw=1.6, clip_on=False, zorder=3))
+    if len(gaps) > len(texts):  # the domains' models above, the controls below
+        axis.axhline(len(texts), color="white", lw=4)
+    axis.set_ylabel("pruned for")
+    axis.tick_params(axis="x", rotation=30)
+    axis.tick_params(axis="y", rotation=0)
+    step = next(step for step in _STEPS if 2.5 * np.log(step) >= limit or step == _STEPS[-1])
+    marks = [ratio for ratio in step ** np.arange(-2.0, 3) if abs(np.log(ratio)) <= limit]
+    ticks = axis.collections[0].colorbar.ax.yaxis
+    ticks.set_ticks(np.log(marks), [f"×{ratio:.3g}" for ratio in marks])

@@ -23,7 +23,8 @@ from PIL import Image
 from ..checks import DictOf, Instance, Text, checked
 from ..models import Size
 from ..studies import COMPONENTS, Magnitudes, Reading
-from .style import COMPONENT_STYLE, PART_STYLE, STYLE, colour, log_ticks
+from .axes import log_ticks
+from .style import COMPONENT_STYLE, PART_STYLE, STYLE, colour
 
 _UNITS = {
     "linear": "mean |input|, |output|",
@@ -31,7 +32,7 @@ _UNITS = {
     "embedding": "token's share of the text",
 }
 _BINS = 60
-_SMALL = {**STYLE, "font.size": 8, "axes.titlesize": 8.5}
+_SMALL = {**STYLE, "font.size": 8, "axes.titlesize": 8.5, "axes.titleweight": "bold"}
 _SIZES = ("stored", "non-zero", "layers")  # short: the next panel is near
 _MARGINS = {"left": 0.07, "right": 0.972, "top": 0.94, "bottom": 0.125, "hspace": 0.46}
 

@@ -1,4 +1,4 @@
-"""From a frame of any origin to one that can be drawn: columns checked, names made literal."""
+"""Frames made fit to draw: columns checked, names made literal."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _LONG = ("model", "protocol", "device")  # columns of sentences rather than name
 _TITLES = ("caption", "title")
 
 
-def drawn(
-    names: str = "", numbers: str = "", maybe: str = "", flags: str = "", empty: bool = False
+def draws_frame(
+    names: str = "", numbers: str = "", *, maybe: str = "", flags: str = "", empty: bool = False
 ) -> Callable:
     """Check a figure function's frame, its first argument, and draw it under the kit's style.
 
@@ -28,10 +28,11 @@ def drawn(
     ----------
     names, numbers, maybe, flags : str
         Columns, separated by spaces: of texts, of numbers, of numbers that may all be missing, of
-        truth values. What is not finite is not drawn.
+        truth values. Values that are not finite are not drawn.
     empty : bool
         Whether the function draws a frame without rows.
     """
+    texts, needed, optional = names.split(), numbers.split(), maybe.split()
 
     def decorate(function: Callable[..., Figure]) -> Callable[..., Figure]:
         signature = inspect.signature(function)
@@ -39,18 +40,19 @@ def drawn(
 
         @functools.wraps(function)
         def draw(*args, **options) -> Figure:
-            given = signature.bind(*args, **options).arguments
-            frame = Instance(pd.DataFrame)(first, given[first])
-            _refuse_missing(first, frame, f"{names} {numbers} {maybe} {flags}".split())
+            arguments = signature.bind(*args, **options).arguments
+            frame = Instance(pd.DataFrame)(first, arguments.pop(first))
+            _require_columns(first, frame, [*texts, *needed, *optional, *flags.split()])
             if frame.empty and not empty:
                 raise InvalidArgument(f"{first} has no rows; expected at least one to draw")
-            also = {name: None for name in ("domain",) if name in frame}  # of several plans
-            frame = _numeric(first, frame, numbers.split(), maybe.split(), empty)
-            given[first] = frame
-            given = _literal(first, given, list({**dict.fromkeys(names.split()), **also}))
+            for column in (*needed, *optional):
+                values = _finite(first, frame[column], required=column in needed and not empty)
+                frame = frame.assign(**{column: values})
+            domain = ["domain"] if "domain" in frame and "domain" not in texts else []
+            frame, arguments = _literal(first, frame, arguments, columns=[*texts, *domain])
             try:
                 with mpl.rc_context(STYLE):
-                    return function(**given)
+                    return function(frame, **arguments)
             except InvalidArgument:
                 raise
             except (LookupError, ValueError, TypeError, ArithmeticError) as error:
@@ -64,7 +66,7 @@ def drawn(
     return decorate
 
 
-def _refuse_missing(first: str, frame: pd.DataFrame, needed: list[str]) -> None:
+def _require_columns(first: str, frame: pd.DataFrame, needed: list[str]) -> None:
     absent = [name for name in needed if name not in frame]
     if absent:
         known = [str(name) for name in frame.columns]
@@ -72,60 +74,54 @@ def _refuse_missing(first: str, frame: pd.DataFrame, needed: list[str]) -> None:
         raise InvalidArgument(f"{first} has no column {', '.join(map(repr, absent))}; {hint}")
 
 
-def _numeric(
-    first: str, frame: pd.DataFrame, numbers: list[str], maybe: list[str], empty: bool
-) -> pd.DataFrame:
-    """The frame with numbers of Python's float where they are not finite; else as they are."""
-    changed = {}
-    for name in (*numbers, *maybe):
-        try:
-            values = pd.to_numeric(frame[name])
-        except (ValueError, TypeError) as error:
-            reason = first_line(error)
-            raise InvalidArgument(
-                f"column {name!r} of {first} holds no numbers: {reason}"
-            ) from None
-        finite = np.isfinite(values.astype(float))
-        if name in numbers and not finite.any() and not empty:
-            raise InvalidArgument(f"column {name!r} of {first} holds no finite number to draw")
-        if "perplexity" in name and (values <= 0).any():
-            low = values.min()
-            raise InvalidArgument(f"column {name!r} of {first} holds {low}; expected above 0")
-        if not finite.all() or values.dtype != frame[name].dtype:
-            changed[name] = values.where(finite)
-    return frame.assign(**changed) if changed else frame
+def _finite(first: str, values: pd.Series, *, required: bool) -> pd.Series:
+    """A column as numbers, NaN where they are not finite."""
+    column = f"column {values.name!r} of {first}"
+    try:
+        values = pd.to_numeric(values)
+    except (ValueError, TypeError) as error:
+        raise InvalidArgument(f"{column} holds no numbers: {first_line(error)}") from None
+    finite = np.isfinite(values.astype(float))
+    if required and not finite.any():
+        raise InvalidArgument(f"{column} holds no finite number to draw")
+    if "perplexity" in str(values.name) and (values <= 0).any():
+        raise InvalidArgument(f"{column} holds {values.min()}; expected above 0")
+    return values if finite.all() else values.where(finite)
 
 
-def _literal(first: str, given: Mapping[str, object], names: list[str]) -> dict[str, object]:
-    """Arguments whose names are drawn as they are written, in one line and not too long."""
-    frame = given[first]
-    for name in names:
-        odd = frame[name].map(lambda value: not isinstance(value, str))
-        if odd.any():
-            value = frame.loc[odd, name].iloc[0]
-            raise InvalidArgument(f"column {name!r} of {first} holds {value!r:.40}; expected texts")
-    found = {name: dict.fromkeys(frame[name].unique()) for name in names}
-    rest = [value for key, value in given.items() if key not in (first, *_TITLES)]
-    keys = [key for value in rest if isinstance(value, Mapping) for key in value]
-    texts = [value for value in rest if isinstance(value, str)]
-    short = _shown([*keys, *texts, *(v for n in names if n not in _LONG for v in found[n])])
-    long = _shown([value for name in names if name in _LONG for value in found[name]], 200)
-    new = {n: frame[n].map(long if n in _LONG else short) for n in names}
-    arguments = {first: frame.assign(**new)}
-    for key, value in given.items():
+def _literal(
+    first: str, frame: pd.DataFrame, arguments: dict[str, object], *, columns: list[str]
+) -> tuple[pd.DataFrame, dict[str, object]]:
+    """Frame and arguments whose names are drawn as they are written, in one line and not too long.
+
+    A name gets one form in all columns, dictionaries and single arguments.
+    """
+    for column in columns:
+        odd = frame.loc[frame[column].map(lambda value: not isinstance(value, str)), column]
+        if len(odd):
+            value = f"{odd.iloc[0]!r:.40}"
+            raise InvalidArgument(f"column {column!r} of {first} holds {value}; expected texts")
+    names = [name for column in columns if column not in _LONG for name in frame[column].unique()]
+    for key, value in arguments.items():
+        if isinstance(value, Mapping):
+            names += value
+        elif isinstance(value, str) and key not in _TITLES:
+            names.append(value)
+    sentences = [each for column in columns if column in _LONG for each in frame[column].unique()]
+    short, long = _shown(names), _shown(sentences, 200)
+    frame = frame.assign(**{c: frame[c].map(long if c in _LONG else short) for c in columns})
+    for key, value in arguments.items():
         if key in _TITLES:
             arguments[key] = Text()(key, value).replace("$", r"\$")
+        elif isinstance(value, Mapping):
+            arguments[key] = {short[name]: entry for name, entry in value.items()}
         elif isinstance(value, str):
             arguments[key] = short[value]
-        elif isinstance(value, Mapping):
-            arguments[key] = {short[each]: entry for each, entry in value.items()}
-        elif key != first:
-            arguments[key] = value
-    return arguments
+    return frame, arguments
 
 
 def _shown(names: list[str], longest: int = _LONGEST) -> dict[str, str]:
-    """What is drawn for each name; different names stay different."""
+    """Name to the text that is drawn for it; different names get different texts."""
     shown: dict[str, str] = {}
     for name in dict.fromkeys(names):
         words = " ".join("".join(c if c.isprintable() else " " for c in str(name)).split())

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from minigpt_lab import figures
-from minigpt_lab.figures import style
+from minigpt_lab.figures.axes import luminance
 from minigpt_lab.studies import analysis
 
 
@@ -168,7 +168,7 @@ def test_sweep_draws_every_method_and_mark(sweep):
     assert not signs & {(line.get_color(), line.get_marker()) for line in loss.lines}
     assert {colour for colour, _ in signs} == {"black"} and len(signs) == 2
     assert not {sign for pair in signs for sign in pair} & {
-        sign for pair in style.METHOD_STYLE.values() for sign in pair
+        sign for pair in figures.METHOD_STYLE.values() for sign in pair
     }
 
 
@@ -263,14 +263,14 @@ def test_pruning_heatmap_numbers_every_layer_and_every_cut(kept):
     heights = [patch.get_height() for patch in above.patches]
     assert len(heights) == 30 and heights[5] == pytest.approx((0.15 + 1 / 3) / 2)
     assert [text.get_text() for text in beside.texts] == ["43.5 %", "1.11 %"]
-    assert bar.get_ylabel() == "units cut"
+    assert bar.get_ylabel() == "units removed"
     assert "ffn 1,000; attention 3" in figure._supxlabel.get_text()
 
 
 def test_a_plan_that_cuts_no_unit_says_so(kept):
     whole = figures.pruning_heatmap(kept.assign(kept=kept["units"]))
-    assert "no unit is cut" in whole._supxlabel.get_text()
-    assert "no unit is cut" not in figures.pruning_heatmap(kept)._supxlabel.get_text()
+    assert "no unit is removed" in whole._supxlabel.get_text()
+    assert "no unit is removed" not in figures.pruning_heatmap(kept)._supxlabel.get_text()
 
 
 def test_pruning_heatmaps_share_a_scale_and_two_have_a_difference(kept):
@@ -327,7 +327,7 @@ def test_saving_writes_picture_vector_and_data(tmp_path, sweep):
 def test_every_colour_has_a_second_sign_for_grey(table):
     looks = list(getattr(figures, table).values())
     assert len({tint for tint, _ in looks}) == len({sign for _, sign in looks}) == len(looks)
-    assert all(style.luminance(tint) < 0.5 for tint, _ in looks)  # each stands out from white
+    assert all(luminance(tint) < 0.5 for tint, _ in looks)  # each stands out from white
 
 
 def test_colours_are_one_per_domain():
@@ -347,7 +347,7 @@ def test_words_stand_out_from_their_cells():
     )  # fmt: skip
     axis = figures.overlap_matrix(overlap).axes[0]
     for text, face in zip(axis.texts, axis.collections[0].get_facecolors(), strict=True):
-        dark, light = sorted([style.luminance(text.get_color()), style.luminance(face[:3])])
+        dark, light = sorted([luminance(text.get_color()), luminance(face[:3])])
         assert (light + 0.05) / (dark + 0.05) > 4.5  # WCAG's contrast for small print
 
 
