@@ -25,7 +25,7 @@ from ..checks import Batches, Flag, Integer, Location, Model, Number, OneOf, che
 from ..criteria import chosen_sites
 from ..domains import unpadded
 from ..models import Anatomy, fingerprint, is_offloaded
-from ..planning import one_target, parameters_to_remove, unit_counts, unit_steps
+from ..planning import LayerSite, one_target, parameters_to_remove, unit_counts, unit_steps
 from ..store import ResultCache, Shards
 from .budgets import Budget, Budgets
 from .descent import Descent
@@ -181,7 +181,7 @@ def search_counts(
         solver=settings,
         effort=effort,
         offload=offload,
-        ledger=ResultCache(out_dir and f"{out_dir}/search.jsonl"),
+        cache=ResultCache(out_dir and f"{out_dir}/search.jsonl"),
         progress=progress,
     )
     history = search.run(starts)
@@ -211,33 +211,20 @@ def _largest_size(model: PreTrainedModel, remove: float) -> int:
     return math.floor(sum(parameter.numel() for parameter in model.parameters()) - remove)
 
 
+@dataclass(frozen=True)
 class _BudgetSearch:
     """The search between its arguments and its result."""
 
-    def __init__(
-        self,
-        model,
-        windows,
-        layer_sites,
-        divisors,
-        remove,
-        solver,
-        effort,
-        offload,
-        ledger,
-        progress,
-    ):
-        self.model, self.layer_sites, self.solver = model, layer_sites, solver
-        self.divisors, self.remove, self.effort = divisors, remove, effort
-        self.offload, self.ledger, self.progress = offload, ledger, progress
-        self.held_out, self.fitted = split_windows(windows, effort.validation_fraction)
-        self.facts = {
-            "model": fingerprint(model),
-            "tokens": _hash(windows),
-            "chosen": _hash(self.held_out),
-            "solver": solver.to_dict(),
-            "sites": [[each.site, each.layer] for each in layer_sites],
-        }
+    model: PreTrainedModel
+    windows: Sequence[torch.Tensor]  # tokens [window, token]
+    layer_sites: Sequence[LayerSite]
+    divisors: Sequence[int]  # of the number of kept units, for each site
+    remove: float  # parameters
+    solver: Solver
+    effort: Effort
+    offload: str
+    cache: ResultCache
+    progress: bool
 
     def run(self, starts: Mapping[str, Sequence[int]]) -> pd.DataFrame:
         """Search from some counts; gives the rows of all rounds."""
@@ -262,12 +249,19 @@ class _BudgetSearch:
         )
         begin = {stage: budgets.from_counts(counts) for stage, counts in starts.items()}
         base = next(iter(begin.values()))
-        facts = {**self.facts, "counts": budgets.counts, "base": base}
+        held_out, others = split_windows(self.windows, self.effort.validation_fraction)
+        facts = {
+            "model": fingerprint(self.model),
+            "tokens": _hash(self.windows),
+            "chosen": _hash(held_out),
+            "solver": self.solver.to_dict(),
+            "sites": [[each.site, each.layer] for each in self.layer_sites],
+            "counts": budgets.counts,
+            "base": base,
+        }
         levels = (self.layer_sites, budgets.counts, self.solver, self.offload)
         with supernet(self.model, *levels) as net:
-            trials = Trials(
-                net, base, self.fitted, self.held_out, self.ledger, facts, self.progress
-            )
+            trials = Trials(net, base, others, held_out, self.cache, facts, self.progress)
             rows = {}
             for stage, budget in begin.items():
                 rows[stage] = measured(trials, budgets, budget)
@@ -276,7 +270,7 @@ class _BudgetSearch:
             best = begin[min(rows, key=lambda stage: rows[stage]["kl"])]
             descent = Descent(budgets, best, [self.effort.seed, round_])
             for step in range(self.effort.steps):
-                window, below, sample = descent.sample(len(self.held_out))
+                window, below, sample = descent.sample(len(held_out))
                 slopes = trials.slopes(window, below, sample) / budgets.gaps(below)
                 descent.step(slopes, self.effort.step_size_at(round_, step))
                 done()

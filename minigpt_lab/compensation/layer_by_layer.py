@@ -134,7 +134,7 @@ def slimgpt(
         Show a progress bar.
     **solver
         Fields of `minigpt_lab.compensation.Solver`: ``saliency="exact"`` (or ``"slimgpt"``,
-        ``"diag"``), ``heads_per_round=1``, ``block_size="dynamic"``, ``damping=0.3``,
+        ``"diag"``), ``block_size="dynamic"`` (or a number), ``damping=0.3``,
         ``damping_mode="feature"`` (or ``"mean"``), ``bias="refit"`` (or ``"add"``, ``"keep"``),
         ``compensate=True``, ``dtype=torch.float32``.
 

@@ -19,7 +19,6 @@ import torch
 
 from ..calibration import DAMPING_MODES, Indefinite, damped_inverse, refit
 from ..checks import Flag, Instance, Integer, Number, OneOf, checked, invalid, safe_contextmanager
-from .block_sizes import BlockSize, next_block
 
 
 def exact_saliency(W: torch.Tensor, H_inv: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
@@ -73,6 +72,21 @@ def _unit_blocks(H_inv: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
 SALIENCIES = {"exact": exact_saliency, "slimgpt": slimgpt_saliency, "diag": diagonal_saliency}
 
 
+#: Check of `block_size`.
+BLOCK_SIZE = Integer(1) | OneOf(["dynamic"])
+
+
+def next_block(block_size: str | int, removed: int, count: int) -> int:
+    """Number of units to remove before the next update, at most what is still to be removed.
+
+    SlimGPT's dynamic group size starts large, "such as 1024", and ends at about 8; how it gets from
+    one to the other is not published, half of what is still to be removed is our choice.
+    """
+    remaining = count - removed
+    size = min(max(remaining // 2, 8), 1024) if block_size == "dynamic" else block_size
+    return min(size, remaining)
+
+
 @dataclass(frozen=True)
 class Elimination:
     """A linear layer after some units of its input were removed.
@@ -109,7 +123,7 @@ class Elimination:
     units=Instance(torch.Tensor),
     count=Integer(0),
     saliency=OneOf(SALIENCIES),
-    block_size=BlockSize,
+    block_size=BLOCK_SIZE,
     damping=Number(0),
     damping_mode=OneOf(DAMPING_MODES),
     compensate=Flag(),
@@ -143,8 +157,8 @@ def eliminate(
         Units to remove; less than all.
     saliency : {"exact", "slimgpt", "diag"}
         Key of `SALIENCIES`.
-    block_size : int or {"dynamic", "released"}
-        Units per block: constant, or shrinking as SlimGPT describes it or as its code has it.
+    block_size : int or "dynamic"
+        Units per block: constant, or shrinking, see `next_block`.
     damping, damping_mode : float, {"feature", "mean"}
         See `damped_inverse`; raised if the matrix is not definite.
     compensate : bool

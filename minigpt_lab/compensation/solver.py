@@ -11,10 +11,9 @@ import torch
 from torch import nn
 
 from ..calibration import DAMPING_MODES, Indefinite, LayerRunner, Moments
-from ..checks import Flag, Integer, Number, OneOf, check_fields, invalid, suggest
+from ..checks import Flag, Number, OneOf, check_fields, invalid, suggest
 from ..models import Anatomy, add_bias, rebuild_layer, weight_axis
-from .block_sizes import BlockSize
-from .obs import SALIENCIES, Elimination, eliminate_levels
+from .obs import BLOCK_SIZE, SALIENCIES, Elimination, eliminate_levels
 
 BIASES = ["refit", "add", "keep"]
 
@@ -28,10 +27,8 @@ class Solver:
     saliency : {"exact", "slimgpt", "diag"}
         Estimate of the loss of removing one head (for channels they agree): exact, as in the paper,
         or as in its ablation.
-    heads_per_round : int
-        Heads (or key/value groups) removed between two updates.
-    block_size : int or {"dynamic", "released"}
-        Channels removed between two updates.
+    block_size : int or "dynamic"
+        Channels removed between two updates (of heads it is one).
     damping, damping_mode : float, {"feature", "mean"}
         Share of the diagonal that is added to the second moment, see `damped_inverse`. SparseGPT
         and SlimGPT's code take 0.01 of its mean (``damping_mode="mean"``); that overfits a few
@@ -46,7 +43,6 @@ class Solver:
     """
 
     saliency: str = "exact"
-    heads_per_round: int = 1
     block_size: str | int = "dynamic"
     damping: float = 0.3
     damping_mode: str = "feature"
@@ -58,8 +54,7 @@ class Solver:
         check_fields(
             self,
             saliency=OneOf(SALIENCIES),
-            heads_per_round=Integer(1),
-            block_size=BlockSize,
+            block_size=BLOCK_SIZE,
             damping=Number(0),
             damping_mode=OneOf(DAMPING_MODES),
             bias=OneOf(BIASES),
@@ -169,7 +164,7 @@ def solve_levels(problem: Problem, counts: Sequence[int], solver: Solver) -> lis
     ValueError
         If that is not enough either; the projection is named.
     """
-    block_size = solver.block_size if problem.site == "ffn" else solver.heads_per_round
+    block_size = solver.block_size if problem.site == "ffn" else 1
     settings = (solver.saliency, block_size, solver.damping, solver.damping_mode, solver.compensate)
     W, H, units = problem.W, problem.H, problem.units
     dtypes = [W.dtype] if W.device.type == "mps" else [W.dtype, torch.float64]

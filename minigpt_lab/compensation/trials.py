@@ -16,7 +16,7 @@ from .supernetwork import Supernet
 class Trials:
     """Divergence of pruned predictions from the dense ones, and its slopes.
 
-    The supernet is filled only when something must be measured that the ledger does not know.
+    The supernet is filled only when something must be measured that the cache does not know.
 
     Parameters
     ----------
@@ -26,7 +26,7 @@ class Trials:
         Arguments of `Supernet.fill`.
     held_out : sequence of torch.Tensor
         Tokens on which budgets are measured ``[window, token]``.
-    ledger : ResultCache
+    cache : ResultCache
         Known measurements.
     facts : dict
         All that measurements depend on, beside the budget.
@@ -40,24 +40,24 @@ class Trials:
         base: Budget,
         windows: Sequence[torch.Tensor],
         held_out: Sequence[torch.Tensor],
-        ledger: ResultCache,
+        cache: ResultCache,
         facts: dict,
         progress: bool,
     ):
         self.net, self.fill_with = net, (windows, base, progress)
-        self.held_out, self.ledger = held_out, ledger
+        self.held_out, self.cache = held_out, cache
         self.key = cache_key(facts)
         self.n_tokens = sum(ids.numel() for ids in held_out)
         self.dense: Shards | None = None  # log-probabilities of the dense model
 
     def divergence(self, budget: Budget) -> float:
         """Mean KL divergence of a token's predictions from the dense ones, in nats."""
-        return self.ledger.get([self.key, budget], lambda: self._divergence(budget))["kl"]
+        return self.cache.get([self.key, budget], lambda: self._divergence(budget))["kl"]
 
     def slopes(self, window: int, below: Budget, budget: Budget) -> np.ndarray:
         """Rise of the divergence from level to level, judged by one window ``[site]``."""
         key = [self.key, budget, below, window]
-        found = self.ledger.get(key, lambda: self._slopes(window, below, budget))
+        found = self.cache.get(key, lambda: self._slopes(window, below, budget))
         return np.array(found["rises"])
 
     def _divergence(self, budget: Budget) -> dict[str, float]:

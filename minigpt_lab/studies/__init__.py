@@ -1,24 +1,20 @@
-"""What the notebooks ask of the modules before: many cuts, texts or sizes beside each other."""
+"""The questions of the notebooks, as tables: many variants, texts or sizes beside each other."""
 
 from .ablations import (
+    PUBLISHED_ALLOCATIONS,
     PUBLISHED_DENSE,
     PUBLISHED_FIRST_LAYER,
-    PUBLISHED_SCHEDULES,
     calibration_amounts,
-    layer_losses,
-    layer_problems,
     one_layer_at_a_time,
     slimgpt_timing,
     slimgpt_variants,
 )
+from .activations import activation_frame, calibration_stability, neuron_overlap
 from .analysis import (
     PAPER_EPSILONS,
-    activation_frame,
-    calibration_stability,
     knee,
     matched_plan,
     measure,
-    neuron_overlap,
     threshold_sweep,
 )
 from .lookups import (
@@ -46,9 +42,8 @@ from .methods import (
     scoring_costs,
     slimgpt_runs,
 )
-from .smallest import (
-    smallest_within,
-)
+from .projections import layer_losses, layer_problems
+from .smallest import smallest_within
 from .tables import (
     cosine_curve,
     parameter_budget,
@@ -58,9 +53,9 @@ from .tables import (
 __all__ = [
     "COMPONENTS",
     "PAPER_EPSILONS",
+    "PUBLISHED_ALLOCATIONS",
     "PUBLISHED_DENSE",
     "PUBLISHED_FIRST_LAYER",
-    "PUBLISHED_SCHEDULES",
     "Magnitudes",
     "Method",
     "Reading",

@@ -1,4 +1,4 @@
-"""SlimGPT taken apart: what each of its choices is worth on one model and the same text."""
+"""Ablations of SlimGPT on one model and the same text."""
 
 from __future__ import annotations
 
@@ -11,37 +11,34 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
-import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..calibration import LayerRunner, catch_inputs, damped_inverse, refit, tokens_hash
+from ..calibration import tokens_hash
 from ..checks import DictOf, Instance, Integer, ListOf, Model, Text, checked
 from ..compensation import (
-    Problem,
     Solver,
-    full_precision,
-    quadratic_form,
-    read_problem,
-    reconstruction_loss,
     slimgpt,
-    solve,
 )
-from ..domains import Part, excerpt, tokenize, unpadded
-from ..evaluation import generate, perplexity, timed
-from ..models import Anatomy, PruningPlan, fingerprint, inference, model_size
-from ..store import ResultCache, Shards, cache_key, content_hash
+from ..domains import Part, tokenize, unpadded
+from ..evaluation import generate, timed
+from ..models import Anatomy, PruningPlan, fingerprint, inference
+from ..store import ResultCache
 from .arguments import BATCHES, FOLDER, PAIR, PART, PROTOCOL, SHARES, TEXTS
+from .held_out import HeldOut
 
 #: SlimGPT's dense model: perplexity of LLaMA-7B on WikiText2 in windows of 128.
 PUBLISHED_DENSE = 12.63
-#: Its table 6, same protocol: cut by 50 %, not fine-tuned, calibrated on 256 windows of C4 of 2,048
-#: tokens; 3.34 to 3.5 billion parameters are left.
-PUBLISHED_SCHEDULES = {
-    "log-increase": 38.83, "linear-increase": 46.57, "uniform": 123.05,
-    "log-decrease": 380.69, "linear-decrease": 932.64,
-}  # fmt: skip
-#: Its figure 2, same protocol: share of layer 0 alone that leaves, to perplexity.
+#: Its table 6, same protocol: pruned by 50 %, not fine-tuned, calibrated on 256 windows of C4 of
+#: 2,048 tokens; 3.34 to 3.5 billion parameters are kept.
+PUBLISHED_ALLOCATIONS = {
+    "log-increase": 38.83,
+    "linear-increase": 46.57,
+    "uniform": 123.05,
+    "log-decrease": 380.69,
+    "linear-decrease": 932.64,
+}
+#: Its figure 2, same protocol: share removed from layer 0 alone, to perplexity.
 PUBLISHED_FIRST_LAYER = {0.25: 12.64, 0.5: 13.98, 0.75: 21.49}
 
 _DEFAULTS = asdict(Solver()) | {
@@ -50,9 +47,15 @@ _DEFAULTS = asdict(Solver()) | {
 
 
 @checked(
-    **PAIR, **PROTOCOL, variants=DictOf(Text(), Instance(Mapping), 1), batches=BATCHES, texts=TEXTS,
-    prompt=Text(), new_tokens=Integer(1), out_dir=FOLDER,
-)  # fmt: skip
+    **PAIR,
+    **PROTOCOL,
+    variants=DictOf(Text(), Instance(Mapping), 1),
+    batches=BATCHES,
+    texts=TEXTS,
+    prompt=Text(),
+    new_tokens=Integer(1),
+    out_dir=FOLDER,
+)
 def slimgpt_variants(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -99,50 +102,45 @@ def slimgpt_variants(
     """
     if "dense" in variants or {"inplace", "out_dir", "progress"} & set().union(*variants.values()):
         raise ValueError("a study names 'dense' and sets inplace, out_dir, progress by itself")
-    ledger = ResultCache(out_dir and Path(out_dir) / "variants.jsonl")
-    read = [excerpt(text, tokenizer, max_tokens=max_tokens) for text in texts]
-    protocol = {"seq_len": seq_len, "max_characters": None}
-    recipe = [fingerprint(model), [*map(content_hash, read)], protocol, prompt, new_tokens]
+    path = out_dir and Path(out_dir) / "variants.jsonl"
+    held_out = HeldOut(model, tokenizer, texts, max_tokens=max_tokens, seq_len=seq_len, path=path)
 
-    def measured(options: dict | None, key: dict | None) -> dict:
-        mini, plan = model, None
+    def measured(options: dict | None, key: list) -> dict:
+        pruned, plan = model, None
         if options is not None:
-            long = options.get("allocation") == "search"
-            name = cache_key([*recipe, key])
-            kept = Path(out_dir) / f"search-{name[:8]}" if long and out_dir else None
-            mini, plan = slimgpt(model, **options, out_dir=kept, progress=long)
-        return {
-            "stored": model_size(mini).stored,
-            "rows": [
-                perplexity(mini, tokenizer, text, progress=False, **protocol).row() for text in read
-            ],
-            "continuation": prompt and generate(mini, tokenizer, prompt, max_new_tokens=new_tokens),
-            "layers": [] if plan is None else _budget(model, plan),
-        }
+            search = options.get("allocation") == "search"
+            folder = (
+                Path(out_dir) / f"search-{held_out.folder_name(key)}"
+                if search and out_dir
+                else None
+            )
+            pruned, plan = slimgpt(model, **options, out_dir=folder, progress=search)
+        text = prompt and generate(pruned, tokenizer, prompt, max_new_tokens=new_tokens)
+        layers = [] if plan is None else _layer_rows(model, plan)
+        return {**held_out.measure(pruned), "continuation": text, "layers": layers}
 
-    rows, layers, dense = [], [], model_size(model).stored
+    rows, layers = [], []
     for name, given in tqdm({"dense": None, **variants}.items(), desc="SlimGPT", unit="variant"):
         options = None if given is None else {"batches": batches, **given}
-        key = None if options is None else _settings(options)
-        found = ledger.get([*recipe, key], lambda given=(options, key): measured(*given))
+        key = [prompt, new_tokens, options and _settings(options)]
+        result = held_out.get(key, lambda options=options, key=key: measured(options, key))
         facts = {"variant": name, "compensated": (given or {}).get("compensate", True)}
-        facts |= {"stored": found["stored"], "removed": 1 - found["stored"] / dense}
-        facts |= {"continuation": found["continuation"]}
-        rows += [{**facts, **row} for row in found["rows"]]
-        layers += [{"variant": name, **row} for row in found["layers"]]
+        rows += held_out.table_rows(result, **facts, continuation=result["continuation"])
+        layers += [{"variant": name, **row} for row in result["layers"]]
     table = pd.DataFrame(rows)
-    level = table["text"].map(table[: len(read)].set_index("text")["perplexity"])
-    table.insert(4, "perplexity_ratio", table["perplexity"] / level)
+    dense = table[table["variant"] == "dense"].set_index("text")["perplexity"]
+    table.insert(4, "perplexity_ratio", table["perplexity"] / table["text"].map(dense))
     return table, pd.DataFrame(layers)
 
 
 def _settings(options: Mapping[str, object]) -> dict[str, object]:
-    """What a variant's result depends on: its tokens, options not the default, all of a search."""
-    apart = {k: v for k, v in options.items() if k not in _DEFAULTS or v != _DEFAULTS[k]}
-    return apart | {"batches": tokens_hash(options["batches"])}
+    """What a variant's result depends on: its tokens, and options that are not the default."""
+    changed = {k: v for k, v in options.items() if k not in _DEFAULTS or v != _DEFAULTS[k]}
+    return changed | {"batches": tokens_hash(options["batches"])}
 
 
-def _budget(model: PreTrainedModel, plan: PruningPlan) -> list[dict]:
+def _layer_rows(model: PreTrainedModel, plan: PruningPlan) -> list[dict]:
+    """Rows of the table of layers, as plain data."""
     frame, anatomy, errors = plan.to_frame(), Anatomy(model), plan.origin["error"]
     places = list(zip(frame["site"], frame["layer"], strict=True))
     frame["cost"] = [anatomy.unit_parameters(*place) for place in places]
@@ -180,27 +178,29 @@ def one_layer_at_a_time(
         That of `slimgpt_variants` without the dense model, with ``layer`` and ``ratio``.
     """
     last = len(Anatomy(model).layers) - 1
-    cells = {
-        f"layer {layer}, {ratio:.0%}": {"layer": layer, "ratio": ratio}
-        for layer in sorted({round(place * last) for place in places})
-        for ratio in ratios
-    }
-    variants = {
-        name: {"ratio": cell["ratio"], "allocation": "uniform",
-               "keep_layers": [cell["layer"], last - cell["layer"]]}
-        for name, cell in cells.items()
-    }  # fmt: skip
+    cells, variants = [], {}
+    for layer in sorted({round(place * last) for place in places}):
+        for ratio in ratios:
+            name = f"layer {layer}, {ratio:.0%}"
+            cells.append({"variant": name, "layer": layer, "ratio": ratio})
+            keep_layers = [layer, last - layer]
+            variants[name] = {"ratio": ratio, "allocation": "uniform", "keep_layers": keep_layers}
     table, _ = slimgpt_variants(
         model, tokenizer, variants, batches=batches, texts=texts, **measuring
     )
-    facts = pd.DataFrame.from_dict(cells, orient="index").rename_axis("variant").reset_index()
-    return facts.merge(table, on="variant")
+    return pd.DataFrame(cells).merge(table, on="variant")
 
 
 @checked(
-    **PAIR, source=PART, texts=TEXTS, options=DictOf(Text()), tokens=ListOf(Integer(2), 1),
-    lengths=ListOf(Integer(2), 1), total=Integer(2), seq_len=Integer(2),
-)  # fmt: skip
+    **PAIR,
+    source=PART,
+    texts=TEXTS,
+    options=DictOf(Text()),
+    tokens=ListOf(Integer(2), 1),
+    lengths=ListOf(Integer(2), 1),
+    total=Integer(2),
+    seq_len=Integer(2),
+)
 def calibration_amounts(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -214,7 +214,7 @@ def calibration_amounts(
     seq_len: int = 256,
     **measuring,
 ) -> pd.DataFrame:
-    """What more calibration text is worth, and what longer windows of the same text are.
+    """Vary the amount of calibration text, and the length of its windows at one amount.
 
     Parameters
     ----------
@@ -246,91 +246,17 @@ def calibration_amounts(
     shapes += [(f"tokens per window, {total:,} in all", n, total) for n in lengths]
     cells, variants = [], {}
     for setting, length, amount in shapes:
-        found = tokenize(source, tokenizer, seq_len=length, max_tokens=amount)
-        held = sum(batch["input_ids"].numel() for batch in found)
+        batches = tokenize(source, tokenizer, seq_len=length, max_tokens=amount)
+        held = sum(batch["input_ids"].numel() for batch in batches)
         value = held if setting == shapes[0][0] else length
         name = f"{held:,} tokens in windows of {length:,}"
         cells.append({"variant": name, "setting": setting, "value": value})
-        variants[name] = {**options, "batches": found}
+        variants[name] = {**options, "batches": batches}
     table, _ = slimgpt_variants(
-        model, tokenizer, variants, batches=found, texts=texts, seq_len=seq_len, **measuring
+        model, tokenizer, variants, batches=batches, texts=texts, seq_len=seq_len, **measuring
     )
     dense = table[table["variant"] == "dense"].set_index("text")["perplexity"]
     return pd.DataFrame(cells).merge(table.assign(dense=table["text"].map(dense)), on="variant")
-
-
-@checked(model=Model(), batches=BATCHES, layer=Integer(0))
-def layer_problems(
-    model: PreTrainedModel, batches: Sequence[dict], *, layer: int, **solver
-) -> dict[str, Problem]:
-    """What the two projections that read units (o, down) read in one layer of the dense model.
-
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel
-        A supported causal language model; left as it is.
-    batches : sequence of dict
-        Calibration tokens.
-    layer : int
-        Which layer.
-    **solver
-        Fields of `Solver`.
-    """
-    anatomy, hidden, options = Anatomy(model), Shards(), Solver(**solver)
-    with inference(model), full_precision():
-        calls = catch_inputs(model, batches, hidden)
-        for index in range(layer):
-            LayerRunner(anatomy, index, hidden, calls).finish()
-        one = LayerRunner(anatomy, layer, hidden, calls)
-        return {
-            site: read_problem(anatomy, one, layer, site, options)
-            for site in ("attention", "ffn")  # in the order of the data flow
-        }
-
-
-@checked(
-    problems=DictOf(Text(), Instance(Problem), 1), ratios=SHARES, n_random=Integer(1),
-    seed=Integer(0),
-)  # fmt: skip
-def layer_losses(
-    problems: Mapping[str, Problem], ratios: Sequence[float], *, n_random: int = 3, seed: int = 0
-) -> pd.DataFrame:
-    """Loss of one layer's projections: units chosen or drawn, the rest refitted or as it was.
-
-    Parameters
-    ----------
-    problems : mapping
-        From `layer_problems`.
-    ratios : sequence of float
-        Shares of units that leave, rounded to whole units.
-    n_random, seed : int
-        Random choices for each, and the seed of the first.
-
-    Returns
-    -------
-    pandas.DataFrame
-        Columns ``site, units, leave, share, choice`` (SlimGPT, random), ``draw, compensated, loss``
-        (relative to ``tr(W H Wᵀ)``, that of removing everything).
-    """
-    rows, options = [], Solver()
-    for site, given in problems.items():
-        total, scale = len(given.units), quadratic_form(given.W, given.H)
-        damped, _ = damped_inverse(given.H, options.damping, options.damping_mode)
-        for leave in sorted({round(ratio * total) for ratio in ratios} - {0, total}):
-            chosen = {("SlimGPT", 0): solve(given, leave, options).kept}
-            for draw in range(n_random):
-                order = torch.randperm(total, generator=torch.Generator().manual_seed(seed + draw))
-                chosen["random", draw] = order[leave:].sort().values.tolist()
-            for (choice, draw), kept in chosen.items():
-                columns = given.columns(kept)
-                ways = {True: refit(given.W, damped, columns), False: given.W[:, columns]}
-                facts = {"site": site, "units": total, "leave": leave, "share": leave / total}
-                rows += [
-                    {**facts, "choice": choice, "draw": draw, "compensated": refitted,
-                     "loss": reconstruction_loss(given.W, given.H, W, columns) / scale}
-                    for refitted, W in ways.items()
-                ]  # fmt: skip
-    return pd.DataFrame(rows)
 
 
 @checked(model=Model(), calibrations=ListOf(BATCHES, 1), repeats=Integer(1), out_dir=FOLDER)
@@ -368,33 +294,37 @@ def slimgpt_timing(
         of it), ``repeats, device``.
     """
 
-    def plain(batches) -> None:
+    def forward(batches) -> None:
         with inference(model):
             for ids in unpadded(batches):
                 model.base_model(input_ids=ids.to(model.device), use_cache=False)
 
-    def pruned(batches) -> None:
+    def prune(batches) -> None:
         slimgpt(model, batches, **options, progress=False)
 
     def measured(batches) -> dict:
-        plain(batches)  # warms caches and kernels up
-        rounds = [
-            [timed(model.device, lambda act=act: act(batches))[0] for act in (plain, pruned)]
+        forward(batches)  # warms caches and kernels up
+        seconds = [
+            [timed(model.device, lambda run=run: run(batches))[0] for run in (forward, prune)]
             for _ in range(repeats)
         ]
-        forward, whole = (statistics.median(times) for times in zip(*rounds, strict=True))
-        ratios = [slow / fast for fast, slow in rounds]
+        passes = [slow / fast for fast, slow in seconds]
+        medians = [statistics.median(column) for column in zip(*seconds, strict=True)]
         return {
             "tokens": sum(batch["input_ids"].numel() for batch in batches),
-            "forward_seconds": forward, "slimgpt_seconds": whole,
-            "passes": statistics.median(ratios), "low": min(ratios), "high": max(ratios),
-            "repeats": repeats, "device": str(model.device),
-        }  # fmt: skip
+            "forward_seconds": medians[0],
+            "slimgpt_seconds": medians[1],
+            "passes": statistics.median(passes),
+            "low": min(passes),
+            "high": max(passes),
+            "repeats": repeats,
+            "device": str(model.device),
+        }
 
-    ledger = ResultCache(out_dir and Path(out_dir) / "timing.jsonl")
-    recipe = [fingerprint(model), str(model.device), repeats]  # the hash is kept from now on
+    cache = ResultCache(out_dir and Path(out_dir) / "timing.jsonl")
+    facts = [fingerprint(model), str(model.device), repeats]  # the hash is kept from now on
     rows = []
-    for found in tqdm(calibrations, desc="timing", unit="calibration"):
-        key = [*recipe, _settings({"batches": found, **options})]
-        rows.append(ledger.get(key, lambda found=found: measured(found)))
+    for batches in tqdm(calibrations, desc="timing", unit="calibration"):
+        key = [*facts, _settings({"batches": batches, **options})]
+        rows.append(cache.get(key, lambda batches=batches: measured(batches)))
     return pd.DataFrame(rows)

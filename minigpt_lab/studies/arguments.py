@@ -4,27 +4,23 @@ from ..calibration import Statistics
 from ..checks import (
     Array,
     Batches,
-    Flag,
     Instance,
     Integer,
     ListOf,
     Location,
     Model,
     Number,
-    Text,
     Texts,
     Tokenizer,
 )
 from ..domains import Part
 
 BATCHES = Batches()
-CACHE = Flag() | Location()
 COUNTS = Array() | None
 FOLDER = Location() | None
 MODEL = Model()
 PART = Texts()
 SHARES = ListOf(Number(0, 1), 1)
-SITES = ListOf(Text(), 1)
 STATISTICS = Instance(Statistics, "lab.collect_statistics gives it")
 TEXTS = ListOf(Instance(Part, "domain.test is one"), 1)
 PAIR = {"model": MODEL, "tokenizer": Tokenizer()}

@@ -77,9 +77,10 @@ class Magnitudes:
 
 
 @checked(
-    magnitudes=DictOf(Text(), Instance(Magnitudes), 1), component=OneOf(COMPONENTS),
+    magnitudes=DictOf(Text(), Instance(Magnitudes), 1),
+    component=OneOf(COMPONENTS),
     epsilon=Number(0) | None,
-)  # fmt: skip
+)
 def threshold_range(
     magnitudes: Mapping[str, Magnitudes], component: str, epsilon: float | None = None
 ) -> tuple[float, float]:
@@ -112,8 +113,9 @@ class Reading:
 
 @checked(
     sweep=Frame(("component", "method"), ("epsilon", "perplexity_ratio")) | None,
-    component=OneOf((*COMPONENTS, "all")), epsilon=Number(0),
-)  # fmt: skip
+    component=OneOf((*COMPONENTS, "all")),
+    epsilon=Number(0),
+)
 def read_sweep(sweep: pd.DataFrame | None, component: str, epsilon: float) -> Reading | None:
     """Perplexity ÷ dense of the contextual cut at ε, read from a finished sweep.
 

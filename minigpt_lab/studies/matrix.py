@@ -1,13 +1,14 @@
-"""Is pruning contextual? Every domain's cut, measured on every domain, at one stored size.
+"""Is pruning contextual? Every domain's pruned model, measured on every domain, at one stored size.
 
-If a model cut for a domain keeps what that domain needs, then on the domain's held-out text it
-beats the models cut for other domains: the diagonal of the table wins its columns. Beside it stand
-cuts of the same size that know no domain (random units, smallest weights) and one that knows all.
+If a model pruned for a domain keeps what that domain needs, then on the domain's held-out text it
+beats the models pruned for other domains: the diagonal of the table wins its columns. Controls of
+the same size know no domain (random units, smallest weights) or all of them (mix).
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -37,9 +38,9 @@ from ..models import PruningPlan, fingerprint, model_size, shrink
 from ..planning import plan_from_scores
 from ..recovery import recover
 from ..store import ResultCache, content_hash
-from .analysis import set_overlap
+from .activations import set_overlap
 
-#: Cuts that no domain has chosen: all domains together, random units, smallest weights.
+#: Plans that no domain has chosen: all domains together, random units, smallest weights.
 CONTROLS = ("mix", "random", "magnitude")
 Plans = Mapping[tuple[str, int], PruningPlan]
 
@@ -83,7 +84,7 @@ def domain_plans(
     calibration_tokens, seq_len : int
         Tokens per sample, and per window.
     sites : tuple of str
-        Which of ``"ffn"`` and ``"attention"`` to cut.
+        Sites to prune: ``"ffn"``, ``"attention"``.
     out_dir : str or path, optional
         Folder in which the statistics are kept, so that a second call needs no pass.
 
@@ -103,52 +104,59 @@ def domain_plans(
         raise ValueError(
             f"domains are {names}; expected two or more, of different names, none of {CONTROLS}"
         )
-    plans = {}
-
-    def add(cut: str, draw: int, criterion: str, **how) -> None:
-        scores = score(model, criterion, sites=sites, **how)
-        plans[cut, draw] = plan_from_scores(model, scores, ratio=ratio)
-
-    found = {}
+    # 1. Statistics of every sample of every domain; together they are those of the mix.
+    scored: dict[tuple[str, int], tuple[str, dict]] = {}
     for domain in domains:
-        batches = tokenize(
-            domain.calibration, tokenizer, seq_len=seq_len, max_tokens=samples * calibration_tokens
-        )
-        available = sum(batch["input_ids"].numel() for batch in batches)
-        if available < samples * (calibration_tokens // seq_len) * seq_len:
-            raise ValueError(
-                f"{domain.calibration} has {available} tokens, {samples} samples of "
-                f"{calibration_tokens} need more; take fewer samples or calibration_tokens"
-            )
-        for draw, batch in enumerate(batches.samples(samples)):
-            path = out_dir and Path(out_dir) / f"statistics-{domain.name}-{draw}.safetensors"
-            found[domain.name, draw] = collect_statistics(model, batch, path=path)
-            add(domain.name, draw, "contextual", statistics=found[domain.name, draw])
-    for draw in range(samples):
-        first, *rest = (found[name, draw] for name in names)
-        add("mix", draw, "contextual", statistics=sum(rest, first))
-        add("random", draw, "random", seed=draw)
-    add("magnitude", 0, "magnitude")
+        pieces = _samples(domain, tokenizer, samples, calibration_tokens, seq_len)
+        for sample, batches in enumerate(pieces):
+            path = out_dir and Path(out_dir) / f"statistics-{domain.name}-{sample}.safetensors"
+            statistics = collect_statistics(model, batches, path=path)
+            scored[domain.name, sample] = "contextual", {"statistics": statistics}
+    for sample in range(samples):
+        first, *others = (scored[name, sample][1]["statistics"] for name in names)
+        scored["mix", sample] = "contextual", {"statistics": sum(others, first)}
+        scored["random", sample] = "random", {"seed": sample}
+    scored["magnitude", 0] = "magnitude", {}
+
+    # 2. A plan of the same size from each.
+    plans = {}
+    for key, (criterion, options) in scored.items():
+        scores = score(model, criterion, sites=sites, **options)
+        plans[key] = plan_from_scores(model, scores, ratio=ratio)
     return plans
+
+
+def _samples(
+    domain: Domain, tokenizer: PreTrainedTokenizerBase, n: int, max_tokens: int, seq_len: int
+) -> list[list[dict]]:
+    """Disjoint, contiguous pieces of a calibration part, of so many tokens each."""
+    batches = tokenize(domain.calibration, tokenizer, seq_len=seq_len, max_tokens=n * max_tokens)
+    available = sum(batch["input_ids"].numel() for batch in batches)
+    if available < n * (max_tokens // seq_len) * seq_len:
+        raise ValueError(
+            f"{domain.calibration} has {available} tokens, {n} samples of {max_tokens} need more; "
+            "take fewer samples or calibration_tokens"
+        )
+    return batches.samples(n)
 
 
 @checked(plans=DictOf(Instance(tuple), Instance(PruningPlan)))
 def kept_overlap(plans: Plans) -> pd.DataFrame:
-    """Jaccard overlap of the units that two cuts keep; a cut with itself: between its draws.
+    """Jaccard overlap of the units that two plans keep; a cut with itself: between its samples.
 
     Returns
     -------
     pandas.DataFrame
-        As `set_overlap` gives it; cuts with a single draw are left out.
+        As `set_overlap` gives it; cuts with a single sample are left out.
     """
     kept: dict[str, list] = {}
     for (cut, _), plan in plans.items():
         kept.setdefault(cut, []).append(_flags(plan))
-    return set_overlap({cut: draws for cut, draws in kept.items() if len(draws) > 1})
+    return set_overlap({cut: flags for cut, flags in kept.items() if len(flags) > 1})
 
 
 def _flags(plan: PruningPlan) -> list[np.ndarray]:
-    """Per site and layer, whether each unit stays; sites that lose nothing say nothing."""
+    """Per pruned site and layer, whether each unit is kept."""
     return [
         flags for site in plan.keep if any(plan.removed[site]) for flags in plan.kept_mask(site)
     ]
@@ -184,7 +192,7 @@ def domain_matrix(
     out_dir: str | os.PathLike | None = None,
     **recovery,
 ) -> pd.DataFrame:
-    """Held-out perplexity of every cut on every domain, and how far each is from the diagonal.
+    """Held-out perplexity of every pruned model on every domain, compared with the diagonal.
 
     Parameters
     ----------
@@ -197,17 +205,18 @@ def domain_matrix(
     max_tokens, seq_len : int
         Tokens of test text per domain, and per window (no overlap).
     recovery_tokens : int
-        If positive, cuts (and the dense model, as a control) are fine-tuned on so many tokens, too.
+        If positive, pruned models (and the dense one, as a control) are also fine-tuned on so many
+        tokens.
     recovery_samples : int
-        Of how many samples; the others are measured without recovery only.
+        Number of samples to fine-tune; the others are measured without recovery only.
     recover_on : {"mix", "own"}
         ``"mix"``: all on the same text, every domain's train part in equal shares, so that only the
-        cut can make the difference. ``"own"``: a domain's cut on that domain, as Mini-GPTs does;
+        plan can make the difference. ``"own"``: a domain's model on that domain, as Mini-GPTs does;
         then the diagonal has been trained on its column, and wins for that reason too.
     n_bootstrap, seed : int
         Of the intervals; the seed also orders the training.
     out_dir : str or path, optional
-        Folder in which finished cells are kept: an interrupted matrix goes on where it stopped.
+        Folder in which finished cells are kept: an interrupted matrix continues.
     **recovery
         Further arguments of `recover`: ``method, learning_rate, …``.
 
@@ -235,61 +244,60 @@ def domain_matrix(
     }
     own = {domain.name: domain for domain in domains}
     mix = mixed(domains) if recovery_tokens else None
-    jobs = [("dense", 0, None), *((cut, draw, plan) for (cut, draw), plan in plans.items())]
-    cells = _Cells(
+    budget = {"max_tokens": recovery_tokens, "seq_len": seq_len, "seed": seed, **recovery}
+    measured = _Measurements(
         model, tokenizer, texts, seq_len, ResultCache(out_dir and f"{out_dir}/cells.jsonl")
     )
     rows = []
-    for cut, draw, plan in tqdm(jobs, desc="matrix", unit="model"):
-        rows += cells.measure(cut, draw, plan)
-        if recovery_tokens and draw < recovery_samples:
-            text = own.get(cut, mix) if recover_on == "own" else mix
-            how = {"max_tokens": recovery_tokens, "seq_len": seq_len, "seed": seed, **recovery}
-            rows += cells.measure(cut, draw, plan, text, how)
+    for (cut, sample), plan in tqdm({("dense", 0): None, **plans}.items(), "matrix", unit="model"):
+        facts = {"cut": cut, "draw": sample}
+        rows += measured.rows(plan, recovered=False, **facts)
+        if recovery_tokens and sample < recovery_samples:
+            train = own.get(cut, mix) if recover_on == "own" else mix
+            rows += measured.rows(plan, train, budget, recovered=True, **facts)
     return _compared(pd.DataFrame(rows), n_bootstrap, seed)
 
 
-class _Cells:
-    """Measures one model on all texts; what the ledger knows is not computed again."""
+class _Measurements:
+    """Losses of pruned models on the passages of all texts; finished ones are kept."""
 
-    def __init__(self, model, tokenizer, texts: dict[str, Part], seq_len: int, ledger: ResultCache):
+    def __init__(self, model, tokenizer, texts: dict[str, Part], seq_len: int, cache: ResultCache):
         self.model, self.tokenizer, self.texts = model, tokenizer, texts
-        self.seq_len, self.ledger = seq_len, ledger
+        self.seq_len, self.cache = seq_len, cache
 
-    def measure(self, cut, draw, plan, train: Domain | None = None, how: dict | None = None):
-        """Rows of one model, recovered on a domain if one is given."""
-        mini = None  # made when the first cell asks for it
-        recipe = [fingerprint(self.model), plan and plan.keep, self.seq_len, how]
-        recipe += [content_hash([*train.train, *train.validation])] if train else []
+    def rows(
+        self,
+        plan: PruningPlan | None,
+        train: Domain | None = None,
+        budget: dict | None = None,
+        **facts,
+    ) -> list[dict]:
+        """Rows of one model, one per text, recovered on a domain if one is given."""
+        key = [fingerprint(self.model), plan and plan.keep, self.seq_len, budget if train else None]
+        key += [content_hash([*train.train, *train.validation])] if train else []
+        pruned = functools.cache(lambda: self._pruned(plan, train, budget))  # if it is needed
         rows = []
         for name, text in self.texts.items():
-
-            def measured(text=text) -> dict:
-                nonlocal mini
-                mini = mini or self._made(plan, train, how)
-                found = perplexity(
-                    mini,
-                    self.tokenizer,
-                    text,
-                    seq_len=self.seq_len,
-                    max_characters=None,
-                    n_bootstrap=1,
-                    progress=False,
-                )
-                return {"stored": model_size(mini).stored, "passages": found.passages.tolist()}
-
-            found = self.ledger.get([*recipe, content_hash(text)], measured)
-            facts = {"recovered": train is not None, "cut": cut, "text": name, "draw": draw}
-            rows.append({**facts, **found, "passages": np.array(found["passages"])})
+            cell = self.cache.get(
+                [*key, content_hash(text)], lambda text=text: self._measured(pruned(), text)
+            )
+            passages = np.array(cell["passages"])  # [passage, 3]
+            rows.append({**facts, "text": name, **cell, "passages": passages})
         return rows
 
-    def _made(self, plan, train, how):
-        mini = shrink(self.model, plan) if plan else copy.deepcopy(self.model)
+    def _measured(self, model: PreTrainedModel, text: Part) -> dict:
+        options = {"seq_len": self.seq_len, "max_characters": None, "n_bootstrap": 1}
+        found = perplexity(model, self.tokenizer, text, progress=False, **options)
+        return {"stored": model_size(model).stored, "passages": found.passages.tolist()}
+
+    def _pruned(
+        self, plan: PruningPlan | None, train: Domain | None, budget: dict | None
+    ) -> PreTrainedModel:
+        pruned = shrink(self.model, plan) if plan else copy.deepcopy(self.model)
         if train is not None:
-            recover(
-                mini, self.tokenizer, train, **{"eval_every": max(1, how["max_tokens"] // 2), **how}
-            )
-        return mini
+            budget = {"eval_every": max(1, budget["max_tokens"] // 2), **budget}
+            recover(pruned, self.tokenizer, train, **budget)
+        return pruned
 
 
 @checked(domains=ListOf(Instance(Domain), 1))
@@ -312,14 +320,15 @@ def mixed(domains: Sequence[Domain]) -> Domain:
 
 
 def _compared(cells: pd.DataFrame, n_bootstrap: int, seed: int) -> pd.DataFrame:
-    """Means over draws, and differences to the text's own cut with their intervals."""
+    """Means over samples, and differences to the text's own cut with their intervals."""
     rng = np.random.default_rng(seed)
     grouped = {key: group for key, group in cells.groupby(["recovered", "cut", "text"], sort=False)}
     rows = []
     for (recovered, cut, text), group in grouped.items():
+        # each [sample, passage]
         losses, tokens, characters = np.stack(group["passages"]).transpose(2, 0, 1)
         own = np.stack(grouped[recovered, text, text]["passages"])[..., 0]
-        if len(losses) == 1 or len(own) == 1:  # one draw of one of them stands against each
+        if len(losses) == 1 or len(own) == 1:  # one sample of one of them stands against each
             gaps = losses - own
         else:
             gaps = losses[: len(own)] - own[: len(losses)]
@@ -327,14 +336,21 @@ def _compared(cells: pd.DataFrame, n_bootstrap: int, seed: int) -> pd.DataFrame:
         logs = losses.sum(1) / tokens.sum(1)
         rows.append(
             {
-                "recovered": recovered, "cut": cut, "text": text,
-                "perplexity": np.exp(logs.mean()), "lowest": np.exp(logs.min()),
-                "highest": np.exp(logs.max()), "draws": len(logs),
-                "stored": group["stored"].iloc[0], "tokens": int(tokens[0].sum()),
+                "recovered": recovered,
+                "cut": cut,
+                "text": text,
+                "perplexity": np.exp(logs.mean()),
+                "lowest": np.exp(logs.min()),
+                "highest": np.exp(logs.max()),
+                "draws": len(logs),
+                "stored": group["stored"].iloc[0],
+                "tokens": int(tokens[0].sum()),
                 "bits_per_character": losses.sum(1).mean() / np.log(2) / characters[0].sum(),
-                "difference": difference, "difference_low": low, "difference_high": high,
+                "difference": difference,
+                "difference_low": low,
+                "difference_high": high,
             }
-        )  # fmt: skip
+        )
     table = pd.DataFrame(rows)
     table.attrs["wins"] = _wins(table)
     table.attrs["verdict"] = "; ".join(map(_verdict, table.attrs["wins"]))
@@ -342,18 +358,18 @@ def _compared(cells: pd.DataFrame, n_bootstrap: int, seed: int) -> pd.DataFrame:
 
 
 def _interval(gaps: np.ndarray, tokens: np.ndarray, n: int, rng) -> tuple[float, float, float]:
-    """Mean of gaps ``[draw, passage]`` in nats per token, and its 95 % bootstrap interval."""
-    draws, passages = gaps.shape
-    some = rng.integers(draws, size=(n, draws))
-    those = rng.integers(passages, size=(n, passages))
-    sums = gaps[some[:, :, None], those[:, None, :]].sum(2).mean(1)
-    low, high = np.quantile(sums / tokens[those].sum(1), [0.025, 0.975])
+    """Mean of gaps ``[sample, passage]`` in nats per token, and its 95 % bootstrap interval."""
+    n_samples, n_passages = gaps.shape
+    samples = rng.integers(n_samples, size=(n, n_samples))
+    passages = rng.integers(n_passages, size=(n, n_passages))
+    sums = gaps[samples[:, :, None], passages[:, None, :]].sum(2).mean(1)  # [n]
+    low, high = np.quantile(sums / tokens[passages].sum(1), [0.025, 0.975])
     return gaps.sum(1).mean() / tokens.sum(), float(low), float(high)
 
 
 def _wins(table: pd.DataFrame) -> list[dict]:
     """Per state (pruned, recovered): columns in which the diagonal is lowest, and how surely."""
-    found = []
+    wins = []
     for recovered, part in table.groupby("recovered"):
         texts = list(dict.fromkeys(part["text"]))
         row = {"recovered": bool(recovered), "columns": len(texts)}
@@ -363,8 +379,8 @@ def _wins(table: pd.DataFrame) -> list[dict]:
         for control in CONTROLS:
             rows = part[part["cut"] == control]
             row[f"beats_{control}"] = int((rows["difference"] > 0).sum())
-        found.append(row)
-    return found
+        wins.append(row)
+    return wins
 
 
 def _verdict(row: dict) -> str:

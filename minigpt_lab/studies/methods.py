@@ -1,7 +1,7 @@
-"""Every way to score on one model, at the same sizes, on the same text: a comparison that is fair.
+"""Comparison of pruning methods on one model, at the same sizes, on the same text.
 
-A method is a criterion with its options, and what it does for the weights that stay. A criterion
-that a user registers takes part unasked.
+A method is a criterion with its options, with or without bias compensation; `slimgpt` joins as
+`SlimGPTRun`. A criterion that a user registers takes part unasked.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from ..checks import (
     Instance,
     Integer,
     ListOf,
+    Location,
     Number,
     OneOf,
     Text,
@@ -31,16 +32,17 @@ from ..checks import (
 )
 from ..compensation import bias_compensated, slimgpt
 from ..criteria import CRITERIA, Scores, score
-from ..domains import Domain, Part, excerpt
-from ..evaluation import peak_memory, perplexity
-from ..models import PruningPlan, fingerprint, model_size, shrink
+from ..domains import Domain, Part
+from ..evaluation import peak_memory
+from ..models import PruningPlan, fingerprint, shrink
 from ..planning import plan_from_scores
 from ..recovery import recover
 from ..store import ResultCache, content_hash
-from .analysis import set_overlap
-from .arguments import BATCHES, CACHE, FOLDER, MODEL, PAIR, PROTOCOL, SITES, STATISTICS, TEXTS
+from .activations import set_overlap
+from .arguments import BATCHES, FOLDER, MODEL, PAIR, PROTOCOL, STATISTICS, TEXTS
+from .held_out import HeldOut
 
-#: What a cut may take from: name to the sites that are scored.
+#: Kinds of pruning: name to the sites that are scored.
 KINDS = {"ffn": ("ffn",), "attention": ("attention",), "both": ("ffn", "attention")}
 Cell = tuple[str, str, float]  # method, name in KINDS, ratio
 Plans = dict[Cell, PruningPlan]
@@ -48,7 +50,7 @@ Plans = dict[Cell, PruningPlan]
 
 @dataclass(frozen=True)
 class SlimGPTRun:
-    """A cut by `slimgpt`, made when it is wanted: its weights are too large to keep them all.
+    """Pruning by `slimgpt`, run when its model is wanted: too large to keep for every method.
 
     Parameters
     ----------
@@ -71,7 +73,7 @@ Prunings = dict[Cell, Pruning]
 
 @dataclass(frozen=True)
 class Method:
-    """How one row of a comparison chooses what leaves.
+    """One way to choose the units to remove.
 
     Parameters
     ----------
@@ -80,7 +82,7 @@ class Method:
     options : mapping
         Of the criterion.
     bias_compensation : bool
-        Whether what leaves goes into biases on average (FLAP, arXiv 2312.11983).
+        Whether the mean of the removed units goes into biases (FLAP, arXiv 2312.11983).
     """
 
     criterion: str
@@ -94,7 +96,8 @@ class Method:
 
 
 _METHODS = DictOf(Text(), Instance(Method), 1)
-_PLANS = DictOf(Instance(tuple), Instance(PruningPlan) | Instance(SlimGPTRun))
+_PRUNING = Instance(PruningPlan) | Instance(SlimGPTRun)
+_PLANS = DictOf(Instance(tuple), _PRUNING)
 
 
 def registered_methods() -> dict[str, Method]:
@@ -104,9 +107,12 @@ def registered_methods() -> dict[str, Method]:
 
 
 @checked(
-    model=MODEL, batches=BATCHES, statistics=STATISTICS | None, methods=_METHODS,
-    cache=CACHE,
-)  # fmt: skip
+    model=MODEL,
+    batches=BATCHES,
+    statistics=STATISTICS | None,
+    methods=_METHODS,
+    cache=Flag() | Location(),
+)
 def method_scores(
     model: PreTrainedModel,
     batches: Sequence[dict],
@@ -139,10 +145,13 @@ def method_scores(
 
 
 @checked(
-    model=MODEL, scores=DictOf(Text(), Instance(Scores), 1), methods=_METHODS,
-    statistics=STATISTICS | None, ratios=ListOf(Number(0, below=1), 1),
+    model=MODEL,
+    scores=DictOf(Text(), Instance(Scores), 1),
+    methods=_METHODS,
+    statistics=STATISTICS | None,
+    ratios=ListOf(Number(0, below=1), 1),
     sites=ListOf(OneOf(KINDS), 1),
-)  # fmt: skip
+)
 def method_plans(
     model: PreTrainedModel,
     scores: Mapping[str, Scores],
@@ -191,24 +200,24 @@ def slimgpt_runs(
     Parameters
     ----------
     plans : mapping
-        From `method_plans`; every kind and ratio in it is cut.
+        From `method_plans`; every kind and ratio in it is run.
     batches : sequence of dict
         Calibration tokens, those of the other methods.
     variants : mapping
         Method's name to options of `slimgpt`. Without an ``allocation`` among them, as many units
-        leave every layer as in the other methods' plans.
+        are removed from every layer as in the other methods' plans.
     """
-    cuts = {}
+    runs = {}
     for (_, kind, ratio), plan in plans.items():
         for name, options in variants.items():
             size = {"sites": KINDS[kind], "ratio": ratio}
             if "allocation" not in options:
                 size = {"sites": (*plan.removed,), "counts": plan.removed}
-            cuts.setdefault((name, kind, ratio), SlimGPTRun(batches, {**size, **options}))
-    return cuts
+            runs.setdefault((name, kind, ratio), SlimGPTRun(batches, {**size, **options}))
+    return runs
 
 
-@checked(model=MODEL, pruning=Instance(PruningPlan) | Instance(SlimGPTRun))
+@checked(model=MODEL, pruning=_PRUNING)
 def pruned_model(model: PreTrainedModel, pruning: Pruning) -> PreTrainedModel:
     """Prune a copy of the dense model."""
     if isinstance(pruning, PruningPlan):
@@ -216,18 +225,22 @@ def pruned_model(model: PreTrainedModel, pruning: Pruning) -> PreTrainedModel:
     return slimgpt(model, pruning.batches, progress=False, **pruning.options)[0]
 
 
-def _recipe(pruning: Pruning) -> list:
-    """What the cut model depends on, beside the dense one."""
+def _cache_key(pruning: Pruning) -> list:
+    """What the pruned model depends on, beside the dense one."""
     if isinstance(pruning, PruningPlan):
         return [pruning.keep, pruning.shift]
     return ["slimgpt", tokens_hash(pruning.batches), dict(pruning.options)]
 
 
 @checked(
-    **PAIR, plans=_PLANS, texts=TEXTS,
-    **PROTOCOL, recover_on=Instance(Domain) | None,
-    recovery=DictOf(Text()) | None, out_dir=FOLDER,
-)  # fmt: skip
+    **PAIR,
+    **PROTOCOL,
+    plans=_PLANS,
+    texts=TEXTS,
+    recover_on=Instance(Domain) | None,
+    recovery=DictOf(Text()) | None,
+    out_dir=FOLDER,
+)
 def method_comparison(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -240,7 +253,7 @@ def method_comparison(
     recovery: Mapping[str, object] | None = None,
     out_dir: str | os.PathLike | None = None,
 ) -> pd.DataFrame:
-    """Held-out perplexity of every cut on every text, beside the dense model.
+    """Held-out perplexity of every pruned model on every text, beside the dense model.
 
     Parameters
     ----------
@@ -253,12 +266,12 @@ def method_comparison(
     max_tokens, seq_len : int
         Tokens per text, and per window (no overlap).
     recover_on : Domain, optional
-        Fine-tune each cut on this domain, all on the same text in the same order, and measure that
-        instead. The dense row stays as it is.
+        Fine-tune each pruned model on this domain, all on the same text in the same order, and
+        measure that instead. The dense row stays as it is.
     recovery : mapping, optional
         Arguments of `recover`: ``method, max_tokens, learning_rate, …``.
     out_dir : str or path, optional
-        Folder in which finished cells are kept: an interrupted comparison goes on where it stopped.
+        Folder in which finished cells are kept: an interrupted comparison continues.
 
     Returns
     -------
@@ -266,32 +279,27 @@ def method_comparison(
         One row per plan and text: ``method, sites, ratio, recovered, stored, removed`` (share of
         the model), and those of `Perplexity.row`.
     """
-    ledger = ResultCache(out_dir and Path(out_dir) / "comparison.jsonl")
-    read = [excerpt(text, tokenizer, max_tokens=max_tokens) for text in texts]
-    settings = {} if recover_on is None else {"progress": False, **(recovery or {})}
-    trained = recover_on and [content_hash(recover_on.train), settings]
-    protocol = {"seq_len": seq_len, "max_characters": None}
+    path = out_dir and Path(out_dir) / "comparison.jsonl"
+    held_out = HeldOut(model, tokenizer, texts, max_tokens=max_tokens, seq_len=seq_len, path=path)
+    settings = {"progress": False, **(recovery or {})}
 
-    def measured(plan: Pruning | None) -> dict:
-        mini = model if plan is None else pruned_model(model, plan)
-        if plan is not None and recover_on is not None:
-            recover(mini, tokenizer, recover_on, **settings)
-        rows = [
-            perplexity(mini, tokenizer, text, progress=False, **protocol).row() for text in read
-        ]
-        return {"stored": model_size(mini).stored, "rows": rows}
+    def measured(pruning: Pruning | None, recovered: bool) -> dict:
+        pruned = model if pruning is None else pruned_model(model, pruning)
+        if recovered:
+            recover(pruned, tokenizer, recover_on, **settings)
+        return held_out.measure(pruned)
 
-    rows, dense = [], model_size(model).stored
-    hashes = [content_hash(text) for text in read]
+    rows = []
     cells = {("dense", "none", 0.0): None, **plans}
-    for (name, kind, ratio), plan in tqdm(cells.items(), desc="comparison", unit="cell"):
-        made = None if plan is None else _recipe(plan)
-        recovered = plan is not None and recover_on is not None
-        recipe = [fingerprint(model), made, hashes, protocol, trained if recovered else None]
-        found = ledger.get(recipe, lambda p=plan: measured(p))
+    for (name, kind, ratio), pruning in tqdm(cells.items(), desc="comparison", unit="cell"):
+        recovered = pruning is not None and recover_on is not None
+        key = [
+            pruning and _cache_key(pruning),
+            [content_hash(recover_on.train), settings] if recovered else None,
+        ]
+        result = held_out.get(key, lambda cell=(pruning, recovered): measured(*cell))
         facts = {"method": name, "sites": kind, "ratio": ratio, "recovered": recovered}
-        facts |= {"stored": found["stored"], "removed": 1 - found["stored"] / dense}
-        rows += [{**facts, **row} for row in found["rows"]]
+        rows += held_out.table_rows(result, **facts)
     return pd.DataFrame(rows)
 
 
@@ -323,21 +331,25 @@ def gradient_methods(directions: Sequence[int], *, seeds: int = 3) -> dict[str, 
     seeds : int
         Of the estimates and of the random cut, named ``"… (seed k)"``.
     """
-    found = {"backprop": Method("sensitivity", {"gradient": "backprop"})}
+    methods = {"backprop": Method("sensitivity", {"gradient": "backprop"})}
     for n in directions:
         for seed in range(seeds):
             options = {"gradient": "zeroth-order", "n_directions": n, "seed": seed}
-            found[f"zeroth-order, {n} (seed {seed})"] = Method("sensitivity", options)
-    found["none"] = Method("sensitivity", {"gradient": "none"})
+            methods[f"zeroth-order, {n} (seed {seed})"] = Method("sensitivity", options)
+    methods["none"] = Method("sensitivity", {"gradient": "none"})
     for seed in range(seeds):
-        found[f"random (seed {seed})"] = Method("random", {"seed": seed})
-    return found
+        methods[f"random (seed {seed})"] = Method("random", {"seed": seed})
+    return methods
 
 
 @checked(
-    model=MODEL, batches=BATCHES, statistics=STATISTICS | None, methods=_METHODS,
-    sites=SITES, out_dir=FOLDER,
-)  # fmt: skip
+    model=MODEL,
+    batches=BATCHES,
+    statistics=STATISTICS | None,
+    methods=_METHODS,
+    sites=ListOf(Text(), 1),
+    out_dir=FOLDER,
+)
 def scoring_costs(
     model: PreTrainedModel,
     batches: Sequence[dict],
@@ -363,23 +375,25 @@ def scoring_costs(
     dict, pandas.DataFrame
         Name to `Scores`; columns ``gradient`` (the method's name), ``peak_mib, seconds``.
     """
-    ledger = ResultCache(out_dir and Path(out_dir) / "costs.jsonl")
+    results = ResultCache(out_dir and Path(out_dir) / "costs.jsonl")
     cache = False if out_dir is None else Path(out_dir) / "scores"
+    facts = [fingerprint(model), tokens_hash(batches), sites]
     scores, rows = {}, []
+
+    def compute(name: str, method: Method) -> None:
+        how = {"statistics": statistics, "sites": sites, "cache": cache}
+        scores[name] = score(model, method.criterion, batches, **how, **method.options)
+
+    def measured(name: str, method: Method) -> dict:
+        start = time.perf_counter()
+        with peak_memory(model.device) as peak:
+            compute(name, method)
+        return {"peak_mib": peak() / 2**20, "seconds": time.perf_counter() - start}
+
     for name, method in tqdm(methods.items(), desc="scores", unit="method"):
-
-        def scored(method=method) -> Scores:
-            how = {"statistics": statistics, "sites": sites, "cache": cache}
-            return score(model, method.criterion, batches, **how, **method.options)
-
-        def measured(name=name, scored=scored) -> dict:
-            start = time.perf_counter()
-            with peak_memory(model.device) as peak:
-                scores[name] = scored()
-            return {"peak_mib": peak() / 2**20, "seconds": time.perf_counter() - start}
-
-        recipe = [fingerprint(model), tokens_hash(batches), method.criterion, sites]
-        found = ledger.get([*recipe, dict(method.options)], measured)
-        scores[name] = scores.get(name) or scored()
-        rows.append({"gradient": name, **found})
+        key = [*facts, method.criterion, dict(method.options)]
+        costs = results.get(key, lambda given=(name, method): measured(*given))
+        if name not in scores:
+            compute(name, method)
+        rows.append({"gradient": name, **costs})
     return scores, pd.DataFrame(rows)

@@ -1,4 +1,4 @@
-"""The smallest model that loses no more than allowed, found by trying sizes."""
+"""The smallest pruned model whose perplexity grows by no more than allowed."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def smallest_within(
     progress: bool = True,
     **options,
 ) -> tuple[PreTrainedModel, PruningPlan, pd.DataFrame]:
-    """Cut as much as the perplexity on a domain's validation part allows.
+    """Prune as much as the perplexity on a domain's validation part allows.
 
     Bisection on the ratio, one `slimgpt` for each: as if perplexity grew with it. What is returned
     was measured, whatever the curve looks like. The test part stays unseen.
@@ -76,14 +76,14 @@ def smallest_within(
     increase : float
         Largest relative increase of the perplexity over the dense model's: 0.05 is 5 %.
     most : float
-        Ratio at which to stop looking for more.
+        Largest ratio.
     tolerance : float
         Stop when the ratio is known so well.
     seq_len, max_tokens : int
         Of `perplexity`.
     out_dir : str or path, optional
-        Folder for ``sizes.jsonl``, the sizes measured so far, and the cut that is being made: an
-        interrupted call goes on there.
+        Folder for ``sizes.jsonl``, the sizes measured so far, and the checkpoints of the current
+        one: an interrupted call continues.
     progress : bool
         Show a progress bar.
     **options
@@ -107,55 +107,29 @@ def smallest_within(
     if taken := sorted({"ratio", "parameters", "counts", "inplace"} & set(options)):
         raise ValueError(f"{', '.join(taken)}: chosen by smallest_within; leave it out")
     options = {"ratio_of": "decoder", "allocation": "log-increase", **options}
-    recipe = {
-        "model": fingerprint(model),
-        "tokens": tokens_hash(batches),
-        "text": content_hash(domain.validation),
-        "protocol": [seq_len, max_tokens],
-        "options": {name: str(value) for name, value in options.items()}
-        | {"allocation": allocation_name(options["allocation"])},
-    }
-    ledger = ResultCache(out_dir and f"{out_dir}/sizes.jsonl")
-    made: dict[float, tuple[PreTrainedModel, PruningPlan]] = {}  # the last one within the limit
-    rows: dict[float, dict] = {}
+    trials = _Trials(
+        model,
+        tokenizer,
+        domain.validation,
+        batches,
+        options,
+        limit=1 + increase,
+        protocol={"seq_len": seq_len, "max_tokens": max_tokens},
+        out_dir=out_dir,
+        progress=progress,
+    )
 
-    def cut(ratio: float) -> tuple[PreTrainedModel, PruningPlan]:
-        folder = out_dir and _folder(out_dir, ratio, recipe)
-        return slimgpt(model, batches, ratio=ratio, out_dir=folder, progress=progress, **options)
-
-    def measured(ratio: float) -> dict:
-        mini, plan = cut(ratio) if ratio else (model, None)
-        found = perplexity(
-            mini,
-            tokenizer,
-            domain.validation,
-            seq_len=seq_len,
-            max_tokens=max_tokens,
-            progress=False,
-        )
-        if ratio and within(found.value):
-            made.clear()
-            made[ratio] = mini, plan
-        return {"stored": model_size(mini).stored, "perplexity": found.value}
-
-    def within(value: float) -> bool:
-        return value <= rows[0.0]["perplexity"] * (1 + increase)
-
-    def look(ratio: float) -> bool:
-        rows[ratio] = ledger.get([recipe, ratio], lambda: measured(ratio))
-        return within(rows[ratio]["perplexity"])
-
-    look(0.0)
+    # 1. Bisection on the ratio.
     low, high = 0.0, most
     with tqdm(desc="smallest within", unit="size", disable=not progress) as bar:
         while high - low > tolerance:
             middle = (low + high) / 2
-            low, high = (middle, high) if look(middle) else (low, middle)
+            low, high = (middle, high) if trials.is_within(middle) else (low, middle)
             bar.update()
             bar.set_postfix(ratio=f"{low:.3f}")
-    curve = pd.DataFrame([{"ratio": ratio, **row} for ratio, row in sorted(rows.items())])
-    curve["increase"] = curve["perplexity"] / rows[0.0]["perplexity"] - 1
-    curve["within"] = curve["perplexity"].map(within)
+
+    # 2. The smallest of those that were within the limit.
+    curve = trials.curve()
     best = float(curve[curve["within"]].sort_values("stored")["ratio"].iloc[0])
     if best == 0:
         warnings.warn(
@@ -163,22 +137,86 @@ def smallest_within(
             f"{increase:.1%}: the model returned is the dense one; allow a larger increase",
             stacklevel=2,
         )
-        plan = PruningPlan(
-            recipe["model"],
-            Anatomy(model).layer_widths(),
-            keep_all(Anatomy(model)),
-            vocabulary_size=len(model.get_input_embeddings().weight),
-            origin={"method": "smallest_within", "increase": increase},
-        )
-        mini = shrink(model, plan)
+        pruned, plan = _unpruned(model, increase)
     else:
-        mini, plan = made[best] if best in made else cut(best)
-    for ratio in rows if out_dir is not None else ():
-        if ratio != best:
-            discard(_folder(out_dir, ratio, recipe))
-    return mini, plan, curve
+        pruned, plan = trials.prune(best)
+    trials.discard_except(best)
+    return pruned, plan, curve
 
 
-def _folder(out_dir: str | os.PathLike, ratio: float, recipe: dict) -> Path:
-    key = cache_key(recipe)
-    return Path(out_dir) / f"ratio-{ratio:.6f}-{key[:8]}"
+class _Trials:
+    """Pruned models of several sizes and their perplexity; finished measurements are kept."""
+
+    def __init__(
+        self, model, tokenizer, text, batches, options, *, limit, protocol, out_dir, progress
+    ):
+        self.model, self.tokenizer, self.text, self.batches = model, tokenizer, text, batches
+        self.options, self.limit, self.protocol = options, limit, protocol
+        self.out_dir, self.progress = out_dir, progress
+        self.key = {
+            "model": fingerprint(model),
+            "tokens": tokens_hash(batches),
+            "text": content_hash(text),
+            "protocol": [*protocol.values()],
+            "options": {name: str(value) for name, value in options.items()}
+            | {"allocation": allocation_name(options["allocation"])},
+        }
+        self.cache = ResultCache(out_dir and f"{out_dir}/sizes.jsonl")
+        self.last: tuple[float, tuple] | None = None  # the last pruned model within the limit
+        self.rows = {0.0: self._get(0.0)}
+
+    def is_within(self, ratio: float) -> bool:
+        """Whether a model pruned by a ratio is within the limit."""
+        self.rows[ratio] = self._get(ratio)
+        return self._allowed(self.rows[ratio]["perplexity"])
+
+    def _allowed(self, perplexity: float) -> bool:
+        return perplexity <= self.rows[0.0]["perplexity"] * self.limit
+
+    def _get(self, ratio: float) -> dict:
+        return self.cache.get([self.key, ratio], lambda: self._measured(ratio))
+
+    def _measured(self, ratio: float) -> dict:
+        pruned, plan = self.prune(ratio) if ratio else (self.model, None)
+        found = perplexity(pruned, self.tokenizer, self.text, progress=False, **self.protocol)
+        if ratio and self._allowed(found.value):
+            self.last = ratio, (pruned, plan)
+        return {"stored": model_size(pruned).stored, "perplexity": found.value}
+
+    def prune(self, ratio: float) -> tuple[PreTrainedModel, PruningPlan]:
+        """Prune a copy by a ratio; the last one within the limit is at hand."""
+        if self.last is not None and self.last[0] == ratio:
+            return self.last[1]
+        options = {"ratio": ratio, "progress": self.progress, **self.options}
+        return slimgpt(self.model, self.batches, out_dir=self._folder(ratio), **options)
+
+    def curve(self) -> pd.DataFrame:
+        """All sizes that were measured, from the dense model down."""
+        curve = pd.DataFrame([{"ratio": ratio, **row} for ratio, row in sorted(self.rows.items())])
+        curve["increase"] = curve["perplexity"] / self.rows[0.0]["perplexity"] - 1
+        curve["within"] = curve["perplexity"].map(self._allowed)
+        return curve
+
+    def discard_except(self, best: float) -> None:
+        """Remove the checkpoints of all other sizes."""
+        for ratio in self.rows if self.out_dir is not None else ():
+            if ratio != best:
+                discard(self._folder(ratio))
+
+    def _folder(self, ratio: float) -> Path | None:
+        if self.out_dir is None:
+            return None
+        return Path(self.out_dir) / f"ratio-{ratio:.6f}-{cache_key(self.key)[:8]}"
+
+
+def _unpruned(model: PreTrainedModel, increase: float) -> tuple[PreTrainedModel, PruningPlan]:
+    """A copy of the dense model, with the plan that removes nothing."""
+    anatomy = Anatomy(model)
+    plan = PruningPlan(
+        fingerprint(model),
+        anatomy.layer_widths(),
+        keep_all(anatomy),
+        vocabulary_size=len(model.get_input_embeddings().weight),
+        origin={"method": "smallest_within", "increase": increase},
+    )
+    return shrink(model, plan), plan

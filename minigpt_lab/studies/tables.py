@@ -48,20 +48,28 @@ def throughput_rates(table: pd.DataFrame) -> pd.DataFrame:
         parts.append(
             pd.DataFrame(
                 {
-                    "variant": table["variant"], "stored": table["stored"], "kind": kind,
-                    "tokens_per_second": middle, "low": work / table[f"{kind}_high"],
-                    "high": work / table[f"{kind}_low"], "batch": table["batch_size"],
-                    "device": table["device"], "runs": table["repeats"],
+                    "variant": table["variant"],
+                    "stored": table["stored"],
+                    "kind": kind,
+                    "tokens_per_second": middle,
+                    "low": work / table[f"{kind}_high"],
+                    "high": work / table[f"{kind}_low"],
+                    "batch": table["batch_size"],
+                    "device": table["device"],
+                    "runs": table["repeats"],
                 }
             )
-        )  # fmt: skip
+        )
     return pd.concat(parts, ignore_index=True)
 
 
 @checked(
-    model=Model(), batches=Batches(), directions=ListOf(Integer(1), 1), seeds=Integer(1),
+    model=Model(),
+    batches=Batches(),
+    directions=ListOf(Integer(1), 1),
+    seeds=Integer(1),
     sites=ListOf(OneOf(SITES), 1),
-)  # fmt: skip
+)
 def cosine_curve(
     model: PreTrainedModel,
     batches: Iterable[dict[str, torch.Tensor]],

@@ -12,7 +12,15 @@ import pytest
 import torch
 
 import minigpt_lab as lab
-from minigpt_lab.studies import ablations, analysis, lookups, matrix, methods
+from minigpt_lab.studies import (
+    ablations,
+    activations,
+    analysis,
+    lookups,
+    matrix,
+    methods,
+    projections,
+)
 
 PACKAGE = Path(lab.__file__).resolve().parent
 
@@ -85,7 +93,7 @@ def things(tmp_path_factory):
         "model": model, "tokenizer": tokenizer, "domain": domain, "batches": batches,
         "statistics": statistics, "scores": scores, "plan": plan, "names": names,
         "questions": questions, "answers": answers, "hessians": hessians,
-        "problems": ablations.layer_problems(model, batches, layer=0),
+        "problems": projections.layer_problems(model, batches, layer=0),
         "folder": tmp_path_factory.mktemp("out"),
     }  # fmt: skip
 
@@ -219,9 +227,9 @@ def study_calls(t: dict) -> dict[str, dict]:
             **pair, "source": t["domain"].calibration, "texts": texts, "options": {"ratio": 0.2},
             "tokens": [64], "lengths": [32], "total": 64, "seq_len": 32, "max_tokens": 64,
         },
-        "ablations.layer_losses": {"problems": t["problems"], "ratios": [0.2], "n_random": 1,
+        "projections.layer_losses": {"problems": t["problems"], "ratios": [0.2], "n_random": 1,
                                    "seed": 0},
-        "ablations.layer_problems": {**read, "layer": 0},
+        "projections.layer_problems": {**read, "layer": 0},
         "ablations.one_layer_at_a_time": {
             **pair, "batches": t["batches"], "texts": texts, "places": [0.0], "ratios": [0.2],
             **short,
@@ -232,14 +240,16 @@ def study_calls(t: dict) -> dict[str, dict]:
             **pair, "variants": {"a": {"ratio": 0.2}}, "batches": t["batches"], "texts": texts,
             "prompt": "", "new_tokens": 1, **short,
         },
-        "analysis.activation_frame": {"statistics": {"law": t["statistics"]}},
-        "analysis.calibration_stability": {"pieces": {"law": [t["statistics"]]}, "quantile": 0.2},
+        "activations.activation_frame": {"statistics": {"law": t["statistics"]}},
+        "activations.calibration_stability": {
+            "pieces": {"law": [t["statistics"]]}, "quantile": 0.2,
+        },
         "analysis.knee": {"curve": sweep, "x": "nonzero_ratio", "y": "perplexity_ratio"},
         "analysis.matched_plan": {"model": t["model"], "plan": t["plan"], "criterion": "random",
                                   "seed": 0},
         "analysis.measure": {"variant": "dense", **pair, "texts": texts, "dense": None,
                              "seq_len": 32},
-        "analysis.neuron_overlap": {"samples": {"law": [t["statistics"]] * 2}, "epsilon": 0.1,
+        "activations.neuron_overlap": {"samples": {"law": [t["statistics"]] * 2}, "epsilon": 0.1,
                                     "quantile": None},
         "analysis.threshold_sweep": {
             **pair, "statistics": t["statistics"], "texts": texts[0],
@@ -277,7 +287,7 @@ FUNCTIONS = sorted(
 ELSEWHERE = ("domain_matrix", "domain_plans", "set_overlap", "registered_methods")
 STUDIES = sorted(
     f"{module.__name__.split('.')[-1]}.{name}"
-    for module in (ablations, analysis, lookups, matrix, methods)
+    for module in (ablations, activations, analysis, lookups, matrix, methods, projections)
     for name, value in vars(module).items()
     if inspect.isfunction(value) and value.__module__ == module.__name__
     if not name.startswith("_") and name not in ELSEWHERE

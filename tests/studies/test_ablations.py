@@ -12,7 +12,7 @@ from helpers import random_model
 import minigpt_lab as lab
 from minigpt_lab import figures
 from minigpt_lab.models.anatomy import Anatomy
-from minigpt_lab.studies import ablations
+from minigpt_lab.studies import ablations, projections
 
 FULL = {"ratio": 0.5, "allocation": "uniform"}
 
@@ -71,7 +71,7 @@ def test_the_control_is_of_the_same_size_and_worse(study):
 def test_a_finished_variant_is_found_under_any_name(study, tiny, monkeypatch):
     variants, batches, texts, measuring, table, layers = study
     monkeypatch.setattr(ablations, "slimgpt", None)
-    monkeypatch.setattr(ablations, "perplexity", None)
+    monkeypatch.setattr("minigpt_lab.studies.held_out.perplexity", None)
     renamed = {f"{name} again": options for name, options in variants.items()}
     renamed["full again"] = {**FULL, "compensate": True, "block_size": "dynamic"}  # the defaults
     again, same = ablations.slimgpt_variants(
@@ -127,7 +127,7 @@ def test_one_layers_problems_are_those_of_the_dense_model():
     ids = torch.randint(3, 97, (4, 16), generator=torch.Generator().manual_seed(0))
     batches = [{"input_ids": ids[:2]}, {"input_ids": ids[2:]}]
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    problems = ablations.layer_problems(model, batches, layer=2)
+    problems = projections.layer_problems(model, batches, layer=2)
     anatomy = Anatomy(model)
     names = {site: anatomy.name(2, anatomy.family.consumes[site]) for site in problems}
     hessians = lab.collect_hessians(model, batches, names.values(), progress=False)
@@ -139,8 +139,8 @@ def test_one_layers_problems_are_those_of_the_dense_model():
 
 def test_losses_of_one_layer(study, tiny):
     _, batches, *_ = study
-    problems = ablations.layer_problems(tiny[0], batches, layer=1)
-    table = ablations.layer_losses(problems, [0.0, 0.1, 0.5, 1.0], n_random=2)
+    problems = projections.layer_problems(tiny[0], batches, layer=1)
+    table = projections.layer_losses(problems, [0.0, 0.1, 0.5, 1.0], n_random=2)
     assert set(table["site"]) == {"attention", "ffn"}
     assert (table["leave"] > 0).all() and (table["leave"] < table["units"]).all()
     cells = table.set_index(["site", "leave", "choice", "draw", "compensated"])["loss"].unstack()
@@ -204,7 +204,9 @@ def test_budgets_are_shares_of_parameters(study):
 
 def test_the_other_pictures(study, tiny):
     _, batches, *_ = study
-    losses = ablations.layer_losses(ablations.layer_problems(tiny[0], batches, layer=0), [0.2, 0.5])
+    losses = projections.layer_losses(
+        projections.layer_problems(tiny[0], batches, layer=0), [0.2, 0.5]
+    )
     figure = figures.layer_losses(losses, caption="tiny")
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [
         f"{choice}, {way}compensated" for choice in ("SlimGPT", "random") for way in ("", "not ")

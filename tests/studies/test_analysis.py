@@ -8,7 +8,7 @@ from helpers import random_model, random_plan
 
 import minigpt_lab as lab
 from minigpt_lab import studies
-from minigpt_lab.studies import analysis
+from minigpt_lab.studies import activations, analysis
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def draws(tiny):
 
 
 def test_domains_differ_more_than_draws_do(draws):
-    table = analysis.neuron_overlap(draws, quantile=0.3).set_index(["domain", "other"])
+    table = activations.neuron_overlap(draws, quantile=0.3).set_index(["domain", "other"])
     within = table.loc[("tiny-law", "tiny-law"), "jaccard"]
     between = table.loc[("tiny-law", "tiny-games"), "jaccard"]
     assert within > between + 0.1 > table["chance"].max()
@@ -37,13 +37,13 @@ def test_domains_differ_more_than_draws_do(draws):
 def test_chance_is_what_random_sets_give():
     rng = np.random.default_rng(0)
     sets = [[rng.random(2000) < 0.3 for _ in range(5)] for _ in range(2)]
-    observed, expected = analysis._jaccard(*sets)
+    observed, expected = activations._jaccard(*sets)
     assert observed == pytest.approx(expected, abs=0.01)
     assert expected == pytest.approx(0.3 / (2 - 0.3), abs=0.01)
 
 
 def test_the_kept_set_settles_as_text_grows(draws):
-    table = analysis.calibration_stability(draws, 0.3)
+    table = activations.calibration_stability(draws, 0.3)
     for domain, rows in table.groupby("domain"):
         assert list(rows["tokens"]) == [1024, 2048]
         assert rows["jaccard"].iloc[0] < rows["jaccard"].iloc[1] == 1, domain
@@ -53,9 +53,9 @@ def test_the_kept_set_settles_as_text_grows(draws):
 
 def test_overlap_needs_one_rule_and_two_draws(draws):
     with pytest.raises(ValueError, match="epsilon or quantile"):
-        analysis.neuron_overlap(draws)
+        activations.neuron_overlap(draws)
     with pytest.raises(ValueError, match="two are needed"):
-        analysis.neuron_overlap({"a": draws["tiny-law"][:1]}, quantile=0.1)
+        activations.neuron_overlap({"a": draws["tiny-law"][:1]}, quantile=0.1)
 
 
 @pytest.mark.parametrize("control", ["random", "magnitude"])
@@ -109,7 +109,7 @@ def test_a_sweep_resumes_where_it_stopped(tmp_path, tiny, draws, monkeypatch):
 
 
 def test_activation_frame_has_a_row_per_neuron(draws, tiny):
-    frame = analysis.activation_frame({name: two[0] for name, two in draws.items()})
+    frame = activations.activation_frame({name: two[0] for name, two in draws.items()})
     assert len(frame) == 2 * 4 * 384
 
 

@@ -69,7 +69,7 @@ def test_cells_are_those_of_the_functions(compared, tiny):
 
 def test_finished_cells_are_not_measured_again(compared, tiny, monkeypatch):
     plans, table, folder, texts = compared
-    monkeypatch.setattr("minigpt_lab.studies.methods.perplexity", None)
+    monkeypatch.setattr("minigpt_lab.studies.held_out.perplexity", None)
     again = method_comparison(*tiny, plans, texts=texts, max_tokens=256, seq_len=64, out_dir=folder)
     assert again.equals(table)
 

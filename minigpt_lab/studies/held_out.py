@@ -1,0 +1,63 @@
+"""Held-out texts on which several variants of a model are measured, each once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..domains import Part, excerpt
+from ..evaluation import perplexity
+from ..models import fingerprint, model_size
+from ..store import ResultCache, cache_key, content_hash
+
+
+class HeldOut:
+    """Excerpts of the same length, the same for all variants; finished results are kept.
+
+    Parameters
+    ----------
+    model, tokenizer
+        The dense pair; its tokens cut the texts.
+    texts : sequence of Part
+        Held out.
+    max_tokens, seq_len : int
+        Tokens per text, and per window (no overlap).
+    path : str or path, optional
+        A ``.jsonl`` file of finished results.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        texts: Sequence[Part],
+        *,
+        max_tokens: int,
+        seq_len: int,
+        path: str | os.PathLike | None,
+    ):
+        self.tokenizer, self.seq_len, self.cache = tokenizer, seq_len, ResultCache(path)
+        self.texts = [excerpt(text, tokenizer, max_tokens=max_tokens) for text in texts]
+        self.facts = [fingerprint(model), [content_hash(text) for text in self.texts], seq_len]
+        self.dense_size = model_size(model).stored
+
+    def get(self, key: object, compute: Callable[[], dict]) -> dict:
+        """Result of one variant, computed if it is not known under its key (plain data)."""
+        return self.cache.get([self.facts, key], compute)
+
+    def folder_name(self, key: object) -> str:
+        """Short name for files of one variant."""
+        return cache_key([self.facts, key])[:8]
+
+    def measure(self, model: PreTrainedModel) -> dict:
+        """Stored parameters, and the row of a perplexity for every text."""
+        protocol = {"seq_len": self.seq_len, "max_characters": None, "progress": False}
+        rows = [perplexity(model, self.tokenizer, text, **protocol).row() for text in self.texts]
+        return {"stored": model_size(model).stored, "rows": rows}
+
+    def table_rows(self, result: dict, **facts) -> list[dict]:
+        """Rows of a table, one per text: facts of the variant, its size, its perplexities."""
+        size = {"stored": result["stored"], "removed": 1 - result["stored"] / self.dense_size}
+        return [{**facts, **size, **row} for row in result["rows"]]
