@@ -11,7 +11,7 @@ import inspect
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -163,9 +163,8 @@ def search_counts(
     anatomy = Anatomy(model)
     sites = chosen_sites(model, sites, units)
     layer_sites = unscored_sites(anatomy, sites, keep_layers)
-    size = _largest_size(
-        model, parameters_to_remove(model, layer_sites, ratio, parameters, ratio_of)
-    )
+    dense = sum(parameter.numel() for parameter in model.parameters())
+    size = math.floor(dense - parameters_to_remove(model, layer_sites, ratio, parameters, ratio_of))
     starts = {
         name: unit_counts(model, layer_sites, None, size, name, "model", multiple_of, even_out=True)
         for name in STARTS
@@ -177,7 +176,7 @@ def search_counts(
         windows=list(unpadded(batches)),
         layer_sites=layer_sites,
         divisors=unit_steps(layer_sites, multiple_of),
-        remove=sum(parameter.numel() for parameter in model.parameters()) - size,
+        remove=dense - size,
         solver=settings,
         effort=effort,
         offload=offload,
@@ -206,11 +205,6 @@ def _require_gradients(model: PreTrainedModel) -> None:
         raise ValueError("a search needs gradients: call it outside torch.inference_mode()")
 
 
-def _largest_size(model: PreTrainedModel, remove: float) -> int:
-    """Largest whole number of parameters once so many are removed."""
-    return math.floor(sum(parameter.numel() for parameter in model.parameters()) - remove)
-
-
 @dataclass(frozen=True)
 class _BudgetSearch:
     """The search between its arguments and its result."""
@@ -233,7 +227,7 @@ class _BudgetSearch:
             total=self.effort.passes, desc="search", unit="pass", disable=not self.progress
         ) as bar:
             for round_ in range(self.effort.rounds):
-                rows = list(self._round(round_, starts, bar.update))
+                rows = self._round(round_, starts, bar.update)
                 best = min((row for row in rows if row["enough"]), key=lambda row: row["kl"])
                 bar.set_postfix(kl=f"{best['kl']:.3f}")
                 starts = {"start": best["counts"]}
@@ -242,8 +236,9 @@ class _BudgetSearch:
 
     def _round(
         self, round_: int, starts: Mapping[str, Sequence[int]], done: Callable[[], object]
-    ) -> Iterator[dict]:
+    ) -> list[dict]:
         """Build a supernet around some counts and descend; gives rows of the measured budgets."""
+        # 1. Budgets with levels at the counts of the starts.
         budgets = Budgets.around(
             starts.values(), self.layer_sites, self.divisors, self.effort.levels, self.remove
         )
@@ -260,24 +255,30 @@ class _BudgetSearch:
             "base": base,
         }
         levels = (self.layer_sites, budgets.counts, self.solver, self.offload)
+        rows: list[dict] = []
         with supernet(self.model, *levels) as net:
             trials = Trials(net, base, others, held_out, self.cache, facts, self.progress)
-            rows = {}
-            for stage, budget in begin.items():
-                rows[stage] = measured(trials, budgets, budget)
-                yield {"round": round_, "stage": stage, **rows[stage]}
+
+            def measure(stage: str, budget: Budget) -> None:
+                row = measured(trials, budgets, budget)
+                rows.append({"round": round_, "stage": stage, **row})
                 done()
-            best = begin[min(rows, key=lambda stage: rows[stage]["kl"])]
-            descent = Descent(budgets, best, [self.effort.seed, round_])
+
+            # 2. Begin with the better start.
+            for stage, budget in begin.items():
+                measure(stage, budget)
+            best = min(rows, key=lambda row: row["kl"])["stage"]
+            descent = Descent(budgets, begin[best], [self.effort.seed, round_])
+
+            # 3. Descend along the slopes; measure the nearest budget now and then.
             for step in range(self.effort.steps):
                 window, below, sample = descent.sample(len(held_out))
                 slopes = trials.slopes(window, below, sample) / budgets.gaps(below)
                 descent.step(slopes, self.effort.step_size_at(round_, step))
                 done()
                 if self.effort.measures_after(step):
-                    row = measured(trials, budgets, budgets.nearest(descent.removed))
-                    yield {"round": round_, "stage": f"step {step + 1}", **row}
-                    done()
+                    measure(f"step {step + 1}", budgets.nearest(descent.removed))
+        return rows
 
 
 def measured(trials: Trials, budgets: Budgets, budget: Budget) -> dict:

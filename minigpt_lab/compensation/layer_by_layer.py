@@ -168,25 +168,21 @@ def slimgpt(
     workspace.require({"model": model_hash, "tokens": tokens_hash(batches), **settings.to_dict()})
 
     # 3. Units to remove from every layer: given, searched for, or spread by a rule.
-    origin = {
-        "method": "slimgpt",
-        **settings.to_dict(),
-        "keep_layers": [*check_keep_layers(keep_layers)],
-    }
     if searches:
         workspace.require({"search": {**target, "ratio_of": ratio_of, **(search or {})}})
-        counts = search_counts(
-            model, batches, ratio=ratio, parameters=parameters, sites=sites, units=units,
-            ratio_of=ratio_of, keep_layers=keep_layers, multiple_of=multiple_of, offload=offload,
-            out_dir=out_dir, progress=progress, **(search or {}), **solver,
-        )  # fmt: skip
-    elif counts is None:
-        spread = (allocation, ratio_of, multiple_of)
-        numbers = unit_counts(model, layer_sites, ratio, parameters, *spread, even_out=True)
-        counts = by_layer(layer_sites, numbers, totals)
-        origin |= {**target, "allocation": allocation_name(allocation), "ratio_of": ratio_of}
+        spread = {"sites": sites, "units": units, "ratio_of": ratio_of, "multiple_of": multiple_of}
+        where = {"offload": offload, "out_dir": out_dir, "progress": progress}
+        options = {**target, **spread, **where, **(search or {}), **solver}
+        counts = search_counts(model, batches, keep_layers=keep_layers, **options)
+    origin = {"method": "slimgpt", **settings.to_dict()}
+    origin["keep_layers"] = [*check_keep_layers(keep_layers)]
     if isinstance(counts, SearchedCounts):
         origin |= counts.origin
+    elif counts is None:
+        rule = (allocation, ratio_of, multiple_of)
+        numbers = unit_counts(model, layer_sites, ratio, parameters, *rule, even_out=True)
+        counts = by_layer(layer_sites, numbers, totals)
+        origin |= {**target, "allocation": allocation_name(allocation), "ratio_of": ratio_of}
     counts = require_counts(counts, totals, layer_sites)
     numbers = [counts[each.site][each.layer] for each in layer_sites]
     origin["removed"] = removed_shares(model, layer_sites, numbers)
@@ -196,18 +192,24 @@ def slimgpt(
     pruned = model if inplace else copy.deepcopy(model)
     _prune_layers(Anatomy(pruned), batches, counts, settings, workspace, progress)
 
-    # 5. The plan: kept units, and each projection's error.
-    whole = {site: [{"kept": [*range(n)], "error": 0.0} for n in totals[site]] for site in sites}
-    results = {
-        site: [layer.get(site, whole[site][i]) for i, layer in enumerate(workspace.finished)]
-        for site in sites
-    }
-    keep = {site: [result["kept"] for result in layers] for site, layers in results.items()}
-    origin["error"] = {site: [each["error"] for each in results[site]] for site in sites}
+    keep, origin["error"] = _kept_units(workspace.finished, totals)
     rows = model.get_input_embeddings().weight.shape[0]
     plan = PruningPlan(model_hash, totals, keep, vocabulary_size=rows, origin=origin)
     pruned.pruning_plans = [*getattr(model, "pruning_plans", []), plan]
     return pruned, plan
+
+
+def _kept_units(
+    finished: Sequence[Mapping[str, dict]], totals: Mapping[str, Sequence[int]]
+) -> tuple[dict[str, list[list[int]]], dict[str, list[float]]]:
+    """Site to the kept units of every layer, and to its projection's relative error."""
+    keep, error = {}, {}
+    for site, layers in totals.items():
+        whole = [{"kept": [*range(n)], "error": 0.0} for n in layers]
+        results = [layer.get(site, all_) for layer, all_ in zip(finished, whole, strict=True)]
+        keep[site] = [result["kept"] for result in results]
+        error[site] = [result["error"] for result in results]
+    return keep, error
 
 
 def _prune_layers(

@@ -15,12 +15,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..calibration import Statistics
 from ..checks import DictOf, Frame, Instance, Integer, ListOf, Model, Number, OneOf, Text, checked
 from ..criteria import score
-from ..domains import Part, excerpt
+from ..domains import Part
 from ..evaluation import perplexity
-from ..models import PruningPlan, fingerprint, masked, model_size, weight_axis
+from ..models import PruningPlan, masked, model_size, weight_axis
 from ..planning import contextual_plan
-from ..store import ResultCache, content_hash
 from .arguments import COUNTS, FOLDER, PAIR, PART, STATISTICS, TEXTS
+from .held_out import HeldOut
 
 #: The thresholds that Mini-GPTs' grid tries (arXiv 2312.12682).
 PAPER_EPSILONS = (1e-5, 1e-3, 1e-1)
@@ -89,7 +89,9 @@ def matched_plan(
 @checked(
     **PAIR,
     statistics=STATISTICS,
-    texts=PART,
+    text=PART,
+    max_tokens=Integer(2) | None,
+    seq_len=Integer(2),
     epsilons=DictOf(OneOf(SWEEPS), ListOf(Number(0))),
     controls=ListOf(CONTROL),
     token_counts=COUNTS,
@@ -101,13 +103,14 @@ def threshold_sweep(
     tokenizer: PreTrainedTokenizerBase,
     statistics: Statistics,
     *,
-    texts: Part,
+    text: Part,
     epsilons: Mapping[str, Sequence[float]],
     controls: Sequence[str] = ("random", "magnitude"),
     token_counts: np.ndarray | None = None,
     out_dir: str | os.PathLike | None = None,
     seeds: Sequence[int] = (0,),
-    **protocol,
+    max_tokens: int | None = None,
+    seq_len: int = 256,
 ) -> pd.DataFrame:
     """Size and held-out perplexity at every threshold, beside controls of equal size.
 
@@ -117,7 +120,7 @@ def threshold_sweep(
         A pair.
     statistics : Statistics
         Of the domain's calibration part.
-    texts : Part
+    text : Part
         Held-out text, e.g. ``domain.test``.
     epsilons : mapping
         Component (of `SWEEPS`) to its thresholds; for ``"embedding"`` they bound a token's
@@ -131,8 +134,8 @@ def threshold_sweep(
         stopped, and a longer one measures only what is new.
     seeds : sequence of int
         Of the random control: one row for each, so that its spread shows.
-    **protocol
-        Of `perplexity`: ``seq_len, max_tokens, …``.
+    max_tokens, seq_len : int
+        Tokens of the text (all of it by default), and per window (no overlap).
 
     Returns
     -------
@@ -150,59 +153,47 @@ def threshold_sweep(
     if not any(epsilons.values()):
         lists = f"all {len(epsilons)} lists are empty ({', '.join(epsilons)})"
         raise ValueError(f"{lists}; give at least one threshold")
-    texts = excerpt(texts, tokenizer, max_tokens=protocol.pop("max_tokens", None))
-    protocol["max_characters"] = None
-    ledger = ResultCache(out_dir and Path(out_dir) / "sweep.jsonl")
-    dense = _point(model, tokenizer, None, texts, protocol, ledger)
-    jobs = list(_jobs(model, statistics, epsilons, controls, token_counts, seeds))
+    path = out_dir and Path(out_dir) / "sweep.jsonl"
+    held_out = HeldOut(model, tokenizer, [text], max_tokens=max_tokens, seq_len=seq_len, path=path)
+
+    def measured(plan: PruningPlan | None) -> dict:
+        with contextlib.nullcontext() if plan is None else masked(model, plan):
+            return {"rows": held_out.rows(model)}
+
+    (dense,) = held_out.get(None, lambda: measured(None))["rows"]
     rows = []
-    for component, method, epsilon, seed, plan in tqdm(jobs, desc="sweep", unit="point"):
-        found = _point(model, tokenizer, plan, texts, protocol, ledger)
+    plans = list(_plans(model, statistics, epsilons, controls, token_counts, seeds))
+    for facts, plan in tqdm(plans, desc="sweep", unit="point"):
+        key = [plan.keep, plan.zero, plan.vocabulary]
+        (row,) = held_out.get(key, lambda plan=plan: measured(plan))["rows"]
         size = plan.predicted_size(model).to_frame().iloc[0].to_dict()
-        # token counts differ once tokens leave: compare per character, on the scale of the dense
-        # model's tokens
-        excess = found["bits_per_character"] / dense["bits_per_character"]
+        # token counts differ once tokens are removed: compare per character, on the scale of the
+        # dense model's tokens
+        excess = row["bits_per_character"] / dense["bits_per_character"]
         ratio = dense["perplexity"] ** (excess - 1)
-        rows.append(
-            {
-                "component": component,
-                "method": method,
-                "epsilon": epsilon,
-                "seed": seed,
-                **size,
-                **found,
-                "perplexity_ratio": ratio,
-            }
-        )
+        rows.append({**facts, **size, **row, "perplexity_ratio": ratio})
     return pd.DataFrame(rows)
 
 
-def _jobs(model, statistics, epsilons, controls, token_counts, seeds) -> Iterator[tuple]:
+def _plans(
+    model, statistics, epsilons, controls, token_counts, seeds
+) -> Iterator[tuple[dict, PruningPlan]]:
+    """Plans of all thresholds and of their controls, with what they are."""
     for component, values in epsilons.items():
         for epsilon in values:
+            facts = {"component": component, "method": "contextual", "epsilon": epsilon, "seed": 0}
             if component == "all":
                 thresholds = {"epsilon_linear": epsilon, "epsilon_activation": epsilon}
                 thresholds["epsilon_embedding"] = 0.0
             else:
                 thresholds = {f"epsilon_{component}": epsilon}
             plan = contextual_plan(model, statistics, **thresholds, token_counts=token_counts)
-            yield component, "contextual", epsilon, 0, plan
-            # tokens are cut by frequency alone: nothing to control for
+            yield facts, plan
+            # tokens are removed by frequency alone: nothing to control for
             for control in controls if component != "embedding" else ():
                 for seed in seeds if control == "random" else (0,):
                     matched = matched_plan(model, plan, control, seed=seed)
-                    yield component, control, epsilon, seed, matched
-
-
-def _point(model, tokenizer, plan, texts, protocol, ledger: ResultCache) -> dict:
-    """Perplexity of one plan, from the finished points if it is there."""
-    cuts = None if plan is None else [plan.keep, plan.zero, plan.vocabulary]
-
-    def measured() -> dict:
-        with contextlib.nullcontext() if plan is None else masked(model, plan):
-            return perplexity(model, tokenizer, texts, **{"progress": False, **protocol}).row()
-
-    return ledger.get([fingerprint(model), cuts, content_hash(texts), protocol], measured)
+                    yield {**facts, "method": control, "seed": seed}, matched
 
 
 @checked(curve=Frame(), x=Text(), y=Text())

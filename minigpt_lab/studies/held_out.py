@@ -34,7 +34,7 @@ class HeldOut:
         tokenizer: PreTrainedTokenizerBase,
         texts: Sequence[Part],
         *,
-        max_tokens: int,
+        max_tokens: int | None,
         seq_len: int,
         path: str | os.PathLike | None,
     ):
@@ -51,11 +51,14 @@ class HeldOut:
         """Short name for files of one variant."""
         return cache_key([self.facts, key])[:8]
 
-    def measure(self, model: PreTrainedModel) -> dict:
-        """Stored parameters, and the row of a perplexity for every text."""
+    def rows(self, model: PreTrainedModel) -> list[dict]:
+        """Row of a perplexity for every text."""
         protocol = {"seq_len": self.seq_len, "max_characters": None, "progress": False}
-        rows = [perplexity(model, self.tokenizer, text, **protocol).row() for text in self.texts]
-        return {"stored": model_size(model).stored, "rows": rows}
+        return [perplexity(model, self.tokenizer, text, **protocol).row() for text in self.texts]
+
+    def measure(self, model: PreTrainedModel) -> dict:
+        """Stored parameters, and `rows`."""
+        return {"stored": model_size(model).stored, "rows": self.rows(model)}
 
     def table_rows(self, result: dict, **facts) -> list[dict]:
         """Rows of a table, one per text: facts of the variant, its size, its perplexities."""

@@ -63,13 +63,6 @@ class Magnitudes:
         values = self.pooled[component]
         return float(np.searchsorted(values, epsilon, side="right") / len(values))
 
-    @checked(epsilon=Number(0))
-    def layer_shares(self, epsilon: float) -> np.ndarray:
-        """Share of each layer's FFN neurons at or below ε ``[layer]``."""
-        return np.array(
-            [np.searchsorted(values, epsilon, side="right") / len(values) for values in self.layers]
-        )
-
     @checked(share=Number(0, 1))
     def layer_thresholds(self, share: float) -> np.ndarray:
         """The ε of each layer that a share of its FFN neurons lies at or below ``[layer]``."""

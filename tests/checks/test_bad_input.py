@@ -252,7 +252,7 @@ def study_calls(t: dict) -> dict[str, dict]:
         "activations.neuron_overlap": {"samples": {"law": [t["statistics"]] * 2}, "epsilon": 0.1,
                                     "quantile": None},
         "analysis.threshold_sweep": {
-            **pair, "statistics": t["statistics"], "texts": texts[0],
+            **pair, "statistics": t["statistics"], "text": texts[0], "max_tokens": 64,
             "epsilons": {"activation": [0.01]}, "controls": (), "token_counts": None,
             "out_dir": None, "seeds": (0,), "seq_len": 32,
         },

@@ -8,7 +8,7 @@ from helpers import random_model, random_plan
 
 import minigpt_lab as lab
 from minigpt_lab import studies
-from minigpt_lab.studies import activations, analysis
+from minigpt_lab.studies import activations, analysis, held_out
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def test_a_sweep_resumes_where_it_stopped(tmp_path, tiny, draws, monkeypatch):
 
     def sweep(seeds=(0,), **epsilons):
         return analysis.threshold_sweep(
-            model, tokenizer, statistics, texts=texts, epsilons=epsilons, out_dir=tmp_path,
+            model, tokenizer, statistics, text=texts, epsilons=epsilons, out_dir=tmp_path,
             seeds=seeds, seq_len=64, max_tokens=256,
         )  # fmt: skip
 
@@ -89,8 +89,8 @@ def test_a_sweep_resumes_where_it_stopped(tmp_path, tiny, draws, monkeypatch):
     with path.open("a") as file:
         file.write('\n{"key": "cut off')  # as a killed process leaves it
     measured = []
-    real = analysis.perplexity
-    monkeypatch.setattr(analysis, "perplexity", lambda *a, **k: measured.append(1) or real(*a, **k))
+    real = held_out.perplexity
+    monkeypatch.setattr(held_out, "perplexity", lambda *a, **k: measured.append(1) or real(*a, **k))
     second = sweep(activation=[0.05, 0.1])
     assert len(measured) == 3  # 0.1: contextual and two controls
     assert second.iloc[:3].reset_index(drop=True).equals(first)
