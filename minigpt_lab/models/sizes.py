@@ -117,35 +117,18 @@ def describe(model: PreTrainedModel) -> pd.DataFrame:
     names = {"ffn": "channel", "attention": "key/value group" if grouped else "head"}
     if grouped:
         names["balanced_heads"] = "query head of every group"
-    total = model.num_parameters()
-    rows = []
-    for site in names:
+    total, rows = model.num_parameters(), []
+    for site, unit in names.items():
         units = anatomy.units(site)
         costs = [anatomy.unit_parameters(site, layer) for layer in range(len(units))]
-        rows.append(
-            {
-                "site": site,
-                "unit": names[site],
-                "layers": len(units),
-                "units_per_layer": _span(units),
-                "legal_ratios": f"k/n for 0 ≤ k < n = {_span(units)}",
-                "parameters_per_unit": _span(costs),
-                "share_of_model": sum(map(int.__mul__, units, costs)) / total,
-            }
-        )
+        share = sum(map(int.__mul__, units, costs)) / total
+        ratios = f"k/n for 0 ≤ k < n = {_span(units)}"
+        rows.append((site, unit, len(units), _span(units), ratios, _span(costs), share))
     tokens, cost = len(model.get_input_embeddings().weight), token_parameters(model)
-    rows.append(
-        {
-            "site": "vocabulary",
-            "unit": "token",
-            "layers": 1,
-            "units_per_layer": str(tokens),
-            "legal_ratios": "tokens unseen or rare; bytes and special tokens are kept",
-            "parameters_per_unit": str(cost),
-            "share_of_model": tokens * cost / total,
-        }
-    )
-    return pd.DataFrame(rows)
+    ratios = "tokens unseen or rare; bytes and special tokens are kept"
+    rows.append(("vocabulary", "token", 1, str(tokens), ratios, str(cost), tokens * cost / total))
+    columns = "site unit layers units_per_layer legal_ratios parameters_per_unit share_of_model"
+    return pd.DataFrame(rows, columns=columns.split())
 
 
 def token_parameters(model: PreTrainedModel) -> int:

@@ -215,20 +215,6 @@ def test_non_finite_weights_are_refused(tmp_path, tokenizer):
         lab.load_model(tmp_path / "bad")
 
 
-def test_an_adapter_folder_loads_merged(tmp_path, tokenizer, probe):
-    base = tmp_path / "base"
-    random_model("llama").save_pretrained(base)
-    tokenizer.save_pretrained(base)
-    adapted = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(base),
-        LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False),
-    ).eval()
-    adapted.save_pretrained(tmp_path / "adapter")
-    merged, _ = lab.load_model(tmp_path / "adapter", device="cpu")
-    torch.testing.assert_close(logits(merged, probe), logits(adapted, probe), atol=1e-5, rtol=1e-5)
-    assert not same(merged, random_model("llama"), probe)
-
-
 def test_an_adapter_of_a_layer_that_is_gone_is_refused(tmp_path, tokenizer):
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     lab.save_model(random_model("llama"), tokenizer, base)
