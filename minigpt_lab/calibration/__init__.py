@@ -1,21 +1,17 @@
-"""What a pass over text collects: statistics, second moments, gradients, SPSA, layer by layer."""
+"""Collect statistics, second moments and gradients over text; run the layers in turn."""
 
+from .forward import run_decoder, watch
 from .gradients import collect_gradients
-from .hessians import (
-    DAMPING_MODES,
-    Hessians,
-    Indefinite,
-    Moments,
-    collect_hessians,
-    damped_inverse,
-    refit,
-)
-from .layer_runner import LayerRunner, catch_inputs, for_each_layer
+from .hessians import DAMPING_MODES, Hessians, Indefinite, collect_hessians, damped_inverse, refit
+from .layer_runner import LayerRunner, catch_inputs
+from .losses import token_losses
+from .moments import FeatureSums, Moments
 from .neuron_statistics import Statistics, collect_statistics, tokens_hash
 from .spsa import estimate_gradients, gradient_cosine, scored_weights
 
 __all__ = [
     "DAMPING_MODES",
+    "FeatureSums",
     "Hessians",
     "Indefinite",
     "LayerRunner",
@@ -27,9 +23,11 @@ __all__ = [
     "collect_statistics",
     "damped_inverse",
     "estimate_gradients",
-    "for_each_layer",
     "gradient_cosine",
     "refit",
+    "run_decoder",
     "scored_weights",
+    "token_losses",
     "tokens_hash",
+    "watch",
 ]

@@ -8,25 +8,28 @@ from functools import partial
 
 import torch
 from torch import nn
-from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from ..checks import (
     Batches,
     Flag,
+    InvalidArgument,
+    ListOf,
     Model,
+    Text,
     checked,
     hooked,
-    invalid,
     restore_on_exit,
     safe_contextmanager,
     suggest,
 )
 from ..domains import unpadded
-from ..models import Anatomy, check_token_ids, inference
+from ..models import Anatomy, inference
+from .forward import patched_forward
+from .losses import window_losses
 
-_BLOCK = 256  # tokens whose logits exist at once
+NAMES = ListOf(Text(), 1)
 
 
 @dataclass(frozen=True)
@@ -52,34 +55,9 @@ class Gradients:
         return self.mean[name]
 
 
-def window_losses(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    """Mean negative log-likelihood of each window's tokens ``[window]``, in float32.
-
-    The logits of a few tokens exist at a time: all of them would take more memory than the model's
-    own forward pass. A model's soft cap of logits is applied.
-
-    Parameters
-    ----------
-    ids : torch.Tensor
-        ``[window, token]`` without padding.
-    """
-    check_token_ids(model, ids)
-    ids = ids.to(model.device)
-    hidden = model.base_model(input_ids=ids, use_cache=False)[0][:, :-1].flatten(0, 1)
-    head, targets = model.get_output_embeddings(), ids[:, 1:].flatten()
-    cap = Anatomy(model).soft_cap()
-    losses = [
-        functional.cross_entropy(_capped(head(x).float(), cap), y, reduction="none")
-        for x, y in zip(hidden.split(_BLOCK), targets.split(_BLOCK), strict=True)
-    ]
-    return torch.cat(losses).view(len(ids), -1).mean(1)
-
-
-def _capped(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
-    return logits if cap is None else torch.tanh(logits / cap) * cap
-
-
-@checked(model=Model(), batches=Batches(), squares=Flag(), gradient_checkpointing=Flag())
+@checked(
+    model=Model(), batches=Batches(), names=NAMES, squares=Flag(), gradient_checkpointing=Flag()
+)
 def collect_gradients(
     model: PreTrainedModel,
     batches: Iterable[dict[str, torch.Tensor]],
@@ -88,7 +66,7 @@ def collect_gradients(
     squares: bool = False,
     gradient_checkpointing: bool = False,
 ) -> Gradients:
-    """Backpropagate through one window after another, and keep the mean.
+    """Backpropagate through one window after another and average the weights' gradients.
 
     Every window weighs the same, however long. Besides the means (and squares), memory holds one
     window's activations and one layer's gradient.
@@ -102,7 +80,7 @@ def collect_gradients(
     names : iterable of str
         Full names of the linear layers.
     squares : bool
-        Keep the mean of the squares besides.
+        Average the squares of the gradients too.
     gradient_checkpointing : bool
         Keep only the decoder layers' inputs, and compute the rest twice.
 
@@ -114,14 +92,10 @@ def collect_gradients(
     if torch.is_inference_mode_enabled():
         raise ValueError("gradients are asked for inside torch.inference_mode(); call it outside")
     modules = linear_modules(model, names)
-    mean, square = (
-        {name: torch.zeros_like(m.weight, dtype=torch.float32) for name, m in modules.items()}
-        if wanted
-        else {}
-        for wanted in (True, squares)
-    )
+    mean = {name: _zeros_like(module.weight) for name, module in modules.items()}
+    square = {name: _zeros_like(mean[name]) for name in modules} if squares else {}
 
-    def keep(name: str, weight: nn.Parameter) -> None:
+    def accumulate(name: str, weight: nn.Parameter) -> None:
         gradient, weight.grad = weight.grad.float(), None
         mean[name] += gradient
         if squares:
@@ -129,13 +103,10 @@ def collect_gradients(
 
     n_windows = 0
     layers = Anatomy(model).layers if gradient_checkpointing else []
-    with _gradients_of(model, modules, keep, layers):
+    with _gradients_of(model, modules, accumulate), patched_forward(layers, _checkpointed):
         for ids in unpadded(batches):
             for window in ids.split(1):
-                loss = window_losses(model, window).sum()
-                if not torch.isfinite(loss):
-                    refuse_non_finite(model, window)
-                loss.backward()
+                window_losses(model, window).sum().backward()
                 n_windows += 1
     for name in reversed(modules):  # where backpropagation meets it first
         if not torch.isfinite(mean[name]).all():
@@ -153,23 +124,33 @@ def linear_modules(model: PreTrainedModel, names: Iterable[str]) -> dict[str, nn
     InvalidArgument
         For a name that is none of them.
     """
-    known = {name: module for _, name, module in Anatomy(model).linears()}
-    wanted = [*names] if isinstance(names, Iterable) and not isinstance(names, str) else [names]
-    for name in wanted or [None]:
-        if not isinstance(name, str) or name not in known:
-            expected = "full names of linear layers of the decoder"
-            raise invalid("names", name, expected, suggest(str(name), known))
-    return {name: known[name] for name in wanted}
+    linears = {name: module for _, name, module in Anatomy(model).linears()}
+    for name in names:
+        if name not in linears:
+            hint = suggest(name, [*linears])
+            raise InvalidArgument(f"names has {name!r}, no linear layer of the decoder; {hint}")
+    return {name: linears[name] for name in names}
+
+
+def _zeros_like(weight: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(weight, dtype=torch.float32)
+
+
+def _checkpointed(forward: Callable, *args, **kwargs):
+    """A layer's forward that computes its activations again in the backward pass.
+
+    transformers' own gradient checkpointing needs training mode, and so dropout.
+    """
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
 @safe_contextmanager
 def _gradients_of(
     model: PreTrainedModel,
     modules: Mapping[str, nn.Module],
-    keep: Callable[[str, nn.Parameter], None],
-    checkpointed: Iterable[nn.Module],
+    accumulate: Callable[[str, nn.Parameter], None],
 ) -> Iterator[None]:
-    """Evaluation mode in which just these weights have gradients, handed over one by one."""
+    """Evaluation mode in which only these weights get gradients, handed over one by one."""
     with restore_on_exit(model), inference(model), torch.enable_grad():
         for parameter in model.parameters():
             parameter.requires_grad_(False)
@@ -177,31 +158,6 @@ def _gradients_of(
         registrations = []
         for name, module in modules.items():
             register = module.weight.requires_grad_(True).register_post_accumulate_grad_hook
-            registrations.append(partial(register, partial(keep, name)))
-        for layer in checkpointed:  # transformers' own needs training mode, and so dropout
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+            registrations.append(partial(register, partial(accumulate, name)))
         with hooked(*registrations):
             yield
-
-
-def refuse_non_finite(model: PreTrainedModel, ids: torch.Tensor) -> None:
-    """Raise a ValueError that names the first linear layer with NaN or infinite values.
-
-    Parameters
-    ----------
-    ids : torch.Tensor
-        Windows ``[window, token]`` whose loss is not finite.
-    """
-
-    def hook(name: str, _module: nn.Module, args: tuple, output: torch.Tensor) -> None:
-        for side, tensor in (("input", args[0]), ("output", output)):
-            if not torch.isfinite(tensor).all():
-                raise ValueError(f"{name} has NaN or infinite values at its {side}")
-
-    linears = Anatomy(model).linears()
-    hooks = [
-        partial(module.register_forward_hook, partial(hook, name)) for _, name, module in linears
-    ]
-    with torch.no_grad(), hooked(*hooks):
-        model.base_model(input_ids=ids.to(model.device), use_cache=False)
-    raise ValueError("the loss is NaN or infinite: check the norms, the embedding and the head")

@@ -1,4 +1,4 @@
-"""Layer by layer through a model, each fed with what the layers before it have become."""
+"""Run the decoder layers one after another, each on the outputs of the layers before it."""
 
 from __future__ import annotations
 
@@ -8,51 +8,20 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
-from ..checks import hooked, safe_contextmanager
 from ..domains import unpadded
-from ..models import SITES, Anatomy, check_token_ids, execution_device, inference
+from ..models import SITES, Anatomy, inference
 from ..store import Shards
+from .forward import first_output, patched_forward, run_decoder, watch
 
 Calls = list[list[dict]]  # [window][layer]: keyword arguments; masks may differ between layers
-
-
-def for_each_layer(
-    model: PreTrainedModel,
-    batches: Iterable[dict[str, torch.Tensor]],
-    visit: Callable[[int, Callable[[], None]], None],
-) -> None:
-    """Visit the decoder layers in order, for methods that change one layer after another.
-
-    Memory holds every batch's hidden states at one depth. Padding is left out (see `unpadded`).
-
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel
-        A supported causal language model.
-    batches : iterable of dict
-        ``input_ids`` and, if there is padding, ``attention_mask``.
-    visit : callable
-        ``(layer, forward)``, called without gradients. ``forward()`` sends all tokens through the
-        layer as it is at that moment; hooks see them. After the visit the layer runs once more, and
-        its outputs are the next one's inputs.
-    """
-    anatomy, hidden = Anatomy(model), Shards()
-    with inference(model):
-        calls = catch_inputs(model, batches, hidden)
-        for index in range(len(anatomy.layers)):
-            one = LayerRunner(anatomy, index, hidden, calls)
-            visit(index, lambda one=one: [one.run(window) for window in range(len(calls))])
-            if index + 1 < len(anatomy.layers):
-                one.finish()
 
 
 def catch_inputs(
     model: PreTrainedModel, batches: Iterable[dict[str, torch.Tensor]], hidden: Shards
 ) -> Calls:
-    """Run the embeddings alone: what the first layer reads, and how each layer is called.
+    """Run the embeddings alone, to catch the first layer's inputs and every layer's arguments.
 
     Parameters
     ----------
@@ -61,42 +30,41 @@ def catch_inputs(
     batches : iterable of dict
         Tokens; padding is left out.
     hidden : Shards
-        Filled with ``[batch, token, feature]`` of every window.
+        Filled with the first layer's inputs ``[batch, token, feature]``, one per window.
 
     Returns
     -------
     list of list of dict
-        ``[window][layer]`` to the keyword arguments beside the hidden states.
+        ``[window][layer]`` to the layer's keyword arguments beside the hidden states.
     """
     calls: Calls = []
-    device = execution_device(model.get_input_embeddings())
-    wraps: bool | None = None  # whether layers return a tuple
+    returns_tuple: bool | None = None  # whether layers return a tuple
 
     def record(forward: Callable, *args, **kwargs):
-        nonlocal wraps
-        if wraps is None:
-            wraps = isinstance(forward(*args, **kwargs), tuple)
+        """Note a layer's arguments and hand its input on, in place of its output."""
+        nonlocal returns_tuple
+        if returns_tuple is None:  # run one layer, once, to know
+            returns_tuple = isinstance(forward(*args, **kwargs), tuple)
         states = args[0] if args else kwargs["hidden_states"]
-        if not calls[-1]:
+        if not calls[-1]:  # the first layer
             hidden[len(calls) - 1] = states
         calls[-1].append({k: v for k, v in kwargs.items() if k != "hidden_states"})
-        return (states, None) if wraps else states
+        return (states, None) if returns_tuple else states
 
-    with inference(model), _all_patched(Anatomy(model).layers, record):
+    with inference(model), patched_forward(Anatomy(model).layers, record):
         for ids in unpadded(batches):
-            check_token_ids(model, ids)
             calls.append([])
-            model.base_model(input_ids=ids.to(device), use_cache=False)
+            run_decoder(model, ids)
     return calls
 
 
 class LayerRunner:
-    """One decoder layer over all windows, in parts, so that no matrix product runs twice.
+    """Run one decoder layer over all windows, in steps, so that no matrix product runs twice.
 
-    What a projection that reads units (o, down) should become depends on all that it reads. So
-    `inputs` runs the layer up to it and keeps what it reads; later parts go on from there:
-    attention is not run again, nor are the projections into the FFN. Works on every family,
-    parallel blocks included, because the layer's own code is what runs.
+    How a projection that reads units (o, down) is pruned depends on its inputs over all windows. So
+    `inputs` runs the layer up to that projection and keeps what it reads; later steps continue from
+    there: attention is not run again, nor are the projections into the FFN. The layer's own code
+    runs, so every family is supported, those with parallel blocks included.
 
     Parameters
     ----------
@@ -114,17 +82,18 @@ class LayerRunner:
         family = anatomy.family
         self.layer = anatomy.layers[index]
         self.hidden = hidden
-        self.arguments = [window[index] for window in calls]
+        self.kwargs = [window[index] for window in calls]
         self.readers = {site: anatomy.module(index, family.consumes[site]) for site in SITES}
-        self.producers = [anatomy.module(index, each) for each in family.produces["ffn"]]
+        self.ffn_producers = [anatomy.module(index, each) for each in family.produces["ffn"]]
         path = family.consumes["attention"].path.rpartition(".")[0]
         self.attention = self.layer.get_submodule(path)
         self.columns: dict[str, torch.Tensor] = {}
+        # kept between steps, by window
         self.read = {site: Shards(hidden.place, hidden.folder) for site in SITES}
-        self.attended = Shards(hidden.place, hidden.folder)
+        self.attention_outputs = Shards(hidden.place, hidden.folder)
 
     def inputs(self, site: str) -> Iterator[torch.Tensor]:
-        """What the site's projection reads, window by window ``[…, feature]``; each is kept.
+        """Inputs ``[…, feature]`` of the site's projection, window by window; each is kept.
 
         Sites in the order of the data flow: attention first.
         """
@@ -136,7 +105,7 @@ class LayerRunner:
                 yield reached.states
 
     def keep_columns(self, site: str, columns: torch.Tensor) -> None:
-        """Of what the site's projection reads, only these features exist from now on."""
+        """Restrict the inputs of the site's projection to these features from now on."""
         self.columns[site] = columns
 
     def finish(self) -> None:
@@ -145,71 +114,65 @@ class LayerRunner:
             self.hidden[window] = self.run(window)
 
     def run(self, window: int, until: str | None = None) -> torch.Tensor:
-        """The layer's output for one window, from what is known of it already."""
-        attend, hooks, passed = partial(self._attend, window, until == "ffn"), [], ()
-        if window in self.read["ffn"]:
-            states = self._take("ffn", window)
-            reader, passed = self.readers["ffn"], self.producers
-            hooks.append(partial(reader.register_forward_pre_hook, lambda *_: (states,)))
-        if until is not None:
-            hooks.append(partial(self.readers[until].register_forward_pre_hook, _stop))
-        # outputs of the producers are not read: pass anything through
-        through = _all_patched(passed, lambda _forward, states: states)
-        with patched_forward(self.attention, attend), through, hooked(*hooks):
-            # not layer(…): what its hooks do to the arguments was done when they were recorded
-            found = self.layer.forward(self.hidden[window], **self.arguments[window])
-        return found[0] if isinstance(found, tuple) else found
+        """Output of the layer for one window, continued from what earlier steps kept of it.
 
-    def _attend(self, window: int, again: bool, forward: Callable, *args, **kwargs) -> tuple:
-        """What the attention module returns; kept if the window comes by `again`."""
-        if window in self.attended:
-            return self.attended.pop(window), None
-        if window in self.read["attention"]:
+        Parameters
+        ----------
+        window : int
+            Which window.
+        until : {"attention", "ffn"}, optional
+            Stop where this site's projection reads its input.
+        """
+        with contextlib.ExitStack() as patches:
+            attention = partial(self._attention_output, window, until)
+            patches.enter_context(patched_forward([self.attention], attention))
+            if window in self.read["ffn"]:
+                self._resume_at_ffn(patches, self._take("ffn", window))
+            if until is not None:
+                patches.enter_context(watch({until: self.readers[until]}, before=_stop))
+            # not layer(…): what its hooks do to the arguments was done when they were caught
+            return first_output(self.layer.forward(self.hidden[window], **self.kwargs[window]))
+
+    def _attention_output(
+        self, window: int, until: str | None, forward: Callable, *args, **kwargs
+    ) -> tuple[torch.Tensor, None]:
+        """Attention's output: kept, projected from what was kept, or computed."""
+        if window in self.attention_outputs:
+            states = self.attention_outputs.pop(window)
+        elif window in self.read["attention"]:
             states = self.readers["attention"](self._take("attention", window))
-            given = inspect.signature(type(self.attention).forward)
-            bound = given.bind(self.attention, *args, **kwargs).arguments
-            if "residual" in bound:  # BLOOM's attention adds it itself
-                states = states + bound["residual"]
+            residual = self._attention_residual(args, kwargs)
+            states = states if residual is None else states + residual
         else:
             states = forward(*args, **kwargs)[0]
-        if again:
-            self.attended[window] = states
+        if until == "ffn":  # the window comes by again
+            self.attention_outputs[window] = states
         return states, None
 
+    def _attention_residual(self, args: tuple, kwargs: dict) -> torch.Tensor | None:
+        """The residual stream, if the attention module adds it itself (BLOOM)."""
+        signature = inspect.signature(type(self.attention).forward)
+        return signature.bind(self.attention, *args, **kwargs).arguments.get("residual")
+
+    def _resume_at_ffn(self, patches: contextlib.ExitStack, states: torch.Tensor) -> None:
+        """Feed the FFN's last projection these states; skip the projections before it."""
+        # what the skipped ones return is not read: their own input will do
+        patches.enter_context(patched_forward(self.ffn_producers, lambda _forward, x: x))
+        patches.enter_context(watch({"ffn": self.readers["ffn"]}, before=lambda *_: states))
+
     def _take(self, site: str, window: int) -> torch.Tensor:
+        """The kept inputs of a site's projection, restricted to its kept columns."""
         states = self.read[site].pop(window)
         return states[..., self.columns[site]] if site in self.columns else states
 
 
 class _Reached(Exception):
-    """A projection is about to read `states`."""
+    """Raised where a projection is about to read `states`."""
 
     def __init__(self, states: torch.Tensor):
         super().__init__()
         self.states = states
 
 
-def _stop(_module: nn.Module, args: tuple) -> None:
-    raise _Reached(args[0])
-
-
-@safe_contextmanager
-def patched_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
-    """Let a module do something else while inside: ``forward(its own forward, …)``."""
-    own = module.__dict__.get("forward")
-    module.forward = partial(forward, module.forward)
-    try:
-        yield
-    finally:
-        del module.forward
-        if own is not None:
-            module.forward = own
-
-
-@safe_contextmanager
-def _all_patched(modules: Iterable[nn.Module], forward: Callable) -> Iterator[None]:
-    """The same in several modules."""
-    with contextlib.ExitStack() as stack:
-        for module in modules:
-            stack.enter_context(patched_forward(module, forward))
-        yield
+def _stop(_site: str, states: torch.Tensor) -> None:
+    raise _Reached(states)

@@ -1,4 +1,4 @@
-"""One streaming pass over a domain: what every neuron does on average.
+"""Mean activations of every neuron, in one streaming pass over a domain.
 
 Mini-GPTs (arXiv 2312.12682) scores neuron *j* by its mean absolute activation over *N* calibration
 tokens, ``m_j = (1/N) Σ_t |a_tj|``, for inputs and outputs of linear layers and outputs of the FFN's
@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -21,34 +21,24 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..checks import Batches, Flag, Integer, Location, Model, check_fields, checked
-from ..models import (
-    Anatomy,
-    check_token_ids,
-    fingerprint,
-    inference,
-    label,
-    require_weights,
-    weight_axis,
-)
+from ..domains import unpadded
+from ..models import Anatomy, fingerprint, inference, label, require_weights, weight_axis
 from ..store import DamagedFile, cached, read_tensors, write_tensors
-from .collector import Collector, Key
+from .forward import run_decoder
+from .moments import SUMS, FeatureSums, Key
 
-#: Fields of `Statistics` beside the sums, in a file's header and among its tensors.
-_HEADER = (
-    "activations", "layer_of", "n_tokens", "model_hash", "model_name", "domain", "content_hash",
-)  # fmt: skip
-_ARRAYS = ("token_counts", "merges", "protected")
+_ARRAYS = ("token_counts", "merges", "protected")  # fields that a file has among its tensors
 
 
-@dataclass
+@dataclass(repr=False)
 class Statistics:
-    """What one pass over `n_tokens` tokens of a domain found, per neuron.
+    """Sums over the tokens of a domain, for every neuron of a model.
 
     Parameters
     ----------
     sums : dict
-        ``(module, side)`` to sums over tokens ``[moment, neuron]`` in float64; the moments are
-        those of `MOMENTS`, and for outputs of biased layers a fourth, ``|y - b|``.
+        ``(module, side)`` to sums over tokens ``[moment, neuron]`` in float64: of ``|x|``, ``x``
+        and ``x²``, and for outputs of layers with a bias of ``|y - b|``.
     activations : list of str
         Per layer, the module whose input is the output of the FFN's activation.
     layer_of : dict
@@ -58,11 +48,11 @@ class Statistics:
     merges : numpy.ndarray
         The tokenizer's merges as ids ``[merge, (left, right, result)]``; empty if not known.
     protected : numpy.ndarray
-        Tokens that never leave (bytes, special tokens); empty if not known.
+        Tokens that are never removed (bytes, special tokens); empty if not known.
     n_tokens : int
         Tokens counted, padding excluded.
     model_hash, model_name, domain, content_hash : str
-        Which model, which text: `fingerprint`, caption, name and SHA-256 of the windows' tokens.
+        The model's `fingerprint` and caption; the text's name and SHA-256 of its windows' tokens.
     """
 
     sums: dict[Key, np.ndarray]
@@ -80,8 +70,6 @@ class Statistics:
     def __post_init__(self):
         check_fields(self, n_tokens=Integer(1))
 
-    MOMENTS = ("absolute", "sum", "square", "unbiased")
-
     def mean(self, module: str, side: str, moment: str) -> np.ndarray:
         """Mean over tokens of one moment of every neuron ``[neuron]``.
 
@@ -89,7 +77,7 @@ class Statistics:
         projection. ``"unbiased"`` falls back to ``"absolute"`` where a layer has no bias.
         """
         table = self.sums[module, "input" if side == "activation" else side]
-        row = self.MOMENTS.index(moment)
+        row = SUMS.index(moment)
         return table[row if row < len(table) else 0] / self.n_tokens
 
     def variance(self, module: str, side: str) -> np.ndarray:
@@ -98,17 +86,19 @@ class Statistics:
         return np.maximum(square - mean**2, 0)
 
     def magnitude(self, module: str, side: str) -> np.ndarray:
-        """What ε is compared with ``[neuron]``: mean |a|, of outputs the smaller of it and |y - b|.
+        """Mean |a| of every neuron, of outputs the smaller of it and mean |y - b| ``[neuron]``.
 
-        An output that only its bias keeps away from zero counts as unused (Mini-GPTs' reference
-        code).
+        The thresholds ε of Mini-GPTs are compared with it: an output that only its bias keeps away
+        from zero counts as unused, as in the reference code.
         """
-        found = self.mean(module, side, "absolute")
-        return np.minimum(found, self.mean(module, side, "unbiased")) if side == "output" else found
+        absolute = self.mean(module, side, "absolute")
+        if side != "output":
+            return absolute
+        return np.minimum(absolute, self.mean(module, side, "unbiased"))
 
     def biased(self, module: str) -> bool:
         """Whether the linear layer has a bias."""
-        return len(self.sums[module, "output"]) == len(self.MOMENTS)
+        return len(self.sums[module, "output"]) == len(SUMS)
 
     def sides(self) -> Iterator[Key]:
         """Every ``(module, side)`` that was measured, layer by layer."""
@@ -116,8 +106,12 @@ class Statistics:
         for module in self.activations:
             yield module, "activation"
 
-    def __repr__(self) -> str:  # the arrays fill pages
+    def __repr__(self) -> str:
         return f"Statistics of {self.n_tokens:,} tokens of {self.domain} under {self.model_name}"
+
+    def _repr_html_(self) -> str:
+        summary = self.to_frame().groupby("side", observed=True)["mean_abs"].describe()
+        return f"<p>{self!r}: mean |a| of neurons</p>{summary.to_html()}"
 
     def to_frame(self) -> pd.DataFrame:
         """Tidy table, one row per neuron.
@@ -128,30 +122,26 @@ class Statistics:
             Columns ``layer, module, side`` (input, output or activation), ``neuron, mean_abs,
             mean_abs_unbiased`` (NaN without a bias), ``mean, variance, second_moment, tokens``.
         """
-        parts = []
-        for module, side in self.sides():
-            mean = self.mean(module, side, "sum")
-            unbiased = self.mean(module, side, "unbiased")
-            parts.append(
-                pd.DataFrame(
-                    {
-                        "layer": self.layer_of[module],
-                        "module": module.split(f".{self.layer_of[module]}.", 1)[1],
-                        "side": side,
-                        "neuron": np.arange(len(mean)),
-                        "mean_abs": self.mean(module, side, "absolute"),
-                        "mean_abs_unbiased": unbiased
-                        if side == "output" and self.biased(module)
-                        else np.nan,
-                        "mean": mean,
-                        "variance": self.variance(module, side),
-                        "second_moment": self.mean(module, side, "square"),
-                        "tokens": self.n_tokens,
-                    }
-                )
-            )
-        table = pd.concat(parts, ignore_index=True)
+        table = pd.concat([self._rows(*key) for key in self.sides()], ignore_index=True)
         return table.astype({"module": "category", "side": "category"})
+
+    def _rows(self, module: str, side: str) -> pd.DataFrame:
+        """Part of the table that is of one side of one module."""
+        layer, mean_abs = self.layer_of[module], self.mean(module, side, "absolute")
+        unbiased = side == "output" and self.biased(module)
+        columns = {
+            "layer": layer,
+            "module": module.split(f".{layer}.", 1)[1],
+            "side": side,
+            "neuron": np.arange(len(mean_abs)),
+            "mean_abs": mean_abs,
+            "mean_abs_unbiased": self.mean(module, side, "unbiased") if unbiased else np.nan,
+            "mean": self.mean(module, side, "sum"),
+            "variance": self.variance(module, side),
+            "second_moment": self.mean(module, side, "square"),
+            "tokens": self.n_tokens,
+        }
+        return pd.DataFrame(columns)
 
     def __add__(self, other: object) -> Statistics:
         """Statistics of both texts together, of one model.
@@ -211,10 +201,12 @@ class Statistics:
             If it cannot be written.
         """
         tensors = {f"{module}|{side}": table for (module, side), table in self.sums.items()}
-        tensors |= {f"|{name}": getattr(self, name) for name in _ARRAYS}
-        header = {name: getattr(self, name) for name in _HEADER} | {
-            "order": [f"{module}|{side}" for module, side in self.sums]
-        }
+        header = {"order": [*tensors]}
+        for each in fields(self):
+            if each.name in _ARRAYS:
+                tensors[f"|{each.name}"] = getattr(self, each.name)
+            elif each.name != "sums":
+                header[each.name] = getattr(self, each.name)
         arrays = {name: torch.from_numpy(np.array(table)) for name, table in tensors.items()}
         return write_tensors(path, "statistics", header, arrays)
 
@@ -256,12 +248,12 @@ def collect_statistics(
     model : transformers.PreTrainedModel
         A supported causal language model.
     batches : iterable of dict
-        ``input_ids`` and, if there is padding, ``attention_mask``, both ``[batch, tokens]``. What
-        `tokenize` returns also brings the domain's name and the tokenizer's merges.
+        ``input_ids`` and, if there is padding, ``attention_mask``, both ``[batch, tokens]``. The
+        batches of `tokenize` also bring the domain's name and the tokenizer's merges.
     path : str or path, optional
-        A file to keep them in: it is read instead if it holds the same model on the same tokens,
-        and written otherwise; a damaged one is set aside, anything else refused. A full disk only
-        warns.
+        File to keep the statistics in: read instead of the pass if it is of this model and these
+        tokens, written otherwise. A damaged file is set aside, another kind of file refused; a full
+        disk only warns.
     progress : bool
         Show a progress bar.
 
@@ -274,79 +266,72 @@ def collect_statistics(
     ValueError
         If there are no tokens, a token id is out of range, or an activation is not finite.
     """
+    content = tokens_hash(batches)
 
     def is_current(known: Statistics) -> bool:
-        if (known.model_hash, known.content_hash) != (fingerprint(model), tokens_hash(batches)):
-            return False
-        return len(getattr(batches, "merges", known.merges)) == len(known.merges)
+        merges = getattr(batches, "merges", known.merges)
+        same_text = known.content_hash == content and len(known.merges) == len(merges)
+        return same_text and known.model_hash == fingerprint(model)
 
-    compute = partial(_collect, model, batches, progress)
+    compute = partial(_collect, model, batches, content, progress)
     return cached(path, compute, Statistics.load, Statistics.save, is_current)
 
 
-def _collect(model: PreTrainedModel, batches: Iterable[dict], progress: bool) -> Statistics:
+def _collect(
+    model: PreTrainedModel, batches: Sequence[dict], content: str, progress: bool
+) -> Statistics:
     """Statistics of one pass over all batches."""
-    collector = Collector(model)
-    content = hashlib.sha256()
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    token_counts = torch.zeros(vocabulary, dtype=torch.int64)
-    with inference(model), collector.hooks():
-        for batch in tqdm(batches, desc="statistics", unit="batch", disable=not progress):
-            ids, mask = batch["input_ids"].long(), _mask(batch).bool()
-            _update(content, batch)
-            # a padded batch comes window by window: what padding computes may be NaN
-            whole = (
-                [ids]
-                if mask.all()
-                else [row[real][None] for row, real in zip(ids, mask, strict=True)]
-            )
-            for window in whole:
-                if window.numel():
-                    check_token_ids(model, window)  # the ids of padding may be anything
-                    token_counts += torch.bincount(window.flatten().cpu(), minlength=vocabulary)
-                    model(input_ids=window.to(model.device), use_cache=False, logits_to_keep=1)
-    n_tokens = int(token_counts.sum())
-    if n_tokens == 0:
-        raise ValueError("no tokens to collect statistics from: batches is empty or all padding")
-    sums = collector.tables(n_tokens)
+    anatomy = Anatomy(model)
+    sums, token_counts = _one_pass(model, batches, progress)
     for (module, side), table in sums.items():
         if not np.isfinite(table).all():
             raise ValueError(
                 f"{module} has NaN or infinite values at its {side}: check the weights"
             )
-    anatomy = Anatomy(model)
-    second = anatomy.family.consumes["ffn"]
     empty = np.zeros(0, dtype=np.int64)
     return Statistics(
         sums=sums,
-        activations=[anatomy.name(layer, second) for layer in range(len(anatomy.layers))],
-        layer_of=collector.layer_of,
-        token_counts=token_counts.numpy(),
+        activations=[
+            anatomy.name(layer, anatomy.family.consumes["ffn"])
+            for layer in range(len(anatomy.layers))
+        ],
+        layer_of={name: layer for layer, name, _ in anatomy.linears()},
+        token_counts=token_counts,
         merges=getattr(batches, "merges", empty.reshape(0, 3)),
         protected=getattr(batches, "protected", empty),
-        n_tokens=n_tokens,
+        n_tokens=int(token_counts.sum()),
         model_hash=fingerprint(model),
         model_name=label(model),
         domain=getattr(batches, "source", ""),
-        content_hash=content.hexdigest(),
+        content_hash=content,
     )
 
 
-def _mask(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    mask = batch.get("attention_mask")
-    return torch.ones_like(batch["input_ids"]) if mask is None else mask
+def _one_pass(
+    model: PreTrainedModel, batches: Sequence[dict], progress: bool
+) -> tuple[dict[Key, np.ndarray], np.ndarray]:
+    """Sums over all tokens, and how often each token of the vocabulary occurs."""
+    feature_sums = FeatureSums({name: module for _, name, module in Anatomy(model).linears()})
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    token_counts = torch.zeros(vocabulary, dtype=torch.int64)
+    with inference(model), feature_sums.watching():
+        for ids in tqdm(unpadded(batches), desc="statistics", unit="batch", disable=not progress):
+            run_decoder(model, ids)
+            token_counts += torch.bincount(ids.flatten().cpu(), minlength=vocabulary)
+    return feature_sums.tables(), token_counts.numpy()
 
 
 def tokens_hash(batches: Iterable[dict[str, torch.Tensor]]) -> str:
-    """SHA-256 of every window's length and tokens, without the padding ones."""
+    """SHA-256 of every window's length and tokens, without the padding ones.
+
+    Window by window: the same text in other windows is another measurement.
+    """
     content = hashlib.sha256()
     for batch in batches:
-        _update(content, batch)
+        ids = batch["input_ids"].cpu().long()
+        mask = batch.get("attention_mask")
+        mask = torch.ones_like(ids) if mask is None else mask.cpu()
+        for window, real in zip(ids, mask, strict=True):
+            content.update(str(len(window)).encode())
+            content.update(window[real.bool()].contiguous().numpy())
     return content.hexdigest()
-
-
-def _update(content, batch: dict[str, torch.Tensor]) -> None:
-    """Hash a batch window by window: the same text in other windows is another measurement."""
-    for ids, mask in zip(batch["input_ids"].cpu().long(), _mask(batch).cpu(), strict=True):
-        content.update(str(len(ids)).encode())
-        content.update(ids[mask.bool()].contiguous().numpy())

@@ -7,9 +7,8 @@ kept as one number per direction.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -25,20 +24,13 @@ from ..checks import (
     Number,
     OneOf,
     checked,
-    hooked,
     safe_contextmanager,
 )
 from ..domains import unpadded
 from ..models import SITES, Anatomy, inference
-from .gradients import (
-    Gradients,
-    collect_gradients,
-    linear_modules,
-    refuse_non_finite,
-    window_losses,
-)
-
-_SITES = ListOf(OneOf(SITES), 1)
+from .forward import watch
+from .gradients import NAMES, Gradients, collect_gradients, linear_modules
+from .losses import window_losses
 
 
 @dataclass(frozen=True)
@@ -62,26 +54,31 @@ class Estimate:
     def __getitem__(self, name: str) -> torch.Tensor:
         """The estimate for one layer, in float32; drawn anew at every call."""
         place = list(self.weights).index(name)
-        total = torch.zeros_like(self.weights[name], dtype=torch.float32)
+        g = torch.zeros_like(self.weights[name], dtype=torch.float32)
         for k, c in enumerate(self.coefficients):
-            total.add_(_direction(self.seed, k, place, total), alpha=c / len(self.coefficients))
-        return total
+            g.add_(_direction(self.seed, k, place, g), alpha=c / len(self.coefficients))
+        return g
 
     def cosine(self, gradients: Gradients) -> float:
         """Cosine between the estimate and the true gradient over all their weights."""
-        dot = ours = theirs = 0.0
+        dot = estimate_square = truth_square = 0.0
         for name in self.weights:
             estimate, truth = self[name].flatten(), gradients[name].flatten()
             dot += float(estimate @ truth)
-            ours += float(estimate @ estimate)
-            theirs += float(truth @ truth)
-        return dot / np.sqrt(ours * theirs)
+            estimate_square += float(estimate @ estimate)
+            truth_square += float(truth @ truth)
+        return dot / np.sqrt(estimate_square * truth_square)
 
 
 @checked(
-    model=Model(), batches=Batches(), eps=Number(above=0),
-    n_directions=Integer(1), per_sample=Flag(), seed=Integer(0),
-)  # fmt: skip
+    model=Model(),
+    batches=Batches(),
+    names=NAMES,
+    eps=Number(above=0),
+    n_directions=Integer(1),
+    per_sample=Flag(),
+    seed=Integer(0),
+)
 def estimate_gradients(
     model: PreTrainedModel,
     batches: Iterable[dict[str, torch.Tensor]],
@@ -126,63 +123,57 @@ def estimate_gradients(
     """
     modules = linear_modules(model, names)
     windows = list(unpadded(batches))
-    groups = [[row] for ids in windows for row in ids.split(1)] if per_sample else [windows]
+    samples = [[row] for ids in windows for row in ids.split(1)] if per_sample else [windows]
     coefficients = []
     with inference(model):
-        for group in groups * n_directions:
-            losses = []
-            for step in (eps, -eps):
-                with _perturbed(modules, seed, len(coefficients), step):
-                    losses.append(_mean_loss(model, group))
-            coefficients.append((losses[0] - losses[1]) / (2 * eps))
+        for sample in samples * n_directions:
+            k = len(coefficients)
+            with _perturbed(modules, seed, k, eps):
+                loss_plus = _mean_loss(model, sample)
+            with _perturbed(modules, seed, k, -eps):
+                loss_minus = _mean_loss(model, sample)
+            coefficients.append((loss_plus - loss_minus) / (2 * eps))
     weights = {name: module.weight.detach() for name, module in modules.items()}
     return Estimate(np.array(coefficients), seed, weights)
 
 
-def _mean_loss(model: PreTrainedModel, group: list[torch.Tensor]) -> float:
-    losses = []
-    for ids in group:
-        found = window_losses(model, ids)
-        if not torch.isfinite(found).all():
-            refuse_non_finite(model, ids)
-        losses += found.tolist()
-    return float(np.mean(losses))
+def _mean_loss(model: PreTrainedModel, windows: list[torch.Tensor]) -> float:
+    return float(np.mean([loss for ids in windows for loss in window_losses(model, ids).tolist()]))
 
 
-def _direction(seed: int, draw: int, place: int, like: torch.Tensor) -> torch.Tensor:
-    """``z ~ N(0, I)`` of one layer, in float32."""
-    state = np.random.SeedSequence((seed, draw, place)).generate_state(1, np.uint64)[0]
+def _direction(seed: int, k: int, place: int, like: torch.Tensor) -> torch.Tensor:
+    """``z_k ~ N(0, I)`` of one layer, in float32."""
+    state = np.random.SeedSequence((seed, k, place)).generate_state(1, np.uint64)[0]
     generator = torch.Generator(like.device).manual_seed(int(state))
     return torch.randn(like.shape, generator=generator, device=like.device, dtype=torch.float32)
 
 
 @safe_contextmanager
-def _perturbed(modules: dict[str, nn.Module], seed: int, draw: int, step: float) -> Iterator[None]:
-    """While a layer runs, its weight is ``W + step · z``."""
-    kept: dict[nn.Module, torch.Tensor] = {}
+def _perturbed(modules: Mapping[str, nn.Module], seed: int, k: int, step: float) -> Iterator[None]:
+    """While a layer runs, its weight is ``W + step · z_k``."""
+    places = {name: place for place, name in enumerate(modules)}
+    originals: dict[str, torch.Tensor] = {}
 
-    def shift(place: int, module: nn.Module, _args: tuple) -> None:
-        kept[module] = module.weight.data  # the tensor itself: it is never written to
-        moved = module.weight.detach().clone()
-        module.weight.data = moved.add_(_direction(seed, draw, place, moved), alpha=step)
+    def perturb(name: str, _x: torch.Tensor) -> None:
+        weight = modules[name].weight
+        originals[name] = weight.data  # the tensor itself: it is never written to
+        W = weight.detach().clone()
+        weight.data = W.add_(_direction(seed, k, places[name], W), alpha=step)
 
-    def restore(module: nn.Module, *_: object) -> None:
-        module.weight.data = kept[module]
-        del kept[module]
+    def restore(name: str, *_: object) -> None:
+        modules[name].weight.data = originals.pop(name)
 
-    hooks = []
-    for place, module in enumerate(modules.values()):
-        hooks.append(partial(module.register_forward_pre_hook, partial(shift, place)))
-        hooks.append(partial(module.register_forward_hook, restore))
     try:
-        with hooked(*hooks):
+        with watch(modules, before=perturb, after=restore):
             yield
     finally:
-        for module in list(kept):  # interrupted between the two
-            restore(module)
+        for name in list(originals):  # interrupted between the two
+            restore(name)
 
 
-@checked(model=Model(), batches=Batches(), sites=_SITES, gradient_checkpointing=Flag())
+@checked(
+    model=Model(), batches=Batches(), sites=ListOf(OneOf(SITES), 1), gradient_checkpointing=Flag()
+)
 def gradient_cosine(
     model: PreTrainedModel,
     batches: Iterable[dict[str, torch.Tensor]],
@@ -207,11 +198,10 @@ def gradient_cosine(
     **options
         Of the estimate: ``eps``, ``n_directions``, ``per_sample``, ``seed``.
     """
-    batches, names = list(batches), scored_weights(model, sites)
+    names = scored_weights(model, sites)
     estimate = estimate_gradients(model, batches, names, **options)
-    return estimate.cosine(
-        collect_gradients(model, batches, names, gradient_checkpointing=gradient_checkpointing)
-    )
+    truth = collect_gradients(model, batches, names, gradient_checkpointing=gradient_checkpointing)
+    return estimate.cosine(truth)
 
 
 def scored_weights(model: PreTrainedModel, sites: tuple[str, ...]) -> list[str]:

@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 
 from ..calibration import Hessians, Statistics, damped_inverse, refit
 from ..checks import Instance, Model, Number, checked
-from ..criteria import by_input, per_feature
 from ..models import Anatomy, PruningPlan, weight_axis
 
 
@@ -51,8 +50,9 @@ def bias_compensated(
             columns = anatomy.unit_features(consumer, layer)[removed].ravel()
             mean = np.zeros(module.weight.shape[weight_axis(module, "input")])  # [in]
             mean[columns] = statistics.mean(name, "input", "sum")[columns]
-            W_times_mean = module.weight.float() * by_input(mean, module)
-            shift[name] = per_feature(W_times_mean, module, "output").cpu().tolist()  # [out]
+            W = module.weight.float().movedim(weight_axis(module, "output"), 0)  # [out, in]
+            mean = torch.as_tensor(mean, dtype=W.dtype, device=W.device)
+            shift[name] = (W * mean).sum(1).cpu().tolist()  # [out]
     return replace(plan, shift=shift, origin={**plan.origin, "bias_compensation": True})
 
 

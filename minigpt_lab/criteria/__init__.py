@@ -13,7 +13,7 @@ from . import (
 from .influence import block_influence
 from .scores import CRITERIA, Scores, criterion, score
 from .sensitivity import MINI_LLM
-from .units import attention_site, by_input, check_option, chosen_sites, per_feature
+from .units import attention_site, chosen_sites
 
 __all__ = [
     "CRITERIA",
@@ -21,14 +21,11 @@ __all__ = [
     "Scores",
     "attention_site",
     "block_influence",
-    "by_input",
-    "check_option",
     "chosen_sites",
     "contextual",
     "criterion",
     "fluctuation",
     "magnitude",
-    "per_feature",
     "random_units",
     "score",
     "sensitivity",

@@ -1,31 +1,27 @@
-"""Mini-GPTs' statistic per unit: mean absolute activation on the domain."""
+"""Mean absolute activation on the domain (Mini-GPTs)."""
 
 from __future__ import annotations
 
-from ..models import Anatomy
 from .scores import criterion
-from .units import known_statistics
+from .units import known_statistics, unit_scores
 
 
 @criterion("contextual")
 def contextual_scores(model, batches=None, statistics=None, *, sites):
-    """Mean |x| of a unit's features where the site's second projection reads them.
+    """Mean absolute activation ``m_j = (1/N) Σ_t |a_tj|``, averaged over a unit's features.
 
-    For FFN channels this is the paper's activation statistic (Mini-GPTs, arXiv 2312.12682, §3); for
-    attention it is the mean over the features of a head or group, which the paper does not define.
+    *a* is the input of the projection that reads the units. For FFN channels this is the activation
+    statistic of Mini-GPTs (arXiv 2312.12682, §3); for attention it is the mean over the features of
+    a head or group, which the paper does not define.
 
     Raises
     ------
     ValueError
         If neither batches nor statistics are given.
     """
-    statistics = known_statistics(model, batches, statistics, "contextual")
-    anatomy, found = Anatomy(model), {}
-    for site in sites:
-        consumer = anatomy.family.consumes[site]
-        found[site] = []
-        for layer in range(len(anatomy.layers)):
-            mean_abs = statistics.mean(anatomy.name(layer, consumer), "input", "absolute")
-            features = anatomy.unit_features(consumer, layer)
-            found[site].append(mean_abs[features].mean(1))
-    return found
+    statistics = known_statistics(model, batches, statistics)
+
+    def mean_magnitude(linear):
+        return statistics.mean(linear.name, "input", "absolute")  # m [input]
+
+    return unit_scores(model, sites, mean_magnitude, scope="consumer", average=True)

@@ -1,19 +1,17 @@
-"""How much a unit's features vary over tokens (FLAP), and the bias that replaces their mean."""
+"""Fluctuation of a unit's features over tokens (FLAP)."""
 
 from __future__ import annotations
 
 import torch
 
-from ..checks import Flag, checked
-from ..models import Anatomy, weight_axis
+from ..checks import Flag, OneOf, checked
+from ..models import Anatomy
 from .scores import criterion
-from .units import by_input, check_option, input_norms, known_statistics, per_feature, unit_scores
-
-METRICS = ("IFV", "WIFV", "WIFN")
+from .units import input_norms, known_statistics, unit_scores
 
 
 @criterion("fluctuation")
-@checked(standardise=Flag(), square_attention=Flag())
+@checked(metric=OneOf(("IFV", "WIFV", "WIFN")), standardise=Flag(), square_attention=Flag())
 def fluctuation_scores(
     model,
     batches=None,
@@ -27,7 +25,7 @@ def fluctuation_scores(
     """FLAP's metric (arXiv 2312.11983) of the features that o and down read, summed over a unit.
 
     ``IFV``: ``Var(X_j)``. ``WIFV``: ``Var(X_j) · Σ_i W_ij²``. ``WIFN``: ``mean_i |W_ij| · ‖X_j‖₂``.
-    What hardly varies can be replaced by its mean (see `bias_compensated`).
+    Features that hardly vary can be replaced by their mean (see `bias_compensated`).
 
     The variance is the exact one over all tokens, divided by their number; the released code
     streams it over samples, of which the first is a mere start, and divides by theirs.
@@ -35,6 +33,7 @@ def fluctuation_scores(
     Parameters
     ----------
     metric : {"IFV", "WIFV", "WIFN"}
+        Which of the three.
     standardise : bool
         Standardise the features' metric in every layer, ``(S - mean) / std`` (std with n - 1, as in
         the released code), so that layers and sites can be compared, as the paper's adaptive
@@ -49,36 +48,32 @@ def fluctuation_scores(
     ValueError
         If there is no data or the metric is unknown.
     """
-    check_option("metric", metric, METRICS)
-    found = known_statistics(model, batches, statistics, "fluctuation")
+    statistics = known_statistics(model, batches, statistics)
     anatomy = Anatomy(model)
     attention = {
         anatomy.name(layer, anatomy.family.consumes["attention"])
         for layer in range(len(anatomy.layers))
     }
 
-    def features(name, module, side):
-        weight = module.weight.float()
-        if metric == "WIFN":
-            rows = weight.shape[weight_axis(module, "output")]
-            norms = by_input(input_norms(found, name), module)
-            values = per_feature(weight.abs() * norms, module, side).cpu().double() / rows
-        else:
-            values = torch.from_numpy(found.variance(name, "input"))
-            if metric == "WIFV":
-                values = values * per_feature(weight.square(), module, side).cpu()
-        if standardise:
-            if square_attention and name in attention:
-                values = values.square()
-            spread = float(values.std()) if len(values) > 1 else 0.0
-            values = (values - values.mean()) / (spread or 1.0)
-        return values
+    def fluctuation(linear):
+        S = _metric(metric, linear, statistics)  # [input]
+        if not standardise:
+            return S
+        if square_attention and linear.name in attention:
+            S = S.square()
+        spread = float(S.std()) if len(S) > 1 else 0.0
+        return (S - S.mean()) / (spread or 1.0)
 
-    scores = unit_scores(model, sites, features, scope="consumer")
-    if standardise:
-        for site, layers in scores.items():
-            consumer = anatomy.family.consumes[site]
-            for layer, values in enumerate(layers):
-                per_unit = anatomy.unit_features(consumer, layer).shape[1]
-                layers[layer] = values / per_unit
-    return scores
+    return unit_scores(model, sites, fluctuation, scope="consumer", average=standardise)
+
+
+def _metric(metric: str, linear, statistics) -> torch.Tensor:
+    """The metric of every input feature ``[input]``, in float64."""
+    W = linear.W  # [output, input]
+    if metric == "WIFN":
+        norms = linear.row(input_norms(statistics, linear.name))
+        return linear.per_feature(W.abs() * norms).cpu().double() / len(W)
+    variance = torch.from_numpy(statistics.variance(linear.name, "input"))
+    if metric == "IFV":
+        return variance
+    return variance * linear.per_feature(W.square()).cpu()

@@ -1,19 +1,18 @@
-"""How much a whole layer turns what passes through it."""
+"""Influence of whole decoder layers on the hidden states (ShortGPT)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
 
 import pandas as pd
 import torch
-from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from ..checks import Batches, Model, checked, hooked
+from ..calibration import run_decoder, watch
+from ..checks import Batches, Model, checked
 from ..domains import unpadded
-from ..models import Anatomy, check_token_ids, inference
+from ..models import Anatomy, inference
 
 
 @checked(model=Model(), batches=Batches())
@@ -22,8 +21,9 @@ def block_influence(
 ) -> pd.DataFrame:
     """``BI_l = 1 - mean_t cos(h_l, h_l+1)`` of every decoder layer (ShortGPT, arXiv 2403.03853).
 
-    *h* is what enters and leaves a layer, the last one before the final norm. Plans cut inside
-    layers, so this is no criterion of `score`: it says which layers to keep whole, or to cut most.
+    *h_l* and *h_l+1* are the hidden states before and after layer *l*, the last one before the
+    final norm. Plans prune inside layers, so this is no criterion of `score`: it tells which layers
+    to keep whole, or to prune most.
 
     Parameters
     ----------
@@ -42,28 +42,18 @@ def block_influence(
     ValueError
         If there are no tokens, or a hidden state is not finite.
     """
-    anatomy = Anatomy(model)
-    sums, n_tokens = [0.0] * len(anatomy.layers), 0
+    layers = {str(index): layer for index, layer in enumerate(Anatomy(model).layers)}
+    cosines, n_tokens = dict.fromkeys(layers, 0.0), 0
 
-    def hook(index: int):
-        def add(_layer: nn.Module, args: tuple, kwargs: dict, output) -> None:
-            before = args[0] if args else kwargs["hidden_states"]
-            after = output[0] if isinstance(output, tuple) else output
-            cosine = functional.cosine_similarity(before.float(), after.float(), dim=-1)
-            if not torch.isfinite(cosine).all():
-                raise ValueError(f"layer {index} reads or writes NaN or infinite values")
-            sums[index] += float(cosine.sum())
+    def add(layer: str, before: torch.Tensor, after: torch.Tensor) -> None:
+        cosine = functional.cosine_similarity(before.float(), after.float(), dim=-1)
+        if not torch.isfinite(cosine).all():
+            raise ValueError(f"layer {layer} reads or writes NaN or infinite values")
+        cosines[layer] += float(cosine.sum())
 
-        return add
-
-    hooks = [
-        partial(layer.register_forward_hook, hook(index), with_kwargs=True)
-        for index, layer in enumerate(anatomy.layers)
-    ]
-    with inference(model), hooked(*hooks):
+    with inference(model), watch(layers, after=add):
         for ids in unpadded(batches):
-            check_token_ids(model, ids)
+            run_decoder(model, ids)
             n_tokens += ids.numel()
-            model.base_model(input_ids=ids.to(model.device), use_cache=False)
-    influence = [1 - total / n_tokens for total in sums]
+    influence = [1 - total / n_tokens for total in cosines.values()]
     return pd.DataFrame({"layer": range(len(influence)), "influence": influence})

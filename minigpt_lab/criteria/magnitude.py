@@ -1,12 +1,14 @@
-"""Weight magnitude of a unit's coupled weights, without any data."""
+"""Magnitude of a unit's coupled weights, without any data."""
 
 from __future__ import annotations
 
+from ..checks import OneOf, checked
 from .scores import criterion
-from .units import check_option, per_feature, unit_scores
+from .units import REDUCE, SCOPE, unit_scores
 
 
 @criterion("magnitude")
+@checked(norm=OneOf(("l1", "l2")), reduce=REDUCE, scope=SCOPE)
 def magnitude_scores(
     model,
     batches=None,
@@ -17,7 +19,7 @@ def magnitude_scores(
     reduce: str = "sum",
     scope: str = "coupled",
 ):
-    """Sum of ``|w|^p`` over each channel's weights, reduced over the structures of a unit.
+    """``Σ |W_ij|^p`` over each channel's weights, reduced over the structures of a unit.
 
     ``coupled`` is the magnitude of LLM-Pruner's released code (arXiv 2305.11627; no p-th root,
     heads are the sum of their channels); ``consumer`` the Mag-sp of FLAP's (arXiv 2312.11983):
@@ -38,11 +40,10 @@ def magnitude_scores(
     ValueError
         If an option is unknown.
     """
-    check_option("norm", norm, ("l1", "l2"))
 
-    def powers(_name, module, side):
-        weight = module.weight.float()
-        total = per_feature(weight.abs() if norm == "l1" else weight.square(), module, side)
+    def powers(linear):
+        W = linear.W  # [output, input]
+        total = linear.per_feature(W.abs() if norm == "l1" else W.square())
         return total.sqrt() if norm == "l2" and scope == "consumer" else total
 
-    return unit_scores(model, sites, powers, scope, reduce, by_channel=True)
+    return unit_scores(model, sites, powers, scope=scope, reduce=reduce, by_channel=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,10 @@ from ..checks import (
     Function,
     Instance,
     InvalidArgument,
+    ListOf,
     Location,
     Model,
+    OneOf,
     Text,
     as_json,
     checked,
@@ -31,7 +33,7 @@ from ..checks import (
     to_python,
     writable_folder,
 )
-from ..models import ALL_SITES, SITES, Anatomy, fingerprint, label, require_weights
+from ..models import ALL_SITES, SITES, Anatomy, fingerprint, require_weights
 from ..store import (
     DamagedFile,
     cache_folder,
@@ -41,12 +43,12 @@ from ..store import (
     read_tensors,
     write_tensors,
 )
-from .units import check_option, chosen_sites
+from .units import chosen_sites
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Scores:
-    """Importance of every unit; the lowest leave first.
+    """Importance of every unit; those with the lowest scores are pruned first.
 
     Parameters
     ----------
@@ -72,6 +74,15 @@ class Scores:
     content_hash: str = ""
     n_tokens: int = 0
 
+    def __repr__(self) -> str:
+        units = [f"{sum(map(len, layers)):,} {site} units" for site, layers in self.values.items()]
+        text = f" on {self.n_tokens:,} tokens of {self.domain}" if self.n_tokens else ""
+        return f"{self.criterion} scores of {' and '.join(units)}{text}"
+
+    def _repr_html_(self) -> str:
+        summary = self.to_frame().groupby("site")["score"].describe()
+        return f"<p>{self!r}</p>{summary.to_html()}"
+
     def to_frame(self) -> pd.DataFrame:
         """Tidy table with columns ``site, layer, unit, score``."""
         parts = [
@@ -82,10 +93,10 @@ class Scores:
         return pd.concat(parts, ignore_index=True)
 
     def highest_pruned(self, keep: dict[str, list[list[int]]], site: str = "ffn") -> float:
-        """The highest score among the units that leave: for a global cut, its threshold ε."""
+        """Highest score of the pruned units: under one global threshold, that threshold ε."""
         layers = zip(self.values[site], keep[site], strict=True)
-        gone = np.concatenate([np.delete(values, units) for values, units in layers])
-        return float(gone.max()) if len(gone) else 0.0
+        pruned = np.concatenate([np.delete(values, units) for values, units in layers])
+        return float(pruned.max()) if len(pruned) else 0.0
 
     def require(self, model: PreTrainedModel) -> dict[str, list[np.ndarray]]:
         """The values, if they are of this model: one finite number for each of its units.
@@ -97,8 +108,8 @@ class Scores:
             number.
         """
         require_weights(model, self.model_hash, f"these {self.criterion} scores")
-        check_option("site", next((s for s in self.values if s not in ALL_SITES), "ffn"), ALL_SITES)
-        return _checked(self.criterion, model, (*self.values,), self.values)
+        ListOf(OneOf(ALL_SITES), 1)("the scores' sites", [*self.values])
+        return _as_arrays(self.criterion, model, [*self.values], self.values)
 
     @checked(path=Location())
     def save(self, path: str | os.PathLike) -> Path:
@@ -141,8 +152,9 @@ class Scores:
             raise DamagedFile(f"{path} is no readable scores file ({error})") from error
 
 
-#: Criteria by name; see `criterion` for what they are.
+#: Criteria by name; see `criterion` for their signature.
 CRITERIA: dict[str, Callable[..., dict[str, list[np.ndarray]]]] = {}
+_PARAMETERS = ("model", "batches", "statistics", "sites")  # of a criterion, beside its options
 
 
 def criterion(name: str) -> Callable:
@@ -150,12 +162,12 @@ def criterion(name: str) -> Callable:
 
     The function takes ``(model, batches=None, statistics=None, *, sites, **options)`` and returns
     for each of the sites one array ``[unit]`` per layer; ``Anatomy(model).units(site)`` is how
-    many units every layer has. The lowest scores leave first.
+    many units every layer has. Units with the lowest scores are pruned first.
 
     Parameters
     ----------
     name : str
-        What `score` knows it by.
+        Its name for `score`.
     """
     name = Text()("name", name)
 
@@ -168,6 +180,7 @@ def criterion(name: str) -> Callable:
 
 @checked(
     model=Model(),
+    criterion=OneOf(CRITERIA),
     batches=Batches() | None,
     statistics=Instance(Statistics, "lab.collect_statistics gives it") | None,
     cache=Flag() | Location(),
@@ -198,8 +211,8 @@ def score(
     sites : tuple of str
         Which of ``"ffn"`` and ``"attention"`` to score.
     units : {"kv_group", "balanced_heads"}
-        What leaves attention: whole key/value groups (heads, where every head has its own), or one
-        query head of every group, keys and values staying. Scores and plans then name the site
+        Units of attention: whole key/value groups (heads, where every head has its own), or one
+        query head of every group, keys and values being kept. Scores and plans then name the site
         ``"balanced_heads"`` instead of ``"attention"``.
     cache : bool or path
         A folder to keep the scores in, found again by a hash of the model's weights, the tokens,
@@ -216,55 +229,89 @@ def score(
     ------
     ValueError
         If the criterion, a site or a kind of units is unknown, the model has but one query head
-        per group to remove in balance, a criterion lacks its data, the model is quantised, or the
-        criterion does not give every unit a finite score.
+        per group to remove in balance, a criterion lacks its data or does not give every unit a
+        finite score.
     RuntimeError
         If the criterion changed the model.
     """
-    check_option("criterion", criterion, CRITERIA)
     sites = chosen_sites(model, sites, units)
-    _refuse_quantised(model)
     if statistics is not None:
         statistics.require(model)
     options = {key: to_python(value) for key, value in options.items()}
-    _check_names(criterion, options)
-    written = as_json(options)
-    facts = {"model_hash": fingerprint(model), "options": written, **_text(batches, statistics)}
-    path = _cached(cache, criterion, sites, facts, options)
+    _check_options(criterion, options)
+    facts = {"model_hash": fingerprint(model), "options": as_json(options)}
+    facts |= _text_facts(batches, statistics)
+    path = _cache_file(cache, criterion, sites, facts, options)
 
     def load(path: Path) -> Scores:
-        found = Scores.load(path)
+        scores = Scores.load(path)
         try:
-            _checked(criterion, model, sites, found.values)
+            _as_arrays(criterion, model, sites, scores.values)
         except ValueError as error:
             raise DamagedFile(f"{path} holds other scores than it should ({error})") from error
-        return found
+        return scores
 
     def compute() -> Scores:
-        values = _asked(criterion, model, batches, statistics, sites, options)
+        values = _run(criterion, model, batches, statistics, sites, options)
         if fingerprint(model) != facts["model_hash"]:
             raise RuntimeError(f"the {criterion} criterion changed the model's weights")
-        return Scores(criterion, _checked(criterion, model, sites, values), **facts)
+        return Scores(criterion, _as_arrays(criterion, model, sites, values), **facts)
 
     return cached(path, compute, load, Scores.save)
 
 
-def _check_names(name: str, options: Mapping[str, object]) -> None:
+def _check_options(name: str, options: Mapping[str, object]) -> None:
     """Refuse an option that the criterion does not take."""
-    known = inspect.signature(CRITERIA[name]).parameters.values()
-    if any(each.kind is each.VAR_KEYWORD for each in known):
+    parameters = inspect.signature(CRITERIA[name]).parameters.values()
+    if any(each.kind is each.VAR_KEYWORD for each in parameters):
         return
-    own = [
-        each.name for each in known if each.name not in ("model", "batches", "statistics", "sites")
-    ]
+    own = [each.name for each in parameters if each.name not in _PARAMETERS]
     for option in options:
         if option not in own:
             hint = suggest(option, own) if own else "it takes none"
             raise InvalidArgument(f"the {name} criterion has no option {option!r}; {hint}")
 
 
-def _asked(name: str, model, batches, statistics, sites, options) -> object:
-    """What the criterion gives; its errors say whose they are."""
+def _text_facts(batches: Sequence[dict] | None, statistics: Statistics | None) -> dict:
+    """Name, hash and length of the text behind statistics, batches or both."""
+    texts = []
+    if statistics is not None:
+        texts.append((statistics.domain, statistics.content_hash, statistics.n_tokens))
+    if batches is not None:
+        masks = [batch.get("attention_mask") for batch in batches]
+        n_tokens = sum(
+            batch["input_ids"].numel() if mask is None else int(mask.sum())
+            for batch, mask in zip(batches, masks, strict=True)
+        )
+        texts.append((getattr(batches, "source", ""), tokens_hash(batches), n_tokens))
+    if not texts:
+        return {}
+    domains, hashes, counts = zip(*dict.fromkeys(texts), strict=True)
+    return {
+        "domain": " + ".join(dict.fromkeys(filter(None, domains))),
+        "content_hash": hashes[0] if len(hashes) == 1 else content_hash(hashes),
+        "n_tokens": sum(counts),
+    }
+
+
+def _cache_file(
+    cache, name: str, sites: tuple[str, ...], facts: dict, options: dict
+) -> Path | None:
+    """The file of these scores in a folder of scores; None if they are not to be kept."""
+    if cache is False:
+        return None
+    try:
+        code = inspect.getsource(CRITERIA[name])
+        json.dumps(options)
+    except (OSError, TypeError):  # typed at a prompt, or no plain data: it may not be the same
+        return None
+    folder = cache_folder() / "scores" if cache is True else writable_folder(cache)
+    key = cache_key(name, code, sites, facts)
+    return folder / f"{name}-{key[:16]}.safetensors"
+
+
+def _run(name: str, model, batches, statistics, sites, options) -> object:
+    """Run a criterion; its errors name it."""
     try:
         return CRITERIA[name](model, batches, statistics, sites=sites, **options)
     except (MemoryError, torch.OutOfMemoryError):
@@ -278,16 +325,16 @@ def _asked(name: str, model, batches, statistics, sites, options) -> object:
         ) from error
 
 
-def _checked(name: str, model: PreTrainedModel, sites: tuple[str, ...], values: Any) -> dict:
-    """What a criterion gave, as arrays: one finite number for every unit of the sites."""
+def _as_arrays(name: str, model: PreTrainedModel, sites: Sequence[str], values: Any) -> dict:
+    """A criterion's values as arrays, checked: one finite number for every unit of the sites."""
     lists = isinstance(values, Mapping) and all(map(np.iterable, values.values()))
-    if not lists or not sites or {*values} != {*sites}:
+    if not lists or {*values} != {*sites}:
         given = [*values] if isinstance(values, Mapping) else values
         raise ValueError(
             f"the {name} criterion gives {given!r}; expected one array per layer for each of "
             f"{[*sites]}"
         )
-    arrays = {site: [_array(name, site, layer) for layer in values[site]] for site in sites}
+    arrays = {site: [_as_array(name, site, layer) for layer in values[site]] for site in sites}
     anatomy = Anatomy(model)
     for site, layers in arrays.items():
         totals = anatomy.units(site)
@@ -295,72 +342,27 @@ def _checked(name: str, model: PreTrainedModel, sites: tuple[str, ...], values: 
             raise ValueError(
                 f"{name} gives {site} scores of {len(layers)} layers; expected {len(totals)}"
             )
-        for layer, (found, total) in enumerate(zip(layers, totals, strict=True)):
-            if found.shape != (total,):
+        for layer, (array, total) in enumerate(zip(layers, totals, strict=True)):
+            if array.shape != (total,):
                 raise ValueError(
-                    f"{name} gives {site} scores of shape {found.shape} in layer {layer}; expected "
+                    f"{name} gives {site} scores of shape {array.shape} in layer {layer}; expected "
                     f"one for each of its {total} units"
                 )
-            if not np.isfinite(found).all():
+            if not np.isfinite(array).all():
                 raise ValueError(f"{name} gives NaN or infinite {site} scores in layer {layer}")
     return arrays
 
 
-def _array(name: str, site: str, values: object) -> np.ndarray:
-    """Scores of one layer, wherever they were computed, in float64."""
+def _as_array(name: str, site: str, values: object) -> np.ndarray:
+    """Scores of one layer in float64: a tensor, an array or a list of numbers or tensors."""
     try:
         if isinstance(values, torch.Tensor):
-            values = values.detach().cpu().double().numpy()
-        return np.asarray(
-            [float(each) for each in values] if isinstance(values, list | tuple) else values, float
-        )
+            return values.detach().cpu().double().numpy()
+        if isinstance(values, list | tuple):
+            values = [float(each) for each in values]
+        return np.asarray(values, dtype=float)
     except (TypeError, ValueError) as error:
         raise InvalidArgument(
             f"{name} gives {site} scores that are no numbers ({error}); expected one array [unit] "
             "per layer"
         ) from error
-
-
-def _refuse_quantised(model: PreTrainedModel) -> None:
-    integers = [name for name, p in model.named_parameters() if not p.is_floating_point()]
-    if integers or getattr(model, "is_quantized", False):
-        raise ValueError(
-            f"{label(model)} is quantised ({integers[0] if integers else 'all layers'}): rows and "
-            "columns of packed weights cannot be scored; load it in bfloat16 or float32"
-        )
-
-
-def _cached(cache, name: str, sites: tuple[str, ...], facts: dict, options: dict) -> Path | None:
-    """The file of these scores in a folder of scores."""
-    if cache is False:
-        return None
-    try:
-        code = inspect.getsource(CRITERIA[name])
-        json.dumps(options)
-    except (OSError, TypeError):  # typed at a prompt, or no plain data: it may not be the same
-        return None
-    folder = cache_folder() / "scores" if cache is True else writable_folder(cache)
-    key = cache_key(name, code, sites, facts)
-    return folder / f"{name}-{key[:16]}.safetensors"
-
-
-def _text(batches: list[dict] | None, statistics: Statistics | None) -> dict:
-    """Which text a criterion looks at: of its batches, its statistics, or both."""
-    found = []
-    if statistics is not None:
-        found.append((statistics.domain, statistics.content_hash, statistics.n_tokens))
-    if batches is not None:
-        masks = [batch.get("attention_mask") for batch in batches]
-        count = sum(
-            batch["input_ids"].numel() if mask is None else int(mask.sum())
-            for batch, mask in zip(batches, masks, strict=True)
-        )
-        found.append((getattr(batches, "source", ""), tokens_hash(batches), count))
-    if not found:
-        return {}
-    domains, hashes, counts = zip(*dict.fromkeys(found), strict=True)
-    return {
-        "domain": " + ".join(dict.fromkeys(filter(None, domains))),
-        "content_hash": hashes[0] if len(hashes) == 1 else content_hash(hashes),
-        "n_tokens": sum(counts),
-    }

@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 from ..calibration import collect_gradients, estimate_gradients
-from ..checks import Flag, Integer, Number, checked
+from ..checks import Flag, Integer, Number, OneOf, checked
 from .scores import criterion
-from .units import (
-    by_input,
-    check_option,
-    input_norms,
-    known_statistics,
-    per_feature,
-    scored_layers,
-    unit_scores,
-)
+from .units import REDUCE, SCOPE, input_norms, known_statistics, scored_layers, unit_scores
 
-GRADIENTS = ("backprop", "zeroth-order", "none")
 #: MINI-LLM's setting, for `score` and for `plan_from_scores`: the first four and the last three
-#: layers stay whole.
+#: layers are not pruned.
 MINI_LLM = {
     "score": {"gradient": "zeroth-order", "reduce": "max"},
     "plan": {"keep_layers": (4, 3)},
@@ -26,9 +17,15 @@ MINI_LLM = {
 
 @criterion("sensitivity")
 @checked(
-    eps=Number(above=0), n_directions=Integer(1), per_sample=Flag(), seed=Integer(0),
+    gradient=OneOf(("zeroth-order", "backprop", "none")),
+    reduce=REDUCE,
+    scope=SCOPE,
+    eps=Number(above=0),
+    n_directions=Integer(1),
+    per_sample=Flag(),
+    seed=Integer(0),
     gradient_checkpointing=Flag(),
-)  # fmt: skip
+)
 def sensitivity_scores(
     model,
     batches=None,
@@ -56,7 +53,8 @@ def sensitivity_scores(
     Parameters
     ----------
     gradient : {"zeroth-order", "backprop", "none"}
-        Where g comes from; ``"none"`` leaves the factor out: Wanda's score in coupled structures.
+        Where g comes from; with ``"none"`` the factor is left out: Wanda's score in coupled
+        structures.
     reduce : {"max", "sum", "mean", "prod", "last"}
         How the structures' scores become one.
     scope : {"coupled", "consumer"}
@@ -71,32 +69,20 @@ def sensitivity_scores(
     ValueError
         If a criterion's data is missing, an option is unknown, or a gradient is not finite.
     """
-    check_option("gradient", gradient, GRADIENTS)
     if gradient != "none" and batches is None:
         raise ValueError(f"gradient={gradient!r} needs batches: statistics hold no gradients")
-    norms = known_statistics(model, batches, statistics, "sensitivity")
-    names = scored_layers(model, sites, scope)
-    found = None
+    statistics = known_statistics(model, batches, statistics)
+    names = list(scored_layers(model, sites, scope))
     if gradient == "backprop":
-        found = collect_gradients(
-            model, batches, names, gradient_checkpointing=gradient_checkpointing
-        )
+        g = collect_gradients(model, batches, names, gradient_checkpointing=gradient_checkpointing)
     elif gradient == "zeroth-order":
-        found = estimate_gradients(
-            model,
-            batches,
-            names,
-            eps=eps,
-            n_directions=n_directions,
-            per_sample=per_sample,
-            seed=seed,
-        )
+        directions = {"n_directions": n_directions, "per_sample": per_sample, "seed": seed}
+        g = estimate_gradients(model, batches, names, eps=eps, **directions)
 
-    def sensitivity(name, module, side):
-        weights = module.weight.float().abs()
-        weights *= by_input(input_norms(norms, name), module)
-        if found is not None:
-            weights *= found[name].abs()
-        return per_feature(weights, module, side)
+    def sensitivity(linear):
+        S = linear.W.abs() * linear.row(input_norms(statistics, linear.name))  # [output, input]
+        if gradient != "none":
+            S = S * linear.oriented(g[linear.name]).abs()
+        return linear.per_feature(S)
 
-    return unit_scores(model, sites, sensitivity, scope, reduce)
+    return unit_scores(model, sites, sensitivity, scope=scope, reduce=reduce)

@@ -1,4 +1,4 @@
-"""Loss of the outputs without a weight, once the others make up for it (SparseGPT's criterion)."""
+"""Saliency of weights once the others compensate for them (SparseGPT)."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import torch
 from ..calibration import collect_hessians, damped_inverse
 from ..checks import Integer, Number, checked
 from .scores import criterion
-from .units import by_input, per_feature, scored_layers, unit_scores
+from .units import SCOPE, scored_layers, unit_scores
 
 
 @criterion("sparsegpt")
-@checked(damping=Number(0), layers_per_pass=Integer(1) | None)
+@checked(scope=SCOPE, damping=Number(0), layers_per_pass=Integer(1) | None)
 def sparsegpt_scores(
     model,
     batches=None,
@@ -26,15 +26,15 @@ def sparsegpt_scores(
 
     SparseGPT's criterion (arXiv 2301.00774) summed over units, as MINI-LLM (arXiv 2407.11681) does
     for its baseline. Here H⁻¹ is that of all columns; SparseGPT's code goes from left to right and
-    takes the one of those that are still to come. Whether MINI-LLM's baseline updates the weights
-    that stay is not in the source at hand; `weight_compensated` is an update that goes with these
+    takes the one of those that are still to come. Whether MINI-LLM's baseline updates the remaining
+    weights is not in the source at hand; `weight_compensated` is an update that goes with these
     scores. Features that are always zero cost nothing to remove.
 
     Parameters
     ----------
     scope : {"consumer", "coupled"}
-        The o/down columns only, whose error is what removing the unit does to the layer; or all
-        weights of a unit.
+        The o/down columns only, whose saliency is the error of the layer's outputs without the
+        unit; or all weights of a unit.
     damping : float
         Share of the mean diagonal of H that is added to it (SparseGPT's 0.01).
     layers_per_pass : int, optional
@@ -46,22 +46,26 @@ def sparsegpt_scores(
         If there are no batches, or an option is out of range.
     """
     if batches is None:
-        raise ValueError("the sparsegpt criterion needs batches: statistics hold no covariances")
+        raise ValueError("it needs batches: statistics hold no covariances")
     layer_of = scored_layers(model, sites, scope)
-    step = layers_per_pass or len(layer_of)
-    hessians = None
+    costs = _column_costs(model, batches, layer_of, damping, layers_per_pass)
 
-    def error(name, module, side):
-        nonlocal hessians
-        if hessians is None or name not in hessians.matrices:
-            first = layer_of[name]
-            hessians = None  # before the next ones are made
-            names = [n for n, layer in layer_of.items() if first <= layer < first + step]
-            hessians = collect_hessians(model, batches, names)
-        hessian = hessians.matrices[name]
-        alive = hessian.diagonal() > 0
-        cost = alive / damped_inverse(hessian, damping)[1].diagonal()
-        weight = module.weight.float()
-        return per_feature(weight.square() * by_input(cost.to(torch.float32), module), module, side)
+    def saliency(linear):
+        return linear.per_feature(linear.W.square() * linear.row(costs[linear.name]))
 
-    return unit_scores(model, sites, error, scope)
+    return unit_scores(model, sites, saliency, scope=scope)
+
+
+def _column_costs(
+    model, batches, layer_of: dict[str, int], damping: float, layers_per_pass: int | None
+) -> dict[str, torch.Tensor]:
+    """``1 / [H⁻¹]_jj`` of every linear layer ``[input]``; 0 for features that are always zero."""
+    depth = max(layer_of.values()) + 1
+    step = layers_per_pass or depth
+    costs = {}
+    for first in range(0, depth, step):
+        names = [name for name, layer in layer_of.items() if first <= layer < first + step]
+        for name, H in collect_hessians(model, batches, names).matrices.items():
+            _, H_inv = damped_inverse(H, damping)
+            costs[name] = (H.diagonal() > 0) / H_inv.diagonal()
+    return costs

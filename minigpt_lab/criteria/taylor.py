@@ -1,17 +1,20 @@
-"""What the loss would change by if a unit's weights were zero (LLM-Pruner's Taylor expansion)."""
+"""Change of the loss without a unit, by its Taylor expansion (LLM-Pruner)."""
 
 from __future__ import annotations
 
 from ..calibration import collect_gradients
-from ..checks import Flag, checked
+from ..checks import Flag, OneOf, checked
 from .scores import criterion
-from .units import check_option, per_feature, scored_layers, unit_scores
-
-VARIANTS = ("vector", "element1", "element2", "mix")
+from .units import REDUCE, SCOPE, scored_layers, unit_scores
 
 
 @criterion("taylor")
-@checked(gradient_checkpointing=Flag())
+@checked(
+    variant=OneOf(("vector", "element1", "element2", "mix")),
+    reduce=REDUCE,
+    scope=SCOPE,
+    gradient_checkpointing=Flag(),
+)
 def taylor_scores(
     model,
     batches=None,
@@ -23,11 +26,11 @@ def taylor_scores(
     scope: str = "coupled",
     gradient_checkpointing: bool = False,
 ):
-    """Terms of ``L(w = 0) - L(w)``, reduced over the structures of a unit (arXiv 2305.11627, §3.2).
+    """Terms of ``L(W = 0) - L(W)``, reduced over the structures of a unit (arXiv 2305.11627, §3.2).
 
     With *g* the gradient of the mean loss over windows and *F* the mean of its squares:
-    ``vector``: ``Σ_features |Σ g w|``. ``element1``: ``Σ |g w|``. ``element2``: ``Σ w² F``.
-    ``mix``: ``Σ |g w - ½ w² F|``. As in the released code, features are rows of the projections
+    ``vector``: ``Σ_features |Σ g W|``. ``element1``: ``Σ |g W|``. ``element2``: ``Σ W² F``.
+    ``mix``: ``Σ |g W - ½ W² F|``. As in the released code, features are rows of the projections
     that write a unit and columns of the one that reads it, and biases are left out.
 
     Gradients are accumulated window by window, so memory stays at one window's. Windows weigh the
@@ -36,6 +39,7 @@ def taylor_scores(
     Parameters
     ----------
     variant : {"vector", "element1", "element2", "mix"}
+        Which terms.
     reduce : {"sum", "mean", "max", "prod", "last"}
         How the structures' scores become one; LLM-Pruner sums. As in its code, channel by channel,
         and a head is the sum of its channels; with grouped queries, those of a group's heads are
@@ -43,31 +47,31 @@ def taylor_scores(
     scope : {"coupled", "consumer"}
         All weights of a unit, or the o/down columns only.
     gradient_checkpointing : bool
-        Trade time for memory (gradient checkpointing).
+        Trade time for memory.
 
     Raises
     ------
     ValueError
         If there are no batches, an option is unknown, or a gradient is not finite.
     """
-    check_option("variant", variant, VARIANTS)
     if batches is None:
-        raise ValueError("the taylor criterion needs batches: statistics hold no gradients")
-    names = scored_layers(model, sites, scope)
-    squares = variant in ("element2", "mix")
-    found = collect_gradients(
-        model, batches, names, squares=squares, gradient_checkpointing=gradient_checkpointing
+        raise ValueError("it needs batches: statistics hold no gradients")
+    gradients = collect_gradients(
+        model,
+        batches,
+        list(scored_layers(model, sites, scope)),
+        squares=variant in ("element2", "mix"),
+        gradient_checkpointing=gradient_checkpointing,
     )
 
-    def change(name, module, side):
-        weight = module.weight.float()
-        first = found.mean[name] * weight
+    def loss_change(linear):
+        W = linear.W  # [output, input]
+        first = linear.oriented(gradients.mean[linear.name]) * W  # g W
         if variant == "vector":
-            return per_feature(first, module, side).abs()
+            return linear.per_feature(first).abs()
         if variant == "element1":
-            return per_feature(first.abs(), module, side)
-        second = weight.square() * found.square[name]
-        terms = second if variant == "element2" else (first - second / 2).abs()
-        return per_feature(terms, module, side)
+            return linear.per_feature(first.abs())
+        second = W.square() * linear.oriented(gradients.square[linear.name])  # W² F
+        return linear.per_feature(second if variant == "element2" else (first - second / 2).abs())
 
-    return unit_scores(model, sites, change, scope, reduce, by_channel=True)
+    return unit_scores(model, sites, loss_change, scope=scope, reduce=reduce, by_channel=True)

@@ -1,15 +1,16 @@
-"""What criteria share: their data, their options, and how a unit's weights become one score."""
+"""Shared by the criteria: their data, their options, and the way from weights to units' scores."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import nn
 
 from ..calibration import Statistics, collect_statistics
-from ..checks import InvalidArgument, OneOf, invalid, suggest
+from ..checks import ListOf, OneOf, checked
 from ..models import ALL_SITES, ATTENTION_UNITS, Anatomy, Projection, weight_axis
 
 #: How the scores ``[structure, …]`` of a unit's coupled structures become one. ``"last"`` is the
@@ -21,19 +22,14 @@ REDUCTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "prod": lambda scores: scores.prod(0),
     "last": lambda scores: scores[-1],
 }
-SCOPES = ("coupled", "consumer")
+#: Checks of the options that criteria share.
+REDUCE = OneOf(REDUCTIONS)
+SCOPE = OneOf(("coupled", "consumer"))
 
 
-def check_option(name: str, value: object, known: Collection[str]) -> None:
-    """Refuse a value that an option does not have."""
-    if not isinstance(value, str):
-        OneOf(known)(name, value)
-    if value not in known:
-        raise InvalidArgument(f"unknown {name} {value!r:.60}; {suggest(value, list(known))}")
-
-
+@checked(units=OneOf(ATTENTION_UNITS))
 def attention_site(model, units: str) -> str:
-    """The site whose units are ``"kv_group"`` or ``"balanced_heads"``, if the model can spare one.
+    """Site of attention's ``"kv_group"`` or ``"balanced_heads"``, if the model can spare one.
 
     Raises
     ------
@@ -41,7 +37,6 @@ def attention_site(model, units: str) -> str:
         If there are no such units, or the model has but one query head per key/value group to
         remove in balance.
     """
-    check_option("units", units, ATTENTION_UNITS)
     if units == "balanced_heads" and max(Anatomy(model).units("balanced_heads")) == 1:
         raise ValueError(
             "units='balanced_heads', but this model has one query head per key/value group and "
@@ -50,8 +45,9 @@ def attention_site(model, units: str) -> str:
     return ATTENTION_UNITS[units]
 
 
+@checked(sites=ListOf(OneOf(ALL_SITES), 1))
 def chosen_sites(model, sites: Iterable[str], units: str) -> tuple[str, ...]:
-    """Sites as asked for, ``"attention"`` being the one of the units that it is to lose.
+    """Sites without repeats; ``"attention"`` becomes the site of the units to prune it by.
 
     Raises
     ------
@@ -59,19 +55,15 @@ def chosen_sites(model, sites: Iterable[str], units: str) -> tuple[str, ...]:
         If there is no such site or no such units.
     """
     attention = attention_site(model, units)
-    if isinstance(sites, str) or not np.iterable(sites) or not (sites := tuple(sites)):
-        raise invalid("sites", sites, "one or more of them, as in ('ffn',)")
-    for site in sites:
-        check_option("site", site, ALL_SITES)
-    return tuple(dict.fromkeys(attention if site == "attention" else str(site) for site in sites))
+    return tuple(dict.fromkeys(attention if site == "attention" else site for site in sites))
 
 
-def known_statistics(model, batches, statistics: Statistics | None, name: str) -> Statistics:
+def known_statistics(model, batches, statistics: Statistics | None) -> Statistics:
     """The statistics given, or those of a pass over the batches."""
     if statistics is not None:
         return statistics
     if batches is None:
-        raise ValueError(f"the {name} criterion needs batches or statistics")
+        raise ValueError("it needs batches or statistics")
     return collect_statistics(model, batches)
 
 
@@ -80,25 +72,59 @@ def input_norms(statistics: Statistics, name: str) -> np.ndarray:
     return np.sqrt(statistics.mean(name, "input", "square") * statistics.n_tokens)
 
 
-def by_input(vector: np.ndarray | torch.Tensor, module: nn.Module) -> torch.Tensor:
-    """One number per input feature, shaped to multiply the layer's weight, in float32."""
-    vector = torch.as_tensor(vector, dtype=torch.float32, device=module.weight.device)
-    return vector.unsqueeze(1 - weight_axis(module, "input"))
+@dataclass(frozen=True)
+class ScoredLinear:
+    """One linear layer for a criterion, with its weight as ``W [output, input]``.
 
+    Parameters
+    ----------
+    name : str
+        Full name.
+    module : torch.nn.Module
+        The layer; some families store the weight transposed.
+    side : {"input", "output"}
+        Whether units are columns of W (``"input"``) or rows.
+    """
 
-def per_feature(weights: torch.Tensor, module: nn.Module, side: str) -> torch.Tensor:
-    """Sum of numbers shaped like the layer's weight over each feature's row or column."""
-    return weights.sum(1 - weight_axis(module, side))
+    name: str
+    module: nn.Module
+    side: str
+
+    @classmethod
+    def of(
+        cls, anatomy: Anatomy, layer: int, projection: Projection, side: str = "input"
+    ) -> ScoredLinear:
+        """A projection of one decoder layer; by default one that reads units."""
+        return cls(anatomy.name(layer, projection), anatomy.module(layer, projection), side)
+
+    @property
+    def W(self) -> torch.Tensor:
+        """The weight in float32."""
+        return self.oriented(self.module.weight.float())
+
+    def oriented(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor shaped like the stored weight as ``[output, input]``."""
+        return tensor.movedim(weight_axis(self.module, "output"), 0)
+
+    def row(self, values: np.ndarray | torch.Tensor) -> torch.Tensor:
+        """One number per input feature, on the weight's device in float32."""
+        return torch.as_tensor(values, dtype=torch.float32, device=self.module.weight.device)
+
+    def per_feature(self, matrix: torch.Tensor) -> torch.Tensor:
+        """Sums of ``[output, input]`` over each column, or each row, of the side of the units."""
+        return matrix.sum(0 if self.side == "input" else 1)
 
 
 @torch.no_grad()
 def unit_scores(
     model,
     sites: tuple[str, ...],
-    feature_scores: Callable[[str, nn.Module, str], torch.Tensor],
+    feature_scores: Callable[[ScoredLinear], torch.Tensor | np.ndarray],
+    *,
     scope: str = "coupled",
     reduce: str = "sum",
     by_channel: bool = False,
+    average: bool = False,
 ) -> dict[str, list[np.ndarray]]:
     """Scores of units from scores of features, layer by layer.
 
@@ -108,37 +134,51 @@ def unit_scores(
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        What is scored.
+        The model to score.
     sites : tuple of str
         ``"ffn"``, ``"attention"``.
     feature_scores : callable
-        ``(name, module, side)`` of a linear layer to one score ``[feature]`` per ``"input"`` or
-        ``"output"`` feature; a structure's score is the sum over its features.
+        From a `ScoredLinear` to one score ``[feature]`` for each of its features on the side of the
+        units; a structure's score is the sum over its features.
     scope : {"coupled", "consumer"}
         All structures of a unit, or just the columns of the projection that reads it (o/down).
     reduce : str
         Key of `REDUCTIONS`: how the structures' scores become one.
     by_channel : bool
-        Reduce channel by channel, and sum a head's channels afterwards. Where a group's structures
-        differ in width (grouped queries), query heads are added up to the width of one key.
+        Reduce channel by channel, and sum a head's channels afterwards.
+    average : bool
+        Average over a unit's features instead of summing.
     """
-    check_option("scope", scope, SCOPES)
-    check_option("reduce", reduce, REDUCTIONS)
     anatomy = Anatomy(model)
-    found: dict[str, list[np.ndarray]] = {site: [] for site in sites}
+    scores: dict[str, list[np.ndarray]] = {site: [] for site in sites}
     for layer in range(len(anatomy.layers)):
         for site in sites:
-            structures = []
-            for projection, side in _projections(anatomy, site, scope):
-                name, module = anatomy.name(layer, projection), anatomy.module(layer, projection)
-                scores = feature_scores(name, module, side).detach().cpu().double().numpy()
-                for block in projection.unit_blocks:
-                    features = anatomy.unit_features(projection, layer, block=block)
-                    structures.append(scores[features])  # [unit, feature]
-            width = min(each.shape[1] for each in structures) if by_channel else 1
-            channels = [each.reshape(len(each), -1, width).sum(1) for each in structures]
-            found[site].append(REDUCTIONS[reduce](np.stack(channels)).sum(1))
-    return found
+            structures = list(_structures(anatomy, layer, site, scope, feature_scores))
+            values = _combined(structures, reduce, by_channel)
+            scores[site].append(values / structures[0].shape[1] if average else values)
+    return scores
+
+
+def _structures(
+    anatomy: Anatomy, layer: int, site: str, scope: str, feature_scores: Callable
+) -> Iterator[np.ndarray]:
+    """Features' scores ``[unit, feature]`` of every structure of a layer's units."""
+    for projection, side in _projections(anatomy, site, scope):
+        scores = feature_scores(ScoredLinear.of(anatomy, layer, projection, side))
+        scores = torch.as_tensor(scores).detach().cpu().double().numpy()  # [feature]
+        for block in projection.unit_blocks:
+            yield scores[anatomy.unit_features(projection, layer, block=block)]
+
+
+def _combined(structures: list[np.ndarray], reduce: str, by_channel: bool) -> np.ndarray:
+    """One score per unit ``[unit]`` of the scores ``[unit, feature]`` of its structures.
+
+    Where structures differ in width (grouped queries), query heads are first added up to the width
+    of one key.
+    """
+    width = min(each.shape[1] for each in structures) if by_channel else 1
+    channels = [each.reshape(len(each), -1, width).sum(1) for each in structures]
+    return REDUCTIONS[reduce](np.stack(channels)).sum(1)  # [structure, unit, channel] → [unit]
 
 
 def _projections(anatomy: Anatomy, site: str, scope: str) -> Iterator[tuple[Projection, str]]:

@@ -1,18 +1,19 @@
-"""Weights times the norm of what they read: Wanda, summed up to units (Wanda-sp)."""
+"""Weights times the norm of their inputs: Wanda, summed over units (Wanda-sp)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import nn
 
-from ..calibration import for_each_layer
-from ..checks import Number, checked, hooked, restore_on_exit, safe_contextmanager
-from ..models import Anatomy, weight_axis
+from ..calibration import FeatureSums, LayerRunner, catch_inputs
+from ..checks import Number, checked, restore_on_exit
+from ..models import Anatomy, inference, weight_axis
+from ..store import Shards
 from .scores import criterion
-from .units import by_input, input_norms, known_statistics, per_feature, unit_scores
+from .units import ScoredLinear, input_norms, known_statistics, unit_scores
 
 
 @criterion("wanda")
@@ -27,10 +28,10 @@ def wanda_scores(model, batches=None, statistics=None, *, sites, sequential: flo
     Parameters
     ----------
     sequential : float, optional
-        As in both released codes, let every layer read what the pruned layers before it write:
+        As in both released codes, let every layer read the outputs of the pruned layers before it:
         before layer *l* is scored, this share of the units (of the sites scored, rounded, at least
-        one stays) with the lowest scores is taken out of layers 0 … *l* - 1. Within a layer both
-        sites are scored before either is cut. Such scores belong to that ratio. By default the
+        one is kept) with the lowest scores is removed from layers 0 … *l* - 1. Within a layer both
+        sites are scored before either is pruned. Such scores belong to that ratio. By default the
         dense model's activations are used for all layers, and any ratio can be planned.
 
     Raises
@@ -38,66 +39,71 @@ def wanda_scores(model, batches=None, statistics=None, *, sites, sequential: flo
     ValueError
         If there is no data, or `sequential` is no share or comes without batches.
     """
-    if sequential is not None:
-        if batches is None or statistics is not None:
-            raise ValueError("sequential scores need batches: statistics are of the dense model")
-        norms = _sequential_norms(model, batches, sites, sequential)
+    if sequential is None:
+        statistics = known_statistics(model, batches, statistics)
+        norms = {name: input_norms(statistics, name) for name in statistics.layer_of}
+    elif batches is None or statistics is not None:
+        raise ValueError("sequential scores need batches: statistics are of the dense model")
     else:
-        found = known_statistics(model, batches, statistics, "wanda")
-        norms = {name: input_norms(found, name) for name in found.layer_of}
-
-    def sensitivity(name, module, side):
-        return _columns(module, side, norms[name])
-
-    return unit_scores(model, sites, sensitivity, scope="consumer")
+        norms = _sequential_norms(model, batches, sites, sequential)
+    return unit_scores(
+        model, sites, lambda linear: _sensitivity(linear, norms[linear.name]), scope="consumer"
+    )
 
 
-def _columns(module, side: str, norms: np.ndarray) -> torch.Tensor:
-    rows = module.weight.shape[weight_axis(module, "output")]
-    return per_feature(module.weight.float().abs() * by_input(norms, module), module, side) / rows
+def _sensitivity(linear: ScoredLinear, norms: np.ndarray) -> torch.Tensor:
+    """``mean_i |W_ij| · ‖X_j‖₂`` of every column j ``[input]``."""
+    W = linear.W  # [output, input]
+    return linear.per_feature(W.abs() * linear.row(norms)) / len(W)
 
 
 def _sequential_norms(model, batches, sites, ratio: float) -> dict[str, np.ndarray]:
-    """Input norms of every consumer, each layer reading what the pruned layers before it write."""
-    anatomy, norms = Anatomy(model), {}
-
-    def visit(layer: int, forward) -> None:
-        consumers = {site: anatomy.family.consumes[site] for site in sites}
-        modules = {site: anatomy.module(layer, p) for site, p in consumers.items()}
-        with _squares(modules) as squares:
-            forward()
-        for site, module in modules.items():
-            name = anatomy.name(layer, consumers[site])
-            if not np.isfinite(squares[site]).all():
-                raise ValueError(f"{name} has NaN or infinite values at its input")
-            found = norms[name] = np.sqrt(squares[site])
-            columns = _columns(module, "input", found).cpu().numpy()
-            unit_features = anatomy.unit_features(consumers[site], layer)
-            scores = columns[unit_features].sum(1)
-            count = min(round(ratio * len(scores)), len(scores) - 1)
-            lowest = unit_features[np.argsort(scores, kind="stable")[:count]].ravel()
-            index = torch.as_tensor(lowest, device=module.weight.device)
-            axis = weight_axis(module, "input")
-            zeroed = module.weight.detach().index_fill(axis, index, 0)
-            module.weight = torch.nn.Parameter(zeroed, requires_grad=False)
-
-    with restore_on_exit(model):  # its own weights come back, untouched
-        for_each_layer(model, batches, visit)
+    """``‖X_j‖₂`` for every consumer, behind the pruned layers before it."""
+    anatomy, hidden, norms = Anatomy(model), Shards(), {}
+    with restore_on_exit(model), inference(model):  # its own weights come back, untouched
+        calls = catch_inputs(model, batches, hidden)
+        for layer in range(len(anatomy.layers)):
+            runner = LayerRunner(anatomy, layer, hidden, calls)
+            projections = [anatomy.family.consumes[site] for site in sites]
+            linears = [ScoredLinear.of(anatomy, layer, each) for each in projections]
+            norms |= _layer_norms(runner, linears)
+            for linear, projection in zip(linears, projections, strict=True):
+                features = anatomy.unit_features(projection, layer)
+                _zero_lowest(linear, norms[linear.name], features, ratio)
+            if layer + 1 < len(anatomy.layers):
+                runner.finish()
     return norms
 
 
-@safe_contextmanager
-def _squares(modules: dict[str, torch.nn.Module]) -> Iterator[dict[str, np.ndarray]]:
-    """Sums of squares of every input feature that the modules read while inside."""
-    sums: dict[str, np.ndarray] = {}
+def _layer_norms(runner: LayerRunner, linears: Sequence[ScoredLinear]) -> dict[str, np.ndarray]:
+    """``‖X_j‖₂`` for some linear layers of one decoder layer, over all windows."""
+    feature_sums = FeatureSums({linear.name: linear.module for linear in linears})
+    with feature_sums.watching():
+        for window in range(len(runner.hidden)):
+            runner.run(window)
+    norms = {}
+    for (name, side), (_, _, squares, *_) in feature_sums.tables().items():
+        if side == "input":
+            if not np.isfinite(squares).all():
+                raise ValueError(f"{name} has NaN or infinite values at its input")
+            norms[name] = np.sqrt(squares)
+    return norms
 
-    def hook(site: str):
-        def add(_module, args: tuple) -> None:
-            squares = args[0].detach().flatten(0, -2).float().square().sum(0)
-            sums[site] = sums.get(site, 0) + squares.cpu().double().numpy()
 
-        return add
+def _zero_lowest(
+    linear: ScoredLinear, norms: np.ndarray, features: np.ndarray, ratio: float
+) -> None:
+    """Zero the columns of a share of the units, those with the lowest scores.
 
-    hooks = [partial(each.register_forward_pre_hook, hook(site)) for site, each in modules.items()]
-    with hooked(*hooks):
-        yield sums
+    Parameters
+    ----------
+    features : numpy.ndarray
+        Columns of every unit ``[unit, feature]``.
+    """
+    scores = _sensitivity(linear, norms).cpu().numpy()[features].sum(1)  # [unit]
+    n_pruned = min(round(ratio * len(scores)), len(scores) - 1)
+    columns = features[np.argsort(scores, kind="stable")[:n_pruned]].ravel()
+    index = torch.as_tensor(columns, device=linear.module.weight.device)
+    weight = linear.module.weight.detach()
+    pruned = weight.index_fill(weight_axis(linear.module, "input"), index, 0)
+    linear.module.weight = nn.Parameter(pruned, requires_grad=False)

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..calibration import token_losses
 from ..domains import common_beginning, encode, window_prefix
 from ..models import check_token_ids
 
@@ -123,8 +123,8 @@ def branch_losses(model: PreTrainedModel, group: list[Packed]) -> list[np.ndarra
     found = []
     for row, (entry, previous) in enumerate(zip(group, before, strict=True)):
         targets = ids[row, 1 : len(entry.ids)].to(device)
-        values = logits[row, previous.to(device)].float()
-        found.append(functional.cross_entropy(values, targets, reduction="none").cpu().numpy())
+        losses = token_losses(logits[row, previous.to(device)], targets)
+        found.append(losses.cpu().numpy())
     return [values.astype(np.float64) for values in found]
 
 
@@ -132,10 +132,8 @@ def _row_by_row(model: PreTrainedModel, entry: Packed) -> np.ndarray:
     rows = [torch.tensor(entry.ids[: entry.shared] + entry.ids[part]) for part in entry.branches]
     ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # what follows a row changes none of it
     check_token_ids(model, ids)
-    logits = model(input_ids=ids.to(model.device), use_cache=False).logits[:, :-1].float()
-    losses = functional.cross_entropy(
-        logits.transpose(1, 2), ids[:, 1:].to(model.device), reduction="none"
-    )
+    ids = ids.to(model.device)
+    losses = token_losses(model(input_ids=ids, use_cache=False).logits[:, :-1], ids[:, 1:])
     losses = losses.cpu().numpy().astype(np.float64)
     found = [losses[0, : entry.shared - 1]]
     for row, part in zip(losses, entry.branches, strict=True):

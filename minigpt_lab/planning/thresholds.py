@@ -1,4 +1,4 @@
-"""From statistics to a plan: contextual pruning by thresholds and quantiles."""
+"""From statistics to a plan: contextual pruning by thresholds and quantiles (Mini-GPTs)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..calibration import Statistics
-from ..checks import Instance, ListOf, Model, Number, Tokenizer, checked, invalid
+from ..checks import Instance, ListOf, Model, Number, OneOf, Tokenizer, checked, invalid
 from ..criteria import attention_site
 from ..models import (
+    ATTENTION_UNITS,
     Anatomy,
     PruningPlan,
     close_over_merges,
@@ -23,7 +24,11 @@ from ..models import (
 )
 
 EPSILON = Number(0) | None
-COMPONENTS = ("linear_input", "linear_output", "activation", "embedding")
+#: Components of `Statistics` that thresholds apply to, and their side there.
+SIDES = {"linear_input": "input", "linear_output": "output", "activation": "activation"}
+
+Rules = dict[str, tuple[str, float]]  # component to ("epsilon" or "quantile", its value)
+Neurons = dict[str, dict[str, np.ndarray]]  # linear layer's name, side (or component) to indices
 
 
 @checked(
@@ -31,6 +36,8 @@ COMPONENTS = ("linear_input", "linear_output", "activation", "embedding")
     statistics=Instance(Statistics, "lab.collect_statistics gives it"),
     epsilon_embedding=EPSILON,
     tokenizer=Tokenizer() | None,
+    token_counts=ListOf(Number(0), least=1) | None,
+    units=OneOf(ATTENTION_UNITS),
 )
 def contextual_plan(
     model: PreTrainedModel,
@@ -44,11 +51,12 @@ def contextual_plan(
     token_counts: np.ndarray | None = None,
     units: str = "kv_group",
 ) -> PruningPlan:
-    """Contextual pruning as in Mini-GPTs (arXiv 2312.12682): cut what a domain does not use.
+    """Plan contextual pruning as in Mini-GPTs (arXiv 2312.12682): ``prune j iff m_j ≤ ε``.
 
-    A neuron is cut if its mean absolute value is at or below ε. An FFN channel whose activation is
-    cut leaves the model; so does any channel or head that the cut of linear inputs and outputs
-    leaves without effect. What cannot leave is zeroed. The strongest unit of a layer always stays.
+    *m_j* is neuron *j*'s mean absolute value on the domain. An FFN channel whose activation is
+    pruned is removed from the model, and so is any channel or head that has no effect once linear
+    inputs and outputs are pruned. All other pruned neurons are zeroed. The strongest unit of a
+    layer is always kept.
 
     Parameters
     ----------
@@ -57,16 +65,16 @@ def contextual_plan(
     statistics : Statistics
         Of one domain.
     epsilon_linear : float or (float, float), optional
-        Threshold for inputs and outputs of linear layers, or one for each. An output counts as cut
-        if the smaller of its mean |y| and mean |y - b| is at or below it; its bias goes only if
-        mean |y| is (the reference code's unbiased rule). None leaves them alone, and so below.
+        Threshold for inputs and outputs of linear layers, or one for each. An output is pruned
+        if the smaller of its mean |y| and mean |y - b| is at or below it; its bias only if mean |y|
+        is (the reference code's unbiased rule). None prunes none of them, and so below.
     epsilon_activation : float, optional
         Threshold for outputs of the FFN's activation.
     epsilon_embedding : float, optional
-        Threshold for a token's share of the domain's tokens; 0 cuts the tokens that never occur.
-        Bytes, special tokens and all that a kept token is merged from stay.
+        Threshold for a token's share of the domain's tokens; 0 removes the tokens that never
+        occur. Bytes, special tokens and all that a kept token is merged from are kept.
     quantile : float or mapping, optional
-        Cut the lowest share of each layer instead of by an absolute ε, which is not comparable
+        Prune the lowest share of each layer instead of by an absolute ε, which is not comparable
         between layers: a number for the activations, or a mapping with keys ``"linear"`` (or
         ``"linear_input"``, ``"linear_output"``) and ``"activation"``.
     tokenizer : transformers.PreTrainedTokenizerBase, optional
@@ -74,9 +82,9 @@ def contextual_plan(
     token_counts : numpy.ndarray, optional
         Counts ``[vocabulary]`` over more text than the statistics saw, e.g. `count_tokens`.
     units : {"kv_group", "balanced_heads"}
-        What may leave attention: whole key/value groups (heads, where every head has its own), or
-        one query head of every group, keys and values staying, once it is without effect in all
-        of them. The plan then has the site ``"balanced_heads"`` too.
+        Units of attention: whole key/value groups (heads, where every head has its own), or one
+        query head of every group, keys and values being kept, once it is without effect in all of
+        them. The plan then has the site ``"balanced_heads"`` too.
 
     Returns
     -------
@@ -90,33 +98,28 @@ def contextual_plan(
         per group to remove in balance.
     """
     rules = _rules(epsilon_linear, epsilon_activation, quantile)
-    pruned = ("ffn", attention_site(model, units))
+    sites = ("ffn", attention_site(model, units))
     statistics.require(model)
     anatomy = Anatomy(model)
-    cut = {
-        component: _cut_neurons(anatomy, statistics, component, rule)
-        for component, rule in rules.items()
+    pruned = {
+        component: _pruned_neurons(statistics, component, rule) for component, rule in rules.items()
     }
-    zero = _zero_lists(statistics, cut, rules)
-    keep, idle = keep_all(anatomy), _with_silent_values(anatomy, zero)
-    for site in pruned:
+    zero = _zeroed(statistics, pruned, rules)
+    keep = keep_all(anatomy)
+    ineffective = _with_silent_values(anatomy, zero)
+    for site in sites:
         keep[site] = [
-            _staying_units(anatomy, statistics, site, layer, total, idle, cut)
-            for layer, total in enumerate(anatomy.units(site))
+            _kept_units(anatomy, statistics, site, layer, ineffective, pruned.get("activation", {}))
+            for layer in range(len(anatomy.layers))
         ]
+    origin = {"method": "contextual", "domain": statistics.domain}
+    origin |= {f"{kind}_{component}": value for component, (kind, value) in rules.items()}
     vocabulary = None
     if epsilon_embedding is not None:
-        counts = statistics.token_counts if token_counts is None else _counted(token_counts)
-        vocabulary = _staying_tokens(model, statistics, tokenizer, counts, epsilon_embedding)
-    embedding = {} if epsilon_embedding is None else {"epsilon_embedding": epsilon_embedding}
-    origin = {
-        "method": "contextual",
-        "domain": statistics.domain,
-        **{f"{kind}_{component}": value for component, (kind, value) in rules.items()},
-        **embedding,
-        "tokens": statistics.n_tokens,
-        "content_hash": statistics.content_hash,
-    }
+        counts = statistics.token_counts if token_counts is None else np.array(token_counts)
+        vocabulary = _kept_tokens(model, statistics, tokenizer, counts, epsilon_embedding)
+        origin["epsilon_embedding"] = epsilon_embedding
+    origin |= {"tokens": statistics.n_tokens, "content_hash": statistics.content_hash}
     plan = PruningPlan(
         model_hash=statistics.model_hash,
         units={site: anatomy.units(site) for site in keep},
@@ -125,161 +128,153 @@ def contextual_plan(
         vocabulary=vocabulary,
         origin=origin,
     )
-    left = _without_removed(plan.kept_features(anatomy), zero)
-    return replace(plan, zero=left, neurons=_all_cut_neurons(zero, cut))
+    neurons = {name: dict(sides) for name, sides in zero.items()}
+    for name, activations in pruned.get("activation", {}).items():
+        neurons.setdefault(name, {})["activation"] = activations
+    in_kept_units = _restricted(zero, plan.kept_features(anatomy))
+    return replace(plan, zero=in_kept_units, neurons=_restricted(neurons, {}))
 
 
-def _rules(epsilon_linear, epsilon_activation, quantile) -> dict[str, tuple[str, float]]:
-    """Component to ``("epsilon" | "quantile", value)`` for those that are to be cut."""
+def _rules(epsilon_linear, epsilon_activation, quantile) -> Rules:
+    """Rules of the components that are pruned."""
     several = np.iterable(epsilon_linear) and not isinstance(epsilon_linear, str)
     pair = tuple(epsilon_linear) if several else (epsilon_linear,) * 2
     if len(pair) != 2:
         raise invalid("epsilon_linear", epsilon_linear, "one number, or two: input, output")
-    given = dict(zip(COMPONENTS, (*pair, epsilon_activation), strict=False))
-    given = {name: EPSILON(f"epsilon_{name}", value) for name, value in given.items()}
-    rules = {name: ("epsilon", float(value)) for name, value in given.items() if value is not None}
+    rules: Rules = {}
+    for component, value in zip(SIDES, (*pair, epsilon_activation), strict=True):
+        value = EPSILON(f"epsilon_{component}", value)
+        if value is not None:
+            rules[component] = ("epsilon", float(value))
     if quantile is None:
         return rules
     shares = quantile if isinstance(quantile, Mapping) else {"activation": quantile}
     for name, share in shares.items():
         share = Number(0, below=1)(f"quantile for {name!r}", share)
-        targets = COMPONENTS[:2] if name == "linear" else (name,)
-        for target in targets:
-            if target not in COMPONENTS[:3]:
-                allowed = "linear, linear_input, linear_output, activation"
+        for component in ("linear_input", "linear_output") if name == "linear" else (name,):
+            if component not in SIDES:
+                allowed = ", ".join(("linear", *SIDES))
                 raise ValueError(f"quantile for unknown component {name!r}; expected {allowed}")
-            if target in rules:
-                raise ValueError(f"{target} has both an epsilon and a quantile; give one of them")
-            rules[target] = ("quantile", float(share))
+            if component in rules:
+                raise ValueError(
+                    f"{component} has both an epsilon and a quantile; give one of them"
+                )
+            rules[component] = ("quantile", float(share))
     return rules
 
 
-_SIDE = {"linear_input": "input", "linear_output": "output", "activation": "activation"}
-
-
-def _cut_neurons(
-    anatomy: Anatomy, statistics: Statistics, component: str, rule: tuple[str, float]
+def _pruned_neurons(
+    statistics: Statistics, component: str, rule: tuple[str, float]
 ) -> dict[str, np.ndarray]:
-    """Linear layer's name to the neurons of one component that fall under a rule."""
-    side, (kind, value) = _SIDE[component], rule
-    names = statistics.activations if side == "activation" else list(statistics.layer_of)
-    found = {}
-    for name in names:
+    """Neurons of one component at or below its threshold, by linear layer's name."""
+    side, (kind, value) = SIDES[component], rule
+    pruned = {}
+    for name in statistics.activations if side == "activation" else statistics.layer_of:
         magnitude = statistics.magnitude(name, side)
         if kind == "epsilon":
-            found[name] = np.flatnonzero(magnitude <= value)
+            pruned[name] = np.flatnonzero(magnitude <= value)
         else:
             count = math.floor(value * len(magnitude) + 1e-9)
-            found[name] = np.sort(np.argsort(magnitude, kind="stable")[:count])
-    return found
+            pruned[name] = np.sort(np.argsort(magnitude, kind="stable")[:count])
+    return pruned
 
 
-def _zero_lists(statistics: Statistics, cut: dict, rules: dict) -> dict[str, dict[str, np.ndarray]]:
-    """What the linear components zero in every linear layer."""
-    zero: dict[str, dict[str, np.ndarray]] = {}
-    for name, neurons in cut.get("linear_input", {}).items():
-        zero.setdefault(name, {})["input"] = neurons
-    for name, neurons in cut.get("linear_output", {}).items():
-        zero.setdefault(name, {})["output"] = neurons
-        if statistics.biased(name):
-            absolute, unbiased = (
-                statistics.mean(name, "output", moment)[neurons]
-                for moment in ("absolute", "unbiased")
-            )
-            kind, limit = rules["linear_output"]
-            if kind == "quantile":  # the ε that this layer's quantile amounts to
-                limit = np.minimum(absolute, unbiased).max(initial=0)
-            zero[name]["bias"] = neurons[absolute <= limit]
+def _zeroed(statistics: Statistics, pruned: Neurons, rules: Rules) -> Neurons:
+    """Inputs, outputs and biases of every linear layer that its pruned neurons set to zero."""
+    zero: Neurons = {}
+    for component, side in (("linear_input", "input"), ("linear_output", "output")):
+        for name, neurons in pruned.get(component, {}).items():
+            zero.setdefault(name, {})[side] = neurons
+            if side == "output" and statistics.biased(name):
+                zero[name]["bias"] = _zeroed_biases(statistics, name, neurons, rules[component])
     return zero
 
 
-def _with_silent_values(anatomy: Anatomy, zero: dict) -> dict[str, dict[str, np.ndarray]]:
-    """Zero lists that also have, as inputs of attention's last projection, groups without values.
+def _zeroed_biases(
+    statistics: Statistics, name: str, neurons: np.ndarray, rule: tuple[str, float]
+) -> np.ndarray:
+    """Pruned outputs whose bias is pruned too: mean |y| itself is at or below the threshold."""
+    kind, threshold = rule
+    if kind == "quantile":  # the ε that this layer's quantile amounts to
+        threshold = statistics.magnitude(name, "output")[neurons].max(initial=0)
+    absolute = statistics.mean(name, "output", "absolute")[neurons]
+    return neurons[absolute <= threshold]
+
+
+def _with_silent_values(anatomy: Anatomy, zero: Neurons) -> Neurons:
+    """Zeroed features, with those that attention's last projection reads of groups without values.
 
     A query head reads the values of its group, so it has no effect without them.
     """
-    found, reader = dict(zero), anatomy.family.consumes["attention"]
+    extended, reader = dict(zero), anatomy.family.consumes["attention"]
     for layer, total in enumerate(anatomy.units("attention")):
         silent = np.zeros(total, bool)
         for projection in anatomy.family.produces["attention"]:
             if "value" in projection.blocks:
-                silent |= _silent(anatomy, layer, projection, total, zero, "value")
+                silent |= _silent(anatomy, layer, projection, zero, "value")
         if silent.any():
             sides = zero.get(name := anatomy.name(layer, reader), {})
             unread = anatomy.unit_features(reader, layer)[silent].ravel()
-            found[name] = {**sides, "input": np.append(unread, sides.get("input", unread[:0]))}
-    return found
+            extended[name] = {**sides, "input": np.append(unread, sides.get("input", unread[:0]))}
+    return extended
 
 
-def _staying_units(
+def _kept_units(
     anatomy: Anatomy,
     statistics: Statistics,
     site: str,
     layer: int,
-    total: int,
-    zero: dict[str, dict[str, np.ndarray]],
-    cut: dict[str, dict[str, np.ndarray]],
+    zero: Neurons,
+    activations: dict[str, np.ndarray],
 ) -> list[int]:
     """Units of a layer that still have an effect; at least the strongest one."""
     consumer = anatomy.family.consumes[site]
     name = anatomy.name(layer, consumer)
-    dead = _all_cut(anatomy, layer, consumer, total, zero.get(name, {}).get("input"))
+    dead = _all_among(anatomy, layer, consumer, zero.get(name, {}).get("input"))
     if site == "ffn":
-        if name in cut.get("activation", {}):
-            dead[cut["activation"][name]] = True
+        dead[activations.get(name, [])] = True
         if anatomy.activation_keeps_zero():
             for projection in anatomy.family.produces[site]:
                 for block in projection.blocks:
-                    dead |= _silent(anatomy, layer, projection, total, zero, block)
+                    dead |= _silent(anatomy, layer, projection, zero, block)
     if dead.all():
         features = anatomy.unit_features(consumer, layer)
-        strength = statistics.mean(name, "input", "absolute")[features].mean(1)
+        strength = statistics.mean(name, "input", "absolute")[features].mean(1)  # [unit]
         dead[strength.argmax()] = False
     return np.flatnonzero(~dead).tolist()
 
 
-def _silent(anatomy, layer, projection, total, zero, block) -> np.ndarray:
-    """Units whose rows (and biases, if there are any) a plan zeroes in one projection."""
-    cuts = zero.get(anatomy.name(layer, projection), {})
-    dead = _all_cut(anatomy, layer, projection, total, cuts.get("output"), block)
+def _silent(anatomy: Anatomy, layer: int, projection, zero: Neurons, block: str) -> np.ndarray:
+    """Units ``[unit]`` whose rows (and biases, if there are any) of a projection are all zeroed."""
+    sides = zero.get(anatomy.name(layer, projection), {})
+    silent = _all_among(anatomy, layer, projection, sides.get("output"), block)
     if anatomy.module(layer, projection).bias is not None:
-        dead &= _all_cut(anatomy, layer, projection, total, cuts.get("bias"), block)
-    return dead
+        silent &= _all_among(anatomy, layer, projection, sides.get("bias"), block)
+    return silent
 
 
-def _all_cut(anatomy, layer, projection, total, features, block=None) -> np.ndarray:
-    """Units ``[total]`` all of whose features (of one block) are among the given ones."""
-    if features is None or len(features) == 0:
-        return np.zeros(total, bool)
+def _all_among(
+    anatomy: Anatomy, layer: int, projection, features: np.ndarray | None, block: str | None = None
+) -> np.ndarray:
+    """Units ``[unit]`` all of whose features (of one block) are among the given ones."""
+    features = [] if features is None else features
     return np.isin(anatomy.unit_features(projection, layer, block=block), features).all(1)
 
 
-def _without_removed(stay: dict, zero: dict) -> dict[str, dict[str, list[int]]]:
-    """Zero lists without the features that leave anyway, and without empty entries."""
-    found: dict[str, dict[str, list[int]]] = {}
-    for name, sides in zero.items():
-        for side, cuts in sides.items():
-            mask = stay.get((name, "input" if side == "input" else "output"))
-            left = cuts if mask is None else cuts[mask[cuts]]
-            if len(left):
-                found.setdefault(name, {})[side] = np.sort(left).tolist()
-    return found
+def _restricted(neurons: Neurons, kept: Mapping) -> dict[str, dict[str, list[int]]]:
+    """Neurons that are among the kept features, as lists, without empty entries."""
+    restricted: dict[str, dict[str, list[int]]] = {}
+    for name, sides in neurons.items():
+        for side, indices in sides.items():
+            mask = kept.get((name, "input" if side == "input" else "output"))
+            indices = indices if mask is None else indices[mask[indices]]
+            if len(indices):
+                restricted.setdefault(name, {})[side] = np.sort(indices).tolist()
+    return restricted
 
 
-def _all_cut_neurons(zero: dict, cut: dict) -> dict[str, dict[str, list[int]]]:
-    """Everything that fell under a threshold, also in units that leave."""
-    sides = {name: dict(cuts) for name, cuts in zero.items()}
-    for name, neurons in cut.get("activation", {}).items():
-        sides.setdefault(name, {})["activation"] = neurons
-    return _without_removed({}, sides)
-
-
-def _counted(token_counts: object) -> np.ndarray:
-    """Counts of tokens as an array."""
-    return np.array(ListOf(Number(0), least=1)("token_counts", token_counts))
-
-
-def _staying_tokens(model, statistics, tokenizer, counts, epsilon) -> list[int]:
+def _kept_tokens(model, statistics, tokenizer, counts, epsilon) -> list[int]:
+    """Tokens more frequent than ε or always kept, and all that they are merged from."""
     rows = len(statistics.token_counts)
     if counts[rows:].any():  # a tokenizer may have special tokens besides, which no text uses
         raise ValueError(f"token_counts has {len(counts)} entries, the vocabulary {rows}")

@@ -11,9 +11,8 @@ from helpers import random_model, spoil
 from torch import nn
 
 import minigpt_lab as lab
-from minigpt_lab.calibration import spsa
-from minigpt_lab.calibration.gradients import collect_gradients, window_losses
-from minigpt_lab.calibration.spsa import estimate_gradients
+from minigpt_lab.calibration import collect_gradients, estimate_gradients, spsa
+from minigpt_lab.calibration.losses import window_losses
 from minigpt_lab.criteria.units import scored_layers
 from minigpt_lab.models.anatomy import Anatomy, weight_axis
 from minigpt_lab.models.architectures import SITES
@@ -309,7 +308,7 @@ def test_bad_options(model, probe, tiny_statistics):
     batches = [{"input_ids": probe}]
     for name, options, words in (
         ("taylor", {"variant": "element3"}, "did you mean 'element"),
-        ("taylor", {"reduce": "median"}, "unknown reduce 'median'"),
+        ("taylor", {"reduce": "median"}, "reduce is 'median'"),
         ("sensitivity", {"gradient": "zeroth"}, "did you mean 'zeroth-order'"),
         ("sensitivity", {"eps": 0.0}, "eps is 0.0"),
         ("sensitivity", {"n_directions": 0}, "n_directions is 0"),

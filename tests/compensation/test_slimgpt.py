@@ -18,8 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 import minigpt_lab as lab
-from minigpt_lab.calibration.hessians import second_moments
 from minigpt_lab.calibration.layer_runner import LayerRunner, catch_inputs
+from minigpt_lab.calibration.moments import second_moments
 from minigpt_lab.compensation import SALIENCIES, eliminate, solver
 from minigpt_lab.compensation.obs import next_block
 from minigpt_lab.models.anatomy import Anatomy
@@ -378,8 +378,8 @@ def test_a_broken_layer_is_named():
         ({"counts": {"ffn": [1, 1]}}, "expected .*attention.* 3 layers"),
         ({"ratio": 0.2, "allocation": "log-incrase"}, "log-increase"),
         ({"ratio": 0.2, "allocation": [1, 2]}, "lists 2 shares"),
-        ({"ratio": 0.2, "units": "heads"}, "unknown units 'heads'"),
-        ({"ratio": 0.2, "sites": ["fnn"]}, "unknown site 'fnn'"),
+        ({"ratio": 0.2, "units": "heads"}, "units is 'heads'"),
+        ({"ratio": 0.2, "sites": ["fnn"]}, "is 'fnn'"),
         ({"ratio": 0.2, "bias": "refited"}, "did you mean 'refit'"),
         ({"ratio": 0.2, "damping_mode": "meen"}, "did you mean 'mean'"),
         ({"ratio": 0.2, "saliency": "exat"}, "did you mean 'exact'"),

@@ -165,9 +165,9 @@ def test_a_users_criterion_joins_the_registry(model):
 def test_unknown_names_get_the_nearest(model):
     with pytest.raises(ValueError, match="did you mean 'magnitude'"):
         lab.score(model, "magnitud")
-    with pytest.raises(ValueError, match="unknown site 'head'"):
+    with pytest.raises(ValueError, match="'head'; expected one of 'ffn'"):
         lab.score(model, "random", sites=("head",))
-    with pytest.raises(ValueError, match="unknown units 'heads'; did you mean 'balanced_heads'"):
+    with pytest.raises(ValueError, match="units is 'heads'; .* did you mean 'balanced_heads'"):
         lab.score(model, "random", units="heads")
     with pytest.raises(ValueError, match="one query head per key/value group.*units='kv_group'"):
         lab.score(random_model("opt"), "random", units="balanced_heads")

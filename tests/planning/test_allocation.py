@@ -159,7 +159,7 @@ def test_targets_out_of_reach_say_what_can_be_reached():
         ):
             with pytest.raises(ValueError, match="ratio is 0.5, .* hold only 0.333 of the units"):
                 cut([first, 0, 0])
-    with pytest.raises(ValueError, match="unknown ratio_of 'layers'"):
+    with pytest.raises(ValueError, match="ratio_of is 'layers'"):
         lab.plan_from_scores(model, scores, ratio=0.9, ratio_of="layers")
 
 
@@ -169,13 +169,13 @@ def test_equal_scores_that_exceed_a_ratio_say_so(allocation):
     scores = lab.score(model, "random", sites=("ffn",))
     for layer in scores.values["ffn"]:
         layer[:] = 0.5
-    with pytest.warns(UserWarning, match=r"100.0% of the units leave, not 10.0%"):
+    with pytest.warns(UserWarning, match=r"100.0% of the units are removed, not 10.0%"):
         lab.plan_from_scores(model, scores, ratio=0.1, allocation=allocation)
 
 
 def test_a_cut_of_nothing_says_so():
     model = random_model("llama")
     scores = lab.score(model, "random", sites=("attention",))
-    with pytest.warns(UserWarning, match="nothing leaves: .* less than half a unit"):
+    with pytest.warns(UserWarning, match="removes no units: .* less than half a unit"):
         plan = lab.plan_from_scores(model, scores, ratio=0.1, allocation="uniform")
     assert not any(plan.removed["attention"])

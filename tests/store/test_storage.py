@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 
 import minigpt_lab as lab
 from minigpt_lab import figures
-from minigpt_lab.calibration.collector import Collector
+from minigpt_lab.calibration.moments import FeatureSums
 from minigpt_lab.checks.paths import UnusablePath, writable_file, writable_folder
 from minigpt_lab.compensation.workspace import Workspace, discard
 from minigpt_lab.experiments import reports
@@ -131,7 +131,7 @@ def one_sentence(error: BaseException) -> bool:
 @pytest.mark.parametrize("slash", ["", "/"])
 @pytest.mark.parametrize("kind", FILES)
 def test_a_folder_is_never_replaced_by_a_file(kind, slash, things, tmp_path, monkeypatch):
-    monkeypatch.setattr(Collector, "hooks", None)  # refused before the pass
+    monkeypatch.setattr(FeatureSums, "watching", None)  # refused before the pass
     target = tmp_path / ("mine.png" if kind == "figure" else "mine")
     before = users_folder(target)
     with pytest.raises(OSError, match=r"names a folder.*add a file name") as error:
@@ -177,7 +177,7 @@ FOREIGN = {  # a user's file under the name that a call would write
 
 @pytest.mark.parametrize("case", FOREIGN)
 def test_a_file_of_another_kind_is_left_alone(case, things, tmp_path, monkeypatch):
-    monkeypatch.setattr(Collector, "hooks", None)  # refused before the pass
+    monkeypatch.setattr(FeatureSums, "watching", None)  # refused before the pass
     name, content = FOREIGN[case]
     if content is None:
         shutil.copy(models.DATA / "models" / "tiny-llama" / "model.safetensors", tmp_path / name)

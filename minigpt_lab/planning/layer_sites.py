@@ -1,0 +1,88 @@
+"""The units of one site in one layer, as an allocation sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..checks import Integer, ListOf, invalid, suggest
+from ..models import ALL_SITES, Anatomy
+
+
+@dataclass(frozen=True)
+class LayerSite:
+    """One site of one layer that may be pruned.
+
+    Parameters
+    ----------
+    site : str
+        ``"ffn"`` or ``"attention"``.
+    layer, depth : int
+        Index of the layer, and the number of layers of the model.
+    scores : numpy.ndarray
+        Importance ``[unit]``.
+    cost : int
+        Parameters that are removed with one unit.
+    """
+
+    site: str
+    layer: int
+    depth: int
+    scores: np.ndarray
+    cost: int
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of all its units."""
+        return len(self) * self.cost
+
+
+def prunable_sites(
+    anatomy: Anatomy, scores: Mapping[str, Sequence[np.ndarray]], keep_layers: tuple[int, int]
+) -> list[LayerSite]:
+    """Every scored site of every layer but the first and last ones that are kept whole.
+
+    Raises
+    ------
+    ValueError
+        If `keep_layers` leaves none.
+    """
+    depth = len(anatomy.layers)
+    first, last = keep_layers = check_keep_layers(keep_layers)
+    if first + last >= depth:
+        raise ValueError(f"keep_layers={keep_layers} leaves nothing of {depth} layers")
+    return [
+        LayerSite(site, layer, depth, layers[layer], anatomy.unit_parameters(site, layer))
+        for site, layers in scores.items()
+        for layer in range(first, depth - last)
+    ]
+
+
+def check_keep_layers(keep_layers: tuple[int, int]) -> tuple[int, int]:
+    """Numbers of first and last layers to keep whole, checked."""
+    ends = ListOf(Integer(0))("keep_layers", keep_layers)
+    if len(ends) != 2:
+        raise invalid("keep_layers", keep_layers, "how many at either end, as in (1, 1)")
+    return ends
+
+
+def unit_steps(layer_sites: Sequence[LayerSite], multiple_of: int | Mapping[str, int]) -> list[int]:
+    """For each layer site, the number that its kept units must be a multiple of."""
+    per_site = multiple_of if isinstance(multiple_of, Mapping) else {"ffn": multiple_of}
+    for name in per_site:
+        if name not in ALL_SITES:
+            raise ValueError(f"multiple_of has {name!r}; {suggest(str(name), list(ALL_SITES))}")
+    per_site = {site: Integer(1)("multiple_of", step) for site, step in per_site.items()}
+    steps = [per_site.get(each.site, 1) for each in layer_sites]
+    for each, step in zip(layer_sites, steps, strict=True):
+        if len(each) % step:
+            raise ValueError(
+                f"multiple_of is {step!r}, which does not divide the {len(each)} {each.site} "
+                f"units of layer {each.layer}; choose one of its divisors"
+            )
+    return steps
