@@ -70,21 +70,21 @@ def _cell(table: pd.DataFrame, text: str, sites: str, ratio: float) -> pd.Series
 @exercise("name")
 def best_method(table: pd.DataFrame, text: str, sites: str, ratio: float) -> Answer:
     """The method with the lowest perplexity on a text, among pruned models of one size."""
-    found = _cell(table, text, sites, ratio)
-    mistakes = {"the worst": str(found.idxmax())}
-    return Answer(str(found.idxmin()), mistakes, options=list(found.index))
+    perplexities = _cell(table, text, sites, ratio)
+    mistakes = {"the worst": str(perplexities.idxmax())}
+    return Answer(str(perplexities.idxmin()), mistakes, options=list(perplexities.index))
 
 
 @exercise("number")
 def price_of_not_looking(table: pd.DataFrame, text: str, sites: str, ratio: float) -> Answer:
     """Perplexity after random pruning over that of the best method."""
-    found = _cell(table, text, sites, ratio)
+    perplexities = _cell(table, text, sites, ratio)
     mistakes = {
-        "the inverse; random pruning goes on top": found.min() / found["random"],
-        "the worst method over the best": found.max() / found.min(),
-        "the difference; divide": found["random"] - found.min(),
+        "the inverse; random pruning goes on top": perplexities.min() / perplexities["random"],
+        "the worst method over the best": perplexities.max() / perplexities.min(),
+        "the difference; divide": perplexities["random"] - perplexities.min(),
     }
-    return Answer(found["random"] / found.min(), mistakes)
+    return Answer(perplexities["random"] / perplexities.min(), mistakes)
 
 
 # 10_slimgpt

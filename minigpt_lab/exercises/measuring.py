@@ -32,8 +32,8 @@ def lora_numbers(linear: nn.Linear, r: int) -> Answer:
 
 
 def _levels(table: pd.DataFrame, text: Part, *variants: str) -> list[float]:
-    found = table[table["text"] == str(text)].set_index("variant")["perplexity"]
-    return [float(found[variant]) for variant in variants]
+    perplexities = table[table["text"] == str(text)].set_index("variant")["perplexity"]
+    return [float(perplexities[variant]) for variant in variants]
 
 
 @exercise("number")

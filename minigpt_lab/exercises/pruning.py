@@ -56,10 +56,12 @@ def stored_share(model: PreTrainedModel, mini: PreTrainedModel) -> Answer:
 @exercise("name")
 def costlier_text(table: pd.DataFrame) -> Answer:
     """The text whose perplexity pruning raises by the larger factor."""
-    found = table.pivot(index="text", columns="variant", values="perplexity")
-    rise = found["shrunk"] / found["dense"]
+    perplexities = table.pivot(index="text", columns="variant", values="perplexity")
+    rise = perplexities["shrunk"] / perplexities["dense"]
     hardest = "the text with the highest perplexity; compare each with its own dense level"
-    return Answer(rise.idxmax(), {hardest: found["shrunk"].idxmax()}, options=list(rise.index))
+    return Answer(
+        rise.idxmax(), {hardest: perplexities["shrunk"].idxmax()}, options=list(rise.index)
+    )
 
 
 # 01_activation_histograms
@@ -82,14 +84,14 @@ def unused_share(statistics: Mapping[str, Statistics], domain: str, epsilon: flo
 
 @exercise("set")
 def unused_by_one(unused: pd.DataFrame, domain: str, other: str) -> Answer:
-    """Neurons that one domain leaves unused and another does not."""
+    """Neurons that one domain does not use and another does."""
     one, two = (set(unused.index[unused[name]]) for name in (domain, other))
     mistakes = {
-        "what the other domain alone leaves unused; turn it round": two - one,
-        "what both leave unused; take those of one domain away": one & two,
-        "what either leaves unused; take those of the other domain away": one | two,
-        "all that the domain leaves unused; take the other's away": one,
-        "what exactly one of them leaves unused, whichever; keep this domain's": one ^ two,
+        "the neurons unused by the other domain alone; turn it round": two - one,
+        "the neurons unused by both; keep those of this domain alone": one & two,
+        "the neurons unused by either; take those of the other domain away": one | two,
+        "all neurons that the domain does not use; take the other's away": one,
+        "the neurons unused by exactly one, whichever; keep this domain's": one ^ two,
     }
     return Answer(one - two, mistakes)
 
@@ -114,20 +116,20 @@ def chance_overlap(share: float) -> Answer:
 def epsilon_for_a_tenth(statistics: Statistics) -> Answer:
     """The absolute ε that prunes a tenth of all FFN channels."""
     frame = statistics.to_frame()
-    found = frame.loc[frame["side"] == "activation", ["layer", "mean_abs"]]
+    neurons = frame.loc[frame["side"] == "activation", ["layer", "mean_abs"]]
     mistakes = {
-        "the ε that keeps a tenth": found["mean_abs"].quantile(0.9),
+        "the ε that keeps a tenth": neurons["mean_abs"].quantile(0.9),
         "a tenth of the largest mean; a tenth of the neurons is asked for": (
-            found["mean_abs"].max() / 10
+            neurons["mean_abs"].max() / 10
         ),
         "taken over the inputs and outputs too; keep the rows of side 'activation'": (
             frame["mean_abs"].quantile(0.1)
         ),
         "the ε of the first layer; take all layers together": (
-            found.loc[found["layer"] == 0, "mean_abs"].quantile(0.1)
+            neurons.loc[neurons["layer"] == 0, "mean_abs"].quantile(0.1)
         ),
     }
-    return Answer(found["mean_abs"].quantile(0.1), mistakes)
+    return Answer(neurons["mean_abs"].quantile(0.1), mistakes)
 
 
 @exercise("plan")
@@ -216,9 +218,9 @@ def token_inflation(
 def price_outside(table: pd.DataFrame, inside: Part, outside: Part) -> Answer:
     """Bits per character that pruning costs outside the domain, beyond what it costs inside."""
     rises = {
-        column: found["shrunk"] - found["dense"]
+        column: wide["shrunk"] - wide["dense"]
         for column in ("bits_per_character", "perplexity")
-        for found in [table.pivot(index="text", columns="variant", values=column)]
+        for wide in [table.pivot(index="text", columns="variant", values=column)]
     }
     own, other = (rises["bits_per_character"][str(part)] for part in (inside, outside))
     mistakes = {

@@ -36,7 +36,7 @@ _ALLOCATIONS = {  # colour, marker: blues and greens grow with depth, warm colou
 }
 
 
-@draws_frame("site choice", "units share loss", flags="compensated")
+@draws_frame(names="site choice", numbers="units share loss", flags="compensated")
 def layer_losses(losses: pd.DataFrame, *, caption: str = "") -> Figure:
     """Loss of one layer's projections against the share of its units that is removed.
 
@@ -71,7 +71,7 @@ def layer_losses(losses: pd.DataFrame, *, caption: str = "") -> Figure:
     return figure
 
 
-@draws_frame("text", "layer ratio perplexity_ratio")
+@draws_frame(names="text", numbers="layer ratio perplexity_ratio")
 def one_layer_curves(table: pd.DataFrame, *, caption: str = "") -> Figure:
     """Perplexity after a single layer was pruned, against its depth: a line per ratio.
 
@@ -106,7 +106,7 @@ def one_layer_curves(table: pd.DataFrame, *, caption: str = "") -> Figure:
     return figure
 
 
-@draws_frame("variant site", "layer units removed cost", maybe="error")
+@draws_frame(names="variant site", numbers="layer units removed cost", maybe="error")
 def layer_budgets(layers: pd.DataFrame, *, caption: str = "") -> Figure:
     """Share removed of every layer under several allocations, and the error of its FFN.
 
@@ -140,7 +140,7 @@ def layer_budgets(layers: pd.DataFrame, *, caption: str = "") -> Figure:
     return figure
 
 
-@draws_frame("variant text", "perplexity", maybe="low high", flags="compensated")
+@draws_frame(names="variant text", numbers="perplexity", maybe="low high", flags="compensated")
 def variant_dots(table: pd.DataFrame, *, caption: str = "", title: str = "") -> Figure:
     """Perplexity of variants with its interval, a panel per text; the dense model is a line.
 
@@ -183,7 +183,7 @@ def variant_dots(table: pd.DataFrame, *, caption: str = "", title: str = "") -> 
     return figure
 
 
-@draws_frame("setting text", "value perplexity dense")
+@draws_frame(names="setting text", numbers="value perplexity dense")
 def calibration_settings(table: pd.DataFrame, *, caption: str = "") -> Figure:
     """Perplexity against the amount of calibration text and the length of its windows.
 

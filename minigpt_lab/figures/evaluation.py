@@ -209,8 +209,8 @@ _STEPS = (1.02, 1.05, 1.1, 1.2, 1.5, 2, 3, 5, 10)  # of the colour bar
 
 
 @draws_frame(
-    "cut text",
-    "perplexity difference",
+    names="cut text",
+    numbers="perplexity difference",
     maybe="difference_low difference_high",
     flags="recovered",
 )

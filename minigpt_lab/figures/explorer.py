@@ -63,7 +63,7 @@ class ThresholdPicture:
     ):
         own, tint = magnitudes[domain], colour(domain, list(magnitudes))
         self._edges = {
-            name: _bin_edges([found.pooled[name] for found in magnitudes.values()])
+            name: _bin_edges([each.pooled[name] for each in magnitudes.values()])
             for name in COMPONENTS
         }
         self._stars: dict[str, Line2D] = {}

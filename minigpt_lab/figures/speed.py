@@ -15,7 +15,10 @@ _LINE = "in proportion to the size"
 
 
 @draws_frame(
-    "variant kind device", "stored tokens_per_second", maybe="low high", flags="batch runs"
+    names="variant kind device",
+    numbers="stored tokens_per_second",
+    maybe="low high",
+    flags="batch runs",
 )
 def throughput(speeds: pd.DataFrame, *, caption: str = "") -> Figure:
     """Tokens per second against stored parameters, a panel for reading and one for writing.

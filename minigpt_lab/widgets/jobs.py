@@ -134,7 +134,7 @@ def perplexity_job(
 ) -> ModelJob:
     """A button that measures held-out perplexity of the explorer's choice.
 
-    It runs a shrunk copy: the notebook's own model stays as it is, whatever cells run meanwhile.
+    It runs a shrunk copy: the notebook's own model does not change, whatever cells run meanwhile.
 
     Parameters
     ----------

@@ -192,8 +192,8 @@ class ThresholdExplorer(Explorer):
         lines = ["at or below " + "; ".join(words)] if words else []
         if "activation" in chosen and len(self.magnitudes) > 1:
             others = [
-                f"{escaped(name)} {found.share('activation', chosen['activation']):.1%}"
-                for name, found in self.magnitudes.items()
+                f"{escaped(name)} {other.share('activation', chosen['activation']):.1%}"
+                for name, other in self.magnitudes.items()
                 if name != domain
             ]
             lines.append("the same activation ε elsewhere: " + ", ".join(others))
