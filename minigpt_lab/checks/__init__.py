@@ -6,17 +6,9 @@ it is, what is allowed, what to do.
 """
 
 from .arguments import check_fields, checked
-from .guards import (
-    GLOBAL_STATE,
-    Snapshot,
-    hooked,
-    locked,
-    on_wait,
-    restore_on_exit,
-    safe_contextmanager,
-    waits_for_this_thread,
-)
+from .interrupts import safe_contextmanager
 from .messages import InvalidArgument, first_line, invalid, suggest
+from .model_locks import GLOBAL_STATE, locked, on_wait, waits_for_this_thread
 from .objects import (
     COMPUTE_DTYPES,
     Batches,
@@ -37,6 +29,7 @@ from .paths import (
     writable_folder,
 )
 from .python_values import as_json, to_python
+from .snapshots import Snapshot, hooked, restore_on_exit
 from .values import (
     Array,
     DictOf,

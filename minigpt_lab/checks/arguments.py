@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from transformers import PreTrainedModel
 
-from .guards import locked
+from .model_locks import locked
 from .values import Check
 
 

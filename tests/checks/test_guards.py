@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from minigpt_lab.checks import guards, locked, safe_contextmanager
+from minigpt_lab.checks import locked, model_locks, restore_on_exit, safe_contextmanager
 
 
 def test_a_second_thread_waits_for_the_model_and_the_same_one_does_not():
@@ -125,7 +125,7 @@ def test_ctrl_c_ends_a_wait():
             done.wait(120)
 
     def interrupt():
-        while not guards._waiting:
+        while not model_locks._waiting:
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
 
@@ -143,13 +143,13 @@ def test_ctrl_c_ends_a_wait():
         sender.join(60)
     with locked(model):
         pass
-    assert signal.getsignal(signal.SIGINT) is before and not guards._waiting
+    assert signal.getsignal(signal.SIGINT) is before and not model_locks._waiting
 
 
 def test_hooks_and_parts_come_back():
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU())
     keys, weight = [sorted(vars(m)) for m in model.modules()], model[0].weight
-    with pytest.raises(KeyError), guards.restore_on_exit(model):
+    with pytest.raises(KeyError), restore_on_exit(model):
         model[0].weight = torch.nn.Parameter(torch.zeros(2, 2), requires_grad=False)
         model[1] = torch.nn.Identity()
         model.extra = torch.nn.Linear(1, 1)

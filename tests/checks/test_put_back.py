@@ -20,7 +20,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 import minigpt_lab as lab
 from minigpt_lab.calibration.gradients import collect_gradients
 from minigpt_lab.calibration.spsa import estimate_gradients
-from minigpt_lab.checks.guards import locked
+from minigpt_lab.checks import locked
 from minigpt_lab.models.anatomy import Anatomy
 from minigpt_lab.models.runtime import fingerprint
 from minigpt_lab.recovery.adapters import adapted

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import minigpt_lab as lab
-from minigpt_lab.checks.guards import locked
+from minigpt_lab.checks import locked
 from minigpt_lab.models import Anatomy, fingerprint
 
 MODEL = random_model("opt")
