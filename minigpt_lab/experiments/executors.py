@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -18,10 +18,11 @@ from .grids import Grid, run_id
 from .parameters import NOTEBOOKS, find_notebook
 from .runs import run_once
 
+Ended = Generator[tuple[str, str], None, None]  # id of a run, its last words
 _RAY_RETRIES = 5  # of a run whose node died
 
 
-def run_locally(grid: Grid, runs: list[str], folder: Path, jobs: int) -> Iterator[tuple[str, str]]:
+def run_locally(grid: Grid, runs: list[str], folder: Path, jobs: int) -> Ended:
     """Start a process per run, `jobs` at a time.
 
     Yields
@@ -71,9 +72,7 @@ def _last_line(log: Path, code: int) -> str:
     return killed + last.removeprefix("error: ")
 
 
-def run_on_ray(
-    grid: Grid, runs: list[str], folder: Path, address: str | None
-) -> Iterator[tuple[str, str]]:
+def run_on_ray(grid: Grid, runs: list[str], folder: Path, address: str | None) -> Ended:
     """Start a task per run on a cluster; yields as `run_locally`.
 
     Raises
@@ -104,7 +103,7 @@ def run_on_ray(
     return _ray_tasks(ray, grid, runs, folder)
 
 
-def _ray_tasks(ray, grid: Grid, runs: list[str], folder: Path) -> Iterator[tuple[str, str]]:
+def _ray_tasks(ray, grid: Grid, runs: list[str], folder: Path) -> Ended:
     task = ray.remote(_run_on_node).options(
         num_cpus=grid.cpus,
         num_gpus=grid.gpus,

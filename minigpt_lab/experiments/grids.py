@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from ..checks import Flag, Instance, Integer, ListOf, Location, Number, Text, checked, suggest
 from .parameters import (
@@ -142,7 +143,7 @@ def _parameters(path: Path, notebook: Path, given: Mapping[str, object]) -> dict
     return check_parameters(notebook, resolved)
 
 
-def _combinations(axes: Mapping[str, object], known: Mapping[str, object]) -> Iterator[dict]:
+def _combinations(axes: Mapping[str, Any], known: Mapping[str, object]) -> Iterator[dict]:
     """The Cartesian product of the axes, as parameters."""
     for name, values in axes.items():
         if not isinstance(values, list) or not values:

@@ -6,8 +6,9 @@ import ast
 import functools
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -30,7 +31,7 @@ _Loader.add_implicit_resolver(
 )
 
 
-def read_yaml(path: Path) -> object:
+def read_yaml(path: Path) -> Any:
     """Content of a YAML file.
 
     Raises
@@ -110,7 +111,7 @@ def cells(notebook: Path) -> list[dict]:
     ValueError
         If it is no notebook.
     """
-    content = read_json(notebook)
+    content: Any = read_json(notebook)
     try:
         return [{**cell, "source": "".join(cell["source"])} for cell in content["cells"]]
     except (TypeError, KeyError):
@@ -140,9 +141,12 @@ def default_parameters(notebook: Path) -> dict[str, object]:
         raise ValueError(f"{notebook.name}: its parameters cell is no Python: {error}") from None
     for statement in statements:
         try:
-            value = ast.literal_eval(statement.value)
-            defaults |= {target.id: value for target in statement.targets}
-        except (AttributeError, ValueError):
+            match statement:
+                case ast.Assign(targets=[ast.Name(id=name)]):
+                    defaults[name] = ast.literal_eval(statement.value)
+                case _:
+                    raise ValueError
+        except ValueError:
             raise ValueError(
                 f"{notebook.name}: its parameters cell has {ast.unparse(statement)!r}; expected "
                 "only NAME = number, text, list or mapping"
@@ -204,7 +208,7 @@ def check_parameters(notebook: Path, parameters: Mapping[str, object]) -> dict[s
 _SCALAR = Flag() | Number() | Text() | None
 
 
-def _check_like(default: object) -> Callable[[str, object], object]:
+def _check_like(default: object) -> Any:
     """A check for values of the same kind as a default."""
     match default:
         case bool():

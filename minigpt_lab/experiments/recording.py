@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -139,7 +140,7 @@ def record(
     return write_record(folder, content)
 
 
-def current_notebook(namespace: Mapping[str, object]) -> Path:
+def current_notebook(namespace: Mapping[str, Any]) -> Path:
     """The file of the notebook that runs in this kernel.
 
     Parameters

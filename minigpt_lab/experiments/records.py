@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -168,7 +169,7 @@ def read_record(folder: str | os.PathLike) -> dict:
     """
     path = Path(folder) / RECORD
     try:
-        content = read_json(path)
+        content: Any = read_json(path)
     except FileNotFoundError:
         raise ValueError(f"{folder} holds no {RECORD}: no run ended there") from None
     except ValueError as error:
