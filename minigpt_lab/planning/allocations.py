@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from ..checks import InvalidArgument, ListOf, Number, as_json, suggest
+from ..checks import Function, InvalidArgument, ListOf, Number, as_json, suggest
 from .layer_sites import LayerSite
 
 Allocation = Callable[[float, Sequence[LayerSite]], Sequence[float]]
@@ -136,7 +136,7 @@ def allocation_rule(allocation: str | Allocation | Sequence[float]) -> Allocatio
         If the name is unknown.
     """
     if callable(allocation):
-        return _checked_rule(allocation)
+        return _checked_rule(Function()("allocation", allocation))
     if isinstance(allocation, str) and allocation in ALLOCATIONS:
         return ALLOCATIONS[allocation]
     if isinstance(allocation, Iterable) and not isinstance(allocation, str):
