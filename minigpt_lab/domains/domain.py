@@ -1,33 +1,29 @@
 """Domains: text in four disjoint parts, with multiple-choice questions.
 
-Documents are cut into passages, near-duplicates are dropped, and the rest is dealt into
+Documents are split into passages, near-duplicates are dropped, and the rest is dealt into
 ``calibration``, ``train``, ``validation`` and ``test`` by the hash of its content: the same text
-always gives the same parts, and no part can see another's.
+always gives the same parts, and no part contains text of another.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from transformers import PreTrainedTokenizerBase
 
 from ..checks import (
-    DictOf,
     Flag,
     Instance,
     ListOf,
     Location,
     Text,
-    Texts,
     Tokenizer,
     checked,
     invalid,
@@ -35,43 +31,14 @@ from ..checks import (
     to_path,
 )
 from ..store import DATA, cache_folder, cache_key, cached, pinned_packages, read_toml
-from .passages import PASSAGE_WORDS, characters, count_words, cut, near_duplicates
+from .parts import PARTS, Part, check_disjoint, deal, split_documents
+from .passages import PASSAGE_WORDS, characters, count_words
 from .questions import Questions, read_questions
 from .running import token_ids
 from .sources import read_hub, read_source
-from .user_texts import FILES, exists, find_questions, read_path
+from .user_texts import FILES, find_questions, read_path
 
-#: Share of the words that each part gets.
-PARTS = {"calibration": 0.25, "train": 0.45, "validation": 0.10, "test": 0.20}
-_VERSION = 2  # of the cutting rules: a change must not reuse parts cached under the old ones
-
-
-_PART = {"domain": Text(), "name": Text(), "passages": ListOf(Text())}
-
-
-@dataclass(frozen=True)
-class Part(Sequence):
-    """Passages of one part of a domain; a sequence of strings that knows where it comes from."""
-
-    domain: str
-    name: str
-    passages: tuple[str, ...]
-
-    def __post_init__(self):
-        for name, check in _PART.items():
-            object.__setattr__(self, name, check(name, getattr(self, name)))
-
-    def __getitem__(self, index):
-        return self.passages[index]
-
-    def __len__(self) -> int:
-        return len(self.passages)
-
-    def __str__(self) -> str:
-        return f"{self.domain}/{self.name}"
-
-    def __repr__(self) -> str:
-        return f"Part({self!s}, {len(self)} passages)"
+_VERSION = 2  # of the splitting rules: a change must not reuse parts cached under the old ones
 
 
 @dataclass(frozen=True)
@@ -83,13 +50,13 @@ class Domain:
     name, title, licence, attribution : str
         What it is and who may use it.
     calibration, train, validation, test : Part
-        Disjoint passages: statistics, recovery, stopping, results.
+        Disjoint passages: for statistics, recovery, early stopping, results.
     dropped : int
-        Passages left out because they nearly repeat an earlier one.
+        Passages that nearly repeat an earlier one, and were dropped.
     question_sources : tuple of dict
-        Where `questions` are read from (see `minigpt_lab.domains.questions.read_questions`).
+        Sources of `questions` (see `minigpt_lab.domains.questions.read_questions`).
     notes : tuple of str
-        What was left out of a user's files, and how they were read.
+        What was skipped in a user's files, and how they were read.
     checked : bool
         The parts are known to be disjoint (they come from the cache): do not compare them again.
 
@@ -115,7 +82,7 @@ class Domain:
     def __post_init__(self, checked: bool):
         Text()("name", self.name)
         for name, part in self.parts.items():
-            Instance(Part, "lab.make_domain cuts texts into parts")(name, part)
+            Instance(Part, "lab.make_domain splits texts into parts")(name, part)
         if not checked:
             check_disjoint(self.parts)
 
@@ -125,12 +92,12 @@ class Domain:
 
     @cached_property
     def questions(self) -> Questions:
-        """Multiple-choice questions, read when first asked for.
+        """Multiple-choice questions, read on first access.
 
         They come from the domain's declared sets (any first n are a fair sample) or the
         ``questions.jsonl`` of a user's folder, in its order. Otherwise they are built from the test
-        part: which of four sentences continues the text? Those share text with the test perplexity,
-        never with calibration, training or validation.
+        part (which of four sentences continues the text?), so they share text with the test
+        perplexity, never with calibration, training or validation.
         """
         other = [text for part in self.parts.values() for text in part if part is not self.test]
         return read_questions(self.question_sources, self.test, other, self.name, self.licence)
@@ -162,9 +129,9 @@ class Domain:
 def load_domain(
     name_or_path: str | os.PathLike, *, column: str | None = None, online: bool = False
 ) -> Domain:
-    """A shipped domain, a user's own text, or a Hugging Face dataset, cut into disjoint parts.
+    """Load a shipped domain, a user's own text, or a Hugging Face dataset, in disjoint parts.
 
-    What is left out of a user's files is said in one warning, and in the domain's `notes`.
+    What is skipped in a user's files is said in one warning, and in the domain's `notes`.
 
     Parameters
     ----------
@@ -175,9 +142,9 @@ def load_domain(
         holds its multiple-choice questions: keys ``question``, ``choices``, ``answer`` (the right
         choice, its letter or its index), and if wanted ``context``, ``source``, ``licence``.
     column : str, optional
-        The column with the text, where there are several.
+        Column of the text, where there are several.
     online : bool
-        For a shipped domain: read the data set that the Mini-GPTs paper used, from the hub.
+        For a shipped domain: read the dataset that the Mini-GPTs paper used, from the hub.
 
     Returns
     -------
@@ -191,28 +158,26 @@ def load_domain(
         If a pinned source cannot be had.
     """
     name, declared = os.fspath(name_or_path), read_toml(DATA / "domains.toml")
-    if isinstance(name_or_path, os.PathLike):  # "law" is a name of the kit, Path("law") a folder
+    if isinstance(name_or_path, os.PathLike):  # "law" is a shipped domain, Path("law") a folder
         declared = {}
     if name in declared and not online:
         return _shipped(name, declared[name])
     if name in declared:
         entry = declared[name]
         if "hub" not in entry:
-            raise ValueError(f"domain {name!r} has no online data set; load it without online=True")
-        return _made(
-            name, *read_hub(entry["hub"]), f"{entry['title']} (hub)",
-            question_sources=entry.get("questions", ()),
-        )  # fmt: skip
+            raise ValueError(f"domain {name!r} has no online dataset; load it without online=True")
+        facts = {"title": f"{entry['title']} (hub)", "question_sources": entry.get("questions", ())}
+        return _build(name, *read_hub(entry["hub"]), **facts)
     path = to_path(name)
-    if exists(path):
-        own = find_questions(path)
-        asked = [{"reader": "own", "path": str(own)}] if own else []
-        whole = path.resolve()  # "." has no name of its own
-        called = whole.name if path.is_dir() else whole.stem
-        return _made(called, *read_path(path, column), question_sources=asked)
+    if os.path.exists(path):  # noqa: PTH110, Path.exists may raise
+        questions = find_questions(path)
+        sources = [{"reader": "own", "path": str(questions)}] if questions else []
+        absolute = path.resolve()  # "." has no name of its own
+        own_name = absolute.name if path.is_dir() else absolute.stem
+        return _build(own_name, *read_path(path, column), question_sources=sources)
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and path.suffix.lower() not in FILES:
         hub = {"path": name, "column": column}
-        return _made(name.replace("/", "-"), *read_hub(hub))
+        return _build(name.replace("/", "-"), *read_hub(hub))
     raise ValueError(
         f"unknown domain {name!r}: not a shipped one ({suggest(name, list(declared))}), not a file "
         "or folder, not a hub id"
@@ -220,9 +185,9 @@ def load_domain(
 
 
 def load_domains(names_or_paths: Iterable[str | os.PathLike]) -> list[Domain]:
-    """Several domains, as `load_domain` gives them, that their names tell apart.
+    """Load several domains whose names differ.
 
-    Results are kept by a domain's name, and that of a file or folder is its last part.
+    Results are named after a domain, and a file or folder gives it its last part.
 
     Parameters
     ----------
@@ -238,7 +203,7 @@ def load_domains(names_or_paths: Iterable[str | os.PathLike]) -> list[Domain]:
     """
     if isinstance(names_or_paths, str | os.PathLike):
         raise invalid("names_or_paths", names_or_paths, "a list of names", "put it into brackets")
-    sources, found = {}, []
+    sources, domains = {}, []
     for source in ListOf(Location())("names_or_paths", names_or_paths):
         domain = load_domain(source)
         first, twin = sources.setdefault(domain.name, (source, domain))
@@ -247,8 +212,8 @@ def load_domains(names_or_paths: Iterable[str | os.PathLike]) -> list[Domain]:
                 f"{str(first)!r} and {str(source)!r} are different texts, and both would be called "
                 f"{domain.name!r}; rename one of them"
             )
-        found.append(domain)
-    return found
+        domains.append(domain)
+    return domains
 
 
 @checked(tiny=Flag())
@@ -265,27 +230,36 @@ def domain_names(*, tiny: bool = False) -> list[str]:
 
 
 @checked(
-    name=Text(), documents=ListOf(Text()), title=Text(), licence=Text(), attribution=Text(),
+    name=Text(),
+    documents=ListOf(Text()),
+    title=Text(),
+    licence=Text(),
+    attribution=Text(),
     question_sources=ListOf(Instance(dict)),
-)  # fmt: skip
+)
 def make_domain(
-    name: str, documents: Iterable[str], *, title: str = "", licence: str = "",
-    attribution: str = "", question_sources: Iterable[dict] = (),
-) -> Domain:  # fmt: skip
-    """Cut documents into passages, drop near-duplicates and deal the rest into four parts.
+    name: str,
+    documents: Iterable[str],
+    *,
+    title: str = "",
+    licence: str = "",
+    attribution: str = "",
+    question_sources: Iterable[dict] = (),
+) -> Domain:
+    """Split documents into passages, drop near-duplicates and deal the rest into four parts.
 
     With 40 documents or more every document falls into one part whole; with fewer, passages do.
 
     Parameters
     ----------
     name : str
-        What its parts and results are called.
+        Name of the domain, its parts and its results.
     documents : iterable of str
         Texts of any length.
     title, licence, attribution : str, optional
         What it is and who may use it.
     question_sources : iterable of dict, optional
-        Where multiple-choice questions are read from; by default they are made of the test part.
+        Sources of multiple-choice questions; by default they are built from the test part.
 
     Raises
     ------
@@ -293,95 +267,61 @@ def make_domain(
         If there are fewer passages than parts.
     """
     facts = {"title": title, "licence": licence, "attribution": attribution}
-    return _made(name, documents, **facts, question_sources=question_sources)
+    return _build(name, documents, **facts, question_sources=question_sources)
 
 
-def _made(
-    name: str, documents: Iterable[str], notes: Iterable[str] | None = None, title: str = "",
-    licence: str = "", attribution: str = "", question_sources: Iterable[dict] = (),
-) -> Domain:  # fmt: skip
-    """`make_domain`, also of a user's files, about which there may be `notes`."""
+def _build(
+    name: str,
+    documents: Iterable[str],
+    notes: Sequence[str] | None = None,
+    *,
+    title: str = "",
+    question_sources: Iterable[dict] = (),
+    **facts: str,
+) -> Domain:
+    """A domain of documents; `notes` on a user's files (None: they are no files) become a warning.
+
+    Documents are split into passages; blocks of passages, which stay together, into parts.
+    """
     name = characters(name)
     if not name.strip():
         raise invalid("name", name, "a name for the domain")
+    blocks, dropped = split_documents(documents)
     more = "".join(f"; {note}" for note in notes or ())
-    pieces = [cut(characters(document)) for document in documents]
-    flat = [passage for document in pieces for passage in document]
-    if not flat:
+    if not blocks:
         raise ValueError(f"domain {name!r} is empty: no text found{more}")
-    repeats = near_duplicates(flat)
-    place, blocks = 0, []
-    for document in pieces:
-        kept = [p for i, p in enumerate(document, place) if i not in repeats]
-        place += len(document)
-        blocks += [kept] if kept else []
-    if len(blocks) < 40:
-        blocks = [[passage] for block in blocks for passage in block]
     if len(blocks) < len(PARTS):
         raise ValueError(
             f"domain {name!r:.60} has {len(blocks)} passage(s) of about {PASSAGE_WORDS} words; "
             f"four disjoint parts need at least 4: give more text{more}"
         )
-    parts = _deal(blocks)
-    if notes is not None and repeats:
-        again = f"dropped {len(repeats)} of {len(flat)} passages, which nearly repeat earlier ones"
+    if notes is not None and dropped:
+        total = dropped + sum(map(len, blocks))
+        again = f"dropped {dropped} of {total} passages, which nearly repeat earlier ones"
         notes = [*notes, again]
     if notes:
         warnings.warn(f"domain {name!r}: {'; '.join(notes)}", stacklevel=4)
-    return Domain(
-        name, title or name, licence, attribution,
-        **{part: Part(name, part, tuple(parts[part])) for part in PARTS}, dropped=len(repeats),
-        question_sources=tuple(question_sources), notes=tuple(notes or ()),
-    )  # fmt: skip
+    facts = {"licence": "", "attribution": "", **facts, **_parts(name, deal(blocks))}
+    facts |= {"question_sources": tuple(question_sources), "notes": tuple(notes or ())}
+    return Domain(name, title or name, **facts, dropped=dropped)
 
 
-@checked(parts=DictOf(Text(), Texts()))
-def check_disjoint(parts: dict[str, Sequence[str]]) -> None:
-    """Refuse parts that share text.
-
-    Raises
-    ------
-    ValueError
-        Naming two parts and the passage that is in both, exactly or nearly.
-    """
-    names = [name for name, part in parts.items() for _ in part]
-    passages = [passage for part in parts.values() for passage in part]
-    for later, earlier in near_duplicates(passages, names).items():
-        raise ValueError(
-            f"parts {names[earlier]!r} and {names[later]!r} overlap: {passages[later][:60]!r} is "
-            "in both (exactly or nearly); remove it from one of them"
-        )
-
-
-def _deal(blocks: list[list[str]]) -> dict[str, list[str]]:
-    """Deal blocks into parts by words, in the order of their hashes; every part gets one."""
-    blocks = sorted(blocks, key=lambda block: hashlib.sha256("".join(block).encode()).digest())
-    sizes = np.cumsum([sum(map(count_words, block)) for block in blocks])
-    shares = np.cumsum(list(PARTS.values()))[:-1]
-    cuts = np.searchsorted(sizes, shares * sizes[-1])
-    for place in range(len(cuts)):  # no part may be empty
-        low = cuts[place - 1] + 1 if place else 1
-        cuts[place] = np.clip(cuts[place], low, len(blocks) - len(cuts) + place)
-    bounds = [0, *cuts, len(blocks)]
-    return {
-        part: [p for block in blocks[bounds[i] : bounds[i + 1]] for p in block]
-        for i, part in enumerate(PARTS)
-    }
+def _parts(name: str, passages: Mapping[str, Sequence[str]]) -> dict[str, Part]:
+    return {part: Part(name, part, tuple(passages[part])) for part in PARTS}
 
 
 def _shipped(name: str, entry: dict) -> Domain:
-    """A declared domain, from the cache or (first use) from its sources."""
+    """A declared domain, from the cache or (on first use) from its sources."""
     pins = [pinned_packages()[s["package"]].sha256 for s in entry["texts"] if "package" in s]
     local = [(DATA / s["member"]).read_text() for s in entry["texts"] if "package" not in s]
     facts: dict[str, Any] = {key: entry[key] for key in ("title", "licence", "attribution")}
     facts["question_sources"] = tuple(entry.get("questions", ()))
 
-    def made() -> dict:
+    def build() -> dict:
         documents = [document for source in entry["texts"] for document in read_source(source)]
         domain = make_domain(name, documents, **facts)
         return {**{part: list(p) for part, p in domain.parts.items()}, "dropped": domain.dropped}
 
     key = cache_key(_VERSION, entry["texts"], pins, local)
-    stored = cached(cache_folder() / "domains" / f"{name}-{key[:12]}.json", made)
-    parts = {part: Part(name, part, tuple(stored[part])) for part in PARTS}
-    return Domain(name, **facts, **parts, dropped=stored["dropped"], checked=True)
+    stored = cached(cache_folder() / "domains" / f"{name}-{key[:12]}.json", build)
+    return Domain(name, **facts, **_parts(name, stored), dropped=stored["dropped"], checked=True)

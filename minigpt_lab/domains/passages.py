@@ -1,4 +1,4 @@
-"""Passages: how a text is cut, what counts as a word, and when two passages are the same."""
+"""Passages: splitting a text, counting words, finding near-duplicates."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def sentences(text: str) -> list[str]:
     return _SENTENCE.findall(text)
 
 
-def cut(document: str, words: int = PASSAGE_WORDS) -> list[str]:
+def split_passages(document: str, words: int = PASSAGE_WORDS) -> list[str]:
     """Cut a text into passages of about `words` words, at ends of sentences or lines.
 
     Where neither ends for long (a transcript without punctuation), at white space.

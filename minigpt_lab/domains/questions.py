@@ -17,15 +17,16 @@ from typing import Any
 
 import pandas as pd
 
-from ..checks import Integer, ListOf, Text
+from ..checks import Integer, ListOf, Text, invalid
 from ..store import cache_folder, cache_key, cached, fetch, pinned_packages, read_archive, read_text
-from .passages import CJK, count_words, cut, near_duplicates, sentences, split_words
+from .passages import CJK, count_words, near_duplicates, sentences, split_passages, split_words
 from .sources import plain as plain_text
 from .user_texts import json_rows
 
-PROMPT_WORDS = 20  # least words of a built question, so that there is something to go by
-CHOICE_WORDS = (5, 40)  # of a sentence that may be the choice of a built question
-RIVALS = 8  # wrong choices come from so many next shorter and next longer ones
+PROMPT_WORDS = 20  # a built question has at least so many words
+CHOICE_WORDS = (5, 40)  # range for a sentence that may be a choice of a built question
+CANDIDATES = 8  # distractors come from so many next shorter and next longer sentences
+_LETTERS = "ABCDEFGHIJ"
 _VERSION = 1  # of the reading rules: a change must not reuse items cached under the old ones
 
 
@@ -70,8 +71,11 @@ class Question:
             raise ValueError(f"{self!s} has choices {self.choices}; expected at least 2, different")
         if not all(self.choices):
             raise ValueError(f"{self!s} has an empty choice: {self.choices}; leave it out")
-        index = Integer(0, len(self.choices) - 1)
-        object.__setattr__(self, "answer", index(f"the answer to {self!s}", self.answer))
+        name = f"{self!s} is a question without the right answer among its choices: answer"
+        most = len(self.choices) - 1
+        if isinstance(self.answer, float):  # no index, whatever its value
+            raise invalid(name, self.answer, f"a whole number from 0 to {most}")
+        object.__setattr__(self, "answer", Integer(0, most)(name, self.answer))
 
     def __str__(self) -> str:
         return repr(self.question if len(self.question) <= 60 else f"{self.question[:57]}...")
@@ -85,15 +89,15 @@ class Question:
 
 
 class Questions(tuple):
-    """Questions in a fixed order, and what was left out of their sources."""
+    """Questions in a fixed order, and how many were dropped by source and reason."""
 
     dropped: dict[str, dict[str, int]]
 
     def __new__(cls, items: Iterable[Question], dropped: dict | None = None):
-        """Take what was dropped, by source and reason, with the items."""
-        made = super().__new__(cls, items)
-        made.dropped = dropped or {}
-        return made
+        """Keep the counts of dropped ones with the items."""
+        questions = super().__new__(cls, items)
+        questions.dropped = dropped or {}
+        return questions
 
     def __repr__(self) -> str:
         return f"Questions({len(self)} items: {', '.join(dict.fromkeys(q.source for q in self))})"
@@ -109,17 +113,14 @@ class Questions(tuple):
         return Questions(self[: Integer(1)("count", count)], self.dropped)
 
     def summary(self) -> pd.DataFrame:
-        """Items of every source, with its licence and what was dropped from it."""
+        """Items of every source, with its licence and how many were dropped."""
         rows = []
         for source in dict.fromkeys([*(q.source for q in self), *self.dropped]):
             items = [q for q in self if q.source == source]
-            rows.append({
-                "source": source,
-                "items": len(items),
-                "choices": sum(len(q.choices) for q in items) / max(1, len(items)),
-                **(self.dropped.get(source) or {"malformed": 0, "duplicates": 0}),
-                "licence": items[0].licence if items else "",
-            })  # fmt: skip
+            choices = sum(len(q.choices) for q in items) / max(1, len(items))
+            row = {"source": source, "items": len(items), "choices": choices}
+            row |= self.dropped.get(source) or {"malformed": 0, "duplicates": 0}
+            rows.append({**row, "licence": items[0].licence if items else ""})
         return pd.DataFrame(rows)
 
 
@@ -141,11 +142,11 @@ def read_questions(
         ``[[NAME.questions]]`` entries of ``data/domains.toml``, or one ``{"reader": "own", "path":
         …}``; without any, continuations are built from `test`.
     test : sequence of str
-        The test part: what built questions are made of, and where a passage that comes before a
-        question must lie.
+        The test part: built questions are made of it, and a passage to be read before a question
+        must lie in it.
     elsewhere : sequence of str
-        The other parts, on which models are measured and trained: a sentence that also stands in
-        them, exactly or nearly, is in no built question.
+        The other parts, on which models are measured and trained: a sentence of theirs, exactly or
+        nearly, is in no built question.
     name, licence : str
         Of the domain; written on built questions.
 
@@ -159,17 +160,17 @@ def read_questions(
     if not sources:
         return _collect([{"reader": "continuation"}], test, elsewhere, name, licence)
     if sources[0]["reader"] == "own":
-        return Questions(_own(Path(sources[0]["path"])))
+        return Questions(_user_questions(Path(sources[0]["path"])))
     pins = [
         pinned_packages()[source["package"]].sha256 for source in sources if "package" in source
     ]
 
-    def made() -> dict:
-        found = _collect(sources, test, elsewhere, name, licence)
-        return {"items": [astuple(item) for item in found], "dropped": found.dropped}
+    def collect() -> dict:
+        questions = _collect(sources, test, elsewhere, name, licence)
+        return {"items": [astuple(item) for item in questions], "dropped": questions.dropped}
 
     key = cache_key(_VERSION, sources, pins, list(test), list(elsewhere))
-    stored = cached(cache_folder() / "questions" / f"{name}-{key[:12]}.json", made)
+    stored = cached(cache_folder() / "questions" / f"{name}-{key[:12]}.json", collect)
     return Questions((Question(*item) for item in stored["items"]), stored["dropped"])
 
 
@@ -180,17 +181,17 @@ def _collect(
     placed, dropped, asked = [], {}, set()
     for number, source in enumerate(sources):
         label = source.get("name", f"held-out text of {name}")
-        lost = dropped[label] = {"malformed": 0, "duplicates": 0}
+        counts = dropped[label] = {"malformed": 0, "duplicates": 0}
         items = []
         for fields in _rows(source, test, elsewhere):
             try:
                 item = Question(**fields, source=label, licence=source.get("licence", licence))
             except ValueError:
-                lost["malformed"] += 1
+                counts["malformed"] += 1
                 continue
             key = f"{item.context} {item.question}".casefold()
             if key in asked:
-                lost["duplicates"] += 1
+                counts["duplicates"] += 1
                 continue
             asked.add(key)
             items.append((hashlib.sha256(key.encode()).digest(), item))
@@ -203,7 +204,8 @@ def _collect(
 def _rows(source: dict, test: Sequence[str], elsewhere: Sequence[str]) -> Iterator[dict]:
     """Fields of every question of a source; of a malformed one, fields that `Question` refuses."""
     if source["reader"] in _BUILDERS:
-        yield from _with_rivals(_unheard(list(_BUILDERS[source["reader"]](test)), elsewhere))
+        pairs = _only_in_test(list(_BUILDERS[source["reader"]](test)), elsewhere)
+        yield from _with_distractors(pairs)
         return
     instead = "use another domain, or your own folder with a questions.jsonl"
     archive, held_out = fetch(pinned_packages()[source["package"]], instead), frozenset(test)
@@ -215,15 +217,15 @@ def _rows(source: dict, test: Sequence[str], elsewhere: Sequence[str]) -> Iterat
 
 
 def _lettered(text: str, letter: str, pattern: str = r"\n([A-J])\. ") -> dict:
-    """Fields of a question whose choices stand in its text, each after its letter."""
+    """Fields of a question whose choices are in its text, each after its letter."""
     question, *pieces = re.split(pattern, text)
     texts = dict(zip(pieces[::2], map(plain_text, pieces[1::2]), strict=True))
     letters = sorted(texts)
-    whole = len(pieces) == 2 * len(texts) and "".join(letters) == "ABCDEFGHIJ"[: len(texts)]
-    whole = whole and not any("\n" in t.strip() or t.strip() == "nan" for t in texts.values())
+    once_each = len(pieces) == 2 * len(texts) and "".join(letters) == _LETTERS[: len(texts)]
+    one_line = not any("\n" in t.strip() or t.strip() == "nan" for t in texts.values())
     return {
         "question": plain_text(question),
-        "choices": tuple(texts[x] for x in letters) if whole else (),
+        "choices": tuple(texts[x] for x in letters) if once_each and one_line else (),
         "answer": letters.index(letter) if letter in letters else None,
     }
 
@@ -256,7 +258,7 @@ def _mmlu(row: dict, source: dict, _held_out: frozenset) -> dict | None:
 def _boolq(row: dict, source: dict, held_out: frozenset) -> dict | None:
     """A yes-or-no question on a passage that lies in the test part, whole."""
     passage = plain_text(source["template"].format_map(row))
-    if not held_out.issuperset(cut(passage)):
+    if not held_out.issuperset(split_passages(passage)):
         return None
     answer = {"True": 0, "False": 1}.get(row["answer"])
     question = f"{row['question'].strip().rstrip('?')}?"
@@ -268,11 +270,11 @@ _READERS = {"options": _options, "chat": _chat, "mmlu": _mmlu, "boolq": _boolq}
 
 def _continuations(test: Sequence[str]) -> Iterator[tuple[int, str, str]]:
     """Passage, some sentences of it, and the sentence that follows; no sentence is used twice."""
-    least, most = CHOICE_WORDS
+    low, high = CHOICE_WORDS
     for index, passage in enumerate(test):
         before = ""
         for sentence in sentences(passage):
-            if count_words(before) >= PROMPT_WORDS and least <= count_words(sentence) <= most:
+            if count_words(before) >= PROMPT_WORDS and low <= count_words(sentence) <= high:
                 yield index, before.strip(), sentence.strip()
                 before = ""
             else:
@@ -282,52 +284,54 @@ def _continuations(test: Sequence[str]) -> Iterator[tuple[int, str, str]]:
 def _translations(test: Sequence[str]) -> Iterator[tuple[int, str, str]]:
     """Passage, its English line and its Chinese line.
 
-    Lines with place-holders are left out: the same ``%s`` in both gives the answer away.
+    Lines with placeholders are skipped: the same ``%s`` in both gives the answer away.
     """
     for index, passage in enumerate(test):
         english, _, chinese = passage.partition("\n")
-        found = re.search(f"[{CJK}]", chinese) and not re.search(f"[{CJK}%<>{{}}]", english)
-        if found and "\n" not in chinese:
+        odd = re.search(f"[{CJK}%<>{{}}]", english) or not re.search(f"[{CJK}]", chinese)
+        if not odd and "\n" not in chinese:
             yield index, english, chinese
 
 
 _BUILDERS = {"continuation": _continuations, "translation": _translations}
 
 
-def _unheard(built: list[tuple[int, str, str]], elsewhere: Sequence[str]) -> list:
-    """Those whose texts do not stand in the other parts, as a sentence or line, or nearly so."""
-    heard = list(dict.fromkeys(s.strip() for passage in elsewhere for s in sentences(passage)))
+def _only_in_test(built: list[tuple[int, str, str]], elsewhere: Sequence[str]) -> list:
+    """Those whose texts are no sentence or line of the other parts, exactly or nearly."""
+    known = list(dict.fromkeys(s.strip() for passage in elsewhere for s in sentences(passage)))
     texts = [text for _, *pair in built for text in pair]
-    sides = ["elsewhere"] * len(heard) + ["test"] * len(texts)
-    repeats = near_duplicates([*heard, *texts], sides)
-    first = range(len(heard), len(sides), 2)
+    sides = ["elsewhere"] * len(known) + ["test"] * len(texts)
+    repeats = near_duplicates([*known, *texts], sides)
+    first = range(len(known), len(sides), 2)
     return [b for b, i in zip(built, first, strict=True) if not {i, i + 1} & repeats.keys()]
 
 
-def _with_rivals(built: list[tuple[int, str, str]]) -> Iterator[dict]:
+def _with_distractors(built: list[tuple[int, str, str]]) -> Iterator[dict]:
     """Fields of built questions: the truth among three truths of other passages, of its length.
 
     Wrong and right choices come from one pool, and the truth is as often the shortest of them as
     the longest, so that a choice by itself does not tell which it is. Where there are not three
-    rivals unlike the truth and each other, there is no question.
+    distractors unlike the truth and each other, there is no question.
     """
-    order = sorted(range(len(built)), key=lambda i: (len(built[i][2]), built[i][2]))
+    by_length = sorted(range(len(built)), key=lambda i: (len(built[i][2]), built[i][2]))
     words = [set(split_words(truth.lower())) for _, _, truth in built]
-    for place, own in enumerate(order):
+
+    def alike(one: int, other: int) -> bool:  # more than half of their words are shared
+        return 2 * len(words[one] & words[other]) > len(words[one] | words[other])
+
+    for place, own in enumerate(by_length):
         passage, prompt, truth = built[own]
         rng = random.Random(f"{prompt}\n{truth}")
-        shorter = rng.randrange(4)
+        shorter = rng.randrange(4)  # of the three distractors
         chosen = [own]
-        for near, full in (
-            (order[max(0, place - RIVALS) : place], 1 + shorter),
-            (order[place + 1 : place + 1 + RIVALS], 4),
+        for candidates, total in (
+            (by_length[max(0, place - CANDIDATES) : place], 1 + shorter),
+            (by_length[place + 1 : place + 1 + CANDIDATES], 4),
         ):
-            rng.shuffle(near)
-            for other in near:
-                alike = any(
-                    2 * len(words[other] & words[k]) > len(words[other] | words[k]) for k in chosen
-                )
-                if len(chosen) < full and built[other][0] != passage and not alike:
+            rng.shuffle(candidates)
+            for other in candidates:
+                free = built[other][0] != passage and not any(alike(other, k) for k in chosen)
+                if free and len(chosen) < total:
                     chosen.append(other)
         if len(chosen) == 4:
             rng.shuffle(chosen)
@@ -335,7 +339,7 @@ def _with_rivals(built: list[tuple[int, str, str]]) -> Iterator[dict]:
             yield {"question": prompt, "choices": choices, "answer": chosen.index(own)}
 
 
-def _own(path: Path) -> Iterator[Question]:
+def _user_questions(path: Path) -> Iterator[Question]:
     """A user's ``questions.jsonl``, in its order."""
     for place, row in json_rows(read_text(path), path).items():
         try:
@@ -346,7 +350,7 @@ def _own(path: Path) -> Iterator[Question]:
                 raise ValueError(f"no {', '.join(sorted(missing))}")
             optional = {key: row[key] for key in ("source", "licence", "context") if key in row}
             optional.setdefault("source", path.parent.name)
-            yield Question(row["question"], *_answered(row["choices"], row["answer"]), **optional)
+            yield Question(row["question"], *_with_index(row["choices"], row["answer"]), **optional)
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{path}, {place}: {error}; expected a question (text), its choices "
@@ -354,13 +358,13 @@ def _own(path: Path) -> Iterator[Question]:
             ) from error
 
 
-def _answered(choices: Any, answer: Any) -> tuple[Any, Any]:
-    """Choices as a list, and the place of the answer, given as a choice, its letter or its place.
+def _with_index(choices: Any, answer: Any) -> tuple[Any, Any]:
+    """Choices as a list, and the index of the answer, given as a choice, its letter or its index.
 
     A letter is the name of a choice where choices are named, and counts from A where they are not;
-    the text of a choice goes before its letter.
+    the text of a choice takes precedence over its letter.
     """
-    names = list("ABCDEFGHIJ")
+    names = list(_LETTERS)
     if isinstance(choices, Mapping):
         names, choices = [str(name) for name in choices], list(choices.values())
     if not isinstance(answer, str) or not isinstance(choices, list):

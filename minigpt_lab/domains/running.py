@@ -1,7 +1,7 @@
-"""Running text: passages joined, encoded once, and where each token lies.
+"""Running text: passages joined, encoded once, and the place of each token.
 
-A model sees text in one piece. What a tokenizer makes of a blank line, and of what comes before and
-after it, it makes only there: no passage is ever encoded by itself.
+A model sees text in one piece, and a blank line changes the tokens before and after it: no passage
+is encoded by itself.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -20,7 +20,7 @@ from ..checks import InvalidArgument
 #: Stands between two passages; it counts with the passage that it follows.
 SEPARATOR = "\n\n"
 _HALF = re.compile("[\ud800-\udfff]")  # a surrogate: JSON may hold one by itself
-_MARGIN = 64  # least tokens between those that are taken and the end of what was encoded
+_MARGIN = 64  # at least so many tokens are encoded after those that are used
 
 
 @dataclass(frozen=True)
@@ -77,11 +77,11 @@ def token_ids(
     texts : sequence of str, or str
         Passages.
     tokenizer : transformers.PreTrainedTokenizerBase
-        What encodes them.
+        Of the model that reads them.
     limit : int, optional
         Take the first so many tokens; no more text is read than they need.
     """
-    return _encoded(texts, tokenizer, limit)[1]["input_ids"][:limit]
+    return _encode_first(texts, tokenizer, limit)[1]["input_ids"][:limit]
 
 
 def running_text(
@@ -98,36 +98,44 @@ def running_text(
     -------
     RunningText
     """
-    passages, encoding = _encoded(texts, tokenizer, limit, offsets=tokenizer.is_fast)
+    passages, encoding = _encode_first(texts, tokenizer, limit, offsets=tokenizer.is_fast)
     ids = encoding["input_ids"]
-    text = SEPARATOR.join(passages)
+    total = len(SEPARATOR.join(passages))
     lengths = [len(passage) + len(SEPARATOR) for passage in passages]
     begins = np.cumsum([0, *lengths[:-1]])  # of the passages, in characters
     if tokenizer.is_fast:
         offsets = np.array(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2)
-        starts, ends = np.maximum.accumulate(offsets).T
-        passage = np.searchsorted(begins, starts, side="right") - 1
-        # A token adds what the one before it has not reached; text that no token stands for
-        # counts with the next token, but never with that of another passage.
-        edges = np.maximum(np.append(0, ends[:-1]), begins[passage])
+        passage, edges = _by_offsets(offsets, begins)
     else:
-        counts = _tokens_before(passages, ids, tokenizer)
-        passage = np.repeat(np.arange(len(passages)), np.diff([*counts, len(ids)]))
-        # A tokenizer without offsets: a passage's tokens share its characters evenly.
-        stops = [*begins[1:], len(text)]
-        edges = np.concatenate(
-            [
-                np.linspace(begin, stop, size, endpoint=False).astype(np.int64)
-                for begin, stop, size in zip(begins, stops, np.bincount(passage), strict=False)
-            ]
-            or [np.zeros(0, dtype=np.int64)]
-        )
+        counts = [*_tokens_before(passages, ids, tokenizer), len(ids)]
+        passage, edges = _by_counts(np.diff(counts), [*begins, total])
     edges[:1] = 0
-    characters = np.diff(np.append(edges, len(text)))
+    characters = np.diff(np.append(edges, total))
     return RunningText(ids[:limit], passage[:limit], characters[:limit])
 
 
-def _encoded(
+def _by_offsets(offsets: np.ndarray, begins: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Passage of every token, and where what it adds begins, from a fast tokenizer's offsets.
+
+    A token adds what the one before it has not reached; text that no token stands for counts with
+    the next token, but never with that of another passage.
+    """
+    starts, ends = np.maximum.accumulate(offsets).T
+    passage = np.searchsorted(begins, starts, side="right") - 1
+    return passage, np.maximum(np.append(0, ends[:-1]), begins[passage])
+
+
+def _by_counts(counts: np.ndarray, bounds: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """The same from the number of tokens of each passage, which share its characters evenly."""
+    passage = np.repeat(np.arange(len(counts)), counts)
+    edges = [
+        np.linspace(begin, end, size, endpoint=False).astype(np.int64)
+        for (begin, end), size in zip(pairwise(bounds), counts, strict=True)
+    ]
+    return passage, np.concatenate(edges)
+
+
+def _encode_first(
     texts: Sequence[str] | str, tokenizer, limit: int | None, offsets: bool = False
 ) -> tuple[Sequence[str], dict]:
     """As many first passages as `limit` tokens need, and their encoding."""
@@ -135,17 +143,17 @@ def _encoded(
     options = {"return_offsets_mapping": True} if offsets else {}
     count = len(passages)
     if limit is not None:
-        reach = list(accumulate(len(passage) + len(SEPARATOR) for passage in passages))
-        count = bisect_left(reach, 6 * (limit + _MARGIN)) + 2
+        lengths = accumulate(len(passage) + len(SEPARATOR) for passage in passages)
+        count = bisect_left(list(lengths), 6 * (limit + _MARGIN)) + 2
     while True:
         part = passages[:count]
-        found = encode(SEPARATOR.join(part), tokenizer, **options)
+        encoding = encode(SEPARATOR.join(part), tokenizer, **options)
         if len(part) == len(passages):
-            return part, found
+            return part, encoding
         # What follows changes the tokens near the end: the last passage does not count.
         last = len(encode(part[-1], tokenizer)["input_ids"])
-        if len(found["input_ids"]) - max(last, _MARGIN) >= limit:
-            return part, found
+        if len(encoding["input_ids"]) - max(last, _MARGIN) >= limit:
+            return part, encoding
         count *= 2
 
 
@@ -183,15 +191,9 @@ def _last_token_end(
     return None
 
 
-def common_beginning(first: Sequence[int], second: Sequence[int]) -> int:
-    """Length of the beginning that two lists share."""
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
-
-
 def window_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Ids that the tokenizer puts before every text: ``[bos]`` for some, nothing for most."""
-    around = _as_given("", tokenizer)
+    around = _with_special_tokens("", tokenizer)
     if not around:
         return []
     # What stands around a text may be in front of it, behind it, or both: ask with a text.
@@ -200,13 +202,13 @@ def window_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
         text = "" if token in special else tokenizer.decode([token])
         bare = encode(text, tokenizer)["input_ids"] if text.strip() else []
         if bare and not special & {*bare}:
-            whole = _as_given(text, tokenizer)
+            whole = _with_special_tokens(text, tokenizer)
             for before in range(len(whole) - len(bare) + 1):
                 if whole[before : before + len(bare)] == bare:
                     return whole[:before]
     return around[:1] if around[0] == tokenizer.bos_token_id else []
 
 
-def _as_given(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _with_special_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """A text's ids with the special tokens that the tokenizer puts around it."""
     return tokenizer(text, truncation=False, padding=False, verbose=False)["input_ids"]

@@ -17,12 +17,12 @@ from pathlib import Path
 
 from ..checks import first_line
 from ..store import DATA, fetch, hub_reachable, pinned_packages, read_archive
-from .user_texts import LeftOut, row_texts
+from .user_texts import Skipped, row_texts
 
-SPOKEN = {
-    "text", "dynamic_line", "yes", "no", "offer", "accepted", "rejected", "advice", "inquire",
-    "success", "success_lie", "failure", "describe",
-}  # fmt: skip
+#: Keys of a game's files whose text is said in the game.
+SPOKEN = re.compile(
+    r"text|dynamic_line|yes|no|offer|accepted|rejected|advice|inquire|success(_lie)?|failure|describe"
+)
 NPC_FILES = "./usr/share/games/cataclysm-dda/json/npcs/*.json"
 
 
@@ -73,14 +73,14 @@ def _dialogue(files: dict[str, bytes], _source: dict, _archive: Path) -> Iterato
 
 
 def _spoken(node: object, key: str | None = None) -> Iterator[str]:
-    """Lines of dialogue below a JSON value; place-holders such as ``<name_g>`` are left out."""
+    """Lines of dialogue below a JSON value; placeholders such as ``<name_g>`` are removed."""
     if isinstance(node, dict):
         for name, value in node.items():
             yield from _spoken(value, name)
     elif isinstance(node, list):
         for value in node:
             yield from _spoken(value, key)
-    elif isinstance(node, str) and key in SPOKEN:
+    elif isinstance(node, str) and key and SPOKEN.fullmatch(key):
         line = re.sub(r"\s*<[^>]*>", "", node.lstrip("&")).strip()
         if len(line.split()) > 4:
             yield line
@@ -89,7 +89,7 @@ def _spoken(node: object, key: str | None = None) -> Iterator[str]:
 def _catalogue(files: dict[str, bytes], source: dict, archive: Path) -> Iterator[str]:
     """One document per translated message, English line then Chinese line.
 
-    The same package carries the dialogue of the games domain: those messages are left out, so that
+    The same package carries the dialogue of the games domain: those messages are skipped, so that
     no text is in two domains.
     """
     npcs = read_archive(archive, NPC_FILES).values()
@@ -146,5 +146,5 @@ def read_hub(entry: dict) -> tuple[list[str], list[str]]:
     column = entry.get("column")
     columns = entry.get("columns") or (column and [column])
     texts, _ = row_texts(list(rows), columns, f"dataset {path!r}")
-    left = LeftOut({"rows without text": [path] * texts.count("")})
-    return list(filter(None, texts)), [f"left out {left}"] if str(left) else []
+    skipped = Skipped({"rows without text": [path] * texts.count("")})
+    return list(filter(None, texts)), [f"skipped {skipped}"] if str(skipped) else []

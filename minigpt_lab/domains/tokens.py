@@ -1,4 +1,4 @@
-"""From passages to batches of tokens: packing, counting, and what a batch list remembers."""
+"""From passages to batches of tokens: packing, counting, excerpts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..checks import Integer, InvalidArgument, Texts, Tokenizer, check_batch, checked
 from ..models import merge_table, protected_tokens
-from .domain import Part
+from .parts import Part
 from .running import SEPARATOR, as_passages, running_text, token_ids, window_prefix
 
 
@@ -47,7 +47,7 @@ class Batches(list):
 
 @checked(text=Texts(), tokenizer=Tokenizer())
 def count_tokens(text: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """How often each token occurs in running text, ``[vocabulary]``; needs no model.
+    """Count every token in running text, ``[vocabulary]``; needs no model.
 
     For `contextual_plan`, which should know more of a domain's words than a short pass sees.
 
@@ -56,7 +56,7 @@ def count_tokens(text: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> np.
     text : Part, str or iterable of str
         Passages, joined as in `tokenize`.
     tokenizer : transformers.PreTrainedTokenizerBase
-        What cuts them.
+        Of a model; none is needed.
     """
     ids = np.array(token_ids(text, tokenizer), dtype=np.int64)
     return np.bincount(ids, minlength=len(tokenizer))
@@ -75,15 +75,15 @@ def excerpt(
 ) -> Part | Sequence[str]:
     """The first whole passages within a budget; at least one.
 
-    To compare models whose vocabularies differ, cut the text once, with the dense model's
-    tokenizer: a limit in tokens would show each of them another text.
+    To compare models whose vocabularies differ, make one excerpt with the dense model's tokenizer:
+    a limit in tokens would give each of them another text.
 
     Parameters
     ----------
     text : Part, str or sequence of str
         Passages.
     tokenizer : transformers.PreTrainedTokenizerBase, optional
-        What counts the tokens.
+        Of the tokens counted.
     max_tokens, max_characters : int, optional
         Budgets for the passages joined by blank lines; None is no limit.
 
@@ -109,7 +109,7 @@ def excerpt(
 
 
 def _within(passages: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> int:
-    """How many first passages have at most so many tokens together; at least one."""
+    """Number of first passages with at most so many tokens together; at least one."""
 
     def fit(count: int) -> bool:
         return len(token_ids(passages[:count], tokenizer, max_tokens + 1)) <= max_tokens
@@ -127,9 +127,12 @@ def _within(passages: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_tok
 
 
 @checked(
-    text=Texts(), tokenizer=Tokenizer(), seq_len=Integer(1), max_tokens=Integer(1) | None,
+    text=Texts(),
+    tokenizer=Tokenizer(),
+    seq_len=Integer(1),
+    max_tokens=Integer(1) | None,
     batch_size=Integer(1),
-)  # fmt: skip
+)
 def tokenize(
     text: Part | Sequence[str] | str,
     tokenizer: PreTrainedTokenizerBase,
@@ -138,7 +141,7 @@ def tokenize(
     max_tokens: int | None = None,
     batch_size: int = 8,
 ) -> Batches:
-    """Pack passages into full windows of tokens: joined by blank lines, encoded once, cut.
+    """Pack passages into full windows of tokens: joined by blank lines, encoded once, then split.
 
     Parameters
     ----------
@@ -149,8 +152,8 @@ def tokenize(
     seq_len : int
         Tokens per window (with the beginning-of-text token of models that have one).
     max_tokens : int, optional
-        Stop after this many tokens; by default all text is used. The last, partial window is left
-        out.
+        Stop after this many tokens; by default all text is used. The last, partial window is
+        dropped.
     batch_size : int
         Windows per batch.
 
@@ -204,7 +207,7 @@ def unpadded(batches: Iterable[dict[str, torch.Tensor]]) -> Iterator[torch.Tenso
     """Token ids ``[window, token]`` without padding: a padded batch comes window by window.
 
     What each window then sees does not depend on the others it was batched with. Windows of less
-    than two tokens, which have nothing to predict, are left out.
+    than two tokens, which have nothing to predict, are skipped.
 
     Raises
     ------

@@ -28,31 +28,20 @@ _PAIRS = (  # columns of one text, in its order; those in brackets may be absent
 _HEADER = 60  # characters; what is longer names no column
 
 
-class LeftOut(dict[str, list[str]]):
-    """Names of what was left out, by the reason; its text is one clause of a sentence."""
+class Skipped(dict[str, list[str]]):
+    """Names of skipped things by the reason; its text is one clause of a sentence."""
 
     def add(self, reason: str, *names: str) -> None:
         """Note names under a reason, such as ``files of other kinds``."""
         self.setdefault(reason, []).extend(names)
 
     def __str__(self) -> str:
-        return ", ".join(
-            f"{reason} ({len(names):,}: {_some([*dict.fromkeys(names)])})"
-            for reason, names in self.items()
-            if names
-        )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-
-
-def exists(path: Path) -> bool:
-    """Whether there is such a path; a name that no path can have is none."""
-    try:
-        return path.exists()
-    except (OSError, ValueError):  # too long, or a NUL in it
-        return False
+        clauses = []
+        for reason, names in self.items():
+            distinct = list(dict.fromkeys(names))
+            some = ", ".join(distinct[:3] + ["…"] * (len(distinct) > 3))
+            clauses += [f"{reason} ({len(names):,}: {some})"] if names else []
+        return ", ".join(clauses)
 
 
 def find_questions(folder: Path) -> Path | None:
@@ -67,7 +56,7 @@ def read_path(path: Path, column: str | None) -> tuple[list[str], list[str]]:
     """Documents of a user's own file or folder, and what is to be said about them.
 
     Of a folder every file in it and below is read that is a text or a table, links followed once.
-    Hidden files and folders, backups of editors and files of other kinds are left out.
+    Hidden files and folders, backups of editors and files of other kinds are skipped.
 
     Parameters
     ----------
@@ -89,16 +78,16 @@ def read_path(path: Path, column: str | None) -> tuple[list[str], list[str]]:
     ValueError
         If a file cannot be read, or its column of texts cannot be told.
     """
-    left, said, documents, tables = LeftOut(), [], [], 0
+    skipped, remarks, documents, tables = Skipped(), [], [], 0
     folder = path.is_dir()
-    files = list(_walk(path, left)) if folder else [path]
+    files = list(_walk(path, skipped)) if folder else [path]
     for file in files:
         kind, name = file.suffix.lower(), file.relative_to(path).as_posix() if folder else ""
         if kind not in FILES:
             raise ValueError(f"{file}: expected {_KINDS}, got {kind or 'none'!r}")
         text = read_text(file)
         if not text.strip():
-            left.add("files without text", name or file.name)
+            skipped.add("files without text", name or file.name)
             continue
         if kind in _TEXTS:
             documents.append(text)
@@ -106,50 +95,53 @@ def read_path(path: Path, column: str | None) -> tuple[list[str], list[str]]:
         tables += 1
         rows = _cells(text, file) if kind in _TABLES else [*json_rows(text, file).values()]
         try:
-            found, columns = row_texts(rows, column and [column], str(file))
+            texts, columns = row_texts(rows, column and [column], str(file))
         except NoTexts:
             if not folder:
                 raise
-            left.add("tables without a column of texts", name)
+            skipped.add("tables without a column of texts", name)
             continue
-        documents += filter(None, found)
-        left.add("rows without text", *[name or file.name] * found.count(""))
+        documents += filter(None, texts)
+        skipped.add("rows without text", *[name or file.name] * texts.count(""))
         if len(columns) > 1:
-            said.append(f"read {' and '.join(columns)} of each row as one text")
+            remarks.append(f"read {' and '.join(columns)} of each row as one text")
     if column is not None and files and not tables:
         raise ValueError(f"column is {column!r}, but {path} holds no table; leave column out")
-    notes = [f"left out {left}"] if str(left) else []
+    notes = [f"skipped {skipped}"] if str(skipped) else []
     if not documents and folder:
         more = f" ({notes[0]})" if notes else ""
         raise FileNotFoundError(f"{path} holds no .txt, .jsonl or .csv file with text{more}")
-    return documents, notes + list(dict.fromkeys(said))
+    return documents, notes + list(dict.fromkeys(remarks))
 
 
-def _walk(root: Path, left: LeftOut) -> Iterator[Path]:
+def _walk(root: Path, skipped: Skipped) -> Iterator[Path]:
     """Files of texts in a folder and below, in the order of their names."""
     seen = set()
-    for place, folders, names in os.walk(
-        root, followlinks=True,
-        onerror=lambda error: left.add("folders that cannot be read", Path(error.filename).name),
-    ):  # fmt: skip
+
+    def unreadable(error: OSError) -> None:
+        skipped.add("folders that cannot be read", Path(error.filename).name)
+
+    for place, folders, names in os.walk(root, onerror=unreadable, followlinks=True):
         here = Path(place).stat()
         if (here.st_dev, here.st_ino) in seen:  # a link to a folder read before, or around it
             folders.clear()
             continue
         seen.add((here.st_dev, here.st_ino))
         hidden = [name for name in (*folders, *names) if _is_hidden(name)]
-        left.add("hidden files, folders and backups", *sorted(hidden))
+        skipped.add("hidden files, folders and backups", *sorted(hidden))
         folders[:] = sorted(set(folders) - set(hidden))
         for name in sorted(set(names) - set(hidden)):
             path = Path(place, name)
             if path.suffix.lower() not in FILES:
-                left.add("files of other kinds", name)
+                skipped.add("files of other kinds", name)
             elif not os.path.isfile(path):  # noqa: PTH113, is_file may raise
-                left.add("links to nothing, pipes or devices", name)
+                skipped.add("links to nothing, pipes or devices", name)
             elif name.lower() not in QUESTIONS:
                 yield path
             elif path.parent != root:
-                left.add("files of questions in folders below", path.relative_to(root).as_posix())
+                skipped.add(
+                    "files of questions in folders below", path.relative_to(root).as_posix()
+                )
 
 
 def _is_hidden(name: str) -> bool:
@@ -161,16 +153,16 @@ def _is_hidden(name: str) -> bool:
 def json_rows(text: str, file: Path) -> dict[str, object]:
     """Rows of a JSON file by their place: a value per line, or one array, also inside an object."""
     try:
-        whole = parse_json(text)
+        value = parse_json(text)
     except ValueError as error:
         return _json_lines(text, file, error)
-    if isinstance(whole, Mapping) and len(whole) == 1 and not {*whole} & {*_CHATS}:
-        [inner] = whole.values()
-        whole = inner if isinstance(inner, list) else whole
-    if not isinstance(whole, list):
-        return {"line 1": whole}
+    if isinstance(value, Mapping) and len(value) == 1 and not {*value} & {*_CHATS}:
+        [inner] = value.values()
+        value = inner if isinstance(inner, list) else value
+    if not isinstance(value, list):
+        return {"line 1": value}
     where = "" if "\n" in text.strip() else "line 1, "
-    return {f"{where}entry {number}": row for number, row in enumerate(whole, 1)}
+    return {f"{where}entry {number}": row for number, row in enumerate(value, 1)}
 
 
 def _json_lines(text: str, file: Path, error: ValueError) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""What a model still knows: perplexity, answers to multiple-choice questions, lm-eval's tasks."""
+"""Evaluation: perplexity, multiple-choice questions, lm-eval tasks, speed and memory."""
 
 from .answers import Answers, answer_questions, compare_answers, position_bias
 from .benchmarks import benchmark

@@ -1,13 +1,10 @@
-"""Multiple-choice answers: which choice a model finds likeliest, by three scores and two styles.
-
-A choice's tokens are scored given the question, by one table of losses for all scores.
-"""
+"""Multiple-choice questions: the likeliest choice by three scores, as cloze or as letters."""
 
 from __future__ import annotations
 
 import string
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from hashlib import sha256
 from math import sqrt
 
@@ -19,22 +16,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..checks import Flag, Instance, Integer, ListOf, Model, OneOf, Tokenizer, checked
 from ..domains import Question
 from ..models import inference, tokenizer_for
-from .continuations import Packed, branch_losses, longest, pack
+from .continuations import Packed, branch_losses, first_difference, longest, pack
 
-#: Each score of a choice, from its row in `Answers.frame`. The highest wins of `HIGHEST`, else the
-#: lowest.
+#: Each score of a choice, from its row in `Answers.frame`; the lowest wins, the highest logprob.
 SCORES = {
     "perplexity": lambda row: np.exp(row["nll"] / row["tokens"]),
     "logprob": lambda row: -row["nll"],
     "paper": lambda row: np.exp(row["whole_nll"] / (row["whole_tokens"] - 1)) / row["whole_tokens"],
 }
-HIGHEST = ("logprob",)
 STYLES = ("cloze", "letters")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Answers:
-    """What a model answered, with everything needed to compare it.
+    """A model's answers, with everything needed to compare them.
 
     Parameters
     ----------
@@ -43,15 +38,15 @@ class Answers:
         ``text``, ``is_answer``, ``picked``, ``score``, ``nll`` and ``tokens`` (summed negative
         log-likelihood of the choice's tokens, nats, and their number), ``whole_nll`` and
         ``whole_tokens`` (the same of question and choice; the first token has no likelihood),
-        ``truncated`` (tokens cut from the front of the prompt).
+        ``truncated`` (tokens removed from the front of the prompt).
     questions : tuple of Question
-        What was asked.
+        The questions, in order.
     score, style : str
-        How it was decided and presented.
+        Score of a choice, and style of the prompt.
     """
 
-    frame: pd.DataFrame = field(repr=False)
-    questions: tuple[Question, ...] = field(repr=False)
+    frame: pd.DataFrame
+    questions: tuple[Question, ...]
     score: str
     style: str
 
@@ -88,7 +83,7 @@ class Answers:
     def __float__(self) -> float:
         return self.accuracy
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return (
             f"accuracy {self.accuracy:.1%} [{self.low:.1%}, {self.high:.1%}] of {self.n} items, "
             f"chance {self.chance:.1%}, score={self.score}, {self.style}"
@@ -108,13 +103,18 @@ class Answers:
 
     def row(self) -> dict:
         """The numbers as one row of a table."""
-        return {
-            "accuracy": self.accuracy, "low": self.low, "high": self.high, "items": self.n,
-            "chance": self.chance, "score": self.score, "style": self.style,
-        }  # fmt: skip
+        interval = {"low": self.low, "high": self.high, "items": self.n, "chance": self.chance}
+        return {"accuracy": self.accuracy, **interval, "score": self.score, "style": self.style}
+
+    def to_frame(self) -> pd.DataFrame:
+        """The numbers as a table of one row."""
+        return pd.DataFrame([self.row()])
+
+    def _repr_html_(self) -> str:
+        return self.to_frame().to_html(index=False)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison:
     """Two models on the same questions.
 
@@ -140,7 +140,14 @@ class Comparison:
     p: float
     items: int
 
-    def __str__(self) -> str:
+    def to_frame(self) -> pd.DataFrame:
+        """The numbers as a table of one row."""
+        return pd.DataFrame([asdict(self)])
+
+    def _repr_html_(self) -> str:
+        return self.to_frame().to_html(index=False)
+
+    def __repr__(self) -> str:
         return (
             f"accuracy {self.difference:+.1%} [{self.low:+.1%}, {self.high:+.1%}] on {self.items} "
             f"items; right only first {self.first_only}, only second {self.second_only}, "
@@ -148,19 +155,18 @@ class Comparison:
         )
 
 
-class _Asked(ListOf):
-    """Questions; at least one."""
+_QUESTIONS = ListOf(Instance(Question), least=1)
+_QUESTIONS.remedy = "pass e.g. domain.questions (a short test part may yield none)"
+_ASKED = {
+    "model": Model(),
+    "tokenizer": Tokenizer(),
+    "questions": _QUESTIONS,
+    "score": OneOf(SCORES),
+    "style": OneOf(STYLES),
+}
 
-    remedy = "pass e.g. domain.questions (a short test part may yield none)"
 
-    def __init__(self):
-        super().__init__(Instance(Question), least=1)
-
-
-@checked(
-    model=Model(), tokenizer=Tokenizer(), questions=_Asked(), score=OneOf(SCORES),
-    style=OneOf(STYLES), seq_len=Integer(1) | None, batch_size=Integer(1), progress=Flag(),
-)  # fmt: skip
+@checked(**_ASKED, seq_len=Integer(1) | None, batch_size=Integer(1), progress=Flag())
 def answer_questions(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -207,11 +213,11 @@ def answer_questions(
         tokenizer and model do not belong together, or the model answers with NaN.
     """
     tokenizer = tokenizer_for(model, tokenizer)
-    packed = []
+    packed, limit = [], longest(model, seq_len)
     for number, question in enumerate(questions):
-        prompt, follows = _texts(question, style)
+        prompt, continuations = _texts(question, style)
         try:
-            packed.append(pack(prompt, follows, tokenizer, longest(model, seq_len)))
+            packed.append(pack(prompt, continuations, tokenizer, limit))
         except ValueError as error:
             raise ValueError(f"question {number} ({question!s}): {error}") from error
     order = np.argsort([-len(entry.ids) for entry in packed], kind="stable")  # little padding
@@ -219,8 +225,8 @@ def answer_questions(
     losses = {}
     with inference(model):
         for group in tqdm(groups, desc="questions", unit="batch", disable=not progress):
-            found = branch_losses(model, [packed[i] for i in group])
-            losses.update(zip(group, found, strict=True))
+            nll = branch_losses(model, [packed[i] for i in group])
+            losses.update(zip(group, nll, strict=True))
     rows = []
     for number, (question, entry) in enumerate(zip(questions, packed, strict=True)):
         if np.isnan(losses[number]).any():
@@ -250,16 +256,20 @@ def _rows(
     rows, shared = [], losses[: entry.shared - 1].sum()  # losses[i] is of token i + 1
     for choice, (branch, start) in enumerate(zip(entry.branches, entry.starts, strict=True)):
         row = {
-            "question": number, "source": question.source, "choice": choice,
-            "text": question.choices[choice], "is_answer": choice == question.answer,
-            "nll": losses[start - 1 : branch.stop - 1].sum(), "tokens": branch.stop - start,
+            "question": number,
+            "source": question.source,
+            "choice": choice,
+            "text": question.choices[choice],
+            "is_answer": choice == question.answer,
+            "nll": losses[start - 1 : branch.stop - 1].sum(),
+            "tokens": branch.stop - start,
             "whole_nll": shared + losses[branch.start - 1 : branch.stop - 1].sum(),
             "whole_tokens": entry.shared + branch.stop - branch.start,
             "truncated": entry.truncated,
-        }  # fmt: skip
+        }
         rows.append({**row, "score": SCORES[score](row)})
-    sign = -1 if score in HIGHEST else 1
-    # Equal scores (letters in bfloat16) must not favour a place: the text's hash decides.
+    sign = -1 if score == "logprob" else 1
+    # Equal scores (letters in bfloat16) must not favour a position: the text's hash decides.
     best = min(rows, key=lambda row: (sign * row["score"], sha256(row["text"].encode()).digest()))
     return [{**row, "picked": row is best} for row in rows]
 
@@ -288,18 +298,19 @@ def compare_answers(first: Answers, second: Answers) -> Comparison:
     from scipy.stats import binomtest  # here, because it takes a second to import
 
     if first.questions != second.questions:
-        pairs = enumerate(zip(first.questions, second.questions, strict=False))
-        place = next((i for i, (a, b) in pairs if a != b), min(first.n, second.n))
+        place = first_difference(first.questions, second.questions)
         raise ValueError(
             f"the answers are to different questions ({first.n} and {second.n}, the first "
             f"difference at number {place}); give both models the same ones"
         )
     both = int((first.correct & second.correct).sum())
-    lost, won = int(first.correct.sum()) - both, int(second.correct.sum()) - both
-    p = binomtest(won, lost + won).pvalue if lost + won else 1.0
-    low, high = _newcombe(both, won, lost, first.n)
-    difference = (won - lost) / first.n
-    return Comparison(difference, low, high, lost, won, float(p), first.n)
+    first_only = int(first.correct.sum()) - both
+    second_only = int(second.correct.sum()) - both
+    discordant = first_only + second_only
+    p = binomtest(second_only, discordant).pvalue if discordant else 1.0
+    low, high = _newcombe(both, second_only, first_only, first.n)
+    difference = (second_only - first_only) / first.n
+    return Comparison(difference, low, high, first_only, second_only, float(p), first.n)
 
 
 def _wilson(right: int, n: int) -> tuple[float, float]:
@@ -309,27 +320,29 @@ def _wilson(right: int, n: int) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
-def _newcombe(both: int, won: int, lost: int, n: int) -> tuple[float, float]:
-    """95 % interval of the difference of two paired shares, (both + won) less (both + lost)."""
-    neither = n - both - won - lost
-    shares = [(both + won) / n, (both + lost) / n]
-    (low1, high1), (low2, high2) = (_wilson(both + x, n) for x in (won, lost))
-    margins = (both + won) * (lost + neither) * (both + lost) * (won + neither)
-    product: float = both * neither - won * lost
+def _newcombe(both: int, second_only: int, first_only: int, n: int) -> tuple[float, float]:
+    """95 % interval of the difference of two paired shares p₂ - p₁ (Newcombe 1998, method 10).
+
+    With Wilson intervals [l, u] of each share and the correlation φ of the pairs:
+    low = p₂ - p₁ - √((p₂ - l₂)² - 2φ (p₂ - l₂)(u₁ - p₁) + (u₁ - p₁)²), and high likewise.
+    """
+    right2, right1 = both + second_only, both + first_only
+    p2, p1 = right2 / n, right1 / n
+    (l2, u2), (l1, u1) = _wilson(right2, n), _wilson(right1, n)
+    neither = n - both - second_only - first_only
+    margins = right2 * (n - right2) * right1 * (n - right1)
+    product: float = both * neither - second_only * first_only
     if product > 0:
-        product = max(product - n / 2, 0.0)  # continuity
+        product = max(product - n / 2, 0.0)  # continuity correction
     phi = product / sqrt(margins) if margins else 0.0
-    difference = shares[0] - shares[1]
-    ends = []
-    for a, b in ((shares[0] - low1, high2 - shares[1]), (high1 - shares[0], shares[1] - low2)):
-        ends.append(sqrt(max(0.0, a * a - 2 * phi * a * b + b * b)))
-    return difference - ends[0], difference + ends[1]
+
+    def margin(a: float, b: float) -> float:
+        return sqrt(max(0.0, a * a - 2 * phi * a * b + b * b))
+
+    return p2 - p1 - margin(p2 - l2, u1 - p1), p2 - p1 + margin(u2 - p2, p1 - l1)
 
 
-@checked(
-    model=Model(), tokenizer=Tokenizer(), questions=_Asked(), score=OneOf(SCORES),
-    style=OneOf(STYLES),
-)  # fmt: skip
+@checked(**_ASKED)
 def position_bias(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -339,7 +352,7 @@ def position_bias(
     style: str = "letters",
     **options,
 ) -> pd.DataFrame:
-    """Does the place of a choice decide? Every question is asked in every rotation of its choices.
+    """Accuracy by the position of the right choice, over every rotation of the choices.
 
     Parameters
     ----------

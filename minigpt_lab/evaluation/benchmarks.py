@@ -32,10 +32,15 @@ from ..store import hub_reachable
 
 
 @checked(
-    model=Model(), tokenizer=Tokenizer(), tasks=Location() | ListOf(Location(), least=1),
-    num_fewshot=Integer(0) | None, limit=Integer(1) | None, batch_size=Integer(1),
-    include_path=Location() | None, seed=Integer(0),
-)  # fmt: skip
+    model=Model(),
+    tokenizer=Tokenizer(),
+    tasks=Location() | ListOf(Location(), least=1),
+    num_fewshot=Integer(0) | None,
+    limit=Integer(1) | None,
+    batch_size=Integer(1),
+    include_path=Location() | None,
+    seed=Integer(0),
+)
 def benchmark(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -87,10 +92,12 @@ def benchmark(
     with _quiet(), _offline_unless_in_reach(), inference(model), seeded(seed):
         from lm_eval import simple_evaluate
 
-        manager, names = _resolved(tasks, include_path)
-        harness = _harness()(pretrained=model, batch_size=batch_size, **_completed(words, model))
+        manager, names = _find_tasks(tasks, include_path)
+        harness = _harness()(
+            pretrained=model, batch_size=batch_size, **_with_special_tokens(words, model)
+        )
         try:
-            found = simple_evaluate(
+            results = simple_evaluate(
                 harness,
                 tasks=names,
                 task_manager=manager,
@@ -109,19 +116,17 @@ def benchmark(
                 "from the Hugging Face hub, which is out of reach (no network?), and no earlier "
                 "call left a copy; use a task over local files"
             ) from error
-    return _table(found)
+    return _table(results)
 
 
-def _completed(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> dict:
-    """A copy of a tokenizer, with the special tokens that lm-eval cannot do without.
+def _with_special_tokens(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> dict:
+    """A copy of a tokenizer with the special tokens that lm-eval needs, and what texts begin with.
 
-    Texts begin after its first or last token of a text, or where it has neither after a line break.
+    That is the first or last token of a text, or where it has neither a line break.
     """
     words, rows = copy.deepcopy(tokenizer), model.get_input_embeddings().weight.shape[0]
-    known = [
-        token for token in (words.bos_token_id, words.eos_token_id)
-        if token is not None and token < rows
-    ]  # fmt: skip
+    special = (words.bos_token_id, words.eos_token_id)
+    known = [token for token in special if token is not None and token < rows]
     begin = (known or encode("\n", words)["input_ids"][-1:] or [0])[0]
     if words.eos_token_id is None:
         words.add_special_tokens({"eos_token": "<|endoftext|>"})  # which the model never gives
@@ -132,16 +137,16 @@ def _completed(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> di
 
 @functools.cache
 def _harness() -> type:
-    """lm-eval's wrapper of a model, mended for tokenizers that put tokens around texts."""
+    """lm-eval's wrapper of a model, corrected for tokenizers that put tokens around texts."""
     from lm_eval.models.huggingface import HFLM
 
     class Harness(HFLM):
-        """With what begins a text in front of it, once, and nothing behind it."""
+        """A text has its prefix in front of it once, and nothing behind it."""
 
         rolling = False
 
         @functools.cached_property
-        def beginning(self):
+        def text_prefix(self):
             """Ids that the tokenizer puts before every text."""
             return window_prefix(self.tokenizer)
 
@@ -154,8 +159,8 @@ def _harness() -> type:
                 self.rolling = False
 
         def tok_encode(self, string, add_special_tokens=None):
-            """A token that ends texts would be scored for what continues the prompt."""
-            ids, begin = encode(string, self.tokenizer)["input_ids"], self.beginning
+            """Encode without a token behind the text: it would be scored as its continuation."""
+            ids, begin = encode(string, self.tokenizer)["input_ids"], self.text_prefix
             if self.rolling:
                 ids = ids[1:] if ids[:1] == [self.prefix_token_id] else ids
             elif add_special_tokens is not False and ids[: len(begin)] != begin:
@@ -165,7 +170,7 @@ def _harness() -> type:
     return Harness
 
 
-def _resolved(tasks, include_path: str | os.PathLike | None) -> tuple:
+def _find_tasks(tasks, include_path: str | os.PathLike | None) -> tuple:
     """A manager that knows the tasks, and their names."""
     from lm_eval.tasks import TaskManager
 
@@ -175,7 +180,7 @@ def _resolved(tasks, include_path: str | os.PathLike | None) -> tuple:
         if isinstance(task, os.PathLike) or os.sep in task or task.endswith(".yaml"):
             path = Path(task).resolve()
             folders.append(path if path.is_dir() else path.parent)
-            names += _defined(path)
+            names += _tasks_of(path)
         else:
             names.append(task)
     for folder in folders:
@@ -187,7 +192,7 @@ def _resolved(tasks, include_path: str | os.PathLike | None) -> tuple:
     local = TaskManager(include_path=list(paths), include_defaults=False)
     if names and set(names) <= set(local.all_subtasks):
         return local, names
-    manager = _everything(paths)
+    manager = _all_tasks(paths)
     for name in names:
         if name not in manager.task_index:
             close = get_close_matches(name, manager.all_tasks, n=3, cutoff=0.5)
@@ -197,14 +202,14 @@ def _resolved(tasks, include_path: str | os.PathLike | None) -> tuple:
 
 
 @functools.cache
-def _everything(paths: tuple[str, ...]):
+def _all_tasks(paths: tuple[str, ...]):
     """Every task of lm-eval, and those in folders. Reading its files takes several seconds."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=list(paths))
 
 
-def _defined(path: Path) -> list[str]:
+def _tasks_of(path: Path) -> list[str]:
     """Names of the tasks that a file, or every file of a folder, defines."""
     from lm_eval.tasks import TaskManager
 
@@ -222,9 +227,10 @@ def _defined(path: Path) -> list[str]:
     return names
 
 
-def _table(found: dict) -> pd.DataFrame:
+def _table(results: dict) -> pd.DataFrame:
+    """One row per task and metric of lm-eval's results."""
     rows = []
-    for task, scores in found["results"].items():
+    for task, scores in results["results"].items():
         for key, value in scores.items():
             metric, comma, kind = key.partition(",")
             if not comma or metric.endswith("_stderr"):
@@ -240,9 +246,9 @@ def _table(found: dict) -> pd.DataFrame:
                     "low": value - 1.96 * stderr,
                     "high": value + 1.96 * stderr,
                     "n": scores.get("sample_len"),
-                    "num_fewshot": found["n-shot"].get(task),
-                    "higher_is_better": found["higher_is_better"].get(task, {}).get(metric),
-                    "version": found["versions"].get(task),
+                    "num_fewshot": results["n-shot"].get(task),
+                    "higher_is_better": results["higher_is_better"].get(task, {}).get(metric),
+                    "version": results["versions"].get(task),
                 }
             )
     return pd.DataFrame(rows)

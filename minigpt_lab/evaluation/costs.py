@@ -1,4 +1,4 @@
-"""What a model costs to store and to run: parameters, multiplications, memory, time."""
+"""Cost of a model: parameters, multiply-accumulates, memory, time."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import ctypes
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -19,9 +20,14 @@ from ..models import inference, label, model_size
 
 
 @checked(
-    model=Model(), tokenizer=Tokenizer(), dense=Model() | None, seq_len=Integer(1),
-    new_tokens=Integer(1), batch_size=Integer(1), repeats=Integer(1),
-)  # fmt: skip
+    model=Model(),
+    tokenizer=Tokenizer(),
+    dense=Model() | None,
+    seq_len=Integer(1),
+    new_tokens=Integer(1),
+    batch_size=Integer(1),
+    repeats=Integer(1),
+)
 def efficiency(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -32,20 +38,21 @@ def efficiency(
     batch_size: int = 1,
     repeats: int = 5,
 ) -> pd.DataFrame:
-    """Size, work, memory and speed of a model, beside those of the model it was cut from.
+    """Size, multiply-accumulates, memory and speed of a model, beside those of the dense model.
 
     Parameters
     ----------
     model : transformers.PreTrainedModel
         Any supported model, on any device.
     tokenizer : transformers.PreTrainedTokenizerBase
-        Whose tokens the prompts are drawn from, at random.
+        Random tokens of it are the prompts.
     dense : transformers.PreTrainedModel, optional
-        Measured in turns with `model`, so that a drifting machine slows both alike.
+        The model it was pruned from: measured in turns with it, so that a drifting machine slows
+        both alike.
     seq_len, new_tokens, batch_size : int
         Tokens of the prompt (prefill), tokens decoded one by one with the cache, sequences at once.
     repeats : int
-        Timed rounds, after one that is not.
+        Timed rounds, after one to warm up.
 
     Returns
     -------
@@ -75,22 +82,20 @@ def efficiency(
             )
     rounds = {name: {"prefill": [], "decode": []} for name in models}
     peaks = dict.fromkeys(models, 0.0)
-    for turn in range(repeats + 1):
+    for number in range(repeats + 1):
         for name, subject in models.items():
             with inference(subject), peak_memory(subject.device) as peak:
                 ids = _prompt(subject, tokenizer, batch_size, seq_len)
-                prefill, cache = timed(subject.device, lambda s=subject, i=ids: _prefill(s, i))
-                decode, _ = timed(
-                    subject.device, lambda s=subject, i=ids, c=cache: _decode(s, i, c, new_tokens)
-                )
+                prefill, cache = timed(subject.device, partial(_prefill, subject, ids))
+                decode, _ = timed(subject.device, partial(_decode, subject, ids, cache, new_tokens))
             peaks[name] = max(peaks[name], peak())
-            if turn:  # the first round warms caches and kernels up
+            if number:  # the first round warms caches and kernels up
                 rounds[name]["prefill"].append(prefill)
                 rounds[name]["decode"].append(decode / new_tokens)
     rows = [
         {
             "variant": name,
-            **_facts(subject, dense, ids, peaks[name]),
+            **_sizes(subject, dense, ids, peaks[name]),
             **_speeds(rounds[name], batch_size, seq_len),
             **counts,
             "repeats": repeats,
@@ -119,20 +124,20 @@ def _prefill(model: PreTrainedModel, ids: torch.Tensor):
 def _decode(model: PreTrainedModel, ids: torch.Tensor, cache, new_tokens: int) -> None:
     token = ids[:, -1:]
     for _ in range(new_tokens):
-        found = model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        token, cache = found.logits[:, -1:].argmax(-1), found.past_key_values
+        output = model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        token, cache = output.logits[:, -1:].argmax(-1), output.past_key_values
 
 
-def timed(device: torch.device, act: Callable):
-    """Seconds that an act takes on the device, and what it returns."""
-    _synchronise(device)
+def timed(device: torch.device, function: Callable):
+    """Call a function; return the seconds that it takes on the device, and its result."""
+    _synchronize(device)
     start = time.perf_counter()
-    found = act()
-    _synchronise(device)
-    return time.perf_counter() - start, found
+    result = function()
+    _synchronize(device)
+    return time.perf_counter() - start, result
 
 
-def _synchronise(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -141,7 +146,7 @@ def _synchronise(device: torch.device) -> None:
 
 @contextlib.contextmanager
 def peak_memory(device: torch.device) -> Iterator[Callable[[], float]]:
-    """Within: memory is watched; the function given says how many bytes were added at most.
+    """Within: memory is measured; yields a function that returns the most bytes added so far.
 
     On CUDA by the allocator, on Linux by the process's resident size; elsewhere NaN.
     """
@@ -194,24 +199,27 @@ def _eager(model: PreTrainedModel) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
-def _facts(model, dense, ids: torch.Tensor, working: float) -> dict:
+def _sizes(model, dense, ids: torch.Tensor, working: float) -> dict:
     size = model_size(model, dense)
-    weights = {id(p): p.numel() * p.element_size() for p in model.parameters()}  # tied once
-    held = sum(weights.values())
+    tensors = {id(p): p.numel() * p.element_size() for p in model.parameters()}  # tied once
+    weight_bytes = sum(tensors.values())
     return {
-        "stored": size.stored, "nonzero": size.nonzero, "weight_bytes": held,
-        "peak_bytes": held + working, "macs_per_token": macs_per_token(model, ids),
-    }  # fmt: skip
+        "stored": size.stored,
+        "nonzero": size.nonzero,
+        "weight_bytes": weight_bytes,
+        "peak_bytes": weight_bytes + working,
+        "macs_per_token": macs_per_token(model, ids),
+    }
 
 
 def _speeds(rounds: dict[str, list[float]], batch_size: int, seq_len: int) -> dict:
-    found = {}
+    row = {}
     for kind, seconds in rounds.items():
-        found[f"{kind}_seconds"] = statistics.median(seconds)
-        found[f"{kind}_low"], found[f"{kind}_high"] = min(seconds), max(seconds)
-    found["prefill_tokens_per_second"] = batch_size * seq_len / found["prefill_seconds"]
-    found["decode_tokens_per_second"] = batch_size / found["decode_seconds"]
-    return found
+        row[f"{kind}_seconds"] = statistics.median(seconds)
+        row[f"{kind}_low"], row[f"{kind}_high"] = min(seconds), max(seconds)
+    row["prefill_tokens_per_second"] = batch_size * seq_len / row["prefill_seconds"]
+    row["decode_tokens_per_second"] = batch_size / row["decode_seconds"]
+    return row
 
 
 def _compare(table: pd.DataFrame, rounds: dict) -> None:

@@ -13,6 +13,9 @@ PERPLEXITY_PRESETS: dict[str, dict] = {
     # Mini-GPTs' code: the first 40 windows of 2048 tokens (there of shuffled text that calibration
     # and training have seen; here of the text given, in its order)
     "mini-gpts": {
-        "seq_len": 2048, "max_tokens": 40 * 2048, "max_characters": None, "chunked": True,
+        "seq_len": 2048,
+        "max_tokens": 40 * 2048,
+        "max_characters": None,
+        "chunked": True,
     },
-}  # fmt: skip
+}

@@ -1,4 +1,4 @@
-"""What recovery trains: all weights, or LoRA adapters; either way, zeros stay zero."""
+"""A model made ready to train, all weights or LoRA adapters; either way, zeros stay zero."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..models import Anatomy, weight_axis
 
 
 def adapter_targets(model: PreTrainedModel, wanted: Sequence[str] | None) -> list[str]:
-    """Full names of the linear layers that adapters go on.
+    """Full names of the linear layers that get an adapter.
 
     Parameters
     ----------
@@ -33,35 +33,29 @@ def adapter_targets(model: PreTrainedModel, wanted: Sequence[str] | None) -> lis
         If a name fits no linear layer.
     """
     names = [name for _, name, _ in Anatomy(model).linears()]
-    if wanted is None:
-        return names
-    for target in wanted:
-        if not any(_fits(name, target) for name in names):
+    chosen = []
+    for target in names if wanted is None else wanted:
+        fitting = [name for name in names if f".{name}".endswith(f".{target}")]
+        if not fitting:
             known = names if "." in target else sorted({name.rpartition(".")[2] for name in names})
             raise ValueError(f"no linear layer {target!r} to adapt; {suggest(target, known)}")
-    chosen = [name for name in names if any(_fits(name, target) for target in wanted)]
-    if not chosen:
-        raise ValueError("target_modules is empty; give a name, or None for every linear layer")
-    return chosen
-
-
-def _fits(name: str, target: str) -> bool:
-    return name == target or name.endswith(f".{target}")
+        chosen += fitting
+    return sorted(set(chosen), key=names.index)
 
 
 class Trainable:
-    """A model that is being trained, and what it would be if training ended now.
+    """A model in training, and the weights that it would have if training ended now.
 
     Parameters
     ----------
     model : transformers.PreTrainedModel
         The model itself, with whatever is put into it for training.
     module : torch.nn.Module
-        What to train: the model, or adapters around it.
+        What the Trainer trains: the model, or the PEFT model around it.
     before : Snapshot
         Of the model before it was made ready.
     sources : mapping
-        Each parameter that training changes to what its new value comes from.
+        Each parameter that changes, to its trained copy or to its adapted layer.
     """
 
     def __init__(
@@ -82,32 +76,32 @@ class Trainable:
                 value = source.detach()
             else:  # W + (alpha / r) B A, in float32
                 delta = source.get_delta_weight("default").detach()
-                value = parameter.detach().to(_wide(parameter)) + delta
+                value = parameter.detach().to(_training_dtype(parameter)) + delta
             yield parameter, value.to(parameter.dtype)
 
     @safe_contextmanager
-    def given_back(self) -> Iterator[PreTrainedModel]:
-        """The plain model with its new weights, rounded to how they are stored, while inside."""
+    def merged(self) -> Iterator[PreTrainedModel]:
+        """Within: the plain model with its new weights, rounded to the type they are stored in."""
         training = Snapshot(self.model)
         with contextlib.ExitStack() as undo:
             undo.callback(training.restore)
             for parameter, value in self.values():
-                waiting = parameter.data.cpu()  # on the CPU the tensor itself
-                undo.callback(_put, parameter, waiting, parameter.device)
+                old = parameter.data.cpu()  # on the CPU the tensor itself
+                undo.callback(_set_data, parameter, old, parameter.device)
                 parameter.data = value
             self.before.restore()
             yield self.model
 
 
-def _put(parameter: nn.Parameter, tensor: torch.Tensor, device: torch.device) -> None:
+def _set_data(parameter: nn.Parameter, tensor: torch.Tensor, device: torch.device) -> None:
     parameter.data = tensor.to(device)
 
 
 @safe_contextmanager
-def adapted(
+def trainable(
     model: PreTrainedModel, names: Sequence[str] | None = None, **lora
 ) -> Iterator[Trainable]:
-    """The model made ready to train; on leaving it is plain again, with its new weights.
+    """Within: the model is ready to train; afterwards it is plain again, with its new weights.
 
     All weights are trained in copies in float32 at least, whatever type they are stored in: steps
     smaller than half a unit in the last place would be lost in bfloat16, and gradients in float16.
@@ -120,7 +114,7 @@ def adapted(
     model : transformers.PreTrainedModel
         Trained itself, or adapted.
     names : sequence of str, optional
-        Linear layers that get a LoRA adapter, merged on leaving; None trains all weights.
+        Linear layers that get a LoRA adapter, merged at the end; None trains all weights.
     **lora
         Of `peft.LoraConfig`.
 
@@ -134,8 +128,7 @@ def adapted(
             if names is None:
                 module, sources = model, _replace_by_copies(model)
                 _keep_zeros(sources.values())
-                # checkpoints with the names in memory: the Trainer knows no others when it reads
-                # one, and passes over what it does not know
+                # Checkpoints have the names in memory: the Trainer reads no others.
                 model.save_pretrained = functools.partial(
                     model.save_pretrained, save_original_format=False
                 )
@@ -145,15 +138,15 @@ def adapted(
                     _replace_by_copies(model)
                 module = _with_adapters(model, names, **lora)
                 sources = dict(zip(stored, map(model.get_submodule, names), strict=True))
-            training = Trainable(model, module, before, sources)
-            yield training
-        if training.improved:
+            subject = Trainable(model, module, before, sources)
+            yield subject
+        if subject.improved:
             with torch.no_grad():
-                for parameter, value in training.values():
+                for parameter, value in subject.values():
                     parameter.copy_(value)
 
 
-def _wide(tensor: torch.Tensor) -> torch.dtype:
+def _training_dtype(tensor: torch.Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
@@ -164,51 +157,48 @@ def _replace_by_copies(model: PreTrainedModel) -> dict[nn.Parameter, nn.Paramete
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 if parameter not in copies:
-                    copy = parameter.detach().to(_wide(parameter), copy=True)
+                    copy = parameter.detach().to(_training_dtype(parameter), copy=True)
                     copies[parameter] = nn.Parameter(copy)
                 module._parameters[name] = copies[parameter]
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_floating_point():
-                module._buffers[name] = buffer.to(_wide(buffer))
+                module._buffers[name] = buffer.to(_training_dtype(buffer))
     return copies
 
 
 def _with_adapters(model: PreTrainedModel, names: Sequence[str], **lora) -> nn.Module:
     """Put LoRA adapters around linear layers of the model."""
-    with (
-        locked(GLOBAL_STATE),
-        warnings.catch_warnings(),
-    ):  # peft asks transformers by a name that it now warns of
-        warnings.simplefilter("ignore", FutureWarning)
+    with locked(GLOBAL_STATE), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft uses a deprecated name
         transposed = weight_axis(model.get_submodule(names[0]), "output") == 1
         config = LoraConfig(target_modules=list(names), fan_in_fan_out=transposed, **lora)
         peft = get_peft_model(model, config)
-    # checkpoints without embeddings: peft asks the hub whether a pruned one has changed
+    # Checkpoints without embeddings: peft asks the hub whether a pruned one has changed.
     peft.save_pretrained = functools.partial(peft.save_pretrained, save_embedding_layers=False)
-    with torch.no_grad():
-        for name in names:
-            _spare_zeros(model.get_submodule(name))
+    for name in names:
+        _keep_zeros_of_adapter(model.get_submodule(name))
     return peft
-
-
-def _spare_zeros(layer: nn.Module) -> None:
-    """Keep an adapter from filling rows and columns that are zero in the weight it adapts."""
-    zero = layer.base_layer.weight == 0
-    inputs, outputs = (weight_axis(layer.base_layer, side) for side in ("input", "output"))
-    for factor, places, axis in (
-        (layer.lora_A["default"].weight, zero.all(outputs), 1),
-        (layer.lora_B["default"].weight, zero.all(inputs), 0),
-    ):
-        if places.any():
-            mask = places.unsqueeze(1 - axis)
-            factor.masked_fill_(mask, 0)
-            factor.register_hook(lambda grad, mask=mask: grad.masked_fill(mask, 0))
 
 
 def _keep_zeros(parameters: Iterable[nn.Parameter]) -> None:
     """No gradient for weights that are zero; decoupled weight decay leaves zeros alone."""
     for parameter in parameters:
-        if parameter.dim() == 2:
-            zero = parameter.detach() == 0
-            if zero.any():
-                parameter.register_hook(lambda grad, zero=zero: grad.masked_fill(zero, 0))
+        zero = parameter.detach() == 0
+        if parameter.dim() == 2 and zero.any():
+            _mask_gradient(parameter, zero)
+
+
+@torch.no_grad()
+def _keep_zeros_of_adapter(layer: nn.Module) -> None:
+    """ΔW = B A stays zero in the columns and rows in which W is: no columns of A, no rows of B."""
+    zero = layer.base_layer.weight == 0
+    inputs, outputs = (weight_axis(layer.base_layer, side) for side in ("input", "output"))
+    columns, rows = zero.all(outputs)[None, :], zero.all(inputs)[:, None]
+    for factor, mask in ((layer.lora_A, columns), (layer.lora_B, rows)):
+        if mask.any():
+            factor["default"].weight.masked_fill_(mask, 0)
+            _mask_gradient(factor["default"].weight, mask)
+
+
+def _mask_gradient(parameter: nn.Parameter, mask: torch.Tensor) -> None:
+    parameter.register_hook(lambda grad: grad.masked_fill(mask, 0))

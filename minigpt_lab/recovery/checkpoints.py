@@ -1,14 +1,13 @@
-"""The folder of a training run: what it was begun with, and which of its checkpoints are whole.
+"""The folder of a training run: what identifies it, and which of its checkpoints are complete.
 
-A call may be killed at any moment, also while a checkpoint is written. The Trainer writes
-``trainer_state.json`` last: of a checkpoint without it, or with a file that cannot be read, what
-the Trainer wrote is removed. Copies with other names (``checkpoint-64-backup``) are a user's.
+A call may be killed at any moment, also while a checkpoint is written. ``sha256.json`` is written
+last: what the Trainer wrote into a checkpoint without it, or with a file that has changed, is
+removed. Copies with other names (``checkpoint-64-backup``) are a user's.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import tempfile
@@ -16,14 +15,13 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
 from ..checks import writable_folder
 from ..store import (
     RunState,
     Scratch,
     clear_scratch,
     make_folder,
+    read_json,
     remove_empty,
     sha256,
     write_json,
@@ -32,7 +30,7 @@ from ..store import (
 #: What a run was begun with, beside its checkpoints.
 RUN = "run.json"
 STATE = "trainer_state.json"
-OPTIMIZER = "optimizer.pt"
+_OPTIMIZER = "optimizer.pt"
 _HASHES = "sha256.json"
 _NAME = re.compile(r"checkpoint-([0-9]+)")
 #: Files of a checkpoint.
@@ -88,36 +86,50 @@ def open_run(folder: Path, facts: dict) -> RunState:
     return run
 
 
-def last_whole(folder: Path) -> Path | None:
+def seal(checkpoint: Path) -> None:
+    """Mark a checkpoint as complete by the hashes of its files.
+
+    Those of torch hold checksums of their own, and are the largest: their names are enough.
+    """
+    files = [path for path in _written(checkpoint) if path.name != _HASHES]
+    hashes = {p.name: None if p.suffix in (".pt", ".pth") else sha256(p) for p in files}
+    write_json(checkpoint / _HASHES, hashes)
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether a checkpoint is sealed and its files are unchanged; the optimizer may be missing."""
+    try:
+        hashes = read_json(checkpoint / _HASHES)
+        files = {checkpoint / name: digest for name, digest in hashes.items()}
+        return all(
+            _is_intact(path, digest)
+            for path, digest in files.items()
+            if path.name != _OPTIMIZER or path.exists()
+        )
+    except (OSError, ValueError, AttributeError, zipfile.BadZipFile):
+        return False
+
+
+def _is_intact(path: Path, digest: str | None) -> bool:
+    if digest is not None:
+        return sha256(path) == digest
+    with zipfile.ZipFile(path) as file:
+        return file.testzip() is None
+
+
+def last_complete(folder: Path) -> Path | None:
     """The last checkpoint that can be resumed from; later ones are broken and removed.
 
-    That of the best state must be whole too: it is what a run ends with.
+    That of the best state must be complete too: a run ends with it.
     """
     for checkpoint in reversed(_checkpoints(folder)):
-        if is_whole(checkpoint):
-            state = _state(checkpoint)
-            resumable = has_ended(state) or (checkpoint / OPTIMIZER).is_file()
-            if resumable and is_whole(folder / f"checkpoint-{state['best_global_step']}"):
+        if is_complete(checkpoint):
+            state = read_json(checkpoint / STATE)
+            resumable = has_ended(state) or (checkpoint / _OPTIMIZER).is_file()
+            if resumable and is_complete(folder / f"checkpoint-{state['best_global_step']}"):
                 return checkpoint
         discard_checkpoint(checkpoint)
     return None
-
-
-def rotate(folder: Path, best: str | None) -> None:
-    """Keep two checkpoints: the last, and that of the best state or the one before."""
-    earlier = _checkpoints(folder)[:-1]
-    other = [path for path in earlier if best is not None and path.name == Path(best).name]
-    for checkpoint in earlier:
-        if checkpoint not in (other or earlier[-1:]):
-            discard_checkpoint(checkpoint)
-
-
-def discard_checkpoint(checkpoint: Path) -> None:
-    """Remove what the Trainer wrote into a checkpoint, and the folder if that was all."""
-    for path in checkpoint.glob("*"):
-        if _WRITTEN.fullmatch(path.name) and not path.is_dir():
-            path.unlink(missing_ok=True)
-    remove_empty(checkpoint)
 
 
 def has_ended(state: dict) -> bool:
@@ -125,60 +137,40 @@ def has_ended(state: dict) -> bool:
     return state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"]
 
 
-def slim(folder: Path) -> None:
-    """Drop what only resuming needs, two thirds of the bytes, from a run that has ended."""
+def rotate(folder: Path, best: str | None) -> None:
+    """Keep two checkpoints: the last, and that of the best state or the one before.
+
+    The Trainer's own rotation would also remove a user's copies.
+    """
+    *earlier, _ = _checkpoints(folder)
+    kept = [path for path in earlier if best is not None and path.name == Path(best).name]
+    for checkpoint in earlier:
+        if checkpoint not in (kept or earlier[-1:]):
+            discard_checkpoint(checkpoint)
+
+
+def discard_checkpoint(checkpoint: Path) -> None:
+    """Remove what the Trainer wrote into a checkpoint, and the folder if that was all."""
+    for path in _written(checkpoint):
+        path.unlink(missing_ok=True)
+    remove_empty(checkpoint)
+
+
+def drop_optimizers(folder: Path) -> None:
+    """Remove what only resuming needs, two thirds of the bytes, from a run that has ended."""
     checkpoints = _checkpoints(folder)
-    if checkpoints and has_ended(_state(checkpoints[-1])):
+    if checkpoints and has_ended(read_json(checkpoints[-1] / STATE)):
         for checkpoint in checkpoints:
-            if (checkpoint / OPTIMIZER).is_file():
-                (checkpoint / OPTIMIZER).unlink()
+            (checkpoint / _OPTIMIZER).unlink(missing_ok=True)
 
 
-def seal(checkpoint: Path) -> None:
-    """Note the content of a finished checkpoint's files that hold no checksum of their own."""
-    hashes = {path.name: sha256(path) for path in _unsealed(checkpoint)}
-    write_json(checkpoint / _HASHES, hashes)
-
-
-def _unsealed(checkpoint: Path) -> list[Path]:
-    found = [p for p in checkpoint.iterdir() if _WRITTEN.fullmatch(p.name) and p.name != _HASHES]
-    return [path for path in found if path.suffix in (".json", ".safetensors") and path.is_file()]
-
-
-def _state(checkpoint: Path) -> dict:
-    return json.loads((checkpoint / STATE).read_text())
-
-
-def is_whole(checkpoint: Path) -> bool:
-    """Whether the files that a state needs are there, and every file can be read to its end."""
-    found = {p.name: p for p in checkpoint.glob("*") if _WRITTEN.fullmatch(p.name) and p.is_file()}
-    weights = {"model.safetensors", "adapter_model.safetensors", "model.safetensors.index.json"}
-    generators = [name for name in found if name.startswith("rng_state")]
-    if not ({STATE, "scheduler.pt"} <= set(found) and weights & set(found)):
-        return False
-    try:
-        for path in found.values():
-            if path.suffix == ".json" and not isinstance(json.loads(path.read_text()), dict):
-                return False
-            if path.suffix == ".safetensors":
-                with safe_open(path, "pt"):  # compares the lengths in its header with the file's
-                    pass
-            elif path.suffix in (".pt", ".pth"):
-                with zipfile.ZipFile(path) as file:
-                    if file.testzip():
-                        return False
-        state = _state(checkpoint)
-        has_ended(state), state["best_global_step"]
-        if _HASHES in found:  # else of an earlier version, or killed as it was about to be written
-            known = json.loads(found[_HASHES].read_text())
-            if any(known.get(path.name) != sha256(path) for path in _unsealed(checkpoint)):
-                return False
-    except (OSError, ValueError, LookupError, TypeError, SafetensorError, zipfile.BadZipFile):
-        return False
-    return bool(generators)
+def _written(checkpoint: Path) -> list[Path]:
+    """Files in a checkpoint that the Trainer or `seal` wrote."""
+    return [p for p in checkpoint.glob("*") if _WRITTEN.fullmatch(p.name) and not p.is_dir()]
 
 
 def _checkpoints(folder: Path) -> list[Path]:
     """Checkpoints of the run in a folder, by their steps; no copies that a user made of them."""
-    found = [p for p in folder.glob("checkpoint-*") if _NAME.fullmatch(p.name) and p.is_dir()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    names = {path: _NAME.fullmatch(path.name) for path in folder.glob("checkpoint-*")}
+    numbered = {path: int(name[1]) for path, name in names.items() if name and path.is_dir()}
+    return sorted(numbered, key=numbered.get)

@@ -15,6 +15,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from transformers import (
+    EarlyStoppingCallback,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerState,
@@ -37,9 +38,9 @@ from ..checks import (
 from ..domains import Domain, excerpt, tokenize
 from ..models import fingerprint, is_offloaded, refuse_masked, seeded, tokenizer_for
 from ..store import content_hash
-from .adapters import adapted, adapter_targets
+from .adapters import adapter_targets, trainable
 from .checkpoints import run_folder
-from .training import KitTrainer, StopTraining
+from .training import RecoveryCallback, RecoveryTrainer
 
 #: Peak learning rate by method, unless one is given.
 LEARNING_RATES = {"full": 5e-5, "lora": 2e-4}
@@ -53,16 +54,33 @@ _DOMAIN = Instance(
 
 
 @checked(
-    model=Model(), tokenizer=Tokenizer(), domain=_DOMAIN, method=OneOf(LEARNING_RATES),
-    epochs=Number(above=0), max_tokens=Integer(1) | None, learning_rate=Number(above=0) | None,
-    lr_scheduler_type=OneOf(DECAYS), warmup_ratio=Number(0, below=1),
-    warmup_steps=Integer(0) | None, stop_at=Number(above=0) | None, other=_DOMAIN | None,
-    eval_every=Integer(1), eval_characters=Integer(1), patience=Integer(1), seq_len=Integer(2),
-    batch_size=Integer(1), gradient_accumulation_steps=Integer(1), gradient_checkpointing=Flag(),
-    r=Integer(1), lora_alpha=Number(above=0), lora_dropout=Number(0, below=1),
-    target_modules=ListOf(Text(), 1) | None, out_dir=Location() | None,
-    seed=Integer(0, 2**32 - 1), progress=Flag(),
-)  # fmt: skip
+    model=Model(),
+    tokenizer=Tokenizer(),
+    domain=_DOMAIN,
+    method=OneOf(LEARNING_RATES),
+    epochs=Number(above=0),
+    max_tokens=Integer(1) | None,
+    learning_rate=Number(above=0) | None,
+    lr_scheduler_type=OneOf(DECAYS),
+    warmup_ratio=Number(0, below=1),
+    warmup_steps=Integer(0) | None,
+    stop_at=Number(above=0) | None,
+    other=_DOMAIN | None,
+    eval_every=Integer(1),
+    eval_characters=Integer(1),
+    patience=Integer(1),
+    seq_len=Integer(2),
+    batch_size=Integer(1),
+    gradient_accumulation_steps=Integer(1),
+    gradient_checkpointing=Flag(),
+    r=Integer(1),
+    lora_alpha=Number(above=0),
+    lora_dropout=Number(0, below=1),
+    target_modules=ListOf(Text(), 1) | None,
+    out_dir=Location() | None,
+    seed=Integer(0, 2**32 - 1),
+    progress=Flag(),
+)
 @torch.inference_mode(False)
 @torch.enable_grad()
 def recover(
@@ -96,14 +114,14 @@ def recover(
 ) -> pd.DataFrame:
     """Fine-tune a pruned model, in place, until it is as good as the dense one or stops improving.
 
-    Weights that are zero stay zero (with LoRA: rows and columns of zeros). The best state by
-    validation perplexity is kept, after Ctrl-C, a diverged loss or lost patience too; a run that
-    only harms changes nothing. Packed windows, AdamW, gradient clipping at 1, linear warm-up,
-    products in bfloat16 where CUDA has it.
+    Packed windows, AdamW, gradient clipping at 1, linear warm-up, products in bfloat16 where CUDA
+    has it. Weights that are zero stay zero (with LoRA: rows and columns of zeros). The best state
+    by validation perplexity is restored at the end, also after interruption, divergence or early
+    stopping; if nothing was better than the start, the model is unchanged. An exception leaves it
+    as it was, bit for bit.
 
     Weights stored in bfloat16 or float16 are trained as float32 and rounded at the end; every
-    evaluation measures the model as it would be given back: adapters merged, weights rounded. An
-    exception leaves the model as it was, bit for bit.
+    evaluation measures the model as it would be returned: adapters merged, weights rounded.
 
     Memory: training all weights takes 16 bytes for each (float32 copy, gradient, Adam's two
     moments) beside the model as stored. Adapters take that for their own weights only; weights
@@ -111,7 +129,8 @@ def recover(
     weights a second time, in host memory.
 
     Under ``torchrun`` the processes train one model together, with an `out_dir` that all of them
-    see; every process ends with the same weights and the same history.
+    see; every process ends with the same weights and the same history. A full disk then raises,
+    where one process would stop and restore the best state.
 
     Parameters
     ----------
@@ -187,40 +206,46 @@ def recover(
     refuse_masked(model)
     if is_offloaded(model):
         raise ValueError(
-            "the model's weights wait outside its device, and training changes them all; load it "
-            "without offloading (device_map=None)"
+            "the model is offloaded, and training changes all its weights; load it without "
+            "offloading (device_map=None)"
         )
     if target_modules is not None and method != "lora":
         raise ValueError(f"target_modules is for method='lora', this is {method!r}; leave it out")
-    # the Trainer's warmup_steps: below 1 a share
-    warmup = warmup_ratio if warmup_steps is None else warmup_steps
-    rate = LEARNING_RATES[method] if learning_rate is None else learning_rate
-    settings = {
-        "epochs": epochs, "max_tokens": max_tokens, "learning_rate": rate, "stop_at": stop_at,
-        "eval_every": eval_every, "eval_characters": eval_characters, "patience": patience,
-        "seq_len": seq_len, "batch_size": batch_size,
-        "gradient_accumulation_steps": gradient_accumulation_steps, "r": r,
-        "lora_alpha": lora_alpha,
-    }  # fmt: skip
-    names = adapter_targets(model, target_modules) if method == "lora" else None
     words = tokenizer_for(model, tokenizer)
     batches = tokenize(domain.train, words, seq_len=seq_len, max_tokens=max_tokens)
-    rows = torch.cat([batch["input_ids"] for batch in batches])
-    texts = {
-        name: excerpt(part.validation, max_characters=eval_characters)
-        for name, part in (("perplexity", domain), ("other_perplexity", other))
-        if part is not None
-    }
-    lora = {"r": r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout} if names else {}
+    windows = torch.cat([batch["input_ids"] for batch in batches])
+    texts = {"perplexity": excerpt(domain.validation, max_characters=eval_characters)}
+    if other is not None:
+        texts["other_perplexity"] = excerpt(other.validation, max_characters=eval_characters)
+    rate = LEARNING_RATES[method] if learning_rate is None else learning_rate
+    warmup = warmup_ratio if warmup_steps is None else warmup_steps  # below 1 a share of all
+    names, lora = None, {}
+    if method == "lora":
+        names = adapter_targets(model, target_modules)
+        lora = {"r": r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout}
     facts = {
-        "method": method, **settings, "warmup": warmup, "lora_dropout": lora_dropout,
+        "method": method,
+        "epochs": epochs,
+        "max_tokens": max_tokens,
+        "learning_rate": rate,
         "lr_scheduler_type": lr_scheduler_type,
-        "target_modules": target_modules and list(target_modules), "seed": seed,
-        "model": fingerprint(model)[:16], "training text": _digest(rows.tolist()),
+        "warmup": warmup,
+        "stop_at": stop_at,
+        "eval_every": eval_every,
+        "eval_characters": eval_characters,
+        "patience": patience,
+        "seq_len": seq_len,
+        "batch_size": batch_size,
+        "gradient_accumulation_steps": gradient_accumulation_steps,
+        **lora,
+        "target_modules": target_modules and list(target_modules),
+        "seed": seed,
+        "model": fingerprint(model)[:16],
+        "training text": _digest(windows.tolist()),
         "validation text": _digest([list(text) for text in texts.values()]),
-    }  # fmt: skip
-    # the adapters begin at random
-    with seeded(seed), run_folder(out_dir) as folder, adapted(model, names, **lora) as subject:
+    }
+    # Adapters are initialised at random: the seed comes before them.
+    with seeded(seed), run_folder(out_dir) as folder, trainable(model, names, **lora) as subject:
         arguments = _arguments(
             folder,
             model.device.type,
@@ -233,20 +258,22 @@ def recover(
             lr_scheduler_type=lr_scheduler_type,
             seed=seed,
         )
-        # what one update really sees: several devices of this process, several processes
-        windows = arguments.train_batch_size * arguments.world_size * gradient_accumulation_steps
-        arguments.eval_steps = max(1, round(eval_every / (windows * seq_len)))
+        # What one update sees: windows on several devices of this process, in several processes.
+        update = arguments.train_batch_size * arguments.world_size * gradient_accumulation_steps
+        facts["windows per update"] = update
+        arguments.eval_steps = max(1, round(eval_every / (update * seq_len)))
         arguments.save_steps = arguments.logging_steps = arguments.eval_steps
-        trainer = KitTrainer(
-            subject=subject,
+        trainer = RecoveryTrainer(
+            subject,
+            words,
+            texts,
+            seq_len,
             args=arguments,
-            train_dataset=[{"input_ids": row, "labels": row} for row in rows],
-            eval_dataset=[{}],  # asked for, never read: see KitTrainer.evaluate
-            callbacks=[StopTraining(stop_at, patience)],
-            measured=(words, texts, seq_len),
+            train_dataset=[{"input_ids": ids, "labels": ids} for ids in windows],
+            eval_dataset=[{}],  # required, never read: see RecoveryTrainer.evaluate
+            callbacks=[EarlyStoppingCallback(patience), RecoveryCallback(stop_at)],
         )
-        facts["windows per update"] = windows
-        why, start = trainer.run(folder, facts, progress)
+        why, start = trainer.run(folder, facts, stop_at, progress)
     return _history(trainer.state, why, start, stop_at)
 
 
@@ -255,7 +282,7 @@ def _digest(value: list) -> str:
 
 
 def _arguments(folder: Path, device: str, **options) -> TrainingArguments:
-    """What is the same for every recovery, and the options of this one."""
+    """Training arguments of every recovery, and the options of this one."""
     return TrainingArguments(
         output_dir=str(folder),
         max_grad_norm=1.0,
@@ -263,9 +290,10 @@ def _arguments(folder: Path, device: str, **options) -> TrainingArguments:
         use_cpu=device == "cpu",
         eval_strategy="steps",
         save_strategy="steps",
-        save_total_limit=None,  # see `rotate` of our checkpoints
+        save_total_limit=None,  # see `checkpoints.rotate`
         metric_for_best_model="eval_perplexity",
         greater_is_better=False,
+        restore_callback_states_from_checkpoint=True,  # how long EarlyStoppingCallback has waited
         include_num_input_tokens_seen="all",
         report_to=[],
         ddp_find_unused_parameters=False,  # every weight takes part in every update
@@ -276,6 +304,7 @@ def _arguments(folder: Path, device: str, **options) -> TrainingArguments:
 
 
 def _history(state: TrainerState, why: str, start: dict, stop_at: float | None) -> pd.DataFrame:
+    """The evaluations as a table, with why and where it ended."""
     losses = {row["step"]: row["loss"] for row in state.log_history if "loss" in row}
     rows = [
         {

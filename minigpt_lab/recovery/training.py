@@ -1,4 +1,4 @@
-"""The training loop of recovery: evaluated by perplexity, checkpointed, stopped, resumed."""
+"""The training loop of recovery: evaluated by perplexity, checkpointed, stopped early, resumed."""
 
 from __future__ import annotations
 
@@ -6,72 +6,87 @@ import dataclasses
 import math
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
+from transformers import (
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+)
 from transformers.utils import logging
 
 from ..checks import first_line, safe_contextmanager
 from ..evaluation import perplexity
+from ..store import WriteFailed
 from .adapters import Trainable
 from .checkpoints import (
     STATE,
     discard_checkpoint,
+    drop_optimizers,
     has_ended,
-    last_whole,
+    is_complete,
+    last_complete,
     open_run,
     rotate,
     seal,
-    slim,
 )
 
-
-class _DiskTrouble(Exception):
-    """A checkpoint could not be written."""
-
-
-#: Times worse than before training, and than a guess among all tokens: it has diverged.
-ABSURD = 100
-#: What a full disk raises while json, torch and safetensors write.
-_WRITING = (OSError, RuntimeError, SafetensorError)
+#: Times worse than before training, and than a guess among all tokens: the run has diverged.
+DIVERGED = 100
 
 
-class KitTrainer(Trainer):
-    """A Trainer whose evaluation is the kit's perplexity, and that ends with its best state.
+class RecoveryTrainer(Trainer):
+    """A Trainer that is evaluated by perplexity and ends with its best state.
 
     Parameters
     ----------
     subject : Trainable
-        What is trained.
-    measured : tuple
-        Tokenizer, texts by name (``"perplexity"`` first), and `seq_len` of an evaluation.
+        The model in training.
+    tokenizer : transformers.PreTrainedTokenizerBase
+        The model's tokenizer.
+    texts : dict of str to passages
+        Evaluated texts; the perplexity of the first (``"perplexity"``) decides.
+    seq_len : int
+        Window length of an evaluation.
     **options
         Of `transformers.Trainer`.
     """
 
-    def __init__(self, subject: Trainable, measured: tuple, **options):
+    def __init__(
+        self,
+        subject: Trainable,
+        tokenizer: PreTrainedTokenizerBase,
+        texts: dict[str, Sequence[str]],
+        seq_len: int,
+        **options,
+    ):
         super().__init__(model=subject.module, **options)
-        self.subject = subject
         self.remove_callback(PrinterCallback)
-        self.measured = measured
+        self.subject, self.texts, self.seq_len = subject, texts, seq_len
+        self.words = tokenizer
         self.began = time.time()
-        self.trouble: Exception | None = None
-        self.absurd = math.inf
+        self.limit = math.inf
 
-    def run(self, folder: Path, facts: dict, progress: bool) -> tuple[str, dict]:
-        """Train, or resume, and put the best state back.
+    def run(
+        self, folder: Path, facts: dict, stop_at: float | None, progress: bool
+    ) -> tuple[str, dict]:
+        """Train, or resume, and load the best state.
 
         Parameters
         ----------
         folder : pathlib.Path
             Of the checkpoints.
         facts : dict
-            What the run is: another one in the same folder is refused.
+            What identifies the run: another one in the same folder is refused.
+        stop_at : float, optional
+            Perplexity at which nothing is left to do.
         progress : bool
             Show a progress bar.
 
@@ -83,162 +98,129 @@ class KitTrainer(Trainer):
             Metrics before training.
         """
         first = self.is_world_process_zero()
+        self.began, state = time.time(), None
         run = open_run(folder, facts)
         start = run.progress and run.progress["start"]
-        checkpoint = self._agreed(last_whole(folder) if first else None)
-        self.began, ended = time.time(), False
+        checkpoint = self._agree(last_complete(folder) if first else None)
         if start is None:
-            start = self._agreed(self._measure())
+            start = self._agree(self._measure())
             if first:
                 run.write(start=start)
         if checkpoint is not None:
             state = TrainerState.load_from_json(str(checkpoint / STATE))
             self.began -= max(row.get("eval_seconds", 0.0) for row in state.log_history)
-            ended = has_ended(dataclasses.asdict(state))
-        level = facts["stop_at"]
-        if level is not None and start["eval_perplexity"] <= level:
+        if stop_at is not None and start["eval_perplexity"] <= stop_at:
             self.subject.improved = False
             return "recovered", start
         vocabulary = self.subject.model.get_input_embeddings().weight.shape[0]
-        self.absurd = ABSURD * max(start["eval_perplexity"], vocabulary)
-        why = "finished"
-        if ended:
-            self.state = state
+        self.limit = DIVERGED * max(start["eval_perplexity"], vocabulary)
+        if state is not None and has_ended(dataclasses.asdict(state)):
+            self.state, why = state, "finished"
         else:
             why = self._train(checkpoint, progress and first)
         if first and why == "finished":
-            slim(folder)
+            drop_optimizers(folder)
+        self.subject.improved = (self.state.best_metric or math.inf) < start["eval_perplexity"]
         best = folder / f"checkpoint-{self.state.best_global_step}"
-        if not (self.state.best_metric or math.inf) < start["eval_perplexity"]:
-            self.subject.improved = False
-        elif (best / STATE).is_file():  # else not written: the model still is in its best state
+        if self.subject.improved and is_complete(best):  # else the model is in its best state
             self.state.best_model_checkpoint = str(best)
-            self._load_best_model()
+            with _quiet():
+                self._load_best_model()
         return why, start
 
     def _train(self, checkpoint: Path | None, progress: bool) -> str:
-        with tqdm(desc="recover", unit="step", disable=not progress) as bar:
-            self.add_callback(_Progress(bar))
+        """Train until the end, an interruption, divergence or a full disk."""
+        with tqdm(desc="recover", unit="step", disable=not progress) as bar, _quiet():
+            self.add_callback(ProgressBar(bar))
             try:
                 self.train(resume_from_checkpoint=checkpoint and str(checkpoint))
             except KeyboardInterrupt:
                 return "interrupted"
             except FloatingPointError:
                 return "diverged"
-            except _DiskTrouble as error:
-                warnings.warn(str(error), stacklevel=4)
+            except (
+                OSError,
+                RuntimeError,
+                SafetensorError,
+            ) as error:  # json's, torch's, safetensors'
+                saving = self.control.should_save and not self.control.should_evaluate
+                if not (saving or isinstance(error, WriteFailed)) or self.args.world_size > 1:
+                    raise
+                folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+                discard_checkpoint(folder)
+                warnings.warn(
+                    f"stopped: {folder} could not be written ({first_line(error)}); is the disk "
+                    "full? The best state so far is in the model; make room and repeat the call to "
+                    "go on from the checkpoint before",
+                    stacklevel=4,
+                )
                 return "disk"
         return "finished"
 
-    def _agreed(self, value):
-        """The first process's value in all of them: they must decide alike, or wait for ever."""
+    def _agree(self, value):
+        """The first process's value in all of them: each must decide alike, or others hang."""
         return gather_object([value])[0]
 
     def _measure(self) -> dict[str, float]:
-        """Perplexity on every text of the model as it would be given back now."""
-        tokenizer, texts, seq_len = self.measured
-        diverged = np.errstate(over="ignore", invalid="ignore")  # what becomes of it is seen later
-        with self.subject.given_back() as model, diverged:
-            found = {
+        """Perplexity on every text of the model as it would be returned now."""
+        overflow = np.errstate(over="ignore", invalid="ignore")  # of a model that diverges
+        with self.subject.merged() as model, overflow:
+            metrics = {
                 f"eval_{name}": perplexity(
-                    model, tokenizer, text, seq_len=seq_len, progress=False
+                    model, self.words, text, seq_len=self.seq_len, progress=False
                 ).value
-                for name, text in texts.items()
+                for name, text in self.texts.items()
             }
-        return {**found, "eval_seconds": time.time() - self.began}
+        return {**metrics, "eval_seconds": time.time() - self.began}
 
     def evaluate(self, *_args, **_options) -> dict[str, float]:
-        """Measure, log and show to the callbacks."""
+        """Measure, log and pass on to the callbacks.
+
+        Raises
+        ------
+        FloatingPointError
+            If the model has diverged.
+        """
         try:
             metrics = self._measure()
-        except ValueError as error:  # the texts were fine before training: the model gives NaN
-            metrics = FloatingPointError(str(error))
-        metrics = self._agreed(metrics)
-        if not isinstance(metrics, Exception) and not math.isfinite(metrics["eval_perplexity"]):
-            metrics = FloatingPointError("the perplexity is infinite")
-        if isinstance(metrics, Exception):
-            raise metrics
+        except ValueError:  # the texts were fine before training: the model gives NaN
+            metrics = {"eval_perplexity": math.inf}
+        metrics = self._agree(metrics)
+        if not math.isfinite(metrics["eval_perplexity"]):
+            raise FloatingPointError("the perplexity is not finite")
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
-        if metrics["eval_perplexity"] > self.absurd:
-            raise FloatingPointError("the loss has diverged")
+        if metrics["eval_perplexity"] > self.limit:
+            raise FloatingPointError("the perplexity has diverged")
         return metrics
 
-    def save_model(self, *args, **options) -> None:
-        """Write the weights; trouble waits until every process has passed the barrier after it."""
-        try:
-            super().save_model(*args, **options)
-        except _WRITING as error:
-            self.trouble = error
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.trouble is not None:
-            raise self.trouble
-        super()._save_optimizer_and_scheduler(output_dir)
+class RecoveryCallback(TrainerCallback):
+    """Stop at a perplexity, log with every evaluation, look after the checkpoints."""
 
-    def _issue_warnings_after_load(self, load_result) -> None:
-        """None: what is missing from a checkpoint of this very model is tied to what is there."""
-
-    def _save_checkpoint(self, model, trial) -> None:
-        """Write a checkpoint, whole or not at all."""
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        try:
-            with _quiet():
-                super()._save_checkpoint(model, trial)
-            if self.is_world_process_zero():
-                seal(folder)
-        except _WRITING as error:
-            self.trouble = error
-        troubles = filter(None, gather_object([self.trouble and first_line(self.trouble)]))
-        if reason := next(troubles, None):
-            if self.is_world_process_zero():
-                discard_checkpoint(folder)
-            raise _DiskTrouble(
-                f"stopped: {folder} could not be written ({reason}); is the disk full? The best "
-                "state so far is in the model; make room and repeat the call to go on from the "
-                "checkpoint before"
-            )
-        if self.is_world_process_zero():  # the Trainer's own rotation removes a user's copies too
-            rotate(folder.parent, self.state.best_model_checkpoint)
-
-
-@safe_contextmanager
-def _quiet() -> Iterator[None]:
-    """Without a bar per file, or a warning that checkpoints of the same second look alike."""
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-
-
-class StopTraining(TrainerCallback):
-    """Stop at a level of validation perplexity, or after evaluations without improvement."""
-
-    def __init__(self, level: float | None, patience: int):
-        self.level, self.patience = level, patience
+    def __init__(self, stop_at: float | None):
+        self.stop_at = -math.inf if stop_at is None else stop_at
 
     def on_step_end(self, args, state, control, **kwargs):
         """Log the training loss with every evaluation, also with the last."""
         control.should_log = control.should_log or control.should_evaluate
 
     def on_evaluate(self, args, state, control, metrics, **kwargs):
-        """Compare after every evaluation."""
-        found = [row["eval_perplexity"] for row in state.log_history if "eval_perplexity" in row]
-        stale = len(found) - 1 - found.index(min(found))
-        level = -math.inf if self.level is None else self.level
-        if found[-1] <= level or stale >= self.patience:
+        """Stop at the perplexity asked for."""
+        if metrics["eval_perplexity"] <= self.stop_at:
             control.should_training_stop = True
 
+    def on_save(self, args, state, control, **kwargs):
+        """Mark the checkpoint as complete; remove old ones, but no copies that a user made."""
+        if state.is_world_process_zero:
+            seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            rotate(Path(args.output_dir), state.best_model_checkpoint)
 
-class _Progress(TrainerCallback):
-    """The same bar as everywhere in the kit; the Trainer's own print a table or a dict per row."""
+
+class ProgressBar(TrainerCallback):
+    """The same bar as everywhere in the package; the Trainer's own prints a table of its logs."""
 
     def __init__(self, bar: tqdm):
         self.bar = bar
@@ -257,5 +239,19 @@ class _Progress(TrainerCallback):
         self.bar.set_postfix(perplexity=f"{metrics['eval_perplexity']:.2f}")
 
     def on_train_end(self, args, state, control, **kwargs):
-        """An early end is no failure."""
+        """Early stopping is no failure."""
         self.bar.total = state.global_step
+
+
+@safe_contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' warnings (missing keys that are tied) and bars per file."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

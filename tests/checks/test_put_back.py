@@ -23,7 +23,7 @@ from minigpt_lab.calibration.spsa import estimate_gradients
 from minigpt_lab.checks import locked
 from minigpt_lab.models.anatomy import Anatomy
 from minigpt_lab.models.runtime import fingerprint
-from minigpt_lab.recovery.adapters import adapted
+from minigpt_lab.recovery.adapters import trainable
 from minigpt_lab.widgets.jobs import ModelJob
 
 
@@ -344,7 +344,7 @@ def test_models_are_built_one_at_a_time():
         start.wait(60)
         for _ in range(20):
             model = random_model("llama")
-            with adapted(model, linears(model), r=2) as training:
+            with trainable(model, linears(model), r=2) as training:
                 factors = [p for n, p in training.module.named_parameters() if "lora_A" in n]
                 failed.extend(f for f in factors if f.std() == 0 or not f.isfinite().all())
 

@@ -11,8 +11,8 @@ from helpers import passage
 
 import minigpt_lab as lab
 from minigpt_lab.domains import sources
-from minigpt_lab.domains.domain import PARTS
-from minigpt_lab.domains.passages import cut, near_duplicates
+from minigpt_lab.domains.parts import PARTS
+from minigpt_lab.domains.passages import near_duplicates, split_passages
 from minigpt_lab.domains.tokens import unpadded
 
 
@@ -57,8 +57,8 @@ def test_unrelated_passages_are_not_duplicates():
 
 def test_cutting_loses_no_word():
     text = "First sentence here. Second one!\n\nA line\nAnother line? " + passage(1, 400)
-    assert " ".join(cut(text)).split() == text.split()
-    assert all(p.strip() == p and p for p in cut(text))
+    assert " ".join(split_passages(text)).split() == text.split()
+    assert all(p.strip() == p and p for p in split_passages(text))
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv"])

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import minigpt_lab as lab
-from minigpt_lab.domains.passages import cut, split_words
+from minigpt_lab.domains.passages import split_passages, split_words
 from minigpt_lab.domains.user_texts import read_path
 
 TEXTS = [passage(i, 160) for i in range(8)]
@@ -98,7 +98,7 @@ def test_a_folder_is_read_to_its_depth_and_says_what_it_left_out(tmp_path):
     for said in ("rows without text (3: t.jsonl)", "pipes or devices (2: gone.txt, pipe.txt)",
                  "files of questions in folders below (1: deep/questions.jsonl)"):  # fmt: skip
         assert said in note
-    with pytest.warns(UserWarning, match=r"left out .*files of other kinds \(3: .*notes.pdf"):
+    with pytest.warns(UserWarning, match=r"skipped .*files of other kinds \(3: .*notes.pdf"):
         domain = lab.load_domain(tmp_path)
     assert domain.notes == (note,) and [q.answer for q in domain.questions] == [1]
 
@@ -156,7 +156,7 @@ def test_a_column_needs_a_table(tmp_path):
 @given(st.sampled_from(["word", "漢", "あい", "x" * 700]), st.integers(500, 2000))
 def test_a_text_that_never_ends_a_sentence_is_cut_all_the_same(separator, word, count):
     text = separator.join([word] * count)
-    pieces = cut(text)
+    pieces = split_passages(text)
     assert "".join("".join(pieces).split()) == "".join(text.split())
     assert max(map(len, pieces)) <= 9100
 

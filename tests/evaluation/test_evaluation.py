@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import minigpt_lab as lab
-from minigpt_lab.checks.values import InvalidArgument
+from minigpt_lab.checks import InvalidArgument
 from minigpt_lab.evaluation import language
 
 
@@ -126,14 +126,14 @@ def test_bad_input_is_named(tiny, tiny_domain):
 
 def test_nan_is_an_error_and_not_a_number_less(tiny, tiny_domain, monkeypatch):
     model, tokenizer = tiny
-    real = language._token_losses
+    real = language.token_losses
 
     def half_nan(*arguments):
         losses = real(*arguments)
         losses[:, 20:] = float("nan")
         return losses
 
-    monkeypatch.setattr(language, "_token_losses", half_nan)
+    monkeypatch.setattr(language, "token_losses", half_nan)
     with pytest.raises(ValueError, match="gives NaN on tiny-law/test"):
         lab.perplexity(model, tokenizer, tiny_domain.test, seq_len=64)
 

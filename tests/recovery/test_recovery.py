@@ -227,7 +227,7 @@ def test_a_finished_run_returns_what_it_returned(
     history = lab.recover(mini, tiny[1], tiny_domain, epochs=2, **arguments)
     assert history.attrs["stopped"] == stopped
     assert not list(tmp_path.rglob("optimizer.pt")) and list(tmp_path.rglob("trainer_state.json"))
-    monkeypatch.setattr(training.KitTrainer, "train", None)
+    monkeypatch.setattr(training.RecoveryTrainer, "train", None)
     found = lab.recover(again, tiny[1], tiny_domain, epochs=2, **arguments)
     pd.testing.assert_frame_equal(found, history)
     assert found.attrs == history.attrs and same_weights(again, mini)
@@ -258,7 +258,6 @@ def test_a_full_disk_stops_clearly_and_is_resumed(tmp_path, pruned, tiny, tiny_d
     script.write_text(f"""
 import resource, signal, sys, warnings
 import minigpt_lab as lab
-from minigpt_lab.models import runtime
 from minigpt_lab.recovery import training
 real, calls = training.perplexity, []
 def full(*arguments, **options):
@@ -383,7 +382,7 @@ def test_fused_and_transposed_layers_recover_with_adapters(name, tiny_domain, re
 def test_checkpoints_have_the_names_in_memory(tmp_path):
     """GPT-NeoX is published with another name for its head than transformers gives it."""
     model = random_model("gpt_neox")
-    with adapters.adapted(model) as training:
+    with adapters.trainable(model) as training:
         training.module.save_pretrained(tmp_path)
     assert set(load_file(tmp_path / "model.safetensors")) == set(model.state_dict())
     assert "save_pretrained" not in vars(model)

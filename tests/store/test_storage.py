@@ -38,7 +38,7 @@ from minigpt_lab.experiments.runs import install_run, run_notebook, run_once
 from minigpt_lab.models import by_name as models
 from minigpt_lab.models import conversion, saving
 from minigpt_lab.models.loading import SIDECAR
-from minigpt_lab.recovery.checkpoints import discard_checkpoint, last_whole, rotate
+from minigpt_lab.recovery.checkpoints import discard_checkpoint, last_complete, rotate
 from minigpt_lab.store import (
     ResultCache,
     WriteFailed,
@@ -728,7 +728,7 @@ def test_copies_of_checkpoints_are_a_users(tmp_path):
     copies = {"checkpoint-4-backup", "checkpoint-8 (copy)", "checkpoint-", "checkpoint-x"}
     assert left == {*copies, "checkpoint-20", "checkpoint-4", "checkpoint-8", "checkpoint-16"}
     assert snapshot(tmp_path / "checkpoint-4") == {"notes.txt": b"mine"}
-    assert last_whole(tmp_path) is None  # none of them has weights
+    assert last_complete(tmp_path) is None  # none of them has weights
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {*copies, "checkpoint-20", "checkpoint-4"}
     discard_checkpoint(tmp_path / "checkpoint-4")
