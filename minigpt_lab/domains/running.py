@@ -148,7 +148,7 @@ def _encode_first(
     while True:
         part = passages[:count]
         encoding = encode(SEPARATOR.join(part), tokenizer, **options)
-        if len(part) == len(passages):
+        if limit is None or len(part) == len(passages):
             return part, encoding
         # What follows changes the tokens near the end: the last passage does not count.
         last = len(encode(part[-1], tokenizer)["input_ids"])
@@ -171,7 +171,7 @@ def _tokens_before(
         # The last place at which the text so far is encoded as in the whole: a token ends there.
         # If that is before the passage's end, the next token begins there and reaches over.
         near = _last_token_end(text, known, max(known[0] + 1, len(text) - _MARGIN), ids, tokenizer)
-        known = near or _last_token_end(text, (0, 0), 0, ids, tokenizer)
+        known = near or _last_token_end(text, (0, 0), 0, ids, tokenizer) or (0, 0)
         counts.append(known[1] + (known[0] < len(text)))
     return counts
 

@@ -14,6 +14,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ..checks import writable_folder
 from ..store import (
@@ -99,7 +100,7 @@ def seal(checkpoint: Path) -> None:
 def is_complete(checkpoint: Path) -> bool:
     """Whether a checkpoint is sealed and its files are unchanged; the optimizer may be missing."""
     try:
-        hashes = read_json(checkpoint / _HASHES)
+        hashes: Any = read_json(checkpoint / _HASHES)
         files = {checkpoint / name: digest for name, digest in hashes.items()}
         return all(
             _is_intact(path, digest)
@@ -124,7 +125,7 @@ def last_complete(folder: Path) -> Path | None:
     """
     for checkpoint in reversed(_checkpoints(folder)):
         if is_complete(checkpoint):
-            state = read_json(checkpoint / STATE)
+            state: Any = read_json(checkpoint / STATE)
             resumable = has_ended(state) or (checkpoint / _OPTIMIZER).is_file()
             if resumable and is_complete(folder / f"checkpoint-{state['best_global_step']}"):
                 return checkpoint
@@ -159,7 +160,8 @@ def discard_checkpoint(checkpoint: Path) -> None:
 def drop_optimizers(folder: Path) -> None:
     """Remove what only resuming needs, two thirds of the bytes, from a run that has ended."""
     checkpoints = _checkpoints(folder)
-    if checkpoints and has_ended(read_json(checkpoints[-1] / STATE)):
+    state: Any = read_json(checkpoints[-1] / STATE) if checkpoints else None
+    if state and has_ended(state):
         for checkpoint in checkpoints:
             (checkpoint / _OPTIMIZER).unlink(missing_ok=True)
 
@@ -173,4 +175,4 @@ def _checkpoints(folder: Path) -> list[Path]:
     """Checkpoints of the run in a folder, by their steps; no copies that a user made of them."""
     names = {path: _NAME.fullmatch(path.name) for path in folder.glob("checkpoint-*")}
     numbered = {path: int(name[1]) for path, name in names.items() if name and path.is_dir()}
-    return sorted(numbered, key=numbered.get)
+    return sorted(numbered, key=lambda path: numbered[path])
