@@ -88,7 +88,7 @@ def slimgpt_variants(
         What every variant continues, greedily, and how far; nothing is generated if it is empty.
     out_dir : str or path, optional
         Folder in which finished variants are kept, whatever they are called: an interrupted study
-        goes on where it stopped, and two studies share what they have in common.
+        continues, and two studies share what they have in common.
 
     Returns
     -------

@@ -70,7 +70,7 @@ def matched_plan(
         plan.vocabulary,
         {"method": criterion, **options, "matched": plan.origin},
     )
-    stay = matched.kept_features(anatomy)
+    kept = matched.kept_features(anatomy)
     rng = np.random.default_rng(seed)
     for name, sides in plan.zero.items():
         module = model.get_submodule(name)
@@ -78,7 +78,7 @@ def matched_plan(
         for side in ("input", "output"):
             weight = module.weight.detach().float()
             norms = weight.norm(dim=1 - weight_axis(module, side)).cpu().numpy()
-            candidates = np.flatnonzero(stay.get((name, side), np.ones(len(norms), bool)))
+            candidates = np.flatnonzero(kept.get((name, side), np.ones(len(norms), bool)))
             strength = rng.random(len(candidates)) if criterion == "random" else norms[candidates]
             chosen = candidates[np.argsort(strength, kind="stable")][: len(sides.get(side, []))]
             matched.zero[name][side] = np.sort(chosen).tolist()
@@ -240,7 +240,7 @@ def measure(
     Parameters
     ----------
     texts : sequence of Part
-        Held-out texts, all of which is used; cut them once with `excerpt`.
+        Held-out texts, all of which is used; shorten them once with `excerpt`.
     variant : str
         Its name in the table: dense, masked, shrunk, ….
     dense : transformers.PreTrainedModel, optional

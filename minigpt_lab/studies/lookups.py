@@ -110,7 +110,7 @@ class Reading:
     epsilon=Number(0),
 )
 def read_sweep(sweep: pd.DataFrame | None, component: str, epsilon: float) -> Reading | None:
-    """Perplexity ÷ dense of the contextual cut at ε, read from a finished sweep.
+    """Perplexity ÷ dense of contextual pruning at ε, read from a finished sweep.
 
     Parameters
     ----------

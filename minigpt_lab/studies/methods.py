@@ -329,7 +329,7 @@ def gradient_methods(directions: Sequence[int], *, seeds: int = 3) -> dict[str, 
     directions : sequence of int
         Of the zeroth-order estimates, per window.
     seeds : int
-        Of the estimates and of the random cut, named ``"… (seed k)"``.
+        Of the estimates and of the random control, named ``"… (seed k)"``.
     """
     methods = {"backprop": Method("sensitivity", {"gradient": "backprop"})}
     for n in directions:

@@ -94,8 +94,8 @@ def smallest_within(
     -------
     transformers.PreTrainedModel, PruningPlan, pandas.DataFrame
         The smallest model within the limit, its plan, and the curve that was seen: one row per size
-        with ``ratio, stored, perplexity, increase, within``, from the dense model down. If every
-        cut was beyond the limit there is a warning, and the model is a copy of the dense one.
+        with ``ratio, stored, perplexity, increase, within``, from the dense model down. If none
+        was within the limit there is a warning, and the model is a copy of the dense one.
 
     Raises
     ------
@@ -133,7 +133,7 @@ def smallest_within(
     best = float(curve[curve["within"]].sort_values("stored")["ratio"].iloc[0])
     if best == 0:
         warnings.warn(
-            f"even a cut of {high:.1%} raises the perplexity on {domain.validation} by more than "
+            f"even pruning {high:.1%} raises the perplexity on {domain.validation} by more than "
             f"{increase:.1%}: the model returned is the dense one; allow a larger increase",
             stacklevel=2,
         )

@@ -487,7 +487,7 @@ def test_the_smallest_model_within_a_limit(tiny, tiny_domain, batches, tmp_path,
 
 def test_no_cut_within_the_limit(tiny, tiny_domain, batches):
     model = tiny[0]
-    with pytest.warns(UserWarning, match=r"even a cut of .* allow a larger increase"):
+    with pytest.warns(UserWarning, match=r"even pruning .* allow a larger increase"):
         mini, plan, curve = lab.smallest_within(
             *tiny,
             tiny_domain,
