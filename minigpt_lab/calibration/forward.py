@@ -39,24 +39,27 @@ def watch(
     after : callable, optional
         ``(name, input, output)``.
     """
-
-    def pre_hook(name: str, _module: nn.Module, args: tuple, kwargs: dict):
-        changed = before(name, _input(args, kwargs))
-        return None if changed is None else ((changed, *args[1:]), kwargs)
-
-    def post_hook(name: str, _module: nn.Module, args: tuple, kwargs: dict, output) -> None:
-        after(name, _input(args, kwargs), first_output(output))
-
     registrations = []
     for name, module in modules.items():
         if before is not None:
-            register, hook = module.register_forward_pre_hook, partial(pre_hook, name)
-            registrations.append(partial(register, hook, with_kwargs=True))
+            pre_hook = partial(_pre_hook, partial(before, name))
+            registrations.append(
+                partial(module.register_forward_pre_hook, pre_hook, with_kwargs=True)
+            )
         if after is not None:
-            register, hook = module.register_forward_hook, partial(post_hook, name)
-            registrations.append(partial(register, hook, with_kwargs=True))
+            post_hook = partial(_post_hook, partial(after, name))
+            registrations.append(partial(module.register_forward_hook, post_hook, with_kwargs=True))
     with hooked(*registrations):
         yield
+
+
+def _pre_hook(before: Callable, _module: nn.Module, args: tuple, kwargs: dict):
+    changed = before(_input(args, kwargs))
+    return None if changed is None else ((changed, *args[1:]), kwargs)
+
+
+def _post_hook(after: Callable, _module: nn.Module, args: tuple, kwargs: dict, output) -> None:
+    after(_input(args, kwargs), first_output(output))
 
 
 def _input(args: tuple, kwargs: dict) -> torch.Tensor:

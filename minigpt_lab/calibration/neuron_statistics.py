@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -278,7 +278,7 @@ def collect_statistics(
 
 
 def _collect(
-    model: PreTrainedModel, batches: Sequence[dict], content: str, progress: bool
+    model: PreTrainedModel, batches: Iterable[dict], content: str, progress: bool
 ) -> Statistics:
     """Statistics of one pass over all batches."""
     anatomy = Anatomy(model)
@@ -308,7 +308,7 @@ def _collect(
 
 
 def _one_pass(
-    model: PreTrainedModel, batches: Sequence[dict], progress: bool
+    model: PreTrainedModel, batches: Iterable[dict], progress: bool
 ) -> tuple[dict[Key, np.ndarray], np.ndarray]:
     """Sums over all tokens, and how often each token of the vocabulary occurs."""
     feature_sums = FeatureSums({name: module for _, name, module in Anatomy(model).linears()})

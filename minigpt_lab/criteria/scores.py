@@ -272,16 +272,15 @@ def _check_options(name: str, options: Mapping[str, object]) -> None:
             raise InvalidArgument(f"the {name} criterion has no option {option!r}; {hint}")
 
 
-def _text_facts(batches: Sequence[dict] | None, statistics: Statistics | None) -> dict:
+def _text_facts(batches: Iterable[dict] | None, statistics: Statistics | None) -> dict:
     """Name, hash and length of the text behind statistics, batches or both."""
     texts = []
     if statistics is not None:
         texts.append((statistics.domain, statistics.content_hash, statistics.n_tokens))
     if batches is not None:
-        masks = [batch.get("attention_mask") for batch in batches]
         n_tokens = sum(
             batch["input_ids"].numel() if mask is None else int(mask.sum())
-            for batch, mask in zip(batches, masks, strict=True)
+            for batch, mask in ((batch, batch.get("attention_mask")) for batch in batches)
         )
         texts.append((getattr(batches, "source", ""), tokens_hash(batches), n_tokens))
     if not texts:

@@ -112,7 +112,7 @@ def contextual_plan(
             _kept_units(anatomy, statistics, site, layer, ineffective, pruned.get("activation", {}))
             for layer in range(len(anatomy.layers))
         ]
-    origin = {"method": "contextual", "domain": statistics.domain}
+    origin: dict = {"method": "contextual", "domain": statistics.domain}
     origin |= {f"{kind}_{component}": value for component, (kind, value) in rules.items()}
     vocabulary = None
     if epsilon_embedding is not None:
@@ -257,8 +257,10 @@ def _all_among(
     anatomy: Anatomy, layer: int, projection, features: np.ndarray | None, block: str | None = None
 ) -> np.ndarray:
     """Units ``[unit]`` all of whose features (of one block) are among the given ones."""
-    features = [] if features is None else features
-    return np.isin(anatomy.unit_features(projection, layer, block=block), features).all(1)
+    units = anatomy.unit_features(projection, layer, block=block)  # [unit, feature]
+    if features is None:
+        return np.zeros(len(units), bool)
+    return np.logical_and.reduce(np.isin(units, features), axis=1)
 
 
 def _restricted(neurons: Neurons, kept: Mapping) -> dict[str, dict[str, list[int]]]:
