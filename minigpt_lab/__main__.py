@@ -116,13 +116,7 @@ def _run(arguments: argparse.Namespace) -> None:
         return
     import pandas as pd
 
-    from .experiments import (
-        default_parameters,
-        find_notebook,
-        read_record,
-        run_notebook,
-        run_once,
-    )
+    from .experiments import default_parameters, find_notebook, read_record, run_notebook, run_once
 
     if arguments.once and not arguments.out:
         raise ValueError("--once needs --out, the folder to look into")

@@ -9,10 +9,7 @@ from .units import REDUCE, SCOPE, input_norms, known_statistics, scored_layers, 
 
 #: MINI-LLM's setting, for `score` and for `plan_from_scores`: the first four and the last three
 #: layers are not pruned.
-MINI_LLM = {
-    "score": {"gradient": "zeroth-order", "reduce": "max"},
-    "plan": {"keep_layers": (4, 3)},
-}
+MINI_LLM = {"score": {"gradient": "zeroth-order", "reduce": "max"}, "plan": {"keep_layers": (4, 3)}}
 
 
 @criterion("sensitivity")

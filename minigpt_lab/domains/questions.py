@@ -125,11 +125,7 @@ class Questions(tuple):
 
 
 def read_questions(
-    sources: Sequence[dict],
-    test: Sequence[str],
-    elsewhere: Sequence[str],
-    name: str,
-    licence: str,
+    sources: Sequence[dict], test: Sequence[str], elsewhere: Sequence[str], name: str, licence: str
 ) -> Questions:
     """The questions of a domain; those of declared sources are kept in the cache.
 

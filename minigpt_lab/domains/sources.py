@@ -105,12 +105,7 @@ def _catalogue(files: dict[str, bytes], source: dict, archive: Path) -> Iterator
                 yield f"{english.strip()}\n{chinese.strip()}"
 
 
-_READERS = {
-    "jsonl": _jsonl,
-    "lines": _lines,
-    "dialogue": _dialogue,
-    "catalogue": _catalogue,
-}
+_READERS = {"jsonl": _jsonl, "lines": _lines, "dialogue": _dialogue, "catalogue": _catalogue}
 
 
 def read_hub(entry: dict) -> tuple[list[str], list[str]]:

@@ -105,10 +105,7 @@ def run_on_ray(grid: Grid, runs: list[str], folder: Path, address: str | None) -
 
 def _ray_tasks(ray, grid: Grid, runs: list[str], folder: Path) -> Ended:
     task = ray.remote(_run_on_node).options(
-        num_cpus=grid.cpus,
-        num_gpus=grid.gpus,
-        max_retries=_RAY_RETRIES,
-        retry_exceptions=False,
+        num_cpus=grid.cpus, num_gpus=grid.gpus, max_retries=_RAY_RETRIES, retry_exceptions=False
     )
     # every node has the series, perhaps in another folder
     name = grid.notebook.stem if grid.notebook.parent == NOTEBOOKS else str(grid.notebook)

@@ -7,14 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator, StrMethodFormatter
 
-from .axes import (
-    heat,
-    layer_ticks,
-    log_labels,
-    log_ticks,
-    percent,
-    side_legend,
-)
+from .axes import heat, layer_ticks, log_labels, log_ticks, percent, side_legend
 from .frames import draws_frame
 from .style import colour, new_figure, style_for, with_note
 

@@ -51,8 +51,7 @@ class ThresholdPicture:
     """
 
     @checked(
-        magnitudes=DictOf(Text(), Instance(Magnitudes), 1),
-        sweep=Instance(pd.DataFrame) | None,
+        magnitudes=DictOf(Text(), Instance(Magnitudes), 1), sweep=Instance(pd.DataFrame) | None
     )
     def __init__(
         self,

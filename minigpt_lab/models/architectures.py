@@ -169,10 +169,7 @@ _PHI3 = Family(
 )
 _GPT2 = Family(
     layers="transformer.h",
-    produces={
-        "ffn": _channels("mlp.c_fc"),
-        "attention": _fused("attn.c_attn", interleaved=False),
-    },
+    produces={"ffn": _channels("mlp.c_fc"), "attention": _fused("attn.c_attn", interleaved=False)},
     consumes=_second("mlp.c_proj", "attn.c_proj"),
     activation="mlp.act",
     config={"channel": "n_inner"},

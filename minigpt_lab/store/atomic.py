@@ -19,12 +19,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from ..checks import (
-    require_creatable,
-    to_path,
-    writable_file,
-    writable_folder,
-)
+from ..checks import require_creatable, to_path, writable_file, writable_folder
 from .disk_errors import explain_disk_errors, write_failed
 
 _LOCK, _NEW, _OLD = "owner.lock", "new", "old"

@@ -10,25 +10,9 @@ from .ablations import (
     slimgpt_variants,
 )
 from .activations import activation_frame, calibration_stability, neuron_overlap
-from .analysis import (
-    PAPER_EPSILONS,
-    knee,
-    matched_plan,
-    measure,
-    threshold_sweep,
-)
-from .lookups import (
-    COMPONENTS,
-    Magnitudes,
-    Reading,
-    read_sweep,
-    threshold_range,
-)
-from .matrix import (
-    domain_matrix,
-    domain_plans,
-    kept_overlap,
-)
+from .analysis import PAPER_EPSILONS, knee, matched_plan, measure, threshold_sweep
+from .lookups import COMPONENTS, Magnitudes, Reading, read_sweep, threshold_range
+from .matrix import domain_matrix, domain_plans, kept_overlap
 from .methods import (
     Method,
     SlimGPTRun,
@@ -44,11 +28,7 @@ from .methods import (
 )
 from .projections import layer_losses, layer_problems
 from .smallest import smallest_within
-from .tables import (
-    cosine_curve,
-    parameter_budget,
-    throughput_rates,
-)
+from .tables import cosine_curve, parameter_budget, throughput_rates
 
 __all__ = [
     "COMPONENTS",

@@ -16,10 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..calibration import tokens_hash
 from ..checks import DictOf, Instance, Integer, ListOf, Model, Text, checked
-from ..compensation import (
-    Solver,
-    slimgpt,
-)
+from ..compensation import Solver, slimgpt
 from ..domains import Part, tokenize, unpadded
 from ..evaluation import generate, timed
 from ..models import Anatomy, PruningPlan, fingerprint, inference

@@ -220,12 +220,7 @@ def knee(curve: pd.DataFrame, x: str = "nonzero_ratio", y: str = "perplexity_rat
     return curve.loc[int(np.argmax(below))] if below.max() > 0 else curve.iloc[-1]
 
 
-@checked(
-    **PAIR,
-    texts=TEXTS,
-    variant=Text(),
-    dense=Model(lock=False) | None,
-)
+@checked(**PAIR, texts=TEXTS, variant=Text(), dense=Model(lock=False) | None)
 def measure(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

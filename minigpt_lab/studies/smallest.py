@@ -13,17 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..calibration import tokens_hash
-from ..checks import (
-    Batches,
-    Flag,
-    Instance,
-    Integer,
-    Location,
-    Model,
-    Number,
-    Tokenizer,
-    checked,
-)
+from ..checks import Batches, Flag, Instance, Integer, Location, Model, Number, Tokenizer, checked
 from ..compensation import discard, slimgpt
 from ..domains import Domain
 from ..evaluation import perplexity

@@ -160,10 +160,7 @@ def test_an_error_leaves_the_model_as_it_was():
     groups = groups_of(model)
     counts, base = [[0, 1]] * 6, (1,) * 6
     rows = [batch["input_ids"] for batch in windows()]
-    with (
-        pytest.raises(KeyboardInterrupt),
-        filled(model, rows, groups, counts, base, Solver()),
-    ):
+    with pytest.raises(KeyboardInterrupt), filled(model, rows, groups, counts, base, Solver()):
         raise KeyboardInterrupt
     assert all(torch.equal(p, before[key]) for key, p in model.named_parameters())
     for place, match in [("down_proj", "has NaN.* weights"), ("up_proj", "reads NaN")]:

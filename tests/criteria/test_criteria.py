@@ -328,11 +328,7 @@ def test_numbers_of_numpy_and_torch_end_up_as_plain_ones():
     model = random_model("llama")
     scores = lab.score(model, "random", seed=np.int64(3))
     plan = lab.plan_from_scores(
-        model,
-        scores,
-        ratio=np.float32(0.5),
-        keep_layers=np.array([1, 0]),
-        allocation=torch.ones(3),
+        model, scores, ratio=np.float32(0.5), keep_layers=np.array([1, 0]), allocation=torch.ones(3)
     )
     assert json.loads(json.dumps(plan.to_dict())) == plan.to_dict()
     with pytest.raises(ValueError, match="has no option 'sed'; did you mean 'seed'"):

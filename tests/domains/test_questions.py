@@ -19,10 +19,7 @@ BUILT = lab.domain_names(tiny=True) + ["games", "translation"]
 
 def test_a_bad_question_is_refused():
     for fields, words in (
-        (
-            ("Why?", ("a", "b"), 2),
-            "the answer to .Why.. is 2; expected .* of at most 1",
-        ),
+        (("Why?", ("a", "b"), 2), "the answer to .Why.. is 2; expected .* of at most 1"),
         (("Why?", ("a", "b"), None), "the answer to .* is None"),
         (("Why?", ("a", "b"), True), "the answer to .* is True"),
         (("Why?", ("a",), 0), "at least 2, different"),
