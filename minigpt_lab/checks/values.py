@@ -183,7 +183,7 @@ class OneOf(Check):
         self.choices = choices
 
     @property
-    def expected(self) -> str:
+    def expected(self) -> str:  # type: ignore[override]  # read anew
         """The choices."""
         return f"one of {', '.join(map(repr, self.choices))}"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -81,7 +82,7 @@ class SearchedCounts(Mapping):
     """
 
     counts: dict[str, list[int]]
-    origin: dict[str, object]
+    origin: dict[str, Any]
     history: pd.DataFrame = field(repr=False)
 
     def __getitem__(self, site: str) -> list[int]:

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -272,7 +273,8 @@ def _offline_unless_in_reach() -> Iterator[None]:
     import datasets
     from huggingface_hub import constants
 
-    before = [(module, module.HF_HUB_OFFLINE) for module in (constants, datasets.config)]
+    modules: tuple[Any, ...] = (constants, datasets.config)
+    before = [(module, module.HF_HUB_OFFLINE) for module in modules]
     out_of_reach = not hub_reachable()
     try:
         for module, offline in before:

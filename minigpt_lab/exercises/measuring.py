@@ -154,8 +154,8 @@ def price_as_a_factor(table: pd.DataFrame, cut: str, text: str) -> Answer:
 @exercise("set")
 def common_core(plans: Mapping[tuple[str, int], PruningPlan], domains: Sequence[str]) -> Answer:
     """Channels of the first layer that the first draws of all domains keep."""
-    kept = {cut: set(plan.keep["ffn"][0]) for (cut, draw), plan in plans.items() if draw == 0}
-    own = [kept[name] for name in domains]
+    kept = {cut: {*plan.keep["ffn"][0]} for (cut, draw), plan in plans.items() if draw == 0}
+    own: list[set] = [kept[name] for name in domains]
     mistakes = {
         "what at least one domain keeps; all must keep it": set.union(*own),
         "what the controls keep too; take the domains' plans alone": set.intersection(

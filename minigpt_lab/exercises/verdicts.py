@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping, Sequence, Set, Sized
 from dataclasses import dataclass, field
 from numbers import Real
+from typing import Any
 
 import numpy as np
 
@@ -70,12 +71,12 @@ class Answer:
         Relative to the right number.
     """
 
-    value: object
-    mistakes: Mapping[str, object] = field(default_factory=dict)
+    value: Any
+    mistakes: Mapping[str, Any] = field(default_factory=dict)
     options: Sequence[str] = ()
     tolerance: float = 0.01
 
-    def problem(self, kind: str, answer: object) -> str | None:
+    def problem(self, kind: str, answer: Any) -> str | None:
         """Error of an answer of a kind (a key of `KINDS`) in words; None if it is right."""
         try:
             given = _read(kind, answer)
@@ -92,16 +93,17 @@ class Answer:
                 return f"this is {mistake}"
         return _difference(kind, given, self.value)
 
-    def _same(self, kind: str, given: object, value: object) -> bool:
+    def _same(self, kind: str, given: Any, value: Any) -> bool:
         if kind in ("number", "share"):
             return math.isclose(given, value, rel_tol=self.tolerance, abs_tol=1e-9)
         return given == value
 
 
-def _read(kind: str, answer: object) -> object:
+def _read(kind: str, answer: Any) -> Any:
     """The answer as a float, a set, a name or a plan; ValueError if it is of another kind."""
     if kind == "set":
         return _read_set(answer)
+    given: Any
     if kind in ("name", "plan"):
         given = answer if isinstance(answer, str if kind == "name" else PruningPlan) else None
     else:
@@ -113,7 +115,7 @@ def _read(kind: str, answer: object) -> object:
     return given
 
 
-def _read_number(answer: object) -> float | None:
+def _read_number(answer: Any) -> float | None:
     """A number, also as an array, Series or tensor of one element."""
     with contextlib.suppress(TypeError, ValueError, RuntimeError, ArithmeticError):
         value = answer.item() if hasattr(answer, "item") else answer
@@ -121,7 +123,7 @@ def _read_number(answer: object) -> float | None:
     return None
 
 
-def _read_set(answer: object) -> set[int]:
+def _read_set(answer: Any) -> set[int]:
     """Whole numbers of any container."""
     entries = answer.tolist() if hasattr(answer, "tolist") else answer
     if not isinstance(entries, Set | list | tuple | range):
@@ -135,7 +137,7 @@ def _read_set(answer: object) -> set[int]:
     return {int(entry) for entry in entries}
 
 
-def _general_mistakes(kind: str, value: object) -> dict[str, object]:
+def _general_mistakes(kind: str, value: Any) -> dict[str, Any]:
     """Mistakes that any exercise of a kind may meet."""
     if kind == "share":
         percentage, rest = "a percentage; divide by 100", "the rest, 1 minus what is asked for"
@@ -143,7 +145,7 @@ def _general_mistakes(kind: str, value: object) -> dict[str, object]:
     return {"the right size with the wrong sign": -value} if kind in ("number", "count") else {}
 
 
-def _difference(kind: str, given: object, value: object) -> str:
+def _difference(kind: str, given: Any, value: Any) -> str:
     """Difference of an answer from the right one, in words that do not give it away."""
     if kind == "name":
         return f"it is not {given!r}"
@@ -168,11 +170,11 @@ def _difference(kind: str, given: object, value: object) -> str:
     )
 
 
-def _described(answer: object) -> str:
+def _described(answer: Any) -> str:
     """An answer of the wrong kind, in a few words."""
     if isinstance(answer, str):
         return f"the text {answer!r:.40}"
-    if isinstance(answer, Real | np.bool_) and abs(answer) < 1e15:
+    if isinstance(answer, Real | np.bool_) and answer < 1e15 and answer > -1e15:
         return f"{answer}"
     if inspect.isroutine(answer):
         return f"the function {answer.__name__}; call it, with ()"

@@ -136,7 +136,7 @@ def default_parameters(notebook: Path) -> dict[str, object]:
     """
     defaults = {}
     try:
-        statements = ast.parse(parameters_cell(notebook)).body
+        statements: list[Any] = ast.parse(parameters_cell(notebook)).body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ValueError(f"{notebook.name}: its parameters cell is no Python: {error}") from None
     for statement in statements:

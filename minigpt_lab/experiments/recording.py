@@ -153,7 +153,7 @@ def current_notebook(namespace: Mapping[str, Any]) -> Path:
     RuntimeError
         If neither `run_notebook`, VS Code nor Jupyter says.
     """
-    candidates = (
+    candidates: tuple[Any, ...] = (
         os.environ.get(NOTEBOOK_VARIABLE),
         namespace.get("__vsc_ipynb_file__"),
         os.environ.get("JPY_SESSION_NAME"),

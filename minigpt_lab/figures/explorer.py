@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -95,7 +96,7 @@ class ThresholdPicture:
 
     def draw(
         self,
-        thresholds: Mapping[str, float | np.ndarray | None],
+        thresholds: Mapping[str, Any],
         *,
         removed: pd.DataFrame,
         size: Size,
@@ -123,8 +124,9 @@ class ThresholdPicture:
             bars.set_data((rows["removed"] / rows["units"]).to_numpy())
         for name, star in self._stars.items():
             reading, epsilon = readings.get(name), thresholds.get(name)
-            known = reading is not None and np.ndim(epsilon) == 0
-            star.set_data(([epsilon], [reading.value]) if known else ([], []))
+            one = epsilon is not None and np.ndim(epsilon) == 0
+            known = [reading.value] if one and reading is not None else []
+            star.set_data([epsilon] * len(known), known)
         shares = (
             size.stored / size.dense,
             size.nonzero / size.dense,

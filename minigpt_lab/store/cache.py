@@ -13,7 +13,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from platformdirs import user_cache_path
 
@@ -111,7 +111,7 @@ def _write_hashed(result: object, path: Path) -> None:
 def cached(
     path: str | os.PathLike | None,
     compute: Callable[[], Result],
-    read: Callable[[Path], Result] = _read_hashed,
+    read: Callable[[Path], Any] = _read_hashed,
     write: Callable[[Result, Path], object] = _write_hashed,
     is_current: Callable[[Result], bool] = lambda _: True,
 ) -> Result:
@@ -140,7 +140,7 @@ def cached(
     if result is not None and is_current(result):
         return result
     result = compute()
-    with warn_if_unsaved(path):
+    with warn_if_unsaved():
         write(result, to_path(path))
     return result
 
@@ -185,7 +185,7 @@ class ResultCache:
             if self.path is not None:
                 # a line of its own, also after one that was cut off
                 line = "\n" + json.dumps({"key": key, "result": self._results[key]})
-                with warn_if_unsaved(self.path), explain_disk_errors(self.path):
+                with warn_if_unsaved(), explain_disk_errors(self.path):
                     make_folder(self.path.parent)
                     with self.path.open("a", encoding="utf-8") as file:
                         file.write(line)

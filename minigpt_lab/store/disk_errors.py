@@ -61,7 +61,7 @@ def _disk_errno(error: Exception) -> int | None:
 
 
 @contextlib.contextmanager
-def warn_if_unsaved(path: Path) -> Iterator[None]:
+def warn_if_unsaved() -> Iterator[None]:
     """Warn instead of raising where a finished result is only written for a later call."""
     try:
         yield

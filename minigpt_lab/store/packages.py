@@ -210,7 +210,9 @@ def read_archive(archive: Path, pattern: str) -> dict[str, bytes]:
 
 def _matching(archive: tarfile.TarFile, pattern: str) -> dict[str, bytes]:
     return {
-        entry.name: archive.extractfile(entry).read()
+        entry.name: content.read()
         for entry in archive
-        if entry.isfile() and fnmatch(entry.name, pattern)
+        if entry.isfile()
+        and fnmatch(entry.name, pattern)
+        and (content := archive.extractfile(entry))
     }

@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ..checks import readable_file
 from .atomic import atomic_write
@@ -70,7 +71,7 @@ def parse_json(text: str) -> object:
         raise ValueError("it is nested too deeply") from None
 
 
-def read_json(path: str | os.PathLike) -> object:
+def read_json(path: str | os.PathLike) -> Any:
     """Content of a JSON file.
 
     Raises

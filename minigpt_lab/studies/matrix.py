@@ -12,6 +12,7 @@ import functools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -303,7 +304,7 @@ class _Measurements:
 @checked(domains=ListOf(Instance(Domain), 1))
 def mixed(domains: Sequence[Domain]) -> Domain:
     """The domains' train and validation parts taken in turn, in equal shares of bytes."""
-    parts = {}
+    parts: dict[str, Any] = {}
     for part in ("calibration", "train", "validation", "test"):
         queues = {domain.name: iter(domain.parts[part]) for domain in domains}
         used, passages = dict.fromkeys(queues, 0), []
@@ -316,7 +317,7 @@ def mixed(domains: Sequence[Domain]) -> Domain:
             passages.append(passage)
         parts[part] = Part("mix", part, tuple(passages))
     facts = {"title": "All domains", "licence": "that of each", "attribution": "that of each"}
-    return Domain("mix", **facts, **parts, checked=True)  # each one's parts are disjoint
+    return Domain("mix", **(parts | facts), checked=True)  # each one's parts are disjoint
 
 
 def _compared(cells: pd.DataFrame, n_bootstrap: int, seed: int) -> pd.DataFrame:
