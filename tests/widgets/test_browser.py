@@ -209,7 +209,7 @@ def test_the_explorer_in_a_browser(tmp_path):
     values = PARAMETERS | {"out_dir": str(tmp_path / "run")}
     cell["source"].append("".join(f"\n{name} = {value!r}" for name, value in values.items()))
     folder, state = tmp_path / "notebooks", tmp_path / "state"
-    shutil.copytree(NOTEBOOKS / "figures", folder / "figures")  # of the first cells
+    shutil.copytree(ROOT / "figures", folder / "figures")  # pictures of the first cells
     state.mkdir()
     (folder / NOTEBOOK).write_text(json.dumps(notebook), encoding="utf-8")
     SHOTS.mkdir(parents=True, exist_ok=True)
