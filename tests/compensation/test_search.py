@@ -301,6 +301,7 @@ def searched(tiny, batches):
     return cuts
 
 
+@pytest.mark.slow
 def test_the_budget_that_is_found(searched, tiny, tiny_domain):
     mini, plan = searched["search"]
     search = plan.origin["search"]

@@ -100,6 +100,7 @@ def own_accuracy(model, tokenizer, items) -> float:
     return right / len(items)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("around", ["$A", "<s> $A", "<s> $A </s>", "$A </s>"])
 @pytest.mark.parametrize("kind", ["dense", "mini"])
 def test_its_accuracy_is_our_own(kind, around, tiny, mini, task, items):
@@ -123,6 +124,7 @@ def test_its_accuracy_is_our_own(kind, around, tiny, mini, task, items):
     assert row["higher_is_better"] and row["task"] == "endings"
 
 
+@pytest.mark.slow
 def test_tasks_are_files_folders_and_names(tiny, task, items):
     model, tokenizer = tiny
     by_file = lab.benchmark(model, tokenizer, str(task), limit=5)
@@ -132,6 +134,7 @@ def test_tasks_are_files_folders_and_names(tiny, task, items):
     pd.testing.assert_frame_equal(named, by_file)
 
 
+@pytest.mark.slow
 def test_examples_come_before_the_question(tiny, task):
     model, tokenizer = tiny
     shots, again = (
@@ -193,6 +196,7 @@ metadata:
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("begins", [False, True])
 @pytest.mark.parametrize("special", ["all", "none", "a pad too many"])
 def test_a_whole_text_begins_once(tiny, task, items, begins, special):

@@ -161,6 +161,7 @@ def test_a_figure_of_nothing_says_so(runs):
     assert "no run has a size" in figures.pareto_front(table).texts[-1].get_text()
 
 
+@pytest.mark.slow
 def test_report_is_one_page_with_everything(runs, tmp_path):
     failed = {"notebook": "03_contextual_pruning", "status": "failed", "parameters": {},
               "metrics": {}, "error": "no <luck>"}  # fmt: skip

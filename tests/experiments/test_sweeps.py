@@ -105,6 +105,7 @@ def test_results_and_report_of_a_sweep(tiny_sweep, monkeypatch, capsys, tmp_path
     assert re.search(r"tiny-law +0\.5 +shrunk stored +[\d,]+ +lower", capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_a_failed_run_stops_no_other_and_gets_another_chance(small, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     grid = small("grid: {number: [1, 2, 3]}\nparameters: {wrong: 2}\njobs: 3\n")
@@ -126,6 +127,7 @@ def test_a_failed_run_stops_no_other_and_gets_another_chance(small, tmp_path, ca
     assert diary(tmp_path).count("start 2") == 2 and len(diary(tmp_path)) == 6
 
 
+@pytest.mark.slow
 def test_a_run_that_dies_without_a_word_gets_a_record(small, tmp_path):
     table = sweeps.sweep(grids.read_grid(small("parameters: {wrong: -1}\n")), tmp_path / "runs")
     assert table["status"].tolist() == ["failed"]
@@ -134,6 +136,7 @@ def test_a_run_that_dies_without_a_word_gets_a_record(small, tmp_path):
     assert (failed / "small.ipynb").is_file() and (failed / RECORD).is_file()
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_finished_by_whoever_comes_next(small, tmp_path):
     """The sweep and all it started are killed; its runs are done again, finished ones are not."""
     grid = small("grid: {number: [1, 2]}\nparameters: {seconds: 3}\n")
@@ -174,6 +177,7 @@ def test_two_sweeps_do_not_share_a_folder(small, tmp_path):
     assert not diary(tmp_path)
 
 
+@pytest.mark.slow
 def test_runs_of_a_notebook_of_ones_own(small, tmp_path, monkeypatch):
     small("")
     monkeypatch.chdir(tmp_path)

@@ -83,6 +83,7 @@ def words(tiny):
     return lab.trim_tokenizer(lab.trim_tokenizer(full, sorted(range(259))), range(97))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "options"), TABLE)
 def test_every_option_is_pruned_counted_saved_and_loaded(
     tmp_path, words, monkeypatch, family, options

@@ -110,6 +110,7 @@ DAMAGED = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_one_damaged_record_among_many_is_named_and_the_rest_are_shown(tmp_path):
     summary = pd.DataFrame({"variant": ["dense", "shrunk"], "stored": [9, 8], "text": "law/test",
                             "perplexity": [2.0, 3.0], "nonzero": [9, 8]})  # fmt: skip
@@ -143,6 +144,7 @@ def test_one_damaged_record_among_many_is_named_and_the_rest_are_shown(tmp_path)
 EVIL = ["<script>alert(1)</script>", "$\\frac{$", "a\nb", "{x.__class__}", "x" * 200, "' \" &"]
 
 
+@pytest.mark.slow
 def test_a_report_shows_names_and_runs_none(tmp_path):
     for place, name in enumerate(EVIL):
         model = {"label": name, "sha256": name}

@@ -791,6 +791,7 @@ def test_a_run_done_again_keeps_what_a_user_put_beside_it(tmp_path):
     assert (tmp_path.parent / "outside").read_text() == "not ours"
 
 
+@pytest.mark.slow
 def test_a_report_replaces_a_report_only(tmp_path):
     facts = {"status": "completed", "parameters": {}, "metrics": {"a": 1}, "smoke": False}
     write_record(tmp_path / "run", {"notebook": "x", **facts})

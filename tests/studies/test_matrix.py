@@ -60,6 +60,7 @@ def test_own_text_is_what_a_cut_knows(tiny, domains, plans):
     assert cell["highest"] == pytest.approx(np.exp(np.max(logs)), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_an_interrupted_matrix_goes_on_where_it_was(tiny, domains, plans, tmp_path, monkeypatch):
     few = {key: plan for key, plan in plans.items() if key[1] == 0}
     arguments = {**SMALL, "out_dir": tmp_path, "recovery_tokens": 512, "learning_rate": 1e-3}
