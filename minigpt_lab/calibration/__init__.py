@@ -8,26 +8,3 @@ from .losses import token_losses
 from .moments import FeatureSums, Moments
 from .neuron_statistics import Statistics, collect_statistics, tokens_hash
 from .spsa import estimate_gradients, gradient_cosine, scored_weights
-
-__all__ = [
-    "DAMPING_MODES",
-    "FeatureSums",
-    "Hessians",
-    "Indefinite",
-    "LayerRunner",
-    "Moments",
-    "Statistics",
-    "catch_inputs",
-    "collect_gradients",
-    "collect_hessians",
-    "collect_statistics",
-    "damped_inverse",
-    "estimate_gradients",
-    "gradient_cosine",
-    "refit",
-    "run_decoder",
-    "scored_weights",
-    "token_losses",
-    "tokens_hash",
-    "watch",
-]

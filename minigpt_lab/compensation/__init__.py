@@ -14,22 +14,3 @@ from .obs import (
 )
 from .solver import Problem, Solver, read_problem, solve
 from .workspace import discard
-
-__all__ = [
-    "SALIENCIES",
-    "Elimination",
-    "Problem",
-    "SearchedCounts",
-    "Solver",
-    "bias_compensated",
-    "discard",
-    "eliminate",
-    "full_precision",
-    "quadratic_form",
-    "read_problem",
-    "reconstruction_loss",
-    "search_counts",
-    "slimgpt",
-    "solve",
-    "weight_compensated",
-]

@@ -14,22 +14,3 @@ from .influence import block_influence
 from .scores import CRITERIA, Scores, criterion, score
 from .sensitivity import MINI_LLM
 from .units import attention_site, chosen_sites
-
-__all__ = [
-    "CRITERIA",
-    "MINI_LLM",
-    "Scores",
-    "attention_site",
-    "block_influence",
-    "chosen_sites",
-    "contextual",
-    "criterion",
-    "fluctuation",
-    "magnitude",
-    "random_units",
-    "score",
-    "sensitivity",
-    "sparsegpt",
-    "taylor",
-    "wanda",
-]

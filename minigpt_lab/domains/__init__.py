@@ -5,23 +5,3 @@ from .parts import Part, check_disjoint
 from .questions import Question
 from .running import RunningText, encode, running_text, token_ids, window_prefix
 from .tokens import count_tokens, excerpt, tokenize, unpadded
-
-__all__ = [
-    "Domain",
-    "Part",
-    "Question",
-    "RunningText",
-    "check_disjoint",
-    "count_tokens",
-    "domain_names",
-    "encode",
-    "excerpt",
-    "load_domain",
-    "load_domains",
-    "make_domain",
-    "running_text",
-    "token_ids",
-    "tokenize",
-    "unpadded",
-    "window_prefix",
-]

@@ -5,18 +5,3 @@ from .benchmarks import benchmark
 from .costs import efficiency, peak_memory, timed
 from .language import Perplexity, generate, perplexity
 from .presets import PERPLEXITY_PRESETS
-
-__all__ = [
-    "PERPLEXITY_PRESETS",
-    "Answers",
-    "Perplexity",
-    "answer_questions",
-    "benchmark",
-    "compare_answers",
-    "efficiency",
-    "generate",
-    "peak_memory",
-    "perplexity",
-    "position_bias",
-    "timed",
-]

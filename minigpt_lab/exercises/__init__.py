@@ -3,5 +3,3 @@
 from . import comparing, measuring, pruning
 from .checking import EXERCISES, check, exercise
 from .verdicts import Verdict
-
-__all__ = ["EXERCISES", "Verdict", "check", "comparing", "exercise", "measuring", "pruning"]

@@ -4,21 +4,3 @@ from .allocations import ALLOCATIONS, BY_DEPTH, RANKINGS, Allocation, allocation
 from .counts import one_target, parameters_to_remove, plan_from_scores, removed_shares, unit_counts
 from .layer_sites import LayerSite, check_keep_layers, prunable_sites, unit_steps
 from .thresholds import contextual_plan
-
-__all__ = [
-    "ALLOCATIONS",
-    "BY_DEPTH",
-    "RANKINGS",
-    "Allocation",
-    "LayerSite",
-    "allocation_name",
-    "check_keep_layers",
-    "contextual_plan",
-    "one_target",
-    "parameters_to_remove",
-    "plan_from_scores",
-    "prunable_sites",
-    "removed_shares",
-    "unit_counts",
-    "unit_steps",
-]

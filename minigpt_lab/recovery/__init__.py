@@ -2,5 +2,3 @@
 
 from .finetuning import recover
 from .presets import RECOVERY_PRESETS
-
-__all__ = ["RECOVERY_PRESETS", "recover"]
