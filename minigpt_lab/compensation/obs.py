@@ -36,7 +36,7 @@ def exact_saliency(W: torch.Tensor, H_inv: torch.Tensor, units: torch.Tensor) ->
     Returns
     -------
     torch.Tensor
-        ``[unit]``.
+        Saliency of every unit ``[unit]``.
     """
     W_g, H_inv_gg = _unit_columns(W, units), _unit_blocks(H_inv, units)
     # With [H⁻¹]_gg = L Lᵀ the trace is ‖L⁻¹ W_gᵀ‖².
@@ -45,26 +45,33 @@ def exact_saliency(W: torch.Tensor, H_inv: torch.Tensor, units: torch.Tensor) ->
 
 
 def slimgpt_saliency(W: torch.Tensor, H_inv: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
-    """``Σ_ij W_ij² / U_jj²`` with U the grouped Cholesky factor of ``[H⁻¹]_gg`` (algorithm 1).
+    """``Σ_ij W_ij² / U_jj²`` with ``[H⁻¹]_gg = Uᵀ U``: SlimGPT's grouped Cholesky (algorithm 1).
 
     Weights are not updated inside a unit while it is scored, so this is the exact loss only for
-    units of one column.
+    units of one column. Arguments and result as of `exact_saliency`.
     """
     W_g, H_inv_gg = _unit_columns(W, units), _unit_blocks(H_inv, units)
+    # torch gives L = Uᵀ, with the same diagonal.
     U_jj = torch.linalg.cholesky(H_inv_gg).diagonal(dim1=1, dim2=2)  # [unit, feature]
-    return (W_g.square().sum(1) / U_jj.square()).sum(1)
+    return (W_g.square().sum(1) / U_jj.square()).sum(1)  # [unit]
 
 
 def diagonal_saliency(W: torch.Tensor, H_inv: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
-    """``Σ_ij W_ij² / [H⁻¹]_jj``: SlimGPT's ablation without the grouped Cholesky."""
-    return (W.square().sum(0) / H_inv.diagonal())[units].sum(1)
+    """``Σ_ij W_ij² / [H⁻¹]_jj``: SlimGPT's ablation without the grouped Cholesky.
+
+    Arguments and result as of `exact_saliency`.
+    """
+    by_column = W.square().sum(0) / H_inv.diagonal()  # [in]
+    return by_column[units].sum(1)  # [unit]
 
 
 def _unit_columns(W: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
+    """``W_g`` of every unit: its columns of the weight."""
     return W[:, units].movedim(1, 0)  # [unit, out, feature]
 
 
 def _unit_blocks(H_inv: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
+    """``[H⁻¹]_gg`` of every unit: its block on the diagonal of the inverse."""
     return H_inv[units[:, :, None], units[:, None, :]]  # [unit, feature, feature]
 
 
@@ -77,10 +84,17 @@ BLOCK_SIZE = Integer(1) | OneOf(["dynamic"])
 
 
 def next_block(block_size: str | int, removed: int, count: int) -> int:
-    """Number of units to remove before the next update, at most what is still to be removed.
+    """Number of units to remove before the next update of the weights.
 
-    SlimGPT's dynamic group size starts large, "such as 1024", and ends at about 8; how it gets from
-    one to the other is not published, half of what is still to be removed is our choice.
+    SlimGPT's dynamic group size starts large, "such as 1024", and ends at about 8. How it shrinks
+    is not published; our choice is half of the units that are still to be removed.
+
+    Parameters
+    ----------
+    block_size : int or "dynamic"
+        A constant size, or the shrinking one.
+    removed, count : int
+        Units removed so far, and units to remove in all.
     """
     remaining = count - removed
     size = min(max(remaining // 2, 8), 1024) if block_size == "dynamic" else block_size
@@ -113,7 +127,7 @@ class Elimination:
 
     @property
     def relative_loss(self) -> float:
-        """Loss over `scale`; 0 where there was nothing to lose."""
+        """``loss / scale``; 0 if the outputs were zero from the start."""
         return self.loss / self.scale if self.scale else 0.0
 
 
@@ -160,9 +174,10 @@ def eliminate(
     block_size : int or "dynamic"
         Units per block: constant, or shrinking, see `next_block`.
     damping, damping_mode : float, {"feature", "mean"}
-        See `damped_inverse`; raised if the matrix is not definite.
+        See `damped_inverse`, which increases it until the matrix is positive definite.
     compensate : bool
-        Whether the remaining weights are updated. If not, units are still chosen as if they were.
+        Whether the result has updated weights. If not, the same units are removed, but the
+        remaining weights keep their values.
 
     Raises
     ------
@@ -199,35 +214,38 @@ def eliminate_levels(
         raise ValueError(f"counts are {[*counts]}; expected at least one, ascending")
     scale = quadratic_form(W, H)
 
-    # 1. Remove units whose inputs are always zero, then go on with the others' columns alone.
+    # 1. Remove dead units, whose inputs are always zero, and go on with the live units' columns.
     dead = torch.nonzero((H.diagonal() == 0)[units].all(1)).ravel()[: counts[-1]].tolist()
     order = list(dead)
-    live = torch.tensor(_without(dead, len(units)), device=units.device)  # [unit]
+    live = torch.tensor(_kept_units(dead, len(units)), device=units.device)  # [unit]
     columns = units[live].ravel()  # [unit · feature]
 
     # 2. Damp and invert H once.
     H_damped, H_inv = damped_inverse(H[columns][:, columns], damping, damping_mode)
 
-    # 3. Remove block after block; W_t and H_inv are those of the columns that remain.
-    W_t, remaining = W[:, columns], torch.arange(len(live), device=units.device)
+    # 3. Remove block after block. W_t and H_inv shrink: they hold the columns of the live units
+    #    that remain (indices into `live`), side by side.
+    W_t = W[:, columns]
+    remaining = torch.arange(len(live), device=units.device)
     results = []
     for count in counts:
         start = len(order)
         while len(order) < count:
-            blocks = unit_columns(len(remaining), units.shape[1], units.device)
-            saliencies = SALIENCIES[saliency](W_t, H_inv, blocks)  # [unit]
+            columns_t = unit_columns(len(remaining), units.shape[1], units.device)
+            saliencies = SALIENCIES[saliency](W_t, H_inv, columns_t)  # [unit]
             size = next_block(block_size, len(order) - start, count - start)
             lowest = saliencies.argsort(stable=True)[:size]
             order += live[remaining[lowest]].tolist()
-            W_t, H_inv = remove_columns(W_t, H_inv, blocks[lowest].ravel())
+            W_t, H_inv = remove_columns(W_t, H_inv, columns_t[lowest].ravel())
             remaining = remaining[_complement(lowest, len(remaining))]
 
         # 4. Refit from the original weights, so that rounding errors do not add up.
-        kept = _without(order[:count], len(units))
+        kept = _kept_units(order[:count], len(units))
         W_kept = W[:, units[kept].ravel()]
         if compensate and count > len(dead):
-            places = unit_columns(len(live), units.shape[1], units.device)[remaining].ravel()
-            W_kept = refit(W[:, columns], H_damped, places)  # [out, unit · feature]
+            live_columns = unit_columns(len(live), units.shape[1], units.device)
+            kept_columns = live_columns[remaining].ravel()
+            W_kept = refit(W[:, columns], H_damped, kept_columns)  # [out, unit · feature]
         if not torch.isfinite(W_kept).all():
             raise Indefinite("the updated weights are not finite")
         loss = reconstruction_loss(W, H, W_kept, units[kept].ravel())
@@ -255,9 +273,9 @@ def reconstruction_loss(
     W: torch.Tensor, H: torch.Tensor, W_kept: torch.Tensor, columns: torch.Tensor
 ) -> float:
     """``tr((W - W') H (W - W')ᵀ)``, where W' has `W_kept` in some columns and zeros elsewhere."""
-    difference = W.clone()
+    difference = W.clone()  # W - W'
     difference[:, columns] -= W_kept
-    return max(quadratic_form(difference, H), 0.0)
+    return max(quadratic_form(difference, H), 0.0)  # rounding may make it slightly negative
 
 
 def quadratic_form(W: torch.Tensor, H: torch.Tensor) -> float:
@@ -266,22 +284,24 @@ def quadratic_form(W: torch.Tensor, H: torch.Tensor) -> float:
 
 
 def unit_columns(n_units: int, n_features: int, device: torch.device) -> torch.Tensor:
-    """Columns of units that stand side by side ``[unit, feature]``."""
+    """Columns of units that lie side by side: 0, 1, 2, … as ``[unit, feature]``."""
     return torch.arange(n_units * n_features, device=device).reshape(n_units, n_features)
 
 
 def _complement(indices: torch.Tensor, total: int) -> torch.Tensor:
-    """Indices below `total` that are not among these, ascending."""
+    """Indices from 0 to `total` - 1 that are not in `indices`, ascending."""
     mask = torch.ones(total, dtype=torch.bool, device=indices.device)
     mask[indices] = False
     return mask.nonzero().ravel()
 
 
-def _without(removed: Sequence[int], total: int) -> list[int]:
+def _kept_units(removed: Sequence[int], total: int) -> list[int]:
+    """Units from 0 to `total` - 1 that were not removed, ascending."""
     return sorted(set(range(total)) - set(removed))
 
 
 def _require_shapes(W: torch.Tensor, H: torch.Tensor, units: torch.Tensor) -> None:
+    """Refuse arguments of `eliminate` whose shapes or dtypes do not fit together."""
     if W.ndim != 2 or not W.is_floating_point():
         raise invalid("W", W, "a matrix of floating-point numbers [out, in]")
     if H.shape != (W.shape[1],) * 2 or H.dtype != W.dtype:
@@ -294,7 +314,7 @@ def _require_shapes(W: torch.Tensor, H: torch.Tensor, units: torch.Tensor) -> No
 
 @safe_contextmanager
 def full_precision() -> Iterator[None]:
-    """float32 products in float32 while inside (CUDA's TF32 keeps ten bits of each factor)."""
+    """Compute float32 products without CUDA's TF32, which keeps ten bits of each factor."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

@@ -25,17 +25,19 @@ class Solver:
     Parameters
     ----------
     saliency : {"exact", "slimgpt", "diag"}
-        Estimate of the loss of removing one head (for channels they agree): exact, as in the paper,
-        or as in its ablation.
+        Estimate of the loss of removing one head: the exact one, SlimGPT's, or that of SlimGPT's
+        ablation. For channels, which are single columns, all three agree.
     block_size : int or "dynamic"
-        Channels removed between two updates (of heads it is one).
+        Channels removed between two updates of the weights. Heads are removed one at a time.
     damping, damping_mode : float, {"feature", "mean"}
-        Share of the diagonal that is added to the second moment, see `damped_inverse`. SparseGPT
-        and SlimGPT's code take 0.01 of its mean (``damping_mode="mean"``); that overfits a few
-        thousand calibration tokens, inside their domain and far more outside.
+        Share of its diagonal that is added to the second moment, see `damped_inverse`. SparseGPT
+        and SlimGPT's code take 0.01 of the diagonal's mean (``damping_mode="mean"``). With a few
+        thousand calibration tokens that overfits: to some degree on text of their domain, far more
+        on other text.
     bias : {"refit", "add", "keep"}
-        Whether the mean of the removed inputs goes into the projection's bias: where there is one,
-        in a new one where there is none, or not.
+        How the projection's bias compensates for the mean of the removed inputs: ``"refit"``
+        updates a bias that exists, ``"add"`` also adds one where there is none, ``"keep"`` changes
+        none.
     compensate : bool
         Whether weights and biases are updated at all.
     dtype : torch.dtype
@@ -65,7 +67,11 @@ class Solver:
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any], others: Iterable[str]) -> Solver:
-        """Settings from ``**options`` of a function, whose other arguments may have been meant."""
+        """Settings from a function's ``**options``.
+
+        The error for an unknown option suggests the nearest of the settings and of `others`, the
+        function's other arguments.
+        """
         known = [field.name for field in fields(cls)]
         for name in options:
             if name not in known:
@@ -77,27 +83,27 @@ class Solver:
         return {**asdict(self), "dtype": str(self.dtype).removeprefix("torch.")}
 
     def updates_bias(self, module: nn.Module) -> bool:
-        """Whether the mean of the removed inputs goes into a projection's bias."""
-        has_place = self.bias == "add" or (self.bias == "refit" and module.bias is not None)
-        return self.compensate and has_place
+        """Whether a projection's bias compensates for the mean of the removed inputs."""
+        has_bias = self.bias == "add" or (self.bias == "refit" and module.bias is not None)
+        return self.compensate and has_bias
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One projection whose inputs are to be pruned.
+    """One projection (o or down) whose inputs are to be pruned.
 
     Parameters
     ----------
     name : str
-        Of the projection.
+        Full name of the projection.
     layer, site : int, str
-        The layer, and the site whose units it reads.
+        Its layer, and the site whose units it reads.
     W : torch.Tensor
         Weight ``[out, in]``, in the solver's dtype.
     H : torch.Tensor
         Second moment of the input ``[in, in]``; the covariance if the bias is updated.
     mean : torch.Tensor
-        Of the input ``[in]``.
+        Mean of the input ``[in]``.
     units : torch.Tensor
         Columns of every unit ``[unit, feature]``.
     """
@@ -111,19 +117,22 @@ class Problem:
     units: torch.Tensor
 
     def columns(self, units: Sequence[int]) -> torch.Tensor:
-        """Columns of some units, unit by unit."""
+        """Columns of some units ``[unit · feature]``, unit by unit."""
         return self.units[units].ravel()
 
 
 def part_of(site: str) -> str:
-    """The half of a layer that a site is in."""
+    """``"attention"`` or ``"ffn"``: the part of a layer that a site prunes."""
     return "ffn" if site == "ffn" else "attention"
 
 
 def read_problem(
     anatomy: Anatomy, runner: LayerRunner, layer: int, site: str, solver: Solver
 ) -> Problem:
-    """Collect the second moment ``H`` of a projection's input over all windows.
+    """The weight of a site's projection, and the second moment ``H`` of its input over all windows.
+
+    If the bias is updated too, H is the covariance: the best bias makes up for all means, so that
+    ``min_b E‖W x - W' x - b‖² = tr((W - W') Cov(x) (W - W')ᵀ)``.
 
     Raises
     ------
@@ -132,6 +141,7 @@ def read_problem(
     """
     reader = anatomy.family.consumes[site]
     name, module = anatomy.name(layer, reader), anatomy.module(layer, reader)
+    # 1. Second moment of the projection's input.
     moments = Moments(solver.dtype)
     for X in runner.inputs(part_of(site)):  # [batch, token, in]
         moments.add(X)
@@ -146,6 +156,7 @@ def read_problem(
             "depend mostly on the damping; give more tokens",
             stacklevel=2,
         )
+    # 2. The weight, and the columns of every unit.
     W = module.weight.detach().to(H.dtype).movedim(weight_axis(module, "input"), 1)  # [out, in]
     units = torch.as_tensor(anatomy.unit_features(reader, layer), device=H.device)
     return Problem(name, layer, site, W, H, moments.mean, units)
@@ -157,16 +168,17 @@ def solve(problem: Problem, count: int, solver: Solver) -> Elimination:
 
 
 def solve_levels(problem: Problem, counts: Sequence[int], solver: Solver) -> list[Elimination]:
-    """`eliminate_levels` with a solver's settings; in float64 where float32 is not enough.
+    """`eliminate_levels` with a solver's settings; again in float64 if it fails in float32.
 
     Raises
     ------
     ValueError
-        If that is not enough either; the projection is named.
+        If it fails in float64 too; the projection is named.
     """
     block_size = solver.block_size if problem.site == "ffn" else 1
     settings = (solver.saliency, block_size, solver.damping, solver.damping_mode, solver.compensate)
     W, H, units = problem.W, problem.H, problem.units
+    # MPS has no float64.
     dtypes = [W.dtype] if W.device.type == "mps" else [W.dtype, torch.float64]
     for dtype in dict.fromkeys(dtypes):
         try:
@@ -182,7 +194,7 @@ def solve_levels(problem: Problem, counts: Sequence[int], solver: Solver) -> lis
 
 
 def bias_update(problem: Problem, elimination: Elimination) -> torch.Tensor:
-    """``W E[x] - W' E[x_kept]``: mean output that the removed units gave ``[out]``."""
+    """``W E[x] - W' E[x_kept]``: mean output that the updated weights lack ``[out]``."""
     columns = problem.columns(elimination.kept)
     return problem.W @ problem.mean - elimination.W @ problem.mean[columns]
 
@@ -194,7 +206,7 @@ def apply_elimination(
     elimination: Elimination,
     solver: Solver,
 ) -> None:
-    """Remove the units from the layer, in place, and from the inputs that its pass has kept."""
+    """Remove the units from the layer, in place, and from the inputs that `runner` has cached."""
     layer, site = problem.layer, problem.site
     module = anatomy.module(layer, anatomy.family.consumes[site])
     axis, columns = weight_axis(module, "input"), problem.columns(elimination.kept)
@@ -206,4 +218,5 @@ def apply_elimination(
     module.weight.index_copy_(axis, columns, elimination.W.movedim(1, axis).to(module.weight))
     # 2. Shrink it and the projections that produce the units.
     rebuild_layer(anatomy, site, layer, elimination.kept)
+    # 3. Shrink its cached inputs, from which the layer's pass continues.
     runner.keep_columns(part_of(site), columns.sort().values)
