@@ -50,7 +50,7 @@ def converted(name: str, entry: dict) -> Path:
         If the disk is full.
     """
     folder = cache_folder() / "models" / f"{name}-{entry['sha256'][:12]}"
-    if read_cached(folder, _unchanged) is not None:
+    if read_cached(folder, _unchanged, folder=True) is not None:
         return folder
     instead = f"load the hub model {entry['hub']!r} or a local folder instead"
     print(f"{name} is {entry['title']}: {entry['note']}. Licence: {entry['licence']}", flush=True)

@@ -51,7 +51,9 @@ def cache_key(*facts: object) -> str:
     return content_hash([json.dumps({"facts": as_json(facts)}, sort_keys=True)])
 
 
-def read_cached(path: str | os.PathLike, read: Callable[[Path], Result]) -> Result | None:
+def read_cached(
+    path: str | os.PathLike, read: Callable[[Path], Result], *, folder: bool = False
+) -> Result | None:
     """Return what an earlier call wrote; None if there is nothing yet or it is damaged.
 
     Parameters
@@ -61,6 +63,8 @@ def read_cached(path: str | os.PathLike, read: Callable[[Path], Result]) -> Resu
     read : callable
         Reads it; raises `DamagedFile` if it is ours and cannot be read (it is then set aside),
         another ValueError for anything else.
+    folder : bool
+        Whether the result is a folder, not a file.
 
     Raises
     ------
@@ -69,8 +73,7 @@ def read_cached(path: str | os.PathLike, read: Callable[[Path], Result]) -> Resu
     UnusablePath
         If the path cannot be written.
     """
-    path = undo_interrupted_write(to_path(path))
-    path = writable_folder(path) if path.is_dir() else writable_file(path)
+    path = undo_interrupted_write(writable_folder(path) if folder else writable_file(path))
     if not path.exists() or not path.stat().st_size:
         return None
     try:
