@@ -1,8 +1,9 @@
 """Search for the number of units to remove from every layer.
 
-After Týr-the-Pruner (arXiv 2503.09657), which finds a budget on a supernet by the divergence of its
-predictions from the dense model's, and builds the next supernet around it. There evolution tries
-6,400 budgets per round; here one backward pass estimates the cost of every layer's units.
+After Týr-the-Pruner (arXiv 2503.09657): a supernet holds every layer at several widths, the budget
+whose predictions diverge least from the dense model's is searched on it, and the next supernet is
+built around that budget. There, evolution tries 6,400 budgets per round; here, one backward pass
+estimates the cost of every layer's units, and a gradient descent follows it.
 """
 
 from __future__ import annotations
@@ -34,16 +35,16 @@ from .solver import Solver
 from .supernetwork import supernet
 from .trials import Trials
 
-#: Allocations that a search starts from: the better one; its first supernet is calibrated on the
-#: outputs of the first of them.
+#: Allocations that a search compares first, to start from the better one. The first supernet is
+#: calibrated on the outputs of the first of them.
 STARTS = ("uniform", "log-increase")
-#: How many budgets of every round are measured on all windows, beside those it starts from.
+#: Budgets that are measured on all windows in every round, beside the starts.
 MEASURED = 4
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How long and how finely to search; see `search_counts`."""
+    """Settings of the descent: its length, step size and levels; see `search_counts`."""
 
     levels: int
     validation_fraction: float
@@ -58,12 +59,12 @@ class Effort:
         return self.rounds * (self.steps + min(MEASURED, self.steps) + 1) + len(STARTS) - 1
 
     def step_size_at(self, round_: int, step: int) -> float:
-        """Half as much in every further round, and within a round down to 5 % by a cosine."""
+        """Step size of a step: halved in every round, and within it down to 5 % by a cosine."""
         cosine = (1 + math.cos(math.pi * step / self.steps)) / 2
         return self.step_size * (0.05 + 0.95 * cosine) / 2**round_
 
     def measures_after(self, step: int) -> bool:
-        """Whether the current budget is measured after a step: `MEASURED` times, evenly spread."""
+        """Whether to measure the budget after a step: `MEASURED` times a round, evenly spaced."""
         return (step + 1) * MEASURED // self.steps > step * MEASURED // self.steps
 
 
@@ -109,8 +110,8 @@ def search_counts(
     Every round, one pass over the calibration tokens computes updated weights at several levels for
     every layer's heads and channels (see `Supernet`), and `Descent` moves through budgets of one
     size, against the mean KL divergence of the next token's distribution from the dense model's.
-    Now and then the nearest budget of whole levels is measured on all held-out windows; the next
-    round is built around the best.
+    Four times per round the nearest budget of whole levels is measured on all held-out windows; the
+    next round is built around the best.
 
     Parameters
     ----------
@@ -123,18 +124,18 @@ def search_counts(
     sites, units, ratio_of, keep_layers, multiple_of
         As for `slimgpt`.
     levels : int
-        Steps between a whole FFN (or all heads) of a layer and the least of it.
+        Intervals between keeping all units of a layer's FFN (or attention) and the fewest possible.
     validation_fraction : float
         Share of the calibration windows, evenly spaced, on which budgets are compared. The
         supernet is not fitted to them, if any others are left.
     rounds : int
-        Supernets, each built around the budget that the one before gave.
+        Number of supernets, each built around the best budget of the one before.
     steps : int
         Backward passes per round, each over up to 512 tokens (a window, if that is longer).
     step_size : float
         Share of a layer's units that a step may move at first; half as much in every further round.
     seed : int
-        Of the samples.
+        Seed of the sampled windows and budgets.
     offload : {"device", "cpu", "disk"}
         Place of hidden states, levels and the dense predictions; see `Shards`.
     out_dir : str or path, optional
@@ -196,6 +197,7 @@ def search_counts(
 
 
 def _require_gradients(model: PreTrainedModel) -> None:
+    """Refuse a search where no gradients can be computed."""
     if is_offloaded(model):
         raise ValueError(
             "the model's weights are offloaded: a search sets all its layers many times; use "
@@ -207,13 +209,13 @@ def _require_gradients(model: PreTrainedModel) -> None:
 
 @dataclass(frozen=True)
 class _BudgetSearch:
-    """The search between its arguments and its result."""
+    """The rounds of a search, with the settings that they share."""
 
     model: PreTrainedModel
     windows: Sequence[torch.Tensor]  # tokens [window, token]
     layer_sites: Sequence[LayerSite]
-    divisors: Sequence[int]  # of the number of kept units, for each site
-    remove: float  # parameters
+    divisors: Sequence[int]  # a divisor of the number of kept units, for each site
+    remove: float  # parameters to remove
     solver: Solver
     effort: Effort
     offload: str
@@ -221,7 +223,7 @@ class _BudgetSearch:
     progress: bool
 
     def run(self, starts: Mapping[str, Sequence[int]]) -> pd.DataFrame:
-        """Search from some counts; gives the rows of all rounds."""
+        """Run all rounds, the first from `starts`; returns a row for every measured budget."""
         history: list[dict] = []
         with tqdm(
             total=self.effort.passes, desc="search", unit="pass", disable=not self.progress
@@ -235,9 +237,19 @@ class _BudgetSearch:
         return pd.DataFrame(history)
 
     def _round(
-        self, round_: int, starts: Mapping[str, Sequence[int]], done: Callable[[], object]
+        self, round_: int, starts: Mapping[str, Sequence[int]], advance: Callable[[], object]
     ) -> list[dict]:
-        """Build a supernet around some counts and descend; gives rows of the measured budgets."""
+        """Build a supernet around the starts and descend; returns rows of the measured budgets.
+
+        Parameters
+        ----------
+        round_ : int
+            Index of the round.
+        starts : mapping
+            Stage to the units to remove from each layer site; the descent begins at the best.
+        advance : callable
+            Called after every pass, for the progress bar.
+        """
         # 1. Budgets with levels at the counts of the starts.
         budgets = Budgets.around(
             starts.values(), self.layer_sites, self.divisors, self.effort.levels, self.remove
@@ -262,27 +274,27 @@ class _BudgetSearch:
             def measure(stage: str, budget: Budget) -> None:
                 row = measured(trials, budgets, budget)
                 rows.append({"round": round_, "stage": stage, **row})
-                done()
+                advance()
 
-            # 2. Begin with the better start.
+            # 2. Measure the starts and begin at the best.
             for stage, budget in begin.items():
                 measure(stage, budget)
             best = min(rows, key=lambda row: row["kl"])["stage"]
             descent = Descent(budgets, begin[best], [self.effort.seed, round_])
 
-            # 3. Descend along the slopes; measure the nearest budget now and then.
+            # 3. Descend along the slopes per parameter; now and then measure the nearest budget.
             for step in range(self.effort.steps):
                 window, below, sample = descent.sample(len(held_out))
                 slopes = trials.slopes(window, below, sample) / budgets.gaps(below)
                 descent.step(slopes, self.effort.step_size_at(round_, step))
-                done()
+                advance()
                 if self.effort.measures_after(step):
                     measure(f"step {step + 1}", budgets.nearest(descent.removed))
         return rows
 
 
 def measured(trials: Trials, budgets: Budgets, budget: Budget) -> dict:
-    """Divergence and size of one budget."""
+    """Measure one budget: its row of `SearchedCounts.history`, without round and stage."""
     removed = int(budgets.removed(budget).sum())
     return {
         "kl": trials.divergence(budget),
@@ -295,16 +307,21 @@ def measured(trials: Trials, budgets: Budgets, budget: Budget) -> dict:
 def split_windows(
     windows: Sequence[torch.Tensor], fraction: float
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Evenly spaced windows, in batches of up to 512 tokens, and the other windows."""
+    """Split windows into held-out ones, evenly spaced, and the others.
+
+    Held-out windows of one length are joined into batches of up to 512 tokens. If all are held out,
+    the others are all windows again.
+    """
     rows = [row for ids in windows for row in ids]
     count = max(round(len(rows) * fraction), 1)
-    places = np.linspace(0, len(rows) - 1, count).round().astype(int).tolist()
+    chosen = np.linspace(0, len(rows) - 1, count).round().astype(int).tolist()
     held_out = []
-    for length, same in itertools.groupby(sorted((rows[i] for i in places), key=len), len):
-        held_out += torch.stack(list(same)).split(max(1, 512 // length))
-    others = [rows[i][None] for i in sorted(set(range(len(rows))) - set(places))]
+    for length, group in itertools.groupby(sorted((rows[i] for i in chosen), key=len), len):
+        held_out += torch.stack(list(group)).split(max(1, 512 // length))  # [window, token]
+    others = [rows[i][None] for i in sorted(set(range(len(rows))) - set(chosen))]
     return held_out, others or list(windows)
 
 
 def _hash(windows: Sequence[torch.Tensor]) -> str:
+    """Hash of token windows."""
     return tokens_hash({"input_ids": ids} for ids in windows)

@@ -1,6 +1,7 @@
-"""Budgets of one size: how many units to remove from every layer site, in levels and in between.
+"""Budgets: how many units to remove from every layer site, so that one total size is reached.
 
-A budget is a level for every layer site; a site's levels are numbers of units to remove.
+A layer site has a few levels, numbers of units to remove; a budget picks one level for each site.
+Between levels, a budget is an array of parameters to remove ``[site]``, not always whole units.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ Budget = tuple[int, ...]  # a level of every layer site
 
 @dataclass(frozen=True)
 class Budgets:
-    """All budgets that remove enough, of which each level is one of a few.
+    """The levels of every layer site, and the size that a budget must reach.
 
     Parameters
     ----------
     layer_sites : sequence of LayerSite
         From `unscored_sites`.
     steps : sequence of int
-        For each site, the divisor of the number of kept units.
+        For each site, a number by which the number of kept units must be divisible.
     counts : list of list of int
         For each site, the units removed at every level: ascending, the first 0.
     target : float
@@ -46,11 +47,21 @@ class Budgets:
         levels: int,
         target: float,
     ) -> Budgets:
-        """Levels on a grid from all units to one step, and at the counts of some starts."""
+        """Make evenly spaced levels, and one at each count of the starts.
+
+        Parameters
+        ----------
+        starts : iterable of sequence of int
+            Units to remove from each site.
+        levels : int
+            Intervals between keeping all units of a site and keeping only one step of them.
+        """
         counts = []
-        for each, step, given in zip(layer_sites, steps, zip(*starts, strict=True), strict=True):
-            kept = [round(len(each) * i / levels / step) * step for i in range(levels + 1)]
-            counts.append(sorted({0, *given, *(len(each) - max(n, step) for n in kept)}))
+        by_site = zip(*starts, strict=True)  # [site][start]
+        for layer_site, step, at_starts in zip(layer_sites, steps, by_site, strict=True):
+            total = len(layer_site)
+            kept = [round(total * i / levels / step) * step for i in range(levels + 1)]
+            counts.append(sorted({0, *at_starts, *(total - max(n, step) for n in kept)}))
         return cls(layer_sites, steps, counts, target)
 
     @cached_property
@@ -88,11 +99,13 @@ class Budgets:
         return np.array([np.append(sizes, np.inf)[n + 1] - sizes[n] for sizes, n in pairs])
 
     def trimmed(self, budget: Budget) -> list[int]:
-        """Units removed from each site, less the FFN channels that are not needed for the target.
+        """Units to remove from each site, without the FFN channels beyond the target.
 
-        They are given back one step at a time, in all layers alike.
+        As long as the budget removes more than the target, one step of channels at a time is kept
+        instead, from layer to layer in turn.
         """
-        counts, spare = self.to_counts(budget), self.removed(budget).sum() - self.target
+        counts = self.to_counts(budget)
+        spare = self.removed(budget).sum() - self.target  # parameters beyond the target
         before = None
         while counts != before:
             before = list(counts)
@@ -103,48 +116,53 @@ class Budgets:
         return counts
 
     def projected(self, removed: np.ndarray) -> np.ndarray:
-        """The nearest parameters to remove that are in range and add up to the target.
+        """Project parameters to remove, ``r [site]``, on those in range that reach the target.
 
-        All sites move by the same share of themselves, found by bisection.
+        ``argmin_r' Σ_i (r'_i - r_i)² / s_i``, with *s* the sites' sizes, is
+        ``r'_i = clip(r_i + λ s_i, 0, largest_i)``. λ is found by bisection.
         """
         low, high = -(removed / self.sizes).max(), ((self.largest - removed) / self.sizes).max()
         for _ in range(60):
-            middle = (low + high) / 2
+            middle = (low + high) / 2  # λ
             total = np.clip(removed + middle * self.sizes, 0, self.largest).sum()
             low, high = (low, middle) if total >= self.target else (middle, high)
         return np.clip(removed + high * self.sizes, 0, self.largest)
 
     def levels_below(self, removed: np.ndarray) -> Budget:
-        """The last level of each site that removes less, but not the highest: one is above it."""
+        """For each site, the highest level below `removed` that has a next level."""
         pairs = zip(self.level_sizes, removed, strict=True)
         return tuple(max(int(np.searchsorted(sizes[:-1], size)) - 1, 0) for sizes, size in pairs)
 
     def sampled(self, removed: np.ndarray, below: Budget, uniform: np.ndarray) -> Budget:
-        """For every site the level below or the next, so that the mean number is `removed`.
+        """Round each site at random to the level below or the next; the mean is `removed`.
 
         Parameters
         ----------
         removed : numpy.ndarray
             Parameters to remove from each site ``[site]``.
         below : tuple of int
-            The levels below.
+            From `levels_below`.
         uniform : numpy.ndarray
-            Uniform in [0, 1) ``[site]``: the next level if below the share of the way to it.
+            Random numbers, uniform in [0, 1) ``[site]``.
         """
+        # Probability of the next level: how far `removed` is on the way to it.
         up = uniform < (removed - self.removed(below)) / self.gaps(below)
         return tuple(np.add(below, up).tolist())
 
     def nearest(self, removed: np.ndarray, bins: int = 10_000) -> Budget:
-        """The nearest budget that removes enough: least squared difference over a site's size.
+        """The nearest budget of whole levels that removes enough.
 
-        A knapsack, over sizes in shares of the target, rounded down. If the target is nearly all
-        there is, rounding may exclude all budgets: then it is one that removes too little.
+        Minimises ``Σ_i (removed by i's level - r_i)² / s_i`` with *s* the sites' sizes: a knapsack,
+        solved by dynamic programming. The target is divided into bins; levels are rounded down to
+        bins. If the target is nearly all that can be removed, rounding may exclude every budget:
+        then the result removes too little.
         """
-        # price[n]: least cost of removing n bins with the sites seen so far
-        need, unit = np.arange(bins + 1), max(self.target, 1) / bins
-        price = np.where(need > 0, np.inf, 0.0)
-        level_bins = [(sizes / unit).astype(int) for sizes in self.level_sizes]
-        choices = []
+        # 1. Sizes of all levels in bins.
+        need, bin_size = np.arange(bins + 1), max(self.target, 1) / bins
+        level_bins = [(sizes / bin_size).astype(int) for sizes in self.level_sizes]  # [site][level]
+        # 2. Site after site; price[n] is the least cost of removing n bins from the sites so far.
+        price = np.where(need > 0, np.inf, 0.0)  # [bin]
+        choices = []  # [site][bin]: the level that gives the least cost
         for i, sizes in enumerate(self.level_sizes):
             costs = (sizes - removed[i]) ** 2 / self.sizes[i]  # [level]
             totals = [
@@ -153,7 +171,7 @@ class Budgets:
             ]  # [level][bin]
             choices.append(np.argmin(totals, axis=0))
             price = np.min(totals, axis=0)
-        # read the choices back, from the last site to the first
+        # 3. Read the choices back, from the last site to the first.
         budget, remaining = [], bins
         for choice, n in zip(reversed(choices), reversed(level_bins), strict=True):
             budget.append(int(choice[remaining]))

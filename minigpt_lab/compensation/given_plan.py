@@ -31,7 +31,7 @@ def bias_compensated(
     plan : PruningPlan
         The units to remove.
     statistics : Statistics
-        For the mean of every feature.
+        Statistics of the calibration text; the mean of every feature is used.
 
     Raises
     ------
@@ -64,11 +64,14 @@ def weight_compensated(
 ) -> PreTrainedModel:
     """Copy a model with the kept o/down columns refitted: ``W' = W H[:, kept] (H[kept, kept])⁻¹``.
 
-    The least-squares optimum: the end of Optimal Brain Surgeon, which removes one column after
-    another, in any order, and updates all others. SparseGPT's update is weaker: it goes from left
-    to right once, and updates only the columns to the right of a removed one. For
-    ``masked(copy, plan)`` or ``shrink(copy, plan)``. All Hessians are of the dense model: inputs
-    are not those of a pruned prefix.
+    This is the least-squares optimum. Optimal Brain Surgeon, which removes one column after another
+    and updates all others, ends there too, in whatever order it removes them. SparseGPT's update is
+    weaker: it goes from left to right once, and updates only the columns to the right of a removed
+    one.
+
+    The removed columns are still there: apply the plan to the copy, by ``masked(copy, plan)`` or
+    ``shrink(copy, plan)``. All Hessians are of the dense model, so a layer is not fitted to the
+    outputs of pruned layers before it, as it is by `slimgpt`.
 
     Parameters
     ----------
@@ -79,7 +82,7 @@ def weight_compensated(
     hessians : Hessians
         Of the projections that read the units (o/down), of this model.
     damping : float
-        Share of the mean diagonal that is added to it.
+        Share of the mean of H's diagonal that is added to the diagonal.
 
     Raises
     ------
@@ -90,7 +93,7 @@ def weight_compensated(
     plan.require(model)
     updated = copy.deepcopy(model)
     for (name, side), mask in plan.kept_features(Anatomy(updated)).items():
-        if side == "output":
+        if side == "output":  # a projection that produces units: nothing to refit
             continue
         module = updated.get_submodule(name)
         axis, H = weight_axis(module, "input"), hessians.matrices.get(name)

@@ -106,7 +106,7 @@ def slimgpt(
     ratio : float, optional
         Share to remove; of what, says `ratio_of`.
     parameters : int, optional
-        Largest number of stored parameters, but for biases that ``bias="add"`` gives.
+        Largest number of stored parameters, not counting biases that ``bias="add"`` adds.
     counts : mapping, optional
         Site to the number of units to remove from every layer, e.g. from `search_counts`. Give
         exactly one of `ratio`, `parameters`, `counts`.
@@ -119,11 +119,11 @@ def slimgpt(
         is balanced by pruning more or fewer FFN channels of the layer. ``"search"`` calls
         `search_counts`, which takes longer.
     search : mapping, optional
-        Arguments of `search_counts` for that: ``levels, rounds, steps, …``.
+        Arguments of `search_counts` for ``allocation="search"``: ``levels, rounds, steps, …``.
     inplace : bool
-        Change the model itself: no second copy of its weights. Needed for one with offloaded
-        weights; only a layer at a time is then on the device. After an interruption it is half
-        pruned: load it anew to continue.
+        Change the model itself instead of a copy. Required if its weights are offloaded; then only
+        one layer at a time is on the device. An interrupted run leaves the model half pruned: load
+        it anew to continue.
     offload : {"device", "cpu", "disk"}
         Place of the hidden states; see `Shards`.
     out_dir : str or path, optional
@@ -150,7 +150,7 @@ def slimgpt(
         If the target cannot be met or an option is out of range, a hidden state is not finite (its
         layer is named), or `out_dir` holds a run with other arguments.
     """
-    # 1. What may be pruned, and by how much.
+    # 1. Options, and the layers and sites that may be pruned.
     settings = Solver.from_options(solver, inspect.signature(slimgpt).parameters)
     target = one_target(ratio=ratio, parameters=parameters, counts=counts)
     _require_allocation(allocation)
@@ -163,16 +163,16 @@ def slimgpt(
     totals = {site: anatomy.units(site) for site in sites}
     layer_sites = unscored_sites(anatomy, sites, keep_layers)
 
-    # 2. Continue a run in `out_dir` only if it is this one.
+    # 2. Continue a run in `out_dir` only if model, tokens and settings are the same.
     workspace = Workspace(offload, out_dir)
     workspace.require({"model": model_hash, "tokens": tokens_hash(batches), **settings.to_dict()})
 
     # 3. Units to remove from every layer: given, searched for, or spread by a rule.
     if searches:
         workspace.require({"search": {**target, "ratio_of": ratio_of, **(search or {})}})
-        spread = {"sites": sites, "units": units, "ratio_of": ratio_of, "multiple_of": multiple_of}
+        what = {"sites": sites, "units": units, "ratio_of": ratio_of, "multiple_of": multiple_of}
         where = {"offload": offload, "out_dir": out_dir, "progress": progress}
-        options = {**target, **spread, **where, **(search or {}), **solver}
+        options = {**target, **what, **where, **(search or {}), **solver}
         counts = search_counts(model, batches, keep_layers=keep_layers, **options)
     origin = {"method": "slimgpt", **settings.to_dict()}
     origin["keep_layers"] = [*check_keep_layers(keep_layers)]
@@ -192,6 +192,7 @@ def slimgpt(
     pruned = model if inplace else copy.deepcopy(model)
     _prune_layers(Anatomy(pruned), batches, counts, settings, workspace, progress)
 
+    # 5. The plan of what was kept.
     keep, origin["error"] = _kept_units(workspace.finished, totals)
     rows = model.get_input_embeddings().weight.shape[0]
     plan = PruningPlan(model_hash, totals, keep, vocabulary_size=rows, origin=origin)
@@ -202,11 +203,16 @@ def slimgpt(
 def _kept_units(
     finished: Sequence[Mapping[str, dict]], totals: Mapping[str, Sequence[int]]
 ) -> tuple[dict[str, list[list[int]]], dict[str, list[float]]]:
-    """Site to the kept units of every layer, and to its projection's relative error."""
+    """Kept units and relative errors ``[layer]`` of every site, from the results of the layers.
+
+    A site that was not pruned in a layer keeps all units, at no error.
+    """
     keep, error = {}, {}
     for site, layers in totals.items():
-        whole = [{"kept": [*range(n)], "error": 0.0} for n in layers]
-        results = [layer.get(site, all_) for layer, all_ in zip(finished, whole, strict=True)]
+        unpruned = [{"kept": [*range(n)], "error": 0.0} for n in layers]
+        results = [
+            layer.get(site, default) for layer, default in zip(finished, unpruned, strict=True)
+        ]
         keep[site] = [result["kept"] for result in results]
         error[site] = [result["error"] for result in results]
     return keep, error
@@ -223,11 +229,16 @@ def _prune_layers(
     """Prune all layers in place, each on the outputs of the pruned layers before it."""
     hidden, depth = workspace.hidden, len(anatomy.layers)
     with inference(anatomy.model), full_precision():
+        # 1. Inputs of the first layer, or of the first that an earlier run did not finish.
         calls = catch_inputs(anatomy.model, batches, hidden)
         workspace.restore_hidden()
+        # 2. Prune a layer, then run it over all windows: its outputs are the next layer's inputs.
         for layer in tqdm(range(depth), "SlimGPT", unit="layer", disable=not progress):
             module = anatomy.layers[layer]
-            with workspace.weights_of(module, layer), _out_of_memory(module, layer, solver.dtype):
+            with (
+                workspace.weights_of(module, layer),
+                _explained_out_of_memory(module, layer, solver.dtype),
+            ):
                 if layer < len(workspace.finished):
                     workspace.restore_layer(anatomy, layer)
                     continue
@@ -243,9 +254,21 @@ def _prune_layers(
 def _prune_layer(
     anatomy: Anatomy, runner: LayerRunner, layer: int, remove: Mapping[str, int], solver: Solver
 ) -> dict[str, dict]:
-    """Site to the kept units of a layer, and its projection's relative error."""
+    """Prune the sites of one layer, in place.
+
+    Parameters
+    ----------
+    remove : mapping
+        Site to the number of units to remove.
+
+    Returns
+    -------
+    dict
+        Site to ``{"kept", "error"}``: the kept units, and the relative error of the projection's
+        outputs.
+    """
     results = {}
-    for site in sorted(remove, key="ffn".__eq__):  # in the order of the data flow
+    for site in sorted(remove, key=lambda site: site == "ffn"):  # attention first, as data flows
         problem = read_problem(anatomy, runner, layer, site, solver)
         elimination = solve(problem, remove[site], solver)
         apply_elimination(anatomy, runner, problem, elimination, solver)
@@ -255,7 +278,7 @@ def _prune_layer(
 
 
 @contextlib.contextmanager
-def _out_of_memory(module: nn.Module, layer: int, dtype: torch.dtype) -> Iterator[None]:
+def _explained_out_of_memory(module: nn.Module, layer: int, dtype: torch.dtype) -> Iterator[None]:
     """Say how much memory a layer takes if the device has too little."""
     try:
         yield
@@ -263,7 +286,7 @@ def _out_of_memory(module: nn.Module, layer: int, dtype: torch.dtype) -> Iterato
         parameters = list(module.parameters())
         stored = sum(parameter.nbytes for parameter in parameters)
         width = max(max(parameter.shape) for parameter in parameters)
-        moment = width**2 * dtype.itemsize
+        moment = width**2 * dtype.itemsize  # of H; with its damped copy, factor and inverse: four
         raise torch.OutOfMemoryError(
             f"layer {layer} does not fit on {parameters[0].device}: its weights take "
             f"{stored / 2**30:.2g} GiB and its widest second moment up to {4 * moment / 2**30:.2g} "

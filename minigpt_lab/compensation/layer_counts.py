@@ -1,4 +1,4 @@
-"""Units to remove from every layer: of which layers, how many, and found by a search."""
+"""Numbers of units to remove from every layer: their layout, their checks, a search's result."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..planning import LayerSite, check_keep_layers, prunable_sites
 def unscored_sites(
     anatomy: Anatomy, sites: Sequence[str], keep_layers: tuple[int, int]
 ) -> list[LayerSite]:
-    """Sites of the layers that may be pruned, without scores."""
+    """A `LayerSite` for every site of every layer that may be pruned; their scores are zeros."""
     no_scores = {site: [np.zeros(n) for n in anatomy.units(site)] for site in sites}
     return prunable_sites(anatomy, no_scores, check_keep_layers(keep_layers))
 
@@ -24,10 +24,16 @@ def unscored_sites(
 def by_layer(
     layer_sites: Sequence[LayerSite], numbers: Sequence[int], totals: Mapping[str, Sequence[int]]
 ) -> dict[str, list[int]]:
-    """Site to a number for every layer, from one for each layer site; 0 elsewhere."""
+    """Regroup one number per layer site into site to one number per layer; 0 where there is none.
+
+    Parameters
+    ----------
+    totals : mapping
+        Site to the number of units in every layer.
+    """
     counts = {site: [0] * len(layers) for site, layers in totals.items()}
-    for each, number in zip(layer_sites, numbers, strict=True):
-        counts[each.site][each.layer] = number
+    for layer_site, number in zip(layer_sites, numbers, strict=True):
+        counts[layer_site.site][layer_site.layer] = number
     return counts
 
 
@@ -36,7 +42,7 @@ def require_counts(
     totals: Mapping[str, Sequence[int]],
     layer_sites: Sequence[LayerSite],
 ) -> dict[str, list[int]]:
-    """Counts as lists, if they are of all layers and at least one unit of each is kept.
+    """Return the counts as lists if they cover all layers and keep at least one unit of each.
 
     Raises
     ------
@@ -47,12 +53,12 @@ def require_counts(
     if shape != {site: len(layers) for site, layers in totals.items()}:
         depth = layer_sites[0].depth
         raise ValueError(f"counts has {shape}; expected {sorted(totals)} with {depth} layers each")
-    free = {(each.site, each.layer) for each in layer_sites}
+    prunable = {(each.site, each.layer) for each in layer_sites}
     for site, layers in counts.items():
         for layer, (count, total) in enumerate(zip(layers, totals[site], strict=True)):
             if count >= total:
                 why = "at least one must be kept"
-            elif count and (site, layer) not in free:
+            elif count and (site, layer) not in prunable:
                 why = "keep_layers keeps all of them"
             else:
                 continue
@@ -75,10 +81,10 @@ class SearchedCounts(Mapping):
     origin : dict
         Target and settings of the search, and the KL divergence of its starts and of the result.
     history : pandas.DataFrame
-        One row per budget that was measured: ``round``, ``stage`` (an allocation, "start",
-        "step 12"), ``kl``, ``removed`` (parameters), ``enough`` (of them), and ``counts``, units to
-        remove from each layer site once FFN channels beyond need, which are removed in the other
-        columns, are given back.
+        One row per measured budget: ``round``, ``stage`` (an allocation, "start", "step 12"),
+        ``kl``, ``removed`` (parameters), ``enough`` (whether these reach the target), and
+        ``counts`` (units to remove from each layer site). A budget may remove more FFN channels
+        than the target needs: ``kl`` and ``removed`` include these, ``counts`` does not.
     """
 
     counts: dict[str, list[int]]

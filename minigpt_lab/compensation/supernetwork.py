@@ -1,8 +1,8 @@
-"""A model whose every layer can be set to any of several pruned widths, in place and back.
+"""Supernet: a model in which every layer can be set to one of several pruned widths, in place.
 
 The supernet of Týr-the-Pruner (arXiv 2503.09657): one pass over the calibration tokens gives every
 layer's heads and channels updated weights at each of several levels. Removed units are zero columns
-of the projection that reads them: no shape changes, and a budget costs a few copies.
+of the projection that reads them. So shapes stay the same, and to set a budget takes a few copies.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class Level:
     Parameters
     ----------
     columns : torch.Tensor
-        Kept input features.
+        Kept input features ``[kept]``.
     bias_update : torch.Tensor or None
-        Added to the bias ``[out]``.
+        What is added to the bias ``[out]``.
     """
 
     columns: torch.Tensor
@@ -43,12 +43,14 @@ class Level:
 
 
 class Supernet:
-    """Projections of some layer sites, each at one of several levels. `supernet` makes one.
+    """The projections that read the layer sites' units, each set to one of several levels.
+
+    Made by `supernet`. Level 0 is the dense projection. Sites are numbered *i* as in `layer_sites`.
 
     Parameters
     ----------
     anatomy : Anatomy
-        Of the model that is set.
+        Of the model whose projections are set.
     layer_sites : sequence of LayerSite
         From `unscored_sites`.
     counts : sequence of sequence of int
@@ -75,15 +77,16 @@ class Supernet:
         for module in self.modules:
             if module.bias is None and solver.updates_bias(module):
                 add_bias(module)
+        # the model's own parameters: `set` puts others in their place
         self.dense = [(module.weight, module.bias) for module in self.modules]
         for parameter in self.parameters():
             parameter.requires_grad_(True)
-        self.current = [0] * len(layer_sites)
-        self.levels: list[list[Level]] = [[] for _ in layer_sites]
+        self.current = [0] * len(layer_sites)  # level of every site
+        self.levels: list[list[Level]] = [[] for _ in layer_sites]  # [site][level - 1]
         self.weights = Shards(offload)  # by site and level: [out, kept]
 
     def parameters(self) -> list[nn.Parameter]:
-        """Weights and biases of the projections, as they are set."""
+        """Weights and biases of the projections at their current levels."""
         pairs = [(module.weight, module.bias) for module in self.modules]
         return [each for pair in pairs for each in pair if each is not None]
 
@@ -95,7 +98,7 @@ class Supernet:
         windows : sequence of torch.Tensor
             Tokens ``[window, token]``.
         base : tuple of int
-            Level of every site while the layers behind it are calibrated.
+            Level at which every site is set while the layers after it are calibrated.
 
         Raises
         ------
@@ -107,8 +110,9 @@ class Supernet:
         last = max(each.layer for each in self.layer_sites)
         for layer in tqdm(range(last + 1), "supernet", unit="layer", disable=not progress):
             runner = LayerRunner(anatomy, layer, hidden, calls)
-            own = [i for i, each in enumerate(self.layer_sites) if each.layer == layer]
-            for i in sorted(own, key=lambda i: self.layer_sites[i].site == "ffn"):  # as data flows
+            in_layer = [i for i, each in enumerate(self.layer_sites) if each.layer == layer]
+            # attention first, as data flows
+            for i in sorted(in_layer, key=lambda i: self.layer_sites[i].site == "ffn"):
                 if len(self.counts[i]) > 1:
                     site = self.layer_sites[i].site
                     self._solve(i, read_problem(anatomy, runner, layer, site, self.solver))
@@ -145,7 +149,7 @@ class Supernet:
     def set(self, i: int, level: int) -> None:
         """Set site *i* of the model to a level."""
         module, (W, bias) = self.modules[i], self.dense[i]
-        # other Parameters, not other values: the model's own come back untouched
+        # new Parameters instead of new values, so that the model's own stay untouched
         if level:
             W = nn.Parameter(self.weight(i, level))
             bias = None if bias is None else nn.Parameter(self.bias(i, level))
@@ -193,6 +197,7 @@ class Supernet:
         return np.array(rises)
 
     def _key(self, i: int, level: int) -> int:
+        """Index of a site's level in `weights`."""
         return i * max(map(len, self.counts)) + level
 
 

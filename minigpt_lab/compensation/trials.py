@@ -14,22 +14,22 @@ from .supernetwork import Supernet
 
 
 class Trials:
-    """Divergence of pruned predictions from the dense ones, and its slopes.
+    """Measure budgets: the KL divergence from the dense predictions, and its slopes.
 
-    The supernet is filled only when something must be measured that the cache does not know.
+    The supernet is filled only when something must be measured that is not in the cache.
 
     Parameters
     ----------
     net : Supernet
-        Empty.
+        A supernet that is not filled yet.
     base, windows : tuple of int, sequence of torch.Tensor
         Arguments of `Supernet.fill`.
     held_out : sequence of torch.Tensor
         Tokens on which budgets are measured ``[window, token]``.
     cache : ResultCache
-        Known measurements.
+        Earlier measurements.
     facts : dict
-        All that measurements depend on, beside the budget.
+        Everything else than the budget that a measurement depends on; part of the cache's key.
     progress : bool
         Show a progress bar.
     """
@@ -55,10 +55,13 @@ class Trials:
         return self.cache.get([self.key, budget], lambda: self._divergence(budget))["kl"]
 
     def slopes(self, window: int, below: Budget, budget: Budget) -> np.ndarray:
-        """Rise of the divergence from level to level, judged by one window ``[site]``."""
+        """Rise of the divergence from each site's level in `below` to the next ``[site]``.
+
+        Estimated on one window, with the model set to `budget`; see `Supernet.slopes`.
+        """
         key = [self.key, budget, below, window]
-        found = self.cache.get(key, lambda: self._slopes(window, below, budget))
-        return np.array(found["rises"])
+        result = self.cache.get(key, lambda: self._slopes(window, below, budget))
+        return np.array(result["rises"])
 
     def _divergence(self, budget: Budget) -> dict[str, float]:
         self._set(budget)
@@ -68,7 +71,7 @@ class Trials:
 
     def _slopes(self, window: int, below: Budget, budget: Budget) -> dict[str, list[float]]:
         self._set(budget)
-        # divided only afterwards: small slopes would be lost in float16
+        # divided by the tokens only afterwards: in float16 small gradients would become 0
         rises = self.net.slopes(lambda: self._loss(window), below)
         _require_finite(rises)
         return {"rises": (rises * len(self.held_out) / self.n_tokens).tolist()}
@@ -76,7 +79,9 @@ class Trials:
     def _set(self, budget: Budget) -> None:
         """Set the model to a budget; before the first one, fill the supernet."""
         if self.dense is None:
+            # 1. Compute all levels.
             self.net.fill(*self.fill_with)
+            # 2. Keep the dense model's predictions (level 0 everywhere).
             self.net.set_all((0,) * len(budget))
             self.dense = Shards(self.net.offload)
             for window in range(len(self.held_out)):
@@ -85,7 +90,7 @@ class Trials:
                     raise ValueError(
                         "the model's own predictions are not finite: check its weights"
                     )
-                # float16 is the finer the more likely a token is, and so the more it counts
+                # float16 is finest near log p = 0: at likely tokens, which weigh most
                 self.dense[window] = predictions.half()
         self.net.set_all(budget)
 
@@ -96,12 +101,14 @@ class Trials:
         return functional.kl_div(predictions, dense, reduction="sum", log_target=True)
 
     def _predictions(self, window: int) -> torch.Tensor:
+        """Log-probabilities of the next token ``[window, token, vocabulary]``."""
         model = self.net.anatomy.model
         ids = self.held_out[window].to(model.device)
         return model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
 
 
 def _require_finite(values: float | np.ndarray) -> None:
+    """Refuse measurements that are not finite."""
     if not np.isfinite(values).all():
         raise ValueError(
             "the pruned model's predictions are not finite: search in float32 or bfloat16"

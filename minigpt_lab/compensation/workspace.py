@@ -1,4 +1,4 @@
-"""Where a layer-by-layer run keeps what does not fit on the device, and what it has finished."""
+"""Storage of a layer-by-layer run: hidden states, offloaded weights, finished layers."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from ..store import (
 )
 
 STATE = "state.json"
-_KIND = "finished"  # layers, of the files beside it
+_KIND = "finished"  # written into the tensor files of a run, to tell them from others
 
-#: How runs differ in facts that are not named as an argument.
+#: Words for facts in which two runs differ, where these are not named as an argument.
 _DIFFERENCES = {
     "model": "another model",
     "tokens": "other calibration tokens",
@@ -51,7 +51,7 @@ class Workspace:
     Attributes
     ----------
     finished : list of dict
-        Of every finished layer, site to ``{"kept", "error"}``.
+        For every finished layer, site to ``{"kept", "error"}``.
 
     Raises
     ------
@@ -72,18 +72,22 @@ class Workspace:
             self._read_layers()
 
     def _read_layers(self) -> None:
-        """Read the run in the folder, if all of its files are there and readable."""
+        """Read the run in the folder; forget it if one of its files is missing or damaged."""
+        # 1. The files that belong to the run, by its state file.
         progress = self.state.progress or {}
         layers = progress.get("layers", [])
         weights = [self._weights(layer) for layer, sites in enumerate(layers) if sites]
         hidden = self._hidden(len(layers))
+        # 2. Refuse a folder that has files of the same names from something else.
         for path in {*_tensor_files(self.folder)} - {*weights, hidden}:
             if not holds_kind(path, _KIND):
                 raise FileExistsError(
                     f"{path} exists and is of no run; it is left alone: choose another folder"
                 )
+        # 3. Read them all; hidden states are missing on purpose once the last layer is finished.
         needed = weights + [hidden] * progress.get("hidden", hidden.exists())
-        if [path for path in needed if read_cached(path, _read) is None]:
+        unreadable = [path for path in needed if read_cached(path, _read) is None]
+        if unreadable:
             self.state.forget()
         else:
             self.finished = layers
@@ -93,7 +97,7 @@ class Workspace:
         self.state.require(facts)
 
     def weights_of(self, layer: nn.Module, index: int) -> AbstractContextManager:
-        """A layer with all its weights on its device while inside; see `materialized`."""
+        """Context in which all weights of a layer are on its device; see `materialized`."""
         return materialized(layer, self.folder and self.folder / f"offloaded-{index}")
 
     def restore_hidden(self) -> None:
@@ -104,7 +108,7 @@ class Workspace:
                 self.hidden[int(window)] = states.to(self.hidden[int(window)].device)
 
     def restore_layer(self, anatomy: Anatomy, layer: int) -> dict[str, dict]:
-        """Prune a finished layer of the dense model again; returns its entry of `finished`."""
+        """Load a finished layer into the dense model; returns its entry of `finished`."""
         sites = self.finished[layer]
         tensors = _read(self._weights(layer)) if sites else {}
         for site, result in sites.items():
@@ -117,7 +121,7 @@ class Workspace:
         return sites
 
     def finish_layer(self, anatomy: Anatomy, sites: Mapping[str, dict]) -> None:
-        """Keep the next finished layer, and the hidden states behind it.
+        """Record the next finished layer; write its weights and the next layer's inputs.
 
         Raises
         ------
@@ -135,9 +139,10 @@ class Workspace:
                 f"layer {layer} could not be written to {self.folder} ({error}); the layers "
                 "before it are kept: make room and call again with the same arguments"
             ) from error
-        self._hidden(layer).unlink(missing_ok=True)
+        self._hidden(layer).unlink(missing_ok=True)  # inputs of the finished layer: done with
 
     def _write_layer(self, anatomy: Anatomy, layer: int) -> None:
+        """Write a layer's pruned projections, the next layer's inputs, and last the state file."""
         modules = {
             site: anatomy.module(layer, anatomy.family.consumes[site])
             for site in self.finished[layer]
@@ -149,17 +154,19 @@ class Workspace:
         }
         if tensors:
             write_tensors(self._weights(layer), _KIND, {}, tensors)
-        goes_on = layer + 1 < len(anatomy.layers)
-        if goes_on:
+        has_next = layer + 1 < len(anatomy.layers)
+        if has_next:
             states = {str(window): self.hidden[window] for window in self.hidden}
             write_tensors(self._hidden(layer + 1), _KIND, {}, states)
-        self.state.write(layers=self.finished, hidden=goes_on)
+        self.state.write(layers=self.finished, hidden=has_next)
 
     def _weights(self, layer: int) -> Path:
+        """File of a finished layer's weights."""
         return self.folder / f"layer-{layer}.safetensors"
 
-    def _hidden(self, depth: int) -> Path:
-        return self.folder / f"hidden-{depth}.safetensors"
+    def _hidden(self, layer: int) -> Path:
+        """File of a layer's inputs."""
+        return self.folder / f"hidden-{layer}.safetensors"
 
 
 def _read(path: Path) -> dict[str, torch.Tensor]:
@@ -167,7 +174,7 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
 
 
 def discard(folder: str | os.PathLike) -> None:
-    """Remove what `slimgpt` keeps in a folder of its own, and the folder if that was all."""
+    """Remove the files that `slimgpt` wrote into a folder, and the folder if it is then empty."""
     folder = Path(folder)
     tensors = [path for path in _tensor_files(folder) if holds_kind(path, _KIND)]
     for path in (folder / STATE, folder / "search.jsonl", *tensors):
