@@ -15,7 +15,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..checks import Batches, Flag, Model, Number, OneOf, checked
+from ..checks import Batches, Flag, Instance, Model, Number, OneOf, checked, invalid
 from ..domains import unpadded
 from ..models import fingerprint, inference, require_weights
 from .forward import run_decoder
@@ -111,6 +111,7 @@ class Indefinite(ValueError):
     """A matrix that cannot be inverted in the precision at hand."""
 
 
+@checked(H=Instance(torch.Tensor), damping=Number(0), damping_mode=OneOf(DAMPING_MODES))
 def damped_inverse(
     H: torch.Tensor, damping: float, damping_mode: str = "mean"
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -141,8 +142,8 @@ def damped_inverse(
         If H is not finite, an option is out of range, or no damping up to the whole diagonal is
         enough.
     """
-    damping = Number(0)("damping", damping)
-    damping_mode = OneOf(DAMPING_MODES)("damping_mode", damping_mode)
+    if H.ndim != 2 or H.shape[0] != H.shape[1] or not H.is_floating_point():
+        raise invalid("H", H, "a square matrix of floating-point numbers")
     if not torch.isfinite(H).all():
         raise ValueError("the second moment has NaN or infinite values")
     damped = (H + H.mT).div_(2)

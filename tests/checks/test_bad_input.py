@@ -138,6 +138,7 @@ def calls(t: dict) -> dict[str, dict]:
             **pair, "domains": domains, "ratio": 0.3, "samples": 1, "calibration_tokens": 64,
             "seq_len": 32, "sites": ("ffn",), "out_dir": None,
         },
+        "damped_inverse": {"H": torch.eye(4), "damping": 0.1, "damping_mode": "mean"},
         "efficiency": {**pair, "dense": None, "seq_len": 16, "new_tokens": 2, "batch_size": 1,
                        "repeats": 1},
         "eliminate": {

@@ -239,9 +239,9 @@ def test_paths_are_those_of_whoever_calls(tmp_path, monkeypatch, handed):
     expected = {"domain_name": "notes.txt", "other_domain_name": "texts", "model_name": "model"}
     assert {k: handed[k] for k in given} == {k: str(home / v) for k, v in expected.items()}
     assert handed["output"].startswith(str(home / "run"))
-    texts = {"domains": ["texts", "law", "./law"]}
+    texts = {"domain_names": ["texts", "law", "./law"]}
     experiments.run_notebook("06", texts, "run", smoke=True)  # "law" is the kit's, "./law" is mine
-    assert handed["domains"] == [str(home / "texts"), "law", str(home / "law")]
+    assert handed["domain_names"] == [str(home / "texts"), "law", str(home / "law")]
     experiments.run_notebook("04", {"allocation": "uniform"}, "run", smoke=True)
     assert handed["allocation"] == "uniform"  # no path, though there is such a file
     (tmp_path / "grid").mkdir()
