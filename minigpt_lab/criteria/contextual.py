@@ -10,9 +10,9 @@ from .units import known_statistics, unit_scores
 def contextual_scores(model, batches=None, statistics=None, *, sites):
     """Mean absolute activation ``m_j = (1/N) Σ_t |a_tj|``, averaged over a unit's features.
 
-    *a* is the input of the projection that reads the units. For FFN channels this is the activation
-    statistic of Mini-GPTs (arXiv 2312.12682, §3); for attention it is the mean over the features of
-    a head or group, which the paper does not define.
+    *a* is the input of the projection that reads the units (o/down), *t* a token. For FFN channels
+    this is the activation statistic of Mini-GPTs (arXiv 2312.12682, §3). For attention, which the
+    paper does not define, it is averaged over the features of a head or group.
 
     Raises
     ------

@@ -24,24 +24,29 @@ def fluctuation_scores(
 ):
     """FLAP's metric (arXiv 2312.11983) of the features that o and down read, summed over a unit.
 
-    ``IFV``: ``Var(X_j)``. ``WIFV``: ``Var(X_j) · Σ_i W_ij²``. ``WIFN``: ``mean_i |W_ij| · ‖X_j‖₂``.
+    For feature *j*::
+
+        IFV   Var(X_j)
+        WIFV  Var(X_j) · Σ_i W_ij²
+        WIFN  mean_i |W_ij| · ‖X_j‖₂
+
     Features that hardly vary can be replaced by their mean (see `bias_compensated`).
 
-    The variance is the exact one over all tokens, divided by their number; the released code
-    streams it over samples, of which the first is a mere start, and divides by theirs.
+    The variance here is exact: over all tokens, divided by their number. The released code updates
+    it sample by sample, starting from the first, and divides by the number of samples.
 
     Parameters
     ----------
     metric : {"IFV", "WIFV", "WIFN"}
-        Which of the three.
+        The metric.
     standardise : bool
         Standardise the features' metric in every layer, ``(S - mean) / std`` (std with n - 1, as in
-        the released code), so that layers and sites can be compared, as the paper's adaptive
-        structure does (the allocation ``"global-as-scored"``); a unit's score is then the mean of
-        its features', as there.
+        the released code), so that layers and sites can be compared. The paper's adaptive structure
+        does so, with the allocation ``"global-as-scored"``. As there, a unit's score is then the
+        mean over its features instead of the sum.
     square_attention : bool
-        Square the metric of attention before it is standardised, as the released code does. Has no
-        effect otherwise.
+        Square the metric of attention before it is standardised, as the released code does. No
+        effect without `standardise`.
 
     Raises
     ------
@@ -61,8 +66,8 @@ def fluctuation_scores(
             return S
         if square_attention and linear.name in attention:
             S = S.square()
-        spread = float(S.std()) if len(S) > 1 else 0.0
-        return (S - S.mean()) / (spread or 1.0)
+        std = float(S.std()) if len(S) > 1 else 0.0
+        return (S - S.mean()) / (std or 1.0)  # [input]
 
     return unit_scores(model, sites, fluctuation, scope="consumer", average=standardise)
 

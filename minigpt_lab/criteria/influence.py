@@ -21,9 +21,9 @@ def block_influence(
 ) -> pd.DataFrame:
     """``BI_l = 1 - mean_t cos(h_l, h_l+1)`` of every decoder layer (ShortGPT, arXiv 2403.03853).
 
-    *h_l* and *h_l+1* are the hidden states before and after layer *l*, the last one before the
-    final norm. Plans prune inside layers, so this is no criterion of `score`: it tells which layers
-    to keep whole, or to prune most.
+    *h_l* and *h_l+1* are the hidden states before and after layer *l*; those after the last layer
+    are taken before the final norm. Plans prune inside layers, so this is no criterion of `score`:
+    it shows which layers to keep whole (`keep_layers`), or to prune most.
 
     Parameters
     ----------
@@ -46,6 +46,7 @@ def block_influence(
     cosines, n_tokens = dict.fromkeys(layers, 0.0), 0
 
     def add(layer: str, before: torch.Tensor, after: torch.Tensor) -> None:
+        """Add the tokens' cosines of hidden states ``[batch, token, feature]``."""
         cosine = functional.cosine_similarity(before.float(), after.float(), dim=-1)
         if not torch.isfinite(cosine).all():
             raise ValueError(f"layer {layer} reads or writes NaN or infinite values")

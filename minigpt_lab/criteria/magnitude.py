@@ -21,17 +21,18 @@ def magnitude_scores(
 ):
     """``Σ |W_ij|^p`` over each channel's weights, reduced over the structures of a unit.
 
-    ``coupled`` is the magnitude of LLM-Pruner's released code (arXiv 2305.11627; no p-th root,
-    heads are the sum of their channels); ``consumer`` the Mag-sp of FLAP's (arXiv 2312.11983):
-    ``Σ_j ‖W_:,j‖_p`` over the unit's columns of the projection that reads it. Biases are left out.
+    With ``scope="coupled"`` this is the magnitude of LLM-Pruner's released code (arXiv 2305.11627):
+    no p-th root is taken, and a head is the sum of its channels. With ``scope="consumer"`` it is
+    the Mag-sp of FLAP's released code (arXiv 2312.11983): ``Σ_j ‖W_:,j‖_p`` over the unit's columns
+    *j* of the projection that reads it. Biases are left out.
 
     Parameters
     ----------
     norm : {"l1", "l2"}
         p = 1 or 2.
     reduce : {"sum", "mean", "max", "prod", "last"}
-        How the structures' scores become one; LLM-Pruner's magnitude takes the mean. Channel by
-        channel, as for `taylor`.
+        Reduction over the structures, channel by channel as for `taylor`; LLM-Pruner's magnitude
+        takes the mean.
     scope : {"coupled", "consumer"}
         All weights of a unit, or the o/down columns only.
 
@@ -43,7 +44,7 @@ def magnitude_scores(
 
     def powers(linear):
         W = linear.W  # [output, input]
-        total = linear.per_feature(W.abs() if norm == "l1" else W.square())
+        total = linear.per_feature(W.abs() if norm == "l1" else W.square())  # [feature]
         return total.sqrt() if norm == "l2" and scope == "consumer" else total
 
     return unit_scores(model, sites, powers, scope=scope, reduce=reduce, by_channel=True)

@@ -59,9 +59,9 @@ class Scores:
     model_hash : str
         `fingerprint` of the model that was scored.
     options : dict
-        Arguments that the criterion was given.
+        Options that the criterion was given.
     domain, content_hash : str
-        Name and SHA-256 of the text it looked at; empty without data.
+        Name and SHA-256 of the calibration text; empty for criteria without data.
     n_tokens : int
         Tokens of that text, padding excluded.
     """
@@ -93,19 +93,19 @@ class Scores:
         return pd.concat(parts, ignore_index=True)
 
     def highest_pruned(self, keep: dict[str, list[list[int]]], site: str = "ffn") -> float:
-        """Highest score of the pruned units: under one global threshold, that threshold ε."""
+        """Highest score of a pruned unit of a site; with one global threshold, the threshold ε."""
         layers = zip(self.values[site], keep[site], strict=True)
         pruned = np.concatenate([np.delete(values, units) for values, units in layers])
         return float(pruned.max()) if len(pruned) else 0.0
 
     def require(self, model: PreTrainedModel) -> dict[str, list[np.ndarray]]:
-        """The values, if they are of this model: one finite number for each of its units.
+        """Return the values after checking that they belong to this model.
 
         Raises
         ------
         ValueError
-            If the model's weights are not those that were scored, or a value is missing or no
-            number.
+            If the model's weights are not those that were scored, or not every unit has a finite
+            score.
         """
         require_weights(model, self.model_hash, f"these {self.criterion} scores")
         ListOf(OneOf(ALL_SITES), 1)("the scores' sites", [*self.values])
@@ -128,8 +128,8 @@ class Scores:
             for layer, values in enumerate(layers)
         }
         header = {key: value for key, value in vars(self).items() if key != "values"}
-        layers = {site: len(found) for site, found in self.values.items()}
-        return write_tensors(path, "scores", {**header, "layers": layers}, tensors)
+        depths = {site: len(layers) for site, layers in self.values.items()}
+        return write_tensors(path, "scores", {**header, "layers": depths}, tensors)
 
     @classmethod
     @checked(path=Location())
@@ -154,7 +154,7 @@ class Scores:
 
 #: Criteria by name; see `criterion` for their signature.
 CRITERIA: dict[str, Callable[..., dict[str, list[np.ndarray]]]] = {}
-_PARAMETERS = ("model", "batches", "statistics", "sites")  # of a criterion, beside its options
+_PARAMETERS = ("model", "batches", "statistics", "sites")  # what a criterion takes beside options
 
 
 def criterion(name: str) -> Callable:
@@ -167,7 +167,7 @@ def criterion(name: str) -> Callable:
     Parameters
     ----------
     name : str
-        Its name for `score`.
+        Name by which `score` finds it.
     """
     name = Text()("name", name)
 
@@ -209,15 +209,15 @@ def score(
     statistics : Statistics, optional
         Saved statistics of this model to use instead of a pass over `batches`.
     sites : tuple of str
-        Which of ``"ffn"`` and ``"attention"`` to score.
+        Sites to score: ``"ffn"``, ``"attention"``, or both.
     units : {"kv_group", "balanced_heads"}
         Units of attention: whole key/value groups (heads, where every head has its own), or one
         query head of every group, keys and values being kept. Scores and plans then name the site
         ``"balanced_heads"`` instead of ``"attention"``.
     cache : bool or path
-        A folder to keep the scores in, found again by a hash of the model's weights, the tokens,
-        the criterion (its code too), the sites and the options; True for the kit's cache folder.
-        A damaged file is set aside; a full disk only warns.
+        Folder in which scores are cached, or True for the kit's own. Cached scores are used again
+        if the model's weights, the tokens, the criterion (its code too), the sites and the options
+        are the same. A damaged file is set aside; a full disk only warns.
     **options
         The criterion's own options.
 
@@ -296,13 +296,15 @@ def _text_facts(batches: Iterable[dict] | None, statistics: Statistics | None) -
 def _cache_file(
     cache, name: str, sites: tuple[str, ...], facts: dict, options: dict
 ) -> Path | None:
-    """The file of these scores in a folder of scores; None if they are not to be kept."""
+    """Path of these scores in the cache; None if they are not to be cached."""
     if cache is False:
         return None
     try:
         code = inspect.getsource(CRITERIA[name])
         json.dumps(options)
-    except (OSError, TypeError):  # typed at a prompt, or no plain data: it may not be the same
+    except (OSError, TypeError):
+        # The code was typed at a prompt, or an option is no plain data: two runs whose hashes agree
+        # could differ.
         return None
     folder = cache_folder() / "scores" if cache is True else writable_folder(cache)
     key = cache_key(name, code, sites, facts)
@@ -310,7 +312,7 @@ def _cache_file(
 
 
 def _run(name: str, model, batches, statistics, sites, options) -> object:
-    """Run a criterion; its errors name it."""
+    """Call a criterion; name it in the error if it fails."""
     try:
         return CRITERIA[name](model, batches, statistics, sites=sites, **options)
     except (MemoryError, torch.OutOfMemoryError):
@@ -325,15 +327,17 @@ def _run(name: str, model, batches, statistics, sites, options) -> object:
 
 
 def _as_arrays(name: str, model: PreTrainedModel, sites: Sequence[str], values: Any) -> dict:
-    """A criterion's values as arrays, checked: one finite number for every unit of the sites."""
-    lists = isinstance(values, Mapping) and all(map(np.iterable, values.values()))
-    if not lists or {*values} != {*sites}:
+    """Convert a criterion's values to arrays ``[unit]``; every unit must have a finite score."""
+    # 1. One entry per site, each a list of layers.
+    are_lists = isinstance(values, Mapping) and all(map(np.iterable, values.values()))
+    if not are_lists or {*values} != {*sites}:
         given = [*values] if isinstance(values, Mapping) else values
         raise ValueError(
             f"the {name} criterion gives {given!r}; expected one array per layer for each of "
             f"{[*sites]}"
         )
     arrays = {site: [_as_array(name, site, layer) for layer in values[site]] for site in sites}
+    # 2. As many layers and units as the model has, and finite scores.
     anatomy = Anatomy(model)
     for site, layers in arrays.items():
         totals = anatomy.units(site)
@@ -353,7 +357,7 @@ def _as_arrays(name: str, model: PreTrainedModel, sites: Sequence[str], values: 
 
 
 def _as_array(name: str, site: str, values: object) -> np.ndarray:
-    """Scores of one layer in float64: a tensor, an array or a list of numbers or tensors."""
+    """Convert one layer's scores (tensor, array, or list of numbers or tensors) to float64."""
     try:
         if isinstance(values, torch.Tensor):
             return values.detach().cpu().double().numpy()

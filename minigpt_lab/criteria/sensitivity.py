@@ -38,28 +38,29 @@ def sensitivity_scores(
     seed: int = 0,
     gradient_checkpointing: bool = False,
 ):
-    """``Σ |W_ij| · ‖X_j‖₂ · |g_ij|`` over each structure of a unit, and of these the maximum.
+    """``Σ |W_ij| · ‖X_j‖₂ · |g_ij|`` over each structure of a unit; the maximum of these.
 
     The feature map sensitivity of MINI-LLM (arXiv 2407.11681, §3). The paper estimates *g* without
-    backpropagation, from random perturbations of the weights (SPSA). Its equations are not in the
-    source at hand, which has the text alone: the norm on *X*, the sum over a structure's weights
-    before the maximum, ε (10⁻³ is MeZO's) and whether its ten samples share one direction are
-    choices made here. With a single direction |g| is |c|·|z|, so that the score is Wanda's with
-    noise: hence directions of each window's own, and `n_directions`. See `gradient_cosine`.
+    backpropagation, from random perturbations *z* of the weights (SPSA): ``g = c z`` with a number
+    *c*.
+
+    The version of the paper at hand has its text, but not its equations. Choices made here: the
+    norm of *X*, the sum over a structure's weights before the maximum, ε (10⁻³ is MeZO's), and that
+    every window has directions of its own. If all windows shared a single direction, |g| would be
+    |c|·|z|, and the score Wanda's times noise. See `gradient_cosine`.
 
     Parameters
     ----------
     gradient : {"zeroth-order", "backprop", "none"}
-        Where g comes from; with ``"none"`` the factor is left out: Wanda's score in coupled
-        structures.
+        Source of g. ``"none"`` leaves the factor out: Wanda's score of coupled structures.
     reduce : {"max", "sum", "mean", "prod", "last"}
-        How the structures' scores become one.
+        Reduction over the structures of a unit.
     scope : {"coupled", "consumer"}
         All weights of a unit, or the o/down columns only.
     eps, n_directions, per_sample, seed
-        Of the zeroth-order estimate, see `spsa.estimate_gradients`.
+        Options of the zeroth-order estimate, see `spsa.estimate_gradients`.
     gradient_checkpointing : bool
-        Of backpropagation: trade time for memory.
+        For ``"backprop"``: trade time for memory.
 
     Raises
     ------

@@ -25,16 +25,16 @@ def sparsegpt_scores(
     """``Σ W_ij² / [H⁻¹]_jj`` over a unit's weights, with ``H = X Xᵀ / N`` of the layer's inputs.
 
     SparseGPT's criterion (arXiv 2301.00774) summed over units, as MINI-LLM (arXiv 2407.11681) does
-    for its baseline. Here H⁻¹ is that of all columns; SparseGPT's code goes from left to right and
-    takes the one of those that are still to come. Whether MINI-LLM's baseline updates the remaining
-    weights is not in the source at hand; `weight_compensated` is an update that goes with these
-    scores. Features that are always zero cost nothing to remove.
+    for its baseline. Here H contains all columns; SparseGPT's code goes from left to right and
+    inverts the H of those columns that it has not reached yet. Whether MINI-LLM's baseline
+    updates the remaining weights is not known here; `weight_compensated` is an update that suits
+    these scores. Features that are always zero cost nothing to remove.
 
     Parameters
     ----------
     scope : {"consumer", "coupled"}
-        The o/down columns only, whose saliency is the error of the layer's outputs without the
-        unit; or all weights of a unit.
+        The o/down columns only, so that a score estimates the error of the layer's outputs without
+        the unit; or all weights of a unit.
     damping : float
         Share of the mean diagonal of H that is added to it (SparseGPT's 0.01).
     layers_per_pass : int, optional

@@ -1,4 +1,4 @@
-"""Change of the loss without a unit, by its Taylor expansion (LLM-Pruner)."""
+"""Taylor expansion of the loss without a unit (LLM-Pruner)."""
 
 from __future__ import annotations
 
@@ -28,22 +28,28 @@ def taylor_scores(
 ):
     """Terms of ``L(W = 0) - L(W)``, reduced over the structures of a unit (arXiv 2305.11627, §3.2).
 
-    With *g* the gradient of the mean loss over windows and *F* the mean of its squares:
-    ``vector``: ``Σ_features |Σ g W|``. ``element1``: ``Σ |g W|``. ``element2``: ``Σ W² F``.
-    ``mix``: ``Σ |g W - ½ W² F|``. As in the released code, features are rows of the projections
-    that write a unit and columns of the one that reads it, and biases are left out.
+    With *g* the gradient of the mean loss over windows and *F* the mean square of the windows'
+    gradients::
 
-    Gradients are accumulated window by window, so memory stays at one window's. Windows weigh the
-    same; for windows of different lengths the paper, which has one length, says nothing.
+        vector    Σ_features |Σ g W|
+        element1  Σ |g W|
+        element2  Σ W² F
+        mix       Σ |g W - ½ W² F|
+
+    As in the released code, features are rows of the projections that write a unit and columns of
+    the one that reads it, and biases are left out.
+
+    Gradients are accumulated window by window, so memory stays at one window's. All windows weigh
+    the same, whatever their length; the paper has windows of one length only.
 
     Parameters
     ----------
     variant : {"vector", "element1", "element2", "mix"}
-        Which terms.
+        The terms of the expansion.
     reduce : {"sum", "mean", "max", "prod", "last"}
-        How the structures' scores become one; LLM-Pruner sums. As in its code, channel by channel,
-        and a head is the sum of its channels; with grouped queries, those of a group's heads are
-        added up first.
+        Reduction over the structures of a unit; LLM-Pruner sums. As in its code structures are
+        reduced channel by channel, and a head is the sum of its channels. With grouped queries, the
+        channels of a group's query heads are added up first.
     scope : {"coupled", "consumer"}
         All weights of a unit, or the o/down columns only.
     gradient_checkpointing : bool

@@ -1,4 +1,4 @@
-"""Shared by the criteria: their data, their options, and the way from weights to units' scores."""
+"""Helpers of the criteria: sites, statistics, shared options, feature scores to unit scores."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..calibration import Statistics, collect_statistics
 from ..checks import ListOf, OneOf, checked
 from ..models import ALL_SITES, ATTENTION_UNITS, Anatomy, Projection, weight_axis
 
-#: How the scores ``[structure, …]`` of a unit's coupled structures become one. ``"last"`` is the
+#: Reductions of a unit's scores ``[structure, …]`` over its coupled structures. ``"last"`` takes the
 #: projection that reads the units (LLM-Pruner's "last only").
 REDUCTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "sum": lambda scores: scores.sum(0),
@@ -29,7 +29,7 @@ SCOPE = OneOf(("coupled", "consumer"))
 
 @checked(units=OneOf(ATTENTION_UNITS))
 def attention_site(model, units: str) -> str:
-    """Site of attention's ``"kv_group"`` or ``"balanced_heads"``, if the model can spare one.
+    """Site name of attention's units, ``"kv_group"`` or ``"balanced_heads"``.
 
     Raises
     ------
@@ -47,7 +47,7 @@ def attention_site(model, units: str) -> str:
 
 @checked(sites=ListOf(OneOf(ALL_SITES), 1))
 def chosen_sites(model, sites: Iterable[str], units: str) -> tuple[str, ...]:
-    """Sites without repeats; ``"attention"`` becomes the site of the units to prune it by.
+    """Sites without repeats; ``"attention"`` becomes the site of its chosen units.
 
     Raises
     ------
@@ -59,7 +59,7 @@ def chosen_sites(model, sites: Iterable[str], units: str) -> tuple[str, ...]:
 
 
 def known_statistics(model, batches, statistics: Statistics | None) -> Statistics:
-    """The statistics given, or those of a pass over the batches."""
+    """Return the given statistics, or collect them in a pass over the batches."""
     if statistics is not None:
         return statistics
     if batches is None:
@@ -68,13 +68,13 @@ def known_statistics(model, batches, statistics: Statistics | None) -> Statistic
 
 
 def input_norms(statistics: Statistics, name: str) -> np.ndarray:
-    """``‖X_j‖₂`` over all tokens, of every input feature of a linear layer."""
+    """``‖X_j‖₂`` over all tokens for every input feature *j* of a linear layer ``[input]``."""
     return np.sqrt(statistics.mean(name, "input", "square") * statistics.n_tokens)
 
 
 @dataclass(frozen=True)
 class ScoredLinear:
-    """One linear layer for a criterion, with its weight as ``W [output, input]``.
+    """A linear layer as a criterion sees it, with its weight as ``W [output, input]``.
 
     Parameters
     ----------
@@ -83,7 +83,7 @@ class ScoredLinear:
     module : torch.nn.Module
         The layer; some families store the weight transposed.
     side : {"input", "output"}
-        Whether units are columns of W (``"input"``) or rows.
+        Whether units are columns of W (``"input"``) or rows (``"output"``).
     """
 
     name: str
@@ -94,24 +94,27 @@ class ScoredLinear:
     def of(
         cls, anatomy: Anatomy, layer: int, projection: Projection, side: str = "input"
     ) -> ScoredLinear:
-        """A projection of one decoder layer; by default one that reads units."""
+        """Make one of a projection of a decoder layer, by default of one that reads units."""
         return cls(anatomy.name(layer, projection), anatomy.module(layer, projection), side)
 
     @property
     def W(self) -> torch.Tensor:
-        """The weight in float32."""
+        """The weight ``[output, input]`` in float32."""
         return self.oriented(self.module.weight.float())
 
     def oriented(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A tensor shaped like the stored weight as ``[output, input]``."""
+        """Bring a tensor shaped like the stored weight (its gradient) to ``[output, input]``."""
         return tensor.movedim(weight_axis(self.module, "output"), 0)
 
     def row(self, values: np.ndarray | torch.Tensor) -> torch.Tensor:
-        """One number per input feature, on the weight's device in float32."""
+        """Values ``[input]`` as float32 on the weight's device, to multiply every row of W by."""
         return torch.as_tensor(values, dtype=torch.float32, device=self.module.weight.device)
 
     def per_feature(self, matrix: torch.Tensor) -> torch.Tensor:
-        """Sums of ``[output, input]`` over each column, or each row, of the side of the units."""
+        """Sum a matrix ``[output, input]`` for each feature on the side of the units ``[feature]``.
+
+        These are column sums for ``side="input"``, row sums for ``side="output"``.
+        """
         return matrix.sum(0 if self.side == "input" else 1)
 
 
@@ -136,33 +139,39 @@ def unit_scores(
     model : transformers.PreTrainedModel
         The model to score.
     sites : tuple of str
-        ``"ffn"``, ``"attention"``.
+        ``"ffn"``, ``"attention"`` or ``"balanced_heads"``.
     feature_scores : callable
         From a `ScoredLinear` to one score ``[feature]`` for each of its features on the side of the
         units; a structure's score is the sum over its features.
     scope : {"coupled", "consumer"}
         All structures of a unit, or just the columns of the projection that reads it (o/down).
     reduce : str
-        Key of `REDUCTIONS`: how the structures' scores become one.
+        Key of `REDUCTIONS`, over the structures of a unit.
     by_channel : bool
         Reduce channel by channel, and sum a head's channels afterwards.
     average : bool
         Average over a unit's features instead of summing.
+
+    Returns
+    -------
+    dict
+        Site to one array ``[unit]`` per layer.
     """
     anatomy = Anatomy(model)
     scores: dict[str, list[np.ndarray]] = {site: [] for site in sites}
     for layer in range(len(anatomy.layers)):
         for site in sites:
             structures = list(_structures(anatomy, layer, site, scope, feature_scores))
-            values = _combined(structures, reduce, by_channel)
-            scores[site].append(values / structures[0].shape[1] if average else values)
+            values = _reduced(structures, reduce, by_channel)  # [unit]
+            n_features = structures[0].shape[1]
+            scores[site].append(values / n_features if average else values)
     return scores
 
 
 def _structures(
     anatomy: Anatomy, layer: int, site: str, scope: str, feature_scores: Callable
 ) -> Iterator[np.ndarray]:
-    """Features' scores ``[unit, feature]`` of every structure of a layer's units."""
+    """Score the features of every structure of a layer's units; yields ``[unit, feature]``."""
     for projection, side in _projections(anatomy, site, scope):
         scores = feature_scores(ScoredLinear.of(anatomy, layer, projection, side))
         scores = torch.as_tensor(scores).detach().cpu().double().numpy()  # [feature]
@@ -170,18 +179,22 @@ def _structures(
             yield scores[anatomy.unit_features(projection, layer, block=block)]
 
 
-def _combined(structures: list[np.ndarray], reduce: str, by_channel: bool) -> np.ndarray:
-    """One score per unit ``[unit]`` of the scores ``[unit, feature]`` of its structures.
+def _reduced(structures: list[np.ndarray], reduce: str, by_channel: bool) -> np.ndarray:
+    """Reduce the scores ``[unit, feature]`` of all structures to one score per unit ``[unit]``.
 
-    Where structures differ in width (grouped queries), query heads are first added up to the width
-    of one key.
+    With grouped queries, a unit's queries have more features than its key. Channel by channel, the
+    query heads are then added up to one head, so that all structures have a key's width.
     """
-    width = min(each.shape[1] for each in structures) if by_channel else 1
-    channels = [each.reshape(len(each), -1, width).sum(1) for each in structures]
-    return REDUCTIONS[reduce](np.stack(channels)).sum(1)  # [structure, unit, channel] → [unit]
+    width = min(scores.shape[1] for scores in structures) if by_channel else 1
+    # 1. Fold each structure to so many channels.
+    channels = [scores.reshape(len(scores), -1, width).sum(1) for scores in structures]
+    # 2. Reduce over the structures, then sum over the channels.
+    reduced = REDUCTIONS[reduce](np.stack(channels))  # [structure, unit, channel] → [unit, channel]
+    return reduced.sum(1)
 
 
 def _projections(anatomy: Anatomy, site: str, scope: str) -> Iterator[tuple[Projection, str]]:
+    """Projections of a scope, each with the side that holds the units' features."""
     if scope == "coupled":
         return anatomy.coupled(site)
     return iter([(anatomy.family.consumes[site], "input")])

@@ -29,10 +29,11 @@ def wanda_scores(model, batches=None, statistics=None, *, sites, sequential: flo
     ----------
     sequential : float, optional
         As in both released codes, let every layer read the outputs of the pruned layers before it:
-        before layer *l* is scored, this share of the units (of the sites scored, rounded, at least
-        one is kept) with the lowest scores is removed from layers 0 … *l* - 1. Within a layer both
-        sites are scored before either is pruned. Such scores belong to that ratio. By default the
-        dense model's activations are used for all layers, and any ratio can be planned.
+        before layer *l* is scored, layers 0 … *l* - 1 lose this share of their units (rounded, at
+        least one per scored site is kept), those with the lowest scores. Within a layer both sites
+        are scored before either is pruned. Such scores are meant for a plan of that ratio. By
+        default the dense model's activations are used for all layers, and the scores serve any
+        ratio.
 
     Raises
     ------
@@ -47,29 +48,32 @@ def wanda_scores(model, batches=None, statistics=None, *, sites, sequential: flo
     else:
         norms = _sequential_norms(model, batches, sites, sequential)
     return unit_scores(
-        model, sites, lambda linear: _sensitivity(linear, norms[linear.name]), scope="consumer"
+        model, sites, lambda linear: _column_scores(linear, norms[linear.name]), scope="consumer"
     )
 
 
-def _sensitivity(linear: ScoredLinear, norms: np.ndarray) -> torch.Tensor:
+def _column_scores(linear: ScoredLinear, norms: np.ndarray) -> torch.Tensor:
     """``mean_i |W_ij| · ‖X_j‖₂`` of every column j ``[input]``."""
     W = linear.W  # [output, input]
     return linear.per_feature(W.abs() * linear.row(norms)) / len(W)
 
 
 def _sequential_norms(model, batches, sites, ratio: float) -> dict[str, np.ndarray]:
-    """``‖X_j‖₂`` for every consumer, behind the pruned layers before it."""
+    """``‖X_j‖₂`` of what o and down read in every layer when the layers before it are pruned."""
     anatomy, hidden, norms = Anatomy(model), Shards(), {}
-    with restore_on_exit(model), inference(model):  # its own weights come back, untouched
+    with restore_on_exit(model), inference(model):
         calls = catch_inputs(model, batches, hidden)
         for layer in range(len(anatomy.layers)):
             runner = LayerRunner(anatomy, layer, hidden, calls)
             projections = [anatomy.family.consumes[site] for site in sites]
             linears = [ScoredLinear.of(anatomy, layer, each) for each in projections]
+            # 1. Norms of this layer, not yet pruned.
             norms |= _layer_norms(runner, linears)
+            # 2. Prune it by zeroing columns.
             for linear, projection in zip(linears, projections, strict=True):
                 features = anatomy.unit_features(projection, layer)
                 _zero_lowest(linear, norms[linear.name], features, ratio)
+            # 3. Its outputs are the next layer's inputs.
             if layer + 1 < len(anatomy.layers):
                 runner.finish()
     return norms
@@ -93,14 +97,20 @@ def _layer_norms(runner: LayerRunner, linears: Sequence[ScoredLinear]) -> dict[s
 def _zero_lowest(
     linear: ScoredLinear, norms: np.ndarray, features: np.ndarray, ratio: float
 ) -> None:
-    """Zero the columns of a share of the units, those with the lowest scores.
+    """Zero the columns of the units with the lowest scores.
 
     Parameters
     ----------
+    linear : ScoredLinear
+        The projection that reads the units.
+    norms : numpy.ndarray
+        ``‖X_j‖₂`` ``[input]``.
     features : numpy.ndarray
         Columns of every unit ``[unit, feature]``.
+    ratio : float
+        Share of the units to zero.
     """
-    scores = _sensitivity(linear, norms).cpu().numpy()[features].sum(1)  # [unit]
+    scores = _column_scores(linear, norms).cpu().numpy()[features].sum(1)  # [unit]
     n_pruned = min(round(ratio * len(scores)), len(scores) - 1)
     columns = features[np.argsort(scores, kind="stable")[:n_pruned]].ravel()
     index = torch.as_tensor(columns, device=linear.module.weight.device)
