@@ -13,8 +13,8 @@ from ..calibration import Statistics, collect_statistics
 from ..checks import ListOf, OneOf, checked
 from ..models import ALL_SITES, ATTENTION_UNITS, Anatomy, Projection, weight_axis
 
-#: Reductions of a unit's scores ``[structure, …]`` over its coupled structures. ``"last"`` takes the
-#: projection that reads the units (LLM-Pruner's "last only").
+#: Reductions of a unit's scores ``[structure, …]`` over its coupled structures. ``"last"`` takes
+#: the projection that reads the units (LLM-Pruner's "last only").
 REDUCTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "sum": lambda scores: scores.sum(0),
     "mean": lambda scores: scores.mean(0),

@@ -1,4 +1,4 @@
-"""What knows a model's structure: architectures, anatomy, sizes, plans, surgery, load and save."""
+"""A model's structure: architectures, anatomy, sizes, plans, surgery, loading and saving."""
 
 from .anatomy import Anatomy, weight_axis
 from .architectures import ALL_SITES, ATTENTION_UNITS, FAMILIES, SITES, Projection

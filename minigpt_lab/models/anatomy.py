@@ -1,4 +1,4 @@
-"""A model seen through its family's entry: layers, units and the weights that belong to them."""
+"""Access to a model's layers, units and the weights that belong to them, for every family."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def weight_axis(module: nn.Module, side: str) -> int:
 
 
 class Anatomy:
-    """A model seen through its family's entry: layers, units and the weights that belong to them.
+    """Access to a model's layers, units and the weights that belong to them, for every family.
 
     Unit counts are read from the tensors, not from the config, so a model whose layers were shrunk
-    to different widths is described as it is. Attention has so many key/value groups (site
-    ``"attention"``; without grouped queries these are its heads) of so many query heads each (site
-    ``"balanced_heads"``, whose unit *i* is the *i*-th query head of every group).
+    to different widths is described as it is. The units of attention are its key/value groups (site
+    ``"attention"``; without grouped queries these are its heads), or the query heads of each group
+    (site ``"balanced_heads"``, whose unit *i* is the *i*-th query head of every group).
 
     Parameters
     ----------
@@ -93,23 +93,25 @@ class Anatomy:
         read = self._width(layer, self.family.consumes[site], "input")
         if site == "ffn":
             return read, 1, 1
-        # q writes groups · heads features of head_dim, k and v groups each; o reads those of q
+        # With G groups, h query heads per group and d = head_dim: q writes G h d features, k and v
+        # write G d each, o reads G h d. So written - read = 2 G d.
         producers = self.family.produces["attention"]
         written = sum(self._width(layer, projection, "output") for projection in producers)
         groups = (written - read) // 2 // self.head_dim
         return groups, read // self.head_dim // groups, self.head_dim
 
     def _width(self, layer: int, projection: Projection, side: str) -> int:
+        """Number of input or output features of a projection."""
         module = self.module(layer, projection)
         return module.weight.shape[weight_axis(module, side)]
 
     def units(self, site: str) -> list[int]:
-        """Number of units in every layer: channels, key/value groups (heads), heads per group."""
+        """Number of a site's units in every layer: channels, key/value groups, heads per group."""
         axis = self.family.consumes[site].axis
         return [self.grid(site, layer)[axis] for layer in range(len(self.layers))]
 
     def layer_widths(self) -> dict[str, list[int]]:
-        """Units per layer of all sites: the shape of a (possibly shrunk) model."""
+        """Site to the number of units in every layer, for all sites."""
         return {site: self.units(site) for site in ALL_SITES}
 
     def unit_features(
@@ -145,12 +147,13 @@ class Anatomy:
         return total
 
     def activation_keeps_zero(self) -> bool:
-        """Whether the FFN's activation maps 0 to 0, so a channel whose input is cut is dead."""
+        """Whether the FFN's activation maps 0 to 0: a channel with zeroed inputs then outputs 0."""
         activation = self.layers[0].get_submodule(self.family.activation)
         return bool(activation(torch.zeros(1)).item() == 0.0)
 
     def soft_cap(self) -> float | None:
-        """The soft cap behind the head, if the model has one."""
+        """The soft cap *c* of the logits, ``c tanh(logits / c)``, if the model has one."""
+        # "_" is a field that no config has
         return getattr(self.model.config, self.family.soft_cap or "_", None)
 
     def set_soft_cap(self, value: float | None) -> None:
@@ -165,6 +168,7 @@ class Anatomy:
 
 
 def _require_plain(name: str, module: nn.Module) -> None:
+    """Refuse a projection that is quantised or wrapped by an adapter."""
     if not is_linear(module) or module.weight.dtype not in COMPUTE_DTYPES:
         kind, weight = type(module).__name__, getattr(module, "weight", None)
         stored = "" if weight is None else f" with weights of type {weight.dtype}"

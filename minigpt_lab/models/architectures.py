@@ -7,9 +7,10 @@ from dataclasses import dataclass, field, replace
 #: Sites inside the decoder layers that are pruned unless said otherwise.
 SITES = ("ffn", "attention")
 
-#: Units that can be removed from attention, and their site. Under grouped-query attention a query
-#: head reads the keys of its place: removed unevenly, the kept ones would silently read the keys of
-#: others. So a unit is a whole key/value group, or the query head of one place in *every* group.
+#: Units that can be removed from attention, and their site. Under grouped-query attention the
+#: index of a query head determines the keys that it reads: if groups lost different numbers of
+#: heads, kept heads would silently read the keys of other groups. So a unit is a whole key/value
+#: group, or the *i*-th query head of *every* group.
 ATTENTION_UNITS = {"kv_group": "attention", "balanced_heads": "balanced_heads"}
 
 ALL_SITES = ("ffn", *ATTENTION_UNITS.values())
@@ -31,8 +32,8 @@ class Projection:
         For fused projections: True if every head has its blocks side by side (BLOOM, GPT-NeoX),
         False if one block follows the other (GPT-2, Phi-3).
     axis : int
-        Along which the units lie in ``[group, query head of the group, feature]``: 0 if a unit is a
-        channel, head or group, 1 if it is one query head of every group.
+        Axis of the units in the grid ``[group, query head of the group, feature]``: 0 if a unit is
+        a channel, head or group, 1 if it is one query head of every group.
     """
 
     path: str
@@ -58,7 +59,7 @@ class Family:
     Parameters
     ----------
     layers : str
-        Path of the list of decoder layers.
+        Module path of the list of decoder layers.
     produces : dict
         Site to the projections whose *output* features are the site's units. The site
         ``"balanced_heads"`` follows from ``"attention"``.
@@ -68,20 +69,21 @@ class Family:
         Path of the FFN's activation below one layer.
     config : dict
         ``"channel"``, ``"query"`` or ``"key"`` to the config field that holds the FFN's width or
-        the number of such heads. What has no field cannot be narrowed in the config of plain
-        transformers.
+        the number of such heads. Where there is no field, plain transformers cannot load a narrower
+        model.
     attributes : dict
-        Path below one layer, of what its forward pass reads, to what it holds: the number of
-        ``"query"`` heads, of ``"key"`` heads, of queries ``"per_key"``, or their ``"features"``. A
-        path through ``config`` gives that module a view of the config with a value of its own.
+        Attributes that a layer's forward pass reads, to be updated when the layer is resized: path
+        below the layer to the number that it holds, of ``"query"`` heads, ``"key"`` heads, query
+        heads ``"per_key"``, or ``"features"`` of all query heads. A path through ``config`` gives
+        that module a view of the config with a value of its own (`LayerConfig`).
     per_head : str
-        Keyword argument of a decoder layer that brings one entry for every head of the dense model,
-        ``[batch * heads, …]``, such as ALiBi's slopes: each layer is to use those of its own heads.
+        Keyword argument of a decoder layer with one entry for every head of the dense model,
+        ``[batch * heads, …]``, such as ALiBi's slopes. A pruned layer selects those of its heads.
     soft_cap : str
         Config field with the soft cap of the logits.
     all_heads : str
-        Config flag under which attention computes with the dense model's width: with it no head can
-        be removed.
+        Config flag that makes attention compute with the dense model's width; while it is set, no
+        head can be removed.
     """
 
     layers: str = "model.layers"
@@ -95,6 +97,7 @@ class Family:
     all_heads: str = ""
 
     def __post_init__(self):
+        # The site "balanced_heads": the projections of attention that hold queries, along axis 1.
         heads = [p for p in self.produces["attention"] if "query" in p.blocks]
         balanced = tuple(replace(projection, axis=1) for projection in heads)
         object.__setattr__(self, "produces", {**self.produces, "balanced_heads": balanced})
@@ -110,14 +113,17 @@ def _separate(prefix: str) -> tuple[Projection, ...]:
 
 
 def _fused(path: str, interleaved: bool) -> tuple[Projection]:
+    """One fused q/k/v projection."""
     return (Projection(path, ("query", "key", "value"), interleaved),)
 
 
 def _channels(*paths: str) -> tuple[Projection, ...]:
+    """Projections into the FFN's channels."""
     return tuple(Projection(path, ("channel",)) for path in paths)
 
 
-def _second(ffn: str, attention: str) -> dict[str, Projection]:
+def _consumers(ffn: str, attention: str) -> dict[str, Projection]:
+    """The projections that read the units, from their paths (Llama's down and o)."""
     return {"ffn": Projection(ffn, ("channel",)), "attention": Projection(attention, ("query",))}
 
 
@@ -133,7 +139,7 @@ _LLAMA = Family(
         "ffn": _channels("mlp.gate_proj", "mlp.up_proj"),
         "attention": _separate("self_attn"),
     },
-    consumes=_second("mlp.down_proj", "self_attn.o_proj"),
+    consumes=_consumers("mlp.down_proj", "self_attn.o_proj"),
     config=_HEADS,
     attributes=_GROUPED,
 )
@@ -141,14 +147,14 @@ _GEMMA = replace(_LLAMA, soft_cap="final_logit_softcapping")
 _OPT = Family(
     layers="model.decoder.layers",
     produces={"ffn": _channels("fc1"), "attention": _separate("self_attn")},
-    consumes=_second("fc2", "self_attn.out_proj"),
+    consumes=_consumers("fc2", "self_attn.out_proj"),
     activation="activation_fn",
     config={"channel": "ffn_dim"},
     attributes={"self_attn.num_heads": "query"},
 )
 _PHI = Family(
     produces={"ffn": _channels("mlp.fc1"), "attention": _separate("self_attn")},
-    consumes=_second("mlp.fc2", "self_attn.dense"),
+    consumes=_consumers("mlp.fc2", "self_attn.dense"),
     activation="mlp.activation_fn",
     config=_HEADS,
     attributes=_GROUPED,
@@ -158,7 +164,7 @@ _PHI3 = Family(
         "ffn": (Projection("mlp.gate_up_proj", ("gate", "up")),),
         "attention": _fused("self_attn.qkv_proj", interleaved=False),
     },
-    consumes=_second("mlp.down_proj", "self_attn.o_proj"),
+    consumes=_consumers("mlp.down_proj", "self_attn.o_proj"),
     activation="mlp.activation_fn",
     config=_HEADS,
     attributes={
@@ -170,7 +176,7 @@ _PHI3 = Family(
 _GPT2 = Family(
     layers="transformer.h",
     produces={"ffn": _channels("mlp.c_fc"), "attention": _fused("attn.c_attn", interleaved=False)},
-    consumes=_second("mlp.c_proj", "attn.c_proj"),
+    consumes=_consumers("mlp.c_proj", "attn.c_proj"),
     activation="mlp.act",
     config={"channel": "n_inner"},
     attributes={"attn.num_heads": "query", "attn.split_size": "features"},
@@ -181,7 +187,7 @@ _NEOX = Family(
         "ffn": _channels("mlp.dense_h_to_4h"),
         "attention": _fused("attention.query_key_value", interleaved=True),
     },
-    consumes=_second("mlp.dense_4h_to_h", "attention.dense"),
+    consumes=_consumers("mlp.dense_4h_to_h", "attention.dense"),
     activation="mlp.act",
     config={"channel": "intermediate_size"},
 )
@@ -191,7 +197,7 @@ _BLOOM = Family(
         "ffn": _channels("mlp.dense_h_to_4h"),
         "attention": _fused("self_attention.query_key_value", interleaved=True),
     },
-    consumes=_second("mlp.dense_4h_to_h", "self_attention.dense"),
+    consumes=_consumers("mlp.dense_4h_to_h", "self_attention.dense"),
     activation="mlp.gelu_impl",
     attributes={"self_attention.num_heads": "query", "self_attention.hidden_size": "features"},
     per_head="alibi",

@@ -1,4 +1,4 @@
-"""What a layer must know of itself once it differs from what the model's config says."""
+"""Change one layer: its widths, biases, attributes and the config values that it reads."""
 
 from __future__ import annotations
 
@@ -12,23 +12,26 @@ from .anatomy import weight_axis
 
 
 class LayerConfig:
-    """A view of the model's config with a few values of one layer's own.
+    """The model's config as one layer sees it: with a few values of the layer's own.
 
-    Everything else is read from the model's config at every call, so that later changes (of the
-    attention implementation, say) reach the layer.
+    All other values are looked up in the model's config at every access, so that later changes (of
+    the attention implementation, say) reach the layer.
     """
 
     def __init__(self, shared: PretrainedConfig):
         self.shared = shared
 
     def __getattr__(self, name: str):
-        if name == "shared" or name.startswith("__"):  # asked for while a copy is being made
+        if name == "shared" or name.startswith("__"):  # copy.deepcopy asks before `shared` is set
             raise AttributeError(name)
         return getattr(self.shared, name)
 
 
 def set_attribute(layer: nn.Module, path: str, value: int) -> None:
-    """Set what a forward pass reads; a config on the way there becomes the layer's own view."""
+    """Set an attribute below a layer by its dotted path.
+
+    A config along the path is first replaced by a `LayerConfig`, so that other layers' values stay.
+    """
     *parents, name = path.split(".")
     owner = layer
     for parent in parents:
@@ -41,16 +44,16 @@ def set_attribute(layer: nn.Module, path: str, value: int) -> None:
 
 
 def select_heads(argument: str, layer: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
-    """Forward pre-hook: of an argument with an entry per head, only those of the layer's heads.
+    """Forward pre-hook that selects the layer's own heads in an argument with one entry per head.
 
-    The model goes on building the argument for the heads of its config. Which of them a layer
-    still has is the buffer ``surviving_heads``; it is saved and loaded with the weights, so that
-    heads keep, say, their ALiBi slopes wherever the weights go.
+    The model still builds the argument (ALiBi's slopes, say) for all heads of its config. The
+    buffer ``surviving_heads`` lists those that the layer still has; it is saved and loaded with the
+    weights, so that every head keeps its own slope.
     """
     if layer.surviving_heads is None:
         return None
-    every: torch.Tensor = kwargs[argument]  # [batch * heads, …]
-    by_head = every.unflatten(0, (len(args[0]), -1))  # [batch, heads, …]
+    all_heads: torch.Tensor = kwargs[argument]  # [batch * heads, …]
+    by_head = all_heads.unflatten(0, (len(args[0]), -1))  # [batch, heads, …]
     own = by_head.index_select(1, layer.surviving_heads).flatten(0, 1)
     return args, {**kwargs, argument: own}
 
@@ -58,7 +61,10 @@ def select_heads(argument: str, layer: nn.Module, args: tuple, kwargs: dict) -> 
 def set_features(
     module: nn.Module, side: str, old: np.ndarray, new: np.ndarray, width: int
 ) -> None:
-    """Give a linear layer `width` inputs or outputs; feature ``old[i]`` becomes ``new[i]``."""
+    """Resize a linear layer to `width` inputs or outputs; feature ``old[i]`` becomes ``new[i]``.
+
+    Features of the new layer that are not in `new` are zero.
+    """
     module.weight = _moved(module.weight, weight_axis(module, side), old, new, width)
     if side == "output":
         if module.bias is not None:
@@ -71,6 +77,7 @@ def set_features(
 def _moved(
     tensor: torch.Tensor, axis: int, old: np.ndarray, new: np.ndarray, width: int
 ) -> nn.Parameter:
+    """Copy slices ``old`` of an axis to places ``new`` of a zero tensor with so wide an axis."""
     shape = list(tensor.shape)
     shape[axis] = width
     moved = tensor.new_zeros(shape)
@@ -80,7 +87,7 @@ def _moved(
 
 
 def add_bias(module: nn.Module) -> None:
-    """Give a linear layer a bias of zeros, and mark it as one that its architecture lacks."""
+    """Give a linear layer a bias of zeros, and mark the layer (its architecture has no bias)."""
     outputs = module.weight.shape[weight_axis(module, "output")]
     zeros = module.weight.new_zeros(outputs)
     module.bias = nn.Parameter(zeros, requires_grad=module.weight.requires_grad)

@@ -1,9 +1,9 @@
-"""How features lie along a projection: the rows or columns of every channel, head and group.
+"""Layout of features along a projection: the rows or columns of every channel, head and group.
 
-The units of a layer form a grid ``[group, head, feature]``: so many key/value groups, of so many
-query heads each, of `head_dim` features each. Without grouped queries a group is one head; an FFN
-of *n* channels is the grid ``[n, 1, 1]``. A unit is one index along axis 0 (a channel, head or
-group) or axis 1 (the query head of one place in every group): `Projection.axis`.
+The features of a layer form a grid ``[group, head, feature]``: key/value groups, the query heads of
+each group, and the `head_dim` features of each head. Without grouped queries a group is one head;
+an FFN of *n* channels is the grid ``[n, 1, 1]``. A unit is one index along axis 0 (a channel, head
+or group) or axis 1 (the *i*-th query head of every group): `Projection.axis`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 from .architectures import Projection
 
-Grid = tuple[int, int, int]
+Grid = tuple[int, int, int]  # number of groups, heads per group, features per head
 
 
 def resized(grid: Grid, axis: int, units: int) -> Grid:
@@ -62,31 +62,32 @@ def unit_features(projection: Projection, grid: Grid, block: str | None = None) 
 def selected_features(
     projection: Projection, grid: Grid, units: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Where the features of the selected units come from, and where they go.
+    """Old and new indices of the features of selected units.
 
     Parameters
     ----------
     projection : Projection
         The projection.
     grid : tuple of int
-        Of the layer before the selection.
+        Grid of the layer before the selection.
     units : sequence of int
-        Units in their new order; -1 is a new unit, which nothing is copied to.
+        Old indices of the units in their new order; -1 is a new unit, to which nothing is copied.
 
     Returns
     -------
     old, new : numpy.ndarray
         Indices ``[n]``: feature ``old[i]`` becomes feature ``new[i]``.
     """
-    axis, chosen = projection.axis, np.asarray(units)
-    places = np.flatnonzero(chosen >= 0)
+    axis, old_units = projection.axis, np.asarray(units)
+    new_units = np.flatnonzero(old_units >= 0)
+    old_units = old_units[new_units]
     before = block_features(projection, grid)
     after = block_features(projection, resized(grid, axis, len(units)))
     old, new = [], []
     for block in projection.blocks:
         if block in projection.unit_blocks:
-            old.append(before[block].take(chosen[places], axis).ravel())
-            new.append(after[block].take(places, axis).ravel())
+            old.append(before[block].take(old_units, axis).ravel())
+            new.append(after[block].take(new_units, axis).ravel())
         else:  # every group keeps its key and value, however many of its query heads are selected
             old.append(before[block].ravel())
             new.append(after[block].ravel())
@@ -94,6 +95,6 @@ def selected_features(
 
 
 def _block_shape(block: str, grid: Grid) -> Grid:
-    """Only queries have several heads per group."""
+    """Grid of one block: only queries have several heads per group."""
     groups, heads, features = grid
     return groups, heads if block == "query" else 1, features

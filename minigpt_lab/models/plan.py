@@ -1,7 +1,7 @@
-"""A pruning plan: the units to keep, the weights to zero in place, and the size that makes.
+"""A pruning plan: the units to keep, and the weights to zero in place.
 
 A plan is data. It is made from statistics or scores (`planning`), applied by `surgery`, and
-predicts a model's size without touching a weight.
+predicts the pruned model's size without touching a weight.
 """
 
 from __future__ import annotations
@@ -72,8 +72,9 @@ class PruningPlan:
         bias gets one.
     neurons : dict
         Linear layer's name to ``{"input": […], "output": […], "bias": […], "activation": […]}``:
-        what fell under the thresholds, of which the units without effect were then removed. Only
-        the paper's count of non-zero weights (`Size.paper_nonzero`) needs it.
+        all neurons under the thresholds; a plan by thresholds then removes only the units that have
+        no effect any more. Used only for the paper's count of non-zero weights
+        (`Size.paper_nonzero`).
 
     Raises
     ------
@@ -114,14 +115,14 @@ class PruningPlan:
         }
 
     def kept_mask(self, site: str) -> list[np.ndarray]:
-        """Whether each unit of a site is kept, flags ``[layer][unit]``."""
+        """Masks of a site's kept units ``[layer][unit]``."""
         return [
             np.isin(np.arange(total), units)
             for total, units in zip(self.units[site], self.keep[site], strict=True)
         ]
 
     def kept_features(self, anatomy: Anatomy) -> dict[tuple[str, str], np.ndarray]:
-        """``(module, side)`` to a mask of the kept features, where units are removed."""
+        """``(module name, side)`` to a mask of its kept features, where units are removed."""
         masks: dict[tuple[str, str], np.ndarray] = {}
         for site in self.keep:
             for layer, kept in enumerate(self.kept_mask(site)):
@@ -137,14 +138,14 @@ class PruningPlan:
 
     @checked(model=Model(lock=False))
     def require(self, model: PreTrainedModel) -> Anatomy:
-        """The model's anatomy, if the plan fits the model's shape.
+        """Check that the plan fits the model's shape; returns the model's anatomy.
 
-        Weights are not compared: a plan also serves a fine-tuned copy of its model.
+        Weights are not compared: a plan also fits a fine-tuned copy of its model.
 
         Raises
         ------
         ValueError
-            Naming what differs.
+            If it does not fit; the message names what differs.
         """
         anatomy = Anatomy(model)
         for misfit in self._misfits(anatomy):
@@ -159,7 +160,7 @@ class PruningPlan:
         return anatomy
 
     def _misfits(self, anatomy: Anatomy) -> Iterator[str]:
-        """What of the plan the model does not have, in words."""
+        """Describe, one by one, the parts of the plan that do not fit the model."""
         for site, expected in self.units.items():
             if (units := anatomy.units(site)) != expected:
                 yield f"is for {expected[:3]}… {site} units per layer, the model has {units[:3]}…"
@@ -184,7 +185,7 @@ class PruningPlan:
 
     @checked(model=Model(lock=False))
     def predicted_size(self, model: PreTrainedModel) -> Size:
-        """Size of what `shrink` would make of `model`, from shapes alone.
+        """Size of the model that `shrink` would make of `model`, computed from shapes alone.
 
         Weights that are zero already count as non-zero here.
 
@@ -198,9 +199,9 @@ class PruningPlan:
     def to_frame(self) -> pd.DataFrame:
         """Units kept and removed, one row per site and layer."""
         rows = [
-            (site, layer, total, total - gone, gone)
+            (site, layer, total, total - n_removed, n_removed)
             for site, removed in self.removed.items()
-            for layer, (total, gone) in enumerate(zip(self.units[site], removed, strict=True))
+            for layer, (total, n_removed) in enumerate(zip(self.units[site], removed, strict=True))
         ]
         return pd.DataFrame(rows, columns=["site", "layer", "units", "kept", "removed"])
 
@@ -213,8 +214,8 @@ class PruningPlan:
                 f"(per layer {min(removed)} to {max(removed)})"
             )
         if self.vocabulary is not None:
-            gone = self.vocabulary_size - len(self.vocabulary)
-            lines.append(f"  vocabulary: {gone} of {self.vocabulary_size} tokens removed")
+            n_removed = self.vocabulary_size - len(self.vocabulary)
+            lines.append(f"  vocabulary: {n_removed} of {self.vocabulary_size} tokens removed")
         if self.zero:
             counts = {
                 side: sum(len(sides.get(side, ())) for sides in self.zero.values())
@@ -237,7 +238,7 @@ class PruningPlan:
 
     @classmethod
     def from_dict(cls, data: dict) -> PruningPlan:
-        """A plan from what `to_dict` gave.
+        """Make a plan from the result of `to_dict`.
 
         Raises
         ------
@@ -277,7 +278,7 @@ class PruningPlan:
 
 
 def _read_fields(path: Path) -> dict:
-    """A plan's fields from its file, their values as they stand there."""
+    """Read a plan's fields from its file; their values are not checked."""
     try:
         data = read_json(path)
     except DamagedFile as error:
@@ -288,6 +289,7 @@ def _read_fields(path: Path) -> dict:
 
 
 def _check_subset(chosen: list[int], total: int, what: str) -> None:
+    """Refuse kept indices that are none, not ascending or out of range."""
     ascending = all(a < b for a, b in zip(chosen, chosen[1:], strict=False))
     if not chosen or not ascending or chosen[0] < 0 or chosen[-1] >= total:
         raise ValueError(

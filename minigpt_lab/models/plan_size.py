@@ -1,4 +1,4 @@
-"""The size that a plan makes of a model, counted from shapes."""
+"""Size of a pruned model, counted from its plan and the dense model's shapes."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ def predicted_size(plan: PruningPlan, anatomy: Anatomy) -> Size:
     """`PruningPlan.predicted_size` for a plan that fits the model."""
     dense, layers_dense = anatomy.model.num_parameters(), layer_parameters(anatomy.model)
     kept = plan.kept_features(anatomy)
-    before = stored = nonzero = 0  # parameters of the linear layers inside the decoder
+    # 1. Parameters of the linear layers inside the decoder: dense, stored and not zero.
+    before = stored = nonzero = 0
     for _, name, module in anatomy.linears():
-        rows, columns = (  # kept outputs and inputs
+        rows, columns = (  # masks of the kept outputs and inputs
             kept.get((name, side), np.ones(module.weight.shape[weight_axis(module, side)], bool))
             for side in ("output", "input")
         )
@@ -37,6 +38,7 @@ def predicted_size(plan: PruningPlan, anatomy: Anatomy) -> Size:
         elif name in plan.shift:  # it gets a bias
             stored += rows.sum()
             nonzero += (rows & shift).sum()
+    # 2. All other parameters of the model stay, but for the rows of removed tokens.
     removed = before - int(stored)
     layers_stored = layers_dense - removed
     if plan.vocabulary is not None:
@@ -54,16 +56,16 @@ def predicted_size(plan: PruningPlan, anatomy: Anatomy) -> Size:
 
 
 def _paper_zeros(plan: PruningPlan, anatomy: Anatomy) -> int:
-    """Weights that the code of Mini-GPTs sets to zero for a plan; it removes none.
+    """Number of weights that the code of Mini-GPTs would set to zero for a plan; it removes none.
 
-    A pruned activation costs the row (and bias) of the linear layer before it (in gated FFNs,
-    which that code does not know, of the gate); the column of the layer behind it still counts.
-    Linear inputs and outputs are zeroed as they fall under the threshold, tokens in embedding and
-    head but not in the head's bias. In plans that were not made by thresholds, the removed units
-    are taken for what is zeroed: channels as activations, heads as outputs of the projections that
-    make them.
+    For a pruned activation it zeroes the row (and bias) of the linear layer before it; the column
+    of the layer behind it still counts. That code does not know gated FFNs: here it is the row of
+    the gate. Linear inputs and outputs under the threshold are zeroed themselves; tokens are zeroed
+    in embedding and head, but not in the head's bias. For plans that were not made by thresholds,
+    removed channels count as pruned activations, removed heads as pruned outputs of q, k and v.
     """
     modules = {name: module for _, name, module in anatomy.linears()}
+    # 1. Masks of the features that are not zeroed: by the plan's neurons, then by its units.
     alive = {
         name: {
             side: np.ones(module.weight.shape[weight_axis(module, axis)], bool)
@@ -80,11 +82,13 @@ def _paper_zeros(plan: PruningPlan, anatomy: Anatomy) -> int:
             rows = anatomy.unit_features(projection, layer, block=block)[units]
             for side in ("output", "bias"):
                 alive[anatomy.name(layer, projection)][side][rows] = False
+    # 2. Count: a weight is zero if its row or its column is.
     zeros = 0
     for name, module in modules.items():
         rows, columns, bias = (alive[name][side] for side in ("output", "input", "bias"))
         zeros += module.weight.numel() - rows.sum() * columns.sum()
         zeros += 0 if module.bias is None else (~bias).sum()
+    # 3. Rows of removed tokens.
     if plan.vocabulary is not None:
         tables = [anatomy.model.get_input_embeddings()]
         if not anatomy.head_is_tied():

@@ -1,7 +1,7 @@
-"""Applying a plan: zeroing in place and back (`masked`), or removing for good (`shrink`).
+"""Apply a plan: zero its units for a while (`masked`), or make a smaller model (`shrink`).
 
-For every plan and family the masked and the shrunk model give the same logits: that is the rule
-the whole kit stands on.
+For every plan and family the masked and the shrunk model give the same logits; the whole kit relies
+on that.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ def masked(model: PreTrainedModel, plan: PruningPlan) -> Iterator[PreTrainedMode
     """Zero everything that a plan prunes; on leaving, every weight is restored bit for bit.
 
     The tensors that a plan changes are put aside, untouched, and the model computes with zeroed
-    copies of them: memory holds these tensors twice. What is written into the copies is lost on
-    leaving: train a shrunk model, not a masked one.
+    copies of them, so memory holds these tensors twice. Changes to the copies are lost on leaving:
+    train a shrunk model, not a masked one.
 
-    Removed tokens get a logit of minus infinity: zeroed rows would get 0, which is not unlikely
-    (the reference code of Mini-GPTs leaves it there).
+    Removed tokens get a logit of minus infinity. From zeroed rows alone they would get a logit of
+    0, which can be likely (the reference code of Mini-GPTs leaves it there).
 
     Parameters
     ----------
@@ -66,7 +66,7 @@ def masked(model: PreTrainedModel, plan: PruningPlan) -> Iterator[PreTrainedMode
         undo, masks = contextlib.ExitStack(), _masks.setdefault(model, [])
         masks.append(undo)
         try:
-            # in inference mode the copies could not be computed with outside of it
+            # Copies made in inference mode could not be used outside of it.
             with torch.inference_mode(False), torch.no_grad():
                 anatomy = _require_fit(model, plan)
                 _mask_weights(anatomy, plan, undo)
@@ -93,7 +93,7 @@ def refuse_masked(model: PreTrainedModel) -> None:
 
 
 def _require_fit(model: PreTrainedModel, plan: PruningPlan) -> Anatomy:
-    """The anatomy of a model that a plan can be applied to."""
+    """Return the model's anatomy; refuse a plan that cannot be applied to it."""
     if is_offloaded(model):
         raise ValueError(
             "the model's weights are offloaded, where no plan reaches them; load it without "
@@ -103,7 +103,7 @@ def _require_fit(model: PreTrainedModel, plan: PruningPlan) -> Anatomy:
 
 
 def _mask_weights(anatomy: Anatomy, plan: PruningPlan, undo: contextlib.ExitStack) -> None:
-    """Zero weights in copies and shift biases; `undo` knows each step before it is taken."""
+    """Zero weights in copies and shift biases; each step is registered in `undo` before it runs."""
     copied: set[nn.Parameter] = set()  # a tied parameter is copied once
 
     def copy_of(parameter: nn.Parameter) -> nn.Parameter:
@@ -131,20 +131,22 @@ def _restore(parameter: nn.Parameter, tensor: torch.Tensor) -> None:
 
 
 def _mask_tokens(anatomy: Anatomy, kept: list[int], undo: contextlib.ExitStack) -> None:
-    """Give removed tokens a logit of -∞, and tell the tokenizer's functions which are allowed."""
+    """Give removed tokens a logit of -∞, and record the allowed ones in `trimmed_vocabulary`."""
     model, cap = anatomy.model, anatomy.soft_cap()
     head = model.get_output_embeddings()
     removed = torch.ones(len(head.weight), dtype=torch.bool, device=head.weight.device)
     removed[kept] = False
     undo.callback(head.register_forward_hook(_logit_mask(removed, cap)).remove)
     undo.callback(anatomy.set_soft_cap, cap)
-    anatomy.set_soft_cap(None)  # it would make -∞ finite; the hook applies it
+    anatomy.set_soft_cap(None)  # tanh would make -∞ finite: the hook applies the cap before it
     before = getattr(model, "trimmed_vocabulary", None)
     undo.callback(_set_vocabulary, model, before)
     model.trimmed_vocabulary = TrimmedVocabulary.of(model).masked(kept)
 
 
 def _logit_mask(removed: torch.Tensor, cap: float | None) -> Callable:
+    """Forward hook of the head: apply the soft cap, then set the removed tokens' logits to -∞."""
+
     def hook(_module: nn.Module, _args: tuple, logits: torch.Tensor) -> torch.Tensor:
         if cap is not None:
             logits = torch.tanh(logits / cap) * cap
@@ -160,12 +162,12 @@ def _set_vocabulary(model: PreTrainedModel, vocabulary: TrimmedVocabulary | None
 
 
 def _unmask(mask: contextlib.ExitStack, masks: list[contextlib.ExitStack]) -> None:
-    """Take off a mask, and first those that were put on after it."""
+    """Take off a mask, after those that were put on later."""
     if mask not in masks:
-        return  # one below it was left first
+        return  # a mask entered before it was left first, and took it off too
     place = masks.index(mask)
     ended, masks[place:] = masks[place:], []
-    with contextlib.ExitStack() as undo:  # whatever one of them raises, the others are undone
+    with contextlib.ExitStack() as undo:  # if one of them raises, the others are undone
         for each in ended:
             undo.push(each)
     if len(ended) > 1:
@@ -176,7 +178,7 @@ def _unmask(mask: contextlib.ExitStack, masks: list[contextlib.ExitStack]) -> No
 
 
 def _removed(anatomy: Anatomy, plan: PruningPlan) -> Iterator[Slice]:
-    """Weights of the units and tokens that a plan removes."""
+    """Parameters, axes and indices of the units and tokens that a plan removes."""
     for (name, side), kept in plan.kept_features(anatomy).items():
         module, features = anatomy.model.get_submodule(name), np.flatnonzero(~kept)
         yield module.weight, weight_axis(module, side), features
@@ -193,7 +195,7 @@ def _removed(anatomy: Anatomy, plan: PruningPlan) -> Iterator[Slice]:
 
 
 def _zeroed(anatomy: Anatomy, plan: PruningPlan) -> Iterator[Slice]:
-    """Weights that a plan zeroes without removing them."""
+    """Parameters, axes and indices that a plan zeroes without removing them."""
     for name, sides in plan.zero.items():
         module = anatomy.model.get_submodule(name)
         for side in ("input", "output"):
@@ -214,11 +216,11 @@ def _shifts(anatomy: Anatomy, plan: PruningPlan) -> Iterator[tuple[nn.Module, to
 @torch.inference_mode(False)  # what is made there could not be trained or hashed later
 @torch.no_grad()
 def shrink(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
-    """A new model without the units and tokens that a plan removes.
+    """Make a smaller model, without the units and tokens that a plan removes.
 
     FFN channels, heads (key/value groups, query heads of every group) and tokens are removed;
-    features that can only be zeroed are zeroed, and biases shifted. Widths go into the config where
-    all layers agree.
+    features that can only be zeroed are zeroed, and biases shifted. The config gets the new widths
+    where all layers have the same.
 
     Parameters
     ----------
@@ -242,12 +244,14 @@ def shrink(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
     _require_fit(model, plan)
     mini = copy.deepcopy(model)
     anatomy = Anatomy(mini)
+    # 1. Zero features and shift biases, while the plan's indices are those of the layers.
     for tensor, axis, features in _zeroed(anatomy, plan):
         tensor.index_fill_(axis, torch.as_tensor(features, device=tensor.device), 0)
     for module, shift in _shifts(anatomy, plan):
         if module.bias is None:
             add_bias(module)
         module.bias.add_(shift)
+    # 2. Remove units and tokens.
     set_units(anatomy, plan.keep)
     update_config(anatomy)
     if plan.vocabulary is not None:
@@ -284,4 +288,5 @@ def _trim_vocabulary(model: PreTrainedModel, kept: list[int]) -> None:
 
 
 def _rows(parameter: nn.Parameter, index: torch.Tensor) -> nn.Parameter:
+    """Some rows of a parameter, as a new one."""
     return nn.Parameter(parameter.index_select(0, index), requires_grad=parameter.requires_grad)
