@@ -1,7 +1,7 @@
-"""Loading a model by name: an embedded one, from the hub, a local folder or a saved mini-GPT.
+"""Load a model by name: an embedded one, from the hub, a local folder or a saved mini-GPT.
 
-A saved mini-GPT is an ordinary Hugging Face folder with one file more, ``minigpt_lab.json``: the
-units of every layer and the plan they came from. Sizes per architecture are data, not code.
+A saved mini-GPT is an ordinary Hugging Face folder with one more file, ``minigpt_lab.json``: the
+units of every layer and the plans they came from.
 """
 
 from __future__ import annotations
@@ -79,9 +79,13 @@ def load_model(
 
 
 def _open(name_or_path: str | os.PathLike, dtype: str | torch.dtype, above: tuple = ()) -> tuple:
-    """A model and its tokenizer, on the CPU; `above` are the adapters whose base it is."""
+    """Load a model and its tokenizer to the CPU, from whatever the name refers to.
+
+    If the model is the base of adapters that are being loaded, `above` holds their folders.
+    """
     name, folder = str(name_or_path), Path(name_or_path).expanduser()
-    is_path = isinstance(name_or_path, os.PathLike)  # "tiny-opt" is a name, Path("tiny-opt") not
+    # "tiny-opt" may be a name of the registry or the hub, Path("tiny-opt") is always a folder.
+    is_path = isinstance(name_or_path, os.PathLike)
     known = {} if is_path else registry()
     if name in known:
         return _load_registered(name, known[name], dtype)
@@ -102,6 +106,7 @@ def _open(name_or_path: str | os.PathLike, dtype: str | torch.dtype, above: tupl
 
 
 def _load_registered(name: str, entry: dict, dtype: str | torch.dtype) -> tuple:
+    """Load a model of `registry`, from the package's data or a converted checkpoint."""
     folder = DATA / entry["folder"] if "folder" in entry else converted(name, entry)
     model = load_folder(folder, dtype)
     model.config.minigpt_lab_origin = {key: entry[key] for key in ("title", "note", "licence")}
@@ -109,6 +114,7 @@ def _load_registered(name: str, entry: dict, dtype: str | torch.dtype) -> tuple:
 
 
 def _load_hub(name: str, dtype: str | torch.dtype) -> tuple:
+    """Load a model from the Hugging Face hub, or from its cache if the hub cannot be reached."""
     where = {"local_files_only": not hub_reachable()}
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, **where)
@@ -125,6 +131,7 @@ def _load_hub(name: str, dtype: str | torch.dtype) -> tuple:
 
 
 def _refuse_non_finite(model: PreTrainedModel, name: str) -> None:
+    """Refuse a model with NaN or infinite weights."""
     bad = [key for key, weight in model.named_parameters() if not torch.isfinite(weight).all()]
     if bad:
         raise ValueError(

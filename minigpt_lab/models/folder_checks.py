@@ -1,7 +1,7 @@
-"""Checks of a model's folder before it is loaded: what its files hold, against its config.
+"""Check a model's folder before it is loaded: its weight files against its config.
 
-No memory is allocated for what a JSON file claims: the headers of the weight files say what is
-there.
+Sizes in a JSON file are not trusted: memory is allocated only for tensors that the headers of the
+weight files list.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from transformers import PreTrainedModel
 
 from ..store import read_json
 
-#: Put before the names of weights by torch.compile, DDP, FSDP and activation checkpointing.
+#: Prefixes that torch.compile, DDP, FSDP and activation checkpointing put before weights' names.
 WRAPPERS = r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 
 _PLAIN = {"F64", "F32", "F16", "BF16"}
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-_FEW = 2**27  # parameters: of fewer that are missing transformers says the names itself
-_MOST = 100_000  # of what libraries build one by one
+_FEW = 2**27  # parameters: a smaller model is built even if weights are missing, then refused
+_MOST = 100_000  # entries of lists that libraries build one by one from a number in the config
 Tensors = Mapping[str, tuple[list[int], str]]  # name to shape and type
 T = TypeVar("T")
 
@@ -35,13 +35,13 @@ class UnfitFolder(ValueError):
 
 
 def damaged(folder: Path | str, why: str, remedy: str = "save it again") -> UnfitFolder:
-    """The error of a folder: its name, what is wrong, what to do."""
+    """Make the error for a damaged folder: its name, what is wrong, what to do."""
     return UnfitFolder(f"{folder} is damaged or incomplete ({why}); {remedy}")
 
 
 @contextlib.contextmanager
 def reading(folder: Path | str) -> Iterator[None]:
-    """Turn errors of the libraries that read a folder into one sentence; their log stays quiet."""
+    """Turn a library's error on reading a folder into an `UnfitFolder`, and silence its log."""
     log = logging.getLogger("transformers.modeling_utils")
     level = log.level
     log.setLevel(logging.ERROR)  # our error names what is missing
@@ -59,7 +59,7 @@ def reading(folder: Path | str) -> Iterator[None]:
 
 
 def read_object(path: Path) -> dict:
-    """The object in a JSON file; to be called inside `reading`."""
+    """Read a JSON file that holds an object; to be called inside `reading`."""
     content = read_json(path)
     if not isinstance(content, dict):
         raise damaged(path.parent, f"{path.name} holds a {type(content).__name__}, not an object")
@@ -145,38 +145,38 @@ def check_config(folder: Path, config: Mapping, tensors: Collection[str]) -> Non
 
 
 def by_model_names(model: PreTrainedModel, tensors: Mapping[str, T]) -> dict[str, T]:
-    """Tensors by their names in a model: without wrappers, with the prefix a base model lacks."""
-    state, named = model.state_dict(), {}
+    """Rename tensors to a model's names: drop wrappers, add the prefix that a base model lacks."""
+    state, renamed = model.state_dict(), {}
     for name, tensor in tensors.items():
         name = re.sub(WRAPPERS, "", name)
         full = f"{model.base_model_prefix}.{name}"
-        named[full if full in state and name not in state else name] = tensor
-    return named
+        renamed[full if full in state and name not in state else name] = tensor
+    return renamed
 
 
 def check_memory(folder: Path | str, model: PreTrainedModel, tensors: Tensors) -> None:
-    """Refuse a config that asks for much more memory than its weights do.
+    """Refuse a config whose model would take much more memory than the stored weights.
 
     Parameters
     ----------
     folder : str or path
-        For the error.
+        Named in the error.
     model : transformers.PreTrainedModel
-        On the meta device.
+        The config's model on the meta device.
     tensors : mapping
-        Of `stored_tensors`.
+        From `stored_tensors`.
 
     Raises
     ------
     UnfitFolder
-        If the model has many parameters, and more than the files hold, or computes more numbers at
-        its start than it has parameters.
+        If the model has many parameters, and more than the files hold, or larger buffers than
+        parameters.
     """
     held = sum(torch.Size(shape).numel() for shape, _ in tensors.values())
     needed = model.num_parameters()
     if needed > max(held, _FEW):
         check_weights(folder, model, tensors, unexpected=False)
-    computed = sum(buffer.numel() for buffer in model.buffers())
+    computed = sum(buffer.numel() for buffer in model.buffers())  # at construction
     if computed > max(needed, 2**24):
         raise damaged(folder, f"config.json asks for {computed:,} numbers beside the weights")
 
@@ -184,7 +184,7 @@ def check_memory(folder: Path | str, model: PreTrainedModel, tensors: Tensors) -
 def check_weights(
     folder: Path | str, model: PreTrainedModel, tensors: Tensors, unexpected: bool = True
 ) -> None:
-    """Refuse files whose tensors are not, in name and shape, those of a model.
+    """Refuse files whose tensors differ from a model's in name or shape.
 
     Raises
     ------
@@ -231,10 +231,11 @@ def refuse_unfit(
 
 
 def _weights(names: Collection[str]) -> str:
+    """``1 weight is`` or ``n weights are``."""
     return "1 weight is" if len(names) == 1 else f"{len(names)} weights are"
 
 
 def listed(names: Collection[str], most: int = 3) -> str:
-    """The first few names."""
+    """The first few names as text, with … if there are more."""
     names = list(names)
     return ", ".join(names[:most]) + ("" if len(names) <= most else ", …")

@@ -1,7 +1,7 @@
-"""Loading a model from its folder: as it was saved, or not at all.
+"""Load a model from its folder: exactly as it was saved, or not at all.
 
-What a folder holds is compared with what its config asks for before and after it is read: no weight
-is ever made up for one that is missing.
+The tensors in a folder are compared with those that its config asks for, before and after reading:
+a missing weight is an error, never initialised at random.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def load_pretrained(source: str | Path, dtype: str | torch.dtype, **options) -> PreTrainedModel:
-    """Load with transformers; weights that it would make up or leave out are an error.
+    """Load with transformers; missing, unexpected or misshapen weights are an error.
 
     Raises
     ------
@@ -130,7 +130,7 @@ def load_pretrained(source: str | Path, dtype: str | torch.dtype, **options) -> 
 
 
 def untie_if_separate(model: PreTrainedModel) -> PreTrainedModel:
-    """Note it if a model's head is not its embedding, so that saving and loading keep both."""
+    """Set ``tie_word_embeddings=False`` if the head has its own weight, so that both are saved."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     separate = head is not None and head.weight is not embedding.weight
     if separate and model.config.tie_word_embeddings:
@@ -158,7 +158,7 @@ def refuse_quantised(settings: object, source: str | Path) -> None:
 
 
 def _check_class(folder: Path, config: PretrainedConfig) -> None:
-    """Refuse a config whose two names for its architecture contradict each other."""
+    """Refuse a config whose ``model_type`` and ``architectures`` contradict each other."""
     classes = set(config.architectures or ()) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     expected = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
     if classes and expected not in classes:
@@ -170,6 +170,7 @@ def _check_class(folder: Path, config: PretrainedConfig) -> None:
 
 
 def _check_stored_dtype(folder: Path, dtype: torch.dtype) -> None:
+    """Refuse weights of a type that cannot be computed with (float8, integers)."""
     if dtype not in COMPUTE_DTYPES:
         raise UnfitFolder(
             f"{folder} is stored as {str(dtype).removeprefix('torch.')}; expected float32, "
@@ -180,19 +181,21 @@ def _check_stored_dtype(folder: Path, dtype: torch.dtype) -> None:
 def _load_plain(
     folder: Path, config: PretrainedConfig, tensors: Tensors, dtype: str | torch.dtype
 ) -> PreTrainedModel:
+    """Load a model whose widths are those of its config."""
     check_memory(folder, _on_meta(config, None), tensors)
-    if any(re.search(WRAPPERS, name) for name in tensors):  # transformers does not know them
+    if any(re.search(WRAPPERS, name) for name in tensors):  # transformers would not match the names
         stored = _stored_dtype(config, dtype)
         return _fill(_on_meta(config, stored), folder, tensors, stored)
     return load_pretrained(folder, dtype)
 
 
 def _stored_dtype(config: PretrainedConfig, dtype: str | torch.dtype) -> torch.dtype:
+    """The dtype to load with: the config's for ``"auto"``, else the one given."""
     return (config.dtype or torch.float32) if dtype == "auto" else dtype
 
 
 def _on_meta(config: PretrainedConfig, dtype: torch.dtype | None) -> PreTrainedModel:
-    """The model that a config describes, without memory for its weights."""
+    """Build the model of a config on the meta device, without memory for its weights."""
     with torch.device("meta"), no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     model.tie_weights()
@@ -208,7 +211,7 @@ def _load_mini(
         raise UnfitFolder(
             f"{folder / SIDECAR}: format {sidecar.get('format')!r}, this version reads {FORMAT}"
         )
-    # 1. the shape: widths of the layers, and biases that the architecture lacks
+    # 1. The shape: widths of the layers, and biases that the architecture lacks.
     stored = _stored_dtype(config, dtype)
     model = _on_meta(config, stored)
     anatomy = Anatomy(model)
@@ -218,10 +221,10 @@ def _load_mini(
     for _, name, module in anatomy.linears():
         if module.bias is None and f"{name}.bias" in names:
             add_bias(module)
-    # 2. the weights
+    # 2. The weights.
     _fill(model, folder, tensors, stored)
     _check_heads(folder, anatomy)
-    # 3. where it came from
+    # 3. Its plans and its vocabulary.
     if not isinstance(sidecar.get("plans"), list):
         raise damaged(folder, f"{SIDECAR}: plans is no list")
     model.pruning_plans = [PruningPlan.from_dict(plan) for plan in sidecar["plans"]]
@@ -231,7 +234,7 @@ def _load_mini(
 
 
 def _checked_widths(folder: Path, widths: Any, dense: dict) -> dict[str, list[int]]:
-    """Units per layer and site, none more than the dense model has."""
+    """Return the saved units per layer of every site; refuse more than the dense model has."""
     most = max(max(counts) for counts in dense.values())
     if most > _MOST_UNITS:
         raise damaged(folder, f"config.json asks for layers of {most:,} units")
@@ -246,7 +249,8 @@ def _checked_widths(folder: Path, widths: Any, dense: dict) -> dict[str, list[in
 def _fill(
     model: PreTrainedModel, folder: Path, tensors: Tensors, dtype: torch.dtype
 ) -> PreTrainedModel:
-    """Give a model on the meta device the weights of a folder, and compute its other buffers."""
+    """Load a folder's weights into a model on the meta device, and compute its other buffers."""
+    # 1. The parameters and saved buffers, under the model's names.
     check_weights(folder, model, tensors)
     separate = by_model_names(model, tensors).keys() & model.all_tied_weights_keys.keys()
     state = {}
@@ -254,12 +258,14 @@ def _fill(
         for name, tensor in by_model_names(model, load_file(file)).items():
             state[name] = tensor.to(dtype if tensor.is_floating_point() else tensor.dtype)
     model.load_state_dict(state, strict=False, assign=True)
-    if separate:  # the file has a head of its own after all
+    if separate:  # the file holds a head of its own although the config ties it
         untie_if_separate(model)
     else:
         model.tie_weights()
+    # 2. Buffers that are not saved (rotary frequencies): allocated, then computed by transformers,
+    #    which leaves alone what is marked as initialised.
     for tensor in model.state_dict(keep_vars=True).values():
-        tensor._is_hf_initialized = True  # as transformers marks the weights of a file
+        tensor._is_hf_initialized = True
     for name, buffer in [*model.named_non_persistent_buffers()]:
         owner, _, last = name.rpartition(".")
         setattr(model.get_submodule(owner), last, torch.empty_like(buffer, device="cpu"))

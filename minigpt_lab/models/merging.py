@@ -1,4 +1,4 @@
-"""Loading an adapter: its base model with the adapter merged, so that nothing else changes."""
+"""Load an adapter: its base model with the adapter merged into the weights."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ def load_adapter(
     above: tuple[Path, ...],
     open_base: Callable[..., tuple[PreTrainedModel, PreTrainedTokenizerBase]],
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the base model of an adapter with the adapter merged, and the tokenizer they work with.
+    """Load an adapter's base model with the adapter merged, and the tokenizer of both.
 
     Parameters
     ----------
     folder : pathlib.Path
-        With ``adapter_config.json``.
+        The adapter's folder, with ``adapter_config.json``.
     above : tuple of pathlib.Path
-        Adapters whose base this one is.
+        Folders of adapters that have this adapter as their base.
     open_base : callable
         Loads a base by its name or folder.
 
     Raises
     ------
     ValueError
-        If the adapter does not fit its base, is its own, or cannot be merged as peft applies it.
+        If the adapter does not fit its base, is its own base, or changes the logits by merging.
     """
     above = (*above, folder.resolve())
     with reading(folder):
@@ -59,7 +59,7 @@ def load_adapter(
 
 
 def _base_name(folder: Path, config: Mapping, above: tuple[Path, ...]) -> str:
-    """Name or folder of the base, which must not be an adapter above it."""
+    """Name or folder of an adapter's base; refuse one that is an adapter of `above`."""
     name = config.get("base_model_name_or_path")
     if not name or not isinstance(name, str):
         raise UnfitFolder(
@@ -79,6 +79,7 @@ def _base_name(folder: Path, config: Mapping, above: tuple[Path, ...]) -> str:
 
 
 def _read_shapes(folder: Path) -> Shapes:
+    """Shapes of an adapter's weights, from the header of their file."""
     if not (folder / _WEIGHTS).is_file():
         raise damaged(folder, f"it holds no {_WEIGHTS}; pickled weights are never opened")
     with safe_open(folder / _WEIGHTS, framework="pt") as opened:
@@ -89,7 +90,7 @@ def _read_shapes(folder: Path) -> Shapes:
 
 
 def _check_sizes(folder: Path, config: Mapping, shapes: Shapes) -> None:
-    """Refuse sizes that the adapter's weights do not have, before peft makes tensors of them."""
+    """Refuse sizes in the config that no weight has, before peft allocates tensors for them."""
     longest = max((max(shape, default=0) for shape in shapes.values()), default=0)
     sizes = {name: config.get(name) for name in _SIZES} | dict(config.get("rank_pattern") or {})
     for name, size in sizes.items():
@@ -99,7 +100,7 @@ def _check_sizes(folder: Path, config: Mapping, shapes: Shapes) -> None:
 
 
 def _grow_vocabulary(base: PreTrainedModel, shapes: Shapes) -> None:
-    """Give the base as many token rows as the adapter brings an embedding or a head for."""
+    """Give the base's vocabulary as many rows as an embedding or a head in the adapter has."""
     names = {module: name for name, module in base.named_modules()}
     embedding = base.get_input_embeddings()
     for table in (embedding, base.get_output_embeddings()):
@@ -109,13 +110,13 @@ def _grow_vocabulary(base: PreTrainedModel, shapes: Shapes) -> None:
 
 
 def _check_layers(folder: Path, base: PreTrainedModel, name: str, shapes: Shapes) -> None:
-    """Refuse a LoRA adapter of another shape; peft passes over one whose layer is gone."""
+    """Refuse LoRA factors that do not fit the base's layers; peft would skip a missing layer."""
     modules = dict(base.named_modules())
     for key, shape in shapes.items():
         layer, _, factor = key.partition(".lora_")
         axis, side = {"A.weight": (1, "input"), "B.weight": (0, "output")}.get(factor, (0, None))
         if side is None:
-            continue  # of an embedding, or no LoRA: the names are compared later
+            continue  # an embedding's factor, or no LoRA: `_adapted` compares the names
         module = modules.get(layer)
         width = module and module.weight.shape[weight_axis(module, side)]
         if width != shape[axis]:
@@ -128,12 +129,12 @@ def _check_layers(folder: Path, base: PreTrainedModel, name: str, shapes: Shapes
 
 
 def _adapted(folder: Path, base: PreTrainedModel, shapes: Shapes) -> nn.Module:
-    """The base with the adapter applied by peft, if every weight of it found its layer."""
+    """Apply the adapter by peft; refuse it if a weight is missing or belongs to no layer."""
     from peft import PeftModel, get_peft_model_state_dict
 
     tables = {base.get_input_embeddings(), base.get_output_embeddings()}
     prefixes = tuple(f"{name}." for name, module in base.named_modules() if module in tables)
-    with warnings.catch_warnings():  # what peft warns of is refused here
+    with warnings.catch_warnings():  # what peft warns of is an error below
         warnings.simplefilter("ignore")
         adapted = PeftModel.from_pretrained(base, folder).eval()
     if not hasattr(adapted, "merge_and_unload"):
@@ -155,7 +156,7 @@ def _adapted(folder: Path, base: PreTrainedModel, shapes: Shapes) -> nn.Module:
 
 @torch.no_grad()
 def _merge(folder: Path, adapted: nn.Module) -> PreTrainedModel:
-    """The base with the adapter's changes in its weights, if its logits are those of peft."""
+    """Merge the adapter into the base's weights; refuse it if that changes the logits."""
     probe = _probe(adapted)
     expected = adapted(input_ids=probe, use_cache=False).logits
     _separate_tables(adapted)
@@ -171,7 +172,7 @@ def _merge(folder: Path, adapted: nn.Module) -> PreTrainedModel:
 
 
 def _probe(adapted: nn.Module) -> torch.Tensor:
-    """Two sequences of token ids, with those in them whose rows the adapter trains."""
+    """Token ids ``[2, 16]`` to compare logits on, among them ids whose rows the adapter trains."""
     rows = adapted.get_base_model().config.vocab_size
     ids = torch.randint(rows, (2, 16), generator=torch.Generator().manual_seed(0))
     trained = getattr(adapted.active_peft_config, "trainable_token_indices", None) or []
@@ -181,7 +182,7 @@ def _probe(adapted: nn.Module) -> torch.Tensor:
 
 
 def _separate_tables(adapted: nn.Module) -> None:
-    """Untie embedding and head if one of them is adapted: merging changes weights in place."""
+    """Untie embedding and head if one is adapted: merging in place would change the other too."""
     model = adapted.get_base_model()
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head is None or head.weight is not embedding.weight:

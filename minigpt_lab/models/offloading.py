@@ -24,7 +24,7 @@ def is_offloaded(module: nn.Module) -> bool:
 
 
 def materialized_parameters(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and values of all parameters; an offloaded one is read when it is its turn."""
+    """Iterate over names and values of all parameters; reads one offloaded parameter at a time."""
     owners = dict(module.named_modules())
     for name, parameter in module.named_parameters():
         path, _, own = name.rpartition(".")
@@ -41,22 +41,23 @@ def execution_device(module: nn.Module) -> torch.device:
 
 @safe_contextmanager
 def materialized(layer: nn.Module, folder: str | os.PathLike | None = None) -> Iterator[None]:
-    """Have all weights of a layer on its device inside the block, where they may change.
+    """Hold all weights of a layer on its device inside the block, so that they can be changed.
 
-    A layer that was offloaded is offloaded again afterwards, as it is then: to host memory, or to a
-    folder.
+    A layer that was offloaded is offloaded again afterwards, with the changed weights: to host
+    memory, or to a folder.
 
     Parameters
     ----------
     layer : torch.nn.Module
-        Nothing happens if it is not offloaded.
+        The layer; left as it is if it is not offloaded.
     folder : str or path, optional
-        For its weights, one folder per layer; needed where host memory is what they are to spare.
+        Folder for the weights of this one layer; by default they go to host memory. Required if the
+        layer computes on the CPU, as host memory is what offloading saves there.
 
     Raises
     ------
     ValueError
-        If the layer was on disk beside a CPU and there is no folder.
+        If the layer computes on the CPU, was offloaded to disk, and no folder is given.
     """
     if not is_offloaded(layer):
         yield

@@ -1,4 +1,4 @@
-"""Rebuilding layers with other numbers of units, and telling layer and config about it."""
+"""Rebuild layers with other numbers of units; update their attributes and the config."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def set_units(anatomy: Anatomy, keep: Mapping[str, Sequence[Sequence[int]]]) -> 
     Parameters
     ----------
     anatomy : Anatomy
-        Of the model.
+        Anatomy of the model.
     keep : mapping
         Site to one list of unit indices per layer. Index -1 stands for a new unit of zeros, which
         changes no output.
@@ -37,6 +37,7 @@ def set_units(anatomy: Anatomy, keep: Mapping[str, Sequence[Sequence[int]]]) -> 
 @torch.no_grad()
 def rebuild_layer(anatomy: Anatomy, site: str, layer: int, units: Sequence[int]) -> None:
     """`set_units` for one site of one layer."""
+    # 1. The rows and columns of all projections that hold the units.
     axis = anatomy.family.consumes[site].axis
     before = anatomy.grid(site, layer)
     after = layouts.resized(before, axis, len(units))
@@ -46,6 +47,7 @@ def rebuild_layer(anatomy: Anatomy, site: str, layer: int, units: Sequence[int])
         set_features(module, side, old, new, layouts.width(projection, after))
     if site == "ffn":
         return
+    # 2. Attention: the numbers of heads that its forward pass reads.
     groups, heads, head_dim = after
     values = {
         "query": groups * heads,
@@ -60,10 +62,10 @@ def rebuild_layer(anatomy: Anatomy, site: str, layer: int, units: Sequence[int])
 
 
 def padding(anatomy: Anatomy, site: str, layer: int, total: int) -> list[int]:
-    """Units for `set_units` that pad a layer with zeros to `total`.
+    """Unit indices for `set_units` that pad a layer to `total` units with units of zeros.
 
-    They come last, or in a family whose heads are told apart by their place (`Family.per_head`)
-    where the dense model had them.
+    New units come last. In a family whose heads differ by their index (ALiBi's slopes,
+    `Family.per_head`) they take the indices of removed heads.
     """
     present = anatomy.units(site)[layer]
     if site != "attention" or not anatomy.family.per_head:
@@ -74,7 +76,13 @@ def padding(anatomy: Anatomy, site: str, layer: int, total: int) -> list[int]:
 
 
 def _set_surviving_heads(anatomy: Anatomy, layer: int, total: int, units: Sequence[int]) -> None:
-    """Note which of the dense model's heads a layer has now; new ones take free places."""
+    """Record which of the dense model's heads a layer has; new ones count as removed heads.
+
+    Parameters
+    ----------
+    total : int
+        Heads of the layer before it was rebuilt with `units`.
+    """
     module, heads = anatomy.layers[layer], _surviving_heads(anatomy, layer, total)
     free = iter(_removed_heads(anatomy, heads))
     heads = [heads[unit] if unit >= 0 else next(free) for unit in units]
@@ -82,23 +90,24 @@ def _set_surviving_heads(anatomy: Anatomy, layer: int, total: int, units: Sequen
         module.register_buffer("surviving_heads", None)
         hook = functools.partial(select_heads, anatomy.family.per_head)
         module.register_forward_pre_hook(hook, with_kwargs=True)
-    all_there = heads == [*range(anatomy.model.config.num_attention_heads)]
+    is_dense = heads == [*range(anatomy.model.config.num_attention_heads)]
     device = next(module.parameters()).device
-    module.surviving_heads = None if all_there else torch.tensor(heads, device=device)
+    module.surviving_heads = None if is_dense else torch.tensor(heads, device=device)
 
 
 def _surviving_heads(anatomy: Anatomy, layer: int, total: int) -> list[int]:
-    """Indices, in the dense model, of the heads that a layer has."""
+    """Indices in the dense model of a layer's heads; all `total` if none were recorded."""
     known = getattr(anatomy.layers[layer], "surviving_heads", None)
     return [*range(total)] if known is None else known.tolist()
 
 
 def _removed_heads(anatomy: Anatomy, heads: Sequence[int]) -> list[int]:
+    """Indices in the dense model of the heads that are not among `heads`."""
     return sorted({*range(anatomy.model.config.num_attention_heads)} - {*heads})
 
 
 def update_config(anatomy: Anatomy) -> None:
-    """Write the layers' widths into the config, where they agree and it can hold them."""
+    """Write the layers' widths into the config if all layers agree and it has fields for them."""
     layers = range(len(anatomy.layers))
     _set_fields(anatomy, [{"channel": width} for width in anatomy.units("ffn")])
     grids = [anatomy.grid("attention", layer) for layer in layers]
@@ -106,7 +115,7 @@ def update_config(anatomy: Anatomy) -> None:
 
 
 def _set_fields(anatomy: Anatomy, counts: Sequence[Mapping[str, int]]) -> None:
-    """Set the config fields of some kinds of units, given their numbers in every layer."""
+    """Set config fields to the numbers of units of some kinds, if these agree in all layers."""
     names = anatomy.family.config
     fields = {names[kind]: count for kind, count in counts[0].items() if kind in names}
     if "query" in counts[0] and fields:
@@ -119,7 +128,7 @@ def _set_fields(anatomy: Anatomy, counts: Sequence[Mapping[str, int]]) -> None:
 def _fits_config(anatomy: Anatomy, fields: Mapping[str, int]) -> bool:
     """Whether the config can take these values, and describes the model's other weights too.
 
-    Llama's wants hidden size % heads == 0; Phi's normalises as many features of a head as
+    It may not: Llama's config requires hidden size % heads == 0; Phi sizes the norms of a head by
     hidden size / heads.
     """
     config = anatomy.model.config
@@ -141,11 +150,11 @@ def _fits_config(anatomy: Anatomy, fields: Mapping[str, int]) -> bool:
 
 
 def _from_config(anatomy: Anatomy, config: PretrainedConfig) -> Anatomy:
-    """What plain transformers builds from a config, without memory for its weights."""
+    """Anatomy of the model that plain transformers builds from a config, on the meta device."""
     with torch.device("meta"), no_init_weights():
         return Anatomy(type(anatomy.model)(copy.deepcopy(config)))
 
 
 def config_widths(anatomy: Anatomy) -> dict[str, list[int]]:
-    """`Anatomy.layer_widths` of what plain transformers builds from the config."""
+    """`Anatomy.layer_widths` of the model that plain transformers builds from the config."""
     return _from_config(anatomy, anatomy.model.config).layer_widths()

@@ -28,7 +28,7 @@ def default_device() -> torch.device:
 
 @checked(model=Instance(PreTrainedModel, "lab.load_model returns a model and its tokenizer"))
 def label(model: PreTrainedModel) -> str:
-    """The model's name for captions and records, with its origin and its size if it was pruned."""
+    """Name of a model for captions and records, with its origin, and its size if it was pruned."""
     origin = getattr(model.config, "minigpt_lab_origin", None)
     if origin:
         name = f"{origin['title']} ({origin['note']})"
@@ -54,7 +54,7 @@ def inference(model: nn.Module) -> Iterator[nn.Module]:
 
 
 class GlobalGenerators:
-    """The random generators of all threads, which one call at a time may seed."""
+    """What `seeded` locks: the process's random generators, which one thread at a time may seed."""
 
 
 _GENERATORS = GlobalGenerators()
@@ -69,7 +69,7 @@ def seeded(seed: int) -> Iterator[None]:
         undo.callback(torch.set_rng_state, torch.get_rng_state())
         if torch.cuda.is_initialized():
             undo.callback(torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all())
-        else:  # not begun: it will begin with what was seeded before
+        else:  # not initialised yet: it starts from the seed that it is given here
             undo.callback(torch.cuda.manual_seed_all, torch.initial_seed())
         if torch.backends.mps.is_available():
             undo.callback(torch.mps.set_rng_state, torch.mps.get_rng_state())
@@ -86,7 +86,7 @@ _IGNORED = {
     "use_cache",
     "dtype",
 }
-_MOST_HASHES = 4  # kept per model: of its weights, and of those under a few masks
+_MOST_HASHES = 4  # cached per model: of its own weights, and of them under a few masks
 _hashes: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
@@ -94,24 +94,26 @@ _hashes: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 def fingerprint(model: PreTrainedModel) -> str:
     """SHA-256 of a model's config and weights (names, types, shapes, bytes).
 
-    Kept until the config or a weight changes, so that repeated calls cost a sum over the weights.
-    Changes that autograd counts are seen, and by that sum nearly all that it does not count
-    (``weight.data.mul_(2)``); not seen are those that only reorder a weight's values through
-    ``.data``, or change weights that are offloaded.
+    Cached until the config or a weight changes, so that a repeated call only sums the weights.
+    Changes in place are noticed by autograd's version counter; those that it does not count
+    (``weight.data.mul_(2)``) nearly always by the sum. Not noticed are changes through ``.data``
+    that only reorder a weight's values, and changes of offloaded weights.
 
-    A call waits while another thread uses the model, so it never sees the weights under its mask.
+    A call waits while another thread uses the model, so it never reads weights under that thread's
+    mask.
     """
     entries = {k: v for k, v in model.config.to_dict().items() if k not in _IGNORED}
     config = json.dumps(entries, sort_keys=True, default=str)
     version = config, *((name, *_version(p)) for name, p in model.named_parameters())
-    known = _hashes.setdefault(model, {})
-    known[version] = known.pop(version, None) or _hash(model, config)  # the newest comes last
-    while len(known) > _MOST_HASHES:
-        del known[next(iter(known))]
-    return known[version]
+    hashes = _hashes.setdefault(model, {})  # version to hash, the last used at the end
+    hashes[version] = hashes.pop(version, None) or _hash(model, config)
+    while len(hashes) > _MOST_HASHES:
+        del hashes[next(iter(hashes))]
+    return hashes[version]
 
 
 def _hash(model: PreTrainedModel, config: str) -> str:
+    """SHA-256 of a config and of all parameters: their names, types, shapes and bytes."""
     digest = hashlib.sha256(config.encode())
     for name, parameter in materialized_parameters(model):
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
@@ -121,7 +123,7 @@ def _hash(model: PreTrainedModel, config: str) -> str:
 
 
 def _version(parameter: torch.Tensor) -> tuple:
-    """A key that changes with a parameter: autograd's count, and a sum over its bits."""
+    """A key that changes with a parameter: its address, autograd's version, a sum over its bits."""
     count = 0 if parameter.is_inference() else parameter._version
     key = parameter.data_ptr(), count, parameter.dtype, parameter.shape
     if parameter.is_meta:
@@ -129,18 +131,19 @@ def _version(parameter: torch.Tensor) -> tuple:
     values = parameter.detach().flatten()
     size = values.element_size()
     narrow = {2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
-    dtype = torch.int64 if values.numel() * size % 8 == 0 else narrow  # 20 times as fast
+    # summed in words of 64 bits where the size allows: 20 times as fast
+    dtype = torch.int64 if values.numel() * size % 8 == 0 else narrow
     return *key, int(values.view(dtype).sum(dtype=torch.int64))  # wraps around: exact in any order
 
 
 @checked(model=Model(), model_hash=Text(), measured=Text())
 def require_weights(model: PreTrainedModel, model_hash: str, measured: str) -> None:
-    """Refuse a model that is not the one something was measured on.
+    """Refuse a model whose weights are not those that something was measured on.
 
     Raises
     ------
     ValueError
-        If its fingerprint is not `model_hash`.
+        If its fingerprint is not `model_hash`; the message names what was `measured`.
     """
     own_hash = fingerprint(model)
     if own_hash != model_hash:

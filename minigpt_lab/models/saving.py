@@ -1,4 +1,4 @@
-"""Saving a model: written beside its place, reloaded and compared, then renamed."""
+"""Save a model: write it to a temporary folder, reload and compare it, then rename the folder."""
 
 from __future__ import annotations
 
@@ -41,9 +41,10 @@ def save_model(
 ) -> Path:
     """Save a model so that it reloads, here or with plain transformers.
 
-    The folder is written beside its final place, reloaded, compared (logits of a fixed probe, bit
-    for bit) and only then renamed. Widths that are uniform and have a field in the architecture's
-    config load with plain ``AutoModelForCausalLM.from_pretrained``; others load with `load_model`.
+    The model is written to a temporary folder beside `path`, reloaded and compared (logits of fixed
+    token ids, bit for bit); only then the folder is renamed. If all layers have one width and the
+    architecture's config has a field for it, the folder loads with plain
+    ``AutoModelForCausalLM.from_pretrained``; otherwise only with `load_model`.
 
     Parameters
     ----------
@@ -53,13 +54,13 @@ def save_model(
         The model's tokenizer; for a model with a trimmed vocabulary the original one may be given,
         and the trimmed one is saved.
     path : str or path
-        Folder to create. One that is empty or that an earlier call wrote is replaced, but for
-        files that it did not write; any other is refused.
+        Folder to create. An empty folder is used. In a folder of an earlier call, the files that it
+        wrote are replaced and others are left. Any other folder is refused.
     portable : bool
         Pad layers with units of zeros to the widest (to the dense width where the config has no
         field for it), so that plain transformers loads the folder at the price of a larger file.
-        Not for models with biases that bias compensation gave to layers without one: plain
-        transformers would leave these out.
+        Not possible if bias compensation added biases that the architecture lacks: plain
+        transformers would drop them.
 
     Returns
     -------
@@ -96,7 +97,8 @@ def save_model(
     stored = _padded(model) if portable else model
     with atomic_write(final, lambda folder: _written_files(folder) or set()) as staging:
         with _original_generation_config(stored):
-            # names as in memory: of a layer with widths of its own only our loader knows them
+            # Weights keep their names in memory. `load_model`, which alone loads layers with widths
+            # of their own, expects these.
             stored.save_pretrained(staging, max_shard_size="1TB", save_original_format=False)
         tokenizer_for(model, tokenizer).save_pretrained(staging)
         sidecar = {
@@ -114,7 +116,7 @@ def save_model(
 def _written_files(folder: Path) -> set[str] | None:
     """Names of the files that an earlier `save_model` wrote into a folder; None if it wrote none.
 
-    Of a damaged sidecar only its own name is known.
+    If the sidecar that lists them is damaged, only its own name is known.
     """
     try:
         sidecar = read_json(folder / SIDECAR)
@@ -131,8 +133,9 @@ def _written_files(folder: Path) -> set[str] | None:
 def _original_generation_config(model: PreTrainedModel) -> Iterator[None]:
     """Let transformers save generation settings that it refuses, such as an unused temperature.
 
-    It saves those that a model came with whatever they are, but none that were changed since (a
-    trimmed vocabulary changes the numbers of special tokens): a copy is marked as original.
+    It refuses invalid settings only if they were changed since loading, as a trimmed vocabulary
+    does by renumbering special tokens. So a copy of the settings is marked as original inside the
+    block.
     """
     settings = getattr(model, "generation_config", None)
     if settings is not None:
@@ -146,18 +149,21 @@ def _original_generation_config(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _padded(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy with layers of one width: the widest, or the dense one if the config has no field."""
+    """Copy a model with its layers padded to one width that the config can hold."""
     model = copy.deepcopy(model)
     anatomy = Anatomy(model)
+    # 1. To the widest layer; then the config gets that width if it has a field for it.
     for site, counts in anatomy.layer_widths().items():
         _pad(anatomy, site, [max(counts)] * len(counts))
     update_config(anatomy)
+    # 2. To the width that the config describes, which is the dense one if it has no field.
     for site, counts in config_widths(anatomy).items():
         _pad(anatomy, site, counts)
     return model
 
 
 def _pad(anatomy: Anatomy, site: str, widths: list[int]) -> None:
+    """Pad the layers of a site with units of zeros to some widths, in place."""
     units = [padding(anatomy, site, layer, width) for layer, width in enumerate(widths)]
     set_units(anatomy, {site: units})
 

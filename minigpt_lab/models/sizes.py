@@ -1,4 +1,4 @@
-"""The size of a model, counted in several ways, and the parts of it that can be pruned."""
+"""Parameter counts of a model, and a table of the units that can be pruned."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class Size:
     dense : int
         Parameters of the model before pruning.
     layers_stored, layers_dense : int
-        Parameters inside the decoder layers, after and before.
+        Parameters inside the decoder layers, after and before pruning.
     paper_nonzero : int, optional
         Parameters that the code of the Mini-GPTs paper, which removes none, would count as
-        non-zero: a pruned channel costs a row of the first projection, and the column of the
-        second still counts. Only a plan knows it (`PruningPlan.predicted_size`).
+        non-zero: for a pruned channel it zeroes the row of the first projection, but not the column
+        of the second. Set only by `PruningPlan.predicted_size`.
     """
 
     stored: int
@@ -96,7 +96,7 @@ def layer_parameters(model: PreTrainedModel) -> int:
 
 @checked(model=Model(lock=False))
 def describe(model: PreTrainedModel) -> pd.DataFrame:
-    """The sites of a model that can be pruned: units, their number and their cost.
+    """Tabulate the sites of a model that can be pruned: units, their number and their size.
 
     Parameters
     ----------
@@ -141,5 +141,6 @@ def token_parameters(model: PreTrainedModel) -> int:
 
 
 def _span(values: list[int]) -> str:
+    """Values as text: one number, or ``lowest–highest`` if they differ."""
     low, high = min(values), max(values)
     return str(low) if low == high else f"{low}–{high}"

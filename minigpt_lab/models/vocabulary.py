@@ -1,8 +1,8 @@
-"""The vocabulary site: the tokens to keep, and a tokenizer that agrees with the model about them.
+"""The vocabulary site: the tokens to keep, and a trimmed tokenizer to match.
 
-Only byte-pair encodings are trimmed. With a token, every token that it is merged from is kept, and
-bytes and special tokens always are: so any text still encodes, and a text whose tokens were all
-kept encodes exactly as before.
+Only byte-pair encodings are trimmed. Bytes, special tokens, and the tokens that a kept token is
+merged from are always kept. So any text can still be encoded, and a text whose tokens were all kept
+is encoded exactly as before.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 
 from ..checks import Integer, InvalidArgument, ListOf, Model, Tokenizer, checked
 
-#: Where a trimmed tokenizer keeps the original ids of its tokens; saved and loaded with it.
+#: Key of a trimmed tokenizer's original token ids in its ``init_kwargs``, saved and loaded with it.
 _ORIGINAL = "minigpt_lab_original_ids"
 _MOST_TOKENS = 2**24
 
@@ -36,7 +36,7 @@ class TrimmedVocabulary:
     rows : tuple of int
         Original id of every row of the embedding.
     allowed : tuple of int
-        Original ids that a text may use; fewer than the rows only under a mask.
+        Original ids that a text may contain; fewer than the rows only under a mask.
     """
 
     size: int
@@ -45,12 +45,12 @@ class TrimmedVocabulary:
 
     @classmethod
     def from_dict(cls, data: dict, model: PreTrainedModel) -> TrimmedVocabulary:
-        """The vocabulary that `save_model` wrote of a model.
+        """Read the vocabulary that `save_model` wrote for a model.
 
         Raises
         ------
         ValueError
-            If it is not one of the model's rows.
+            If it does not fit the rows of the model's embedding.
         """
         size = Integer(1, _MOST_TOKENS)("the vocabulary's size", data["size"])
         rows = ListOf(Integer(0))("the vocabulary's rows", data["rows"])
@@ -67,12 +67,12 @@ class TrimmedVocabulary:
         return known or cls(size, tuple(range(size)), tuple(range(size)))
 
     def trimmed(self, kept: Sequence[int]) -> TrimmedVocabulary:
-        """With only the rows `kept`, in ids of the model."""
+        """Keep only the rows `kept`, given as ids of the model."""
         rows = tuple(self.rows[token] for token in kept)
         return TrimmedVocabulary(self.size, rows, rows)
 
     def masked(self, kept: Sequence[int]) -> TrimmedVocabulary:
-        """With all rows, of which only `kept` are allowed, in ids of the model."""
+        """Keep all rows, but allow only `kept`, given as ids of the model."""
         return replace(self, allowed=tuple(self.rows[token] for token in kept))
 
 
@@ -90,7 +90,7 @@ def require_byte_pairs(tokenizer: PreTrainedTokenizerBase) -> None:
     Raises
     ------
     InvalidArgument
-        Naming the kind of its vocabulary.
+        If it is no byte-pair encoding; its kind is named.
     """
     if _byte_pair_model(tokenizer) is not None:
         return
@@ -104,14 +104,14 @@ def require_byte_pairs(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _merges(model: dict) -> list[tuple[str, str, str]]:
-    """Merges as tokens: left, right and result."""
+    """Merges ``(left, right, result)`` of a byte-pair model, as tokens."""
     inner = model.get("continuing_subword_prefix") or ""
     pairs = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
     return [(a, b, a + b.removeprefix(inner)) for a, b in pairs]
 
 
 def merge_table(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """Merges as token ids ``[merge, (left, right, result)]``; empty if there are none to know."""
+    """Merges as ids ``[merge, (left, right, result)]``; empty if it is no byte-pair encoding."""
     model = _byte_pair_model(tokenizer)
     if model is None:
         return np.zeros((0, 3), np.int64)
@@ -131,7 +131,7 @@ def protected_tokens(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
 
 
 def _byte_tokens(tokenizer: PreTrainedTokenizerBase, model: dict) -> set[str]:
-    """Tokens that every text can fall back on: bytes, or characters where there are no bytes."""
+    """Tokens into which any text can be split: bytes, or single characters if there are none."""
     if model.get("byte_fallback"):
         return {f"<0x{value:02X}>" for value in range(256)}
     if "ByteLevel" in tokenizer.backend_tokenizer.to_str():
@@ -142,23 +142,23 @@ def _byte_tokens(tokenizer: PreTrainedTokenizerBase, model: dict) -> set[str]:
 
 
 def close_over_merges(kept: np.ndarray, merges: np.ndarray) -> np.ndarray:
-    """Add to the kept tokens everything they are merged from.
+    """Add to the kept tokens all tokens that they are merged from.
 
     Parameters
     ----------
     kept : numpy.ndarray of bool
-        ``[vocabulary]``.
+        Mask ``[vocabulary]``.
     merges : numpy.ndarray
         ``[merge, (left, right, result)]``.
 
     Returns
     -------
     numpy.ndarray of bool
-        ``[vocabulary]``.
+        Mask ``[vocabulary]``.
     """
     kept, before = kept.copy(), -1
     left, right, result = merges.T
-    while before != (before := int(kept.sum())):  # until nothing is added any more
+    while before != (before := int(kept.sum())):  # until no token is added any more
         kept[left[kept[result]]] = True
         kept[right[kept[result]]] = True
     return kept
@@ -168,7 +168,7 @@ def close_over_merges(kept: np.ndarray, merges: np.ndarray) -> np.ndarray:
 def trim_tokenizer(
     tokenizer: PreTrainedTokenizerBase, kept: np.ndarray | list[int]
 ) -> PreTrainedTokenizerFast:
-    """A tokenizer with only the kept tokens, renumbered 0, 1, 2, … in their order.
+    """Make a tokenizer with only the kept tokens, renumbered 0, 1, 2, … in their order.
 
     Parameters
     ----------
@@ -192,19 +192,21 @@ def trim_tokenizer(
 
 
 def _renumbered(tokenizer: PreTrainedTokenizerBase, new: dict[int, int]) -> PreTrainedTokenizerFast:
-    """A tokenizer with the tokens of `new` (old id to new id) only."""
+    """Make a tokenizer with only the tokens of `new`, which maps old ids to new ones."""
     require_byte_pairs(tokenizer)
     original = tokenizer.init_kwargs.get(_ORIGINAL)
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     added = [token for token in spec["added_tokens"] if token["id"] in new]
-    # added tokens join the model's own table: the ids of those outside it are recomputed on loading
+    # 1. Added tokens join the model's own table: ids outside it would be recomputed on loading.
     vocab = {**spec["model"]["vocab"], **{token["content"]: token["id"] for token in added}}
     vocab = {token: new[old] for token, old in vocab.items() if old in new}
     spec["model"]["vocab"] = vocab
+    # 2. Merges, added tokens and the post-processor with only the tokens that are left.
     merges = _merges(spec["model"])
     spec["model"]["merges"] = [[a, b] for a, b, both in merges if {a, b, both} <= vocab.keys()]
     spec["added_tokens"] = [{**token, "id": new[token["id"]]} for token in added]
     _renumber_post_processor(spec.get("post_processor"), new)
+    # 3. A tokenizer with the old one's settings, that knows its original ids.
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizers.Tokenizer.from_str(json.dumps(spec)),
         **{name: token for name, token in tokenizer.special_tokens_map.items() if token in vocab},
@@ -241,9 +243,9 @@ def tokenizer_for(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer that fits a model: trimmed if the model's vocabulary is, else as given.
 
-    For a model that was trimmed, once or more, the tokenizer of any stage before may be given. A
-    special token for which the model has no row is no obstacle: only a text that uses it is
-    refused.
+    For a model that was trimmed, once or more, the tokenizer of any earlier stage may be given. A
+    special token for which the model has no row is accepted here: only a text that contains it is
+    refused later.
 
     Raises
     ------
@@ -251,8 +253,9 @@ def tokenizer_for(
         If the tokenizer does not belong to the model.
     """
     wanted = TrimmedVocabulary.of(model)
-    original = tokenizer.init_kwargs.get(_ORIGINAL)  # ids of a tokenizer that was trimmed already
-    if original is None or len(original) == wanted.size:  # the one that the model began with
+    # 1. Original ids of the tokenizer's tokens, and whether they include those of the model.
+    original = tokenizer.init_kwargs.get(_ORIGINAL)
+    if original is None or len(original) == wanted.size:  # the dense model's tokenizer
         original = range(wanted.size)
         fits = _fits(tokenizer, model, wanted.size)
     else:
@@ -264,24 +267,27 @@ def tokenizer_for(
         )
     if [*wanted.allowed] == [*original]:
         return tokenizer
-    known = _fitted.get(tokenizer)
-    if known is None or known[0] != wanted:
+    # 2. The trimmed tokenizer, made once: id of the given tokenizer to row of the model.
+    fitted = _fitted.get(tokenizer)
+    if fitted is None or fitted[0] != wanted:
         row = {token: row for row, token in enumerate(wanted.rows)}
         own_id = {token: own for own, token in enumerate(original)}
         new = {own_id[token]: row[token] for token in wanted.allowed}
-        known = _fitted[tokenizer] = (wanted, _renumbered(tokenizer, new))
-    return known[1]
+        fitted = _fitted[tokenizer] = (wanted, _renumbered(tokenizer, new))
+    return fitted[1]
 
 
 def _fits(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, rows: int) -> bool:
-    """Whether an untrimmed tokenizer can be that of a model with so many rows."""
+    """Whether an untrimmed tokenizer can belong to a model with so many rows of embedding."""
     special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
     if any(token >= rows for token in tokenizer.get_vocab().values() if token not in special):
         return False
-    # Models pad their vocabulary by a few rows; by more only if both come from one place.
+    # Models have a few rows more than tokens. More than a tenth is accepted only if model and
+    # tokenizer have one name, or one of them has none.
     names = {tokenizer.name_or_path, model.config._name_or_path} - {""}
     return len(tokenizer) >= 0.9 * rows or len(names) < 2
 
 
-# The last tokenizer fitted to each: a sweep asks for the same one at every point.
+# Tokenizer to the vocabulary and the result of its last trimming: a sweep asks for the same one at
+# every point.
 _fitted: WeakKeyDictionary = WeakKeyDictionary()
