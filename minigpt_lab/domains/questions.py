@@ -71,7 +71,7 @@ class Question:
             raise ValueError(f"{self!s} has choices {self.choices}; expected at least 2, different")
         if not all(self.choices):
             raise ValueError(f"{self!s} has an empty choice: {self.choices}; leave it out")
-        name = f"{self!s} is a question without the right answer among its choices: answer"
+        name = f"the answer to {self!s}"
         most = len(self.choices) - 1
         if isinstance(self.answer, float):  # no index, whatever its value
             raise invalid(name, self.answer, f"a whole number from 0 to {most}")
