@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from ..checks import Batches, Flag, Integer, Location, Model, check_fields, checked
 from ..domains import unpadded
 from ..models import Anatomy, fingerprint, inference, label, require_weights, weight_axis
-from ..store import DamagedFile, cached, read_tensors, write_tensors
+from ..store import cached, read_tensors, write_tensors
 from .forward import run_decoder
 from .moments import SUMS, FeatureSums, Key
 
@@ -220,14 +220,14 @@ class Statistics:
         ValueError
             If the file is not one, or is damaged.
         """
-        header, tensors = read_tensors(Path(path), "statistics")
-        try:
+
+        def build(header: dict, tensors: dict[str, torch.Tensor]) -> Statistics:
             order = [tuple(key.rsplit("|", 1)) for key in header.pop("order")]
             sums = {key: tensors["|".join(key)].numpy() for key in order}
             arrays = {name: tensors[f"|{name}"].numpy() for name in _ARRAYS}
             return cls(sums=sums, **header, **arrays)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise DamagedFile(f"{path} is no readable statistics file ({error})") from error
+
+        return read_tensors(Path(path), "statistics", build)
 
 
 @checked(model=Model(), batches=Batches(), path=Location() | None, progress=Flag())

@@ -170,7 +170,7 @@ class Workspace:
 
 
 def _read(path: Path) -> dict[str, torch.Tensor]:
-    return read_tensors(path, _KIND)[1]
+    return read_tensors(path, _KIND, lambda _header, tensors: tensors)
 
 
 def discard(folder: str | os.PathLike) -> None:

@@ -141,15 +141,15 @@ class Scores:
         ValueError
             If the file is not one, or is damaged.
         """
-        header, tensors = read_tensors(Path(path), "scores")
-        try:
+
+        def build(header: dict, tensors: dict[str, torch.Tensor]) -> Scores:
             values = {
                 site: [tensors[f"{site}|{layer}"].numpy() for layer in range(count)]
                 for site, count in header.pop("layers").items()
             }
             return cls(values=values, **header)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise DamagedFile(f"{path} is no readable scores file ({error})") from error
+
+        return read_tensors(Path(path), "scores", build)
 
 
 #: Criteria by name; see `criterion` for their signature.

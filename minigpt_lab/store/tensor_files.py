@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,6 +18,7 @@ from .atomic import atomic_write
 from .text_files import DamagedFile, damaged_file
 
 _HASH = "content_sha256"
+Result = TypeVar("Result")
 
 
 def write_tensors(
@@ -58,13 +60,24 @@ def write_tensors(
     return path
 
 
-def read_tensors(path: Path, kind: str) -> tuple[dict, dict[str, torch.Tensor]]:
-    """Header and tensors of a file that `write_tensors` wrote.
+def read_tensors(
+    path: Path, kind: str, build: Callable[[dict, dict[str, torch.Tensor]], Result]
+) -> Result:
+    """Build what a file of `write_tensors` holds from its header and tensors.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+        The file.
+    kind : str
+        What it should hold.
+    build : callable
+        ``(header, tensors)`` to the result; fails if an entry is missing or wrong.
 
     Raises
     ------
     DamagedFile
-        If it cannot be read, or its content is no longer what was written.
+        If it cannot be read or built from, or its content is no longer what was written.
     ValueError
         If it holds something else.
     """
@@ -82,7 +95,10 @@ def read_tensors(path: Path, kind: str) -> tuple[dict, dict[str, torch.Tensor]]:
     digest = _digest(tensors)
     if not isinstance(header, dict) or header.pop(_HASH, digest) != digest:
         raise DamagedFile(f"{path} is no readable {kind} file (its content has changed)")
-    return header, tensors
+    try:
+        return build(header, tensors)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DamagedFile(f"{path} is no readable {kind} file ({error})") from error
 
 
 def holds_kind(path: Path, kind: str) -> bool:
