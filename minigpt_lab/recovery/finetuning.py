@@ -203,26 +203,23 @@ def recover(
     TypeError
         If a part of a domain is given, or its name, instead of the domain.
     """
-    refuse_masked(model)
-    if is_offloaded(model):
-        raise ValueError(
-            "the model is offloaded, and training changes all its weights; load it without "
-            "offloading (device_map=None)"
-        )
-    if target_modules is not None and method != "lora":
-        raise ValueError(f"target_modules is for method='lora', this is {method!r}; leave it out")
+    _require_trainable(model, method, target_modules)
+
+    # 1. The texts, and what is trained.
     words = tokenizer_for(model, tokenizer)
     batches = tokenize(domain.train, words, seq_len=seq_len, max_tokens=max_tokens)
     windows = torch.cat([batch["input_ids"] for batch in batches])
     texts = {"perplexity": excerpt(domain.validation, max_characters=eval_characters)}
     if other is not None:
         texts["other_perplexity"] = excerpt(other.validation, max_characters=eval_characters)
-    rate = LEARNING_RATES[method] if learning_rate is None else learning_rate
-    warmup = warmup_ratio if warmup_steps is None else warmup_steps  # below 1 a share of all
     names, lora = None, {}
     if method == "lora":
         names = adapter_targets(model, target_modules)
         lora = {"r": r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout}
+
+    # 2. All that the curve depends on: a run in `out_dir` resumes only if it agrees.
+    rate = LEARNING_RATES[method] if learning_rate is None else learning_rate
+    warmup = warmup_ratio if warmup_steps is None else warmup_steps  # below 1 a share of all
     facts = {
         "method": method,
         "epochs": epochs,
@@ -244,7 +241,8 @@ def recover(
         "training text": _digest(windows.tolist()),
         "validation text": _digest([list(text) for text in texts.values()]),
     }
-    # Adapters are initialised at random: the seed comes before them.
+
+    # 3. Train. Adapters are initialised at random: the seed comes before them.
     with seeded(seed), run_folder(out_dir) as folder, trainable(model, names, **lora) as subject:
         arguments = _arguments(
             folder,
@@ -275,6 +273,20 @@ def recover(
         )
         why, start = trainer.run(folder, facts, stop_at, progress)
     return _history(trainer.state, why, start, stop_at)
+
+
+def _require_trainable(
+    model: PreTrainedModel, method: str, target_modules: Sequence[str] | None
+) -> None:
+    """Refuse a model whose weights cannot be changed, and targets without adapters."""
+    refuse_masked(model)
+    if is_offloaded(model):
+        raise ValueError(
+            "the model is offloaded, and training changes all its weights; load it without "
+            "offloading (device_map=None)"
+        )
+    if target_modules is not None and method != "lora":
+        raise ValueError(f"target_modules is for method='lora', this is {method!r}; leave it out")
 
 
 def _digest(value: list) -> str:
