@@ -10,10 +10,9 @@ from numbers import Real
 import numpy as np
 import torch
 
-_SHOWN = (  # types whose repr tells a user what was passed
-    str, bytes, Real, Sequence, Mapping, set, os.PathLike, type,
-    torch.Tensor, torch.dtype, torch.device, np.ndarray, np.generic, type(None),
-)  # fmt: skip
+_PYTHON = (str, bytes, Real, Sequence, Mapping, set, os.PathLike, type, type(None))
+_NUMERIC = (torch.Tensor, torch.dtype, torch.device, np.ndarray, np.generic)
+_SHOWN = (*_PYTHON, *_NUMERIC)  # types whose repr tells a user what was passed
 
 
 class InvalidArgument(ValueError, TypeError):

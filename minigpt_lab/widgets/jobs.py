@@ -121,9 +121,12 @@ class ModelJob:
 
 
 @checked(
-    explorer=Instance(ThresholdExplorer) | Instance(RatioExplorer), tokenizer=Tokenizer(),
-    texts=Texts(), max_tokens=Integer(2), seq_len=Integer(2),
-)  # fmt: skip
+    explorer=Instance(ThresholdExplorer) | Instance(RatioExplorer),
+    tokenizer=Tokenizer(),
+    texts=Texts(),
+    max_tokens=Integer(2),
+    seq_len=Integer(2),
+)
 def perplexity_job(
     explorer: ThresholdExplorer | RatioExplorer,
     tokenizer: PreTrainedTokenizerBase,
