@@ -167,11 +167,8 @@ class FeatureSums:
         tables = {key: sums.cpu().double().numpy().copy() for key, sums in self.sums.items()}
         self.sums.clear()
         for key, shift in self.shifts.items():
-            c, n, (_, total, square, *_) = (
-                shift.cpu().double().numpy(),
-                self.counts[key],
-                tables[key],
-            )
+            c, n = shift.cpu().double().numpy(), self.counts[key]
+            _, total, square, *_ = tables[key]
             square += c * (2 * total + n * c)  # Σ x² = Σ (x - c)² + c (2 Σ (x - c) + n c)
             total += n * c
         for name, source in self.shared.items():
