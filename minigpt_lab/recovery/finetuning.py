@@ -242,8 +242,9 @@ def recover(
         "validation text": _digest([list(text) for text in texts.values()]),
     }
 
-    # 3. Train. Adapters are initialised at random: the seed comes before them.
-    with seeded(seed), run_folder(out_dir) as folder, trainable(model, names, **lora) as subject:
+    # 3. Train. Adapters are initialised at random: the seed comes before them. The weights get
+    # their new values when all else is done: an interrupt before that leaves the old ones.
+    with seeded(seed), trainable(model, names, **lora) as subject, run_folder(out_dir) as folder:
         arguments = _arguments(
             folder,
             model.device.type,
@@ -272,7 +273,7 @@ def recover(
             callbacks=[EarlyStoppingCallback(patience), RecoveryCallback(stop_at)],
         )
         why, start = trainer.run(folder, facts, stop_at, progress)
-    return _history(trainer.state, why, start, stop_at)
+        return _history(trainer.state, why, start, stop_at)
 
 
 def _require_trainable(
