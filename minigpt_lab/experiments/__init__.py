@@ -8,26 +8,3 @@ from .records import provenance, read_record, results, varying
 from .reports import write_report
 from .runs import run_notebook, run_once
 from .sweeps import EXECUTORS, sweep
-
-__all__ = [
-    "EXECUTORS",
-    "default_parameters",
-    "find_notebook",
-    "measurements",
-    "metrics_from",
-    "notebook_names",
-    "parameters_cell",
-    "pareto",
-    "provenance",
-    "read_grid",
-    "read_record",
-    "record",
-    "results",
-    "run_notebook",
-    "run_once",
-    "select",
-    "smallest",
-    "sweep",
-    "varying",
-    "write_report",
-]

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import json
+import itertools
 import os
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +19,7 @@ from ..compensation import Solver, slimgpt
 from ..domains import Part, tokenize, unpadded
 from ..evaluation import generate, timed
 from ..models import Anatomy, PruningPlan, fingerprint, inference
-from ..store import ResultCache
+from ..store import ResultCache, cache_key
 from .arguments import BATCHES, FOLDER, PAIR, PART, PROTOCOL, SHARES, TEXTS
 from .held_out import HeldOut
 
@@ -102,31 +101,27 @@ def slimgpt_variants(
     path = out_dir and Path(out_dir) / "variants.jsonl"
     held_out = HeldOut(model, tokenizer, texts, max_tokens=max_tokens, seq_len=seq_len, path=path)
 
-    def measured(options: dict | None, key: list) -> dict:
-        pruned, plan = model, None
+    def measured(options: dict | None, folder: Path) -> dict:
+        pruned, layers = model, []
         if options is not None:
-            search = options.get("allocation") == "search"
-            folder = (
-                Path(out_dir) / f"search-{held_out.folder_name(key)}"
-                if search and out_dir
-                else None
-            )
-            pruned, plan = slimgpt(model, **options, out_dir=folder, progress=search)
+            search = options.get("allocation") == "search"  # the one that is long enough to resume
+            own = {"out_dir": folder if search and out_dir else None, "progress": search}
+            pruned, plan = slimgpt(model, **options, **own)
+            layers = _layer_rows(model, plan)
         text = prompt and generate(pruned, tokenizer, prompt, max_new_tokens=new_tokens)
-        layers = [] if plan is None else _layer_rows(model, plan)
         return {**held_out.measure(pruned), "continuation": text, "layers": layers}
 
     rows, layers = [], []
     for name, given in tqdm({"dense": None, **variants}.items(), desc="SlimGPT", unit="variant"):
         options = None if given is None else {"batches": batches, **given}
         key = [prompt, new_tokens, options and _settings(options)]
-        result = held_out.get(key, lambda options=options, key=key: measured(options, key))
+        folder = Path(out_dir or "") / f"search-{cache_key([held_out.facts, key])[:8]}"
+        result = held_out.get(key, lambda cell=(options, folder): measured(*cell))
         facts = {"variant": name, "compensated": (given or {}).get("compensate", True)}
         rows += held_out.table_rows(result, **facts, continuation=result["continuation"])
         layers += [{"variant": name, **row} for row in result["layers"]]
     table = pd.DataFrame(rows)
-    dense = table[table["variant"] == "dense"].set_index("text")["perplexity"]
-    table.insert(4, "perplexity_ratio", table["perplexity"] / table["text"].map(dense))
+    table.insert(4, "perplexity_ratio", table["perplexity"] / _dense_levels(table))
     return table, pd.DataFrame(layers)
 
 
@@ -138,11 +133,18 @@ def _settings(options: Mapping[str, object]) -> dict[str, object]:
 
 def _layer_rows(model: PreTrainedModel, plan: PruningPlan) -> list[dict]:
     """Rows of the table of layers, as plain data."""
-    frame, anatomy, errors = plan.to_frame(), Anatomy(model), plan.origin["error"]
-    places = list(zip(frame["site"], frame["layer"], strict=True))
-    frame["cost"] = [anatomy.unit_parameters(*place) for place in places]
-    frame["error"] = [errors[site][layer] for site, layer in places]
-    return json.loads(frame.to_json(orient="records", double_precision=15))
+    anatomy, rows = Anatomy(model), plan.to_frame().to_dict("records")
+    for row in rows:
+        site, layer = row["site"], row["layer"]
+        row["cost"] = anatomy.unit_parameters(site, layer)
+        row["error"] = plan.origin["error"][site][layer]
+    return rows
+
+
+def _dense_levels(table: pd.DataFrame) -> pd.Series:
+    """The dense model's perplexity on the text of each row."""
+    dense = table[table["variant"] == "dense"].set_index("text")["perplexity"]
+    return table["text"].map(dense)
 
 
 @checked(**PAIR, batches=BATCHES, texts=TEXTS, places=SHARES, ratios=SHARES)
@@ -176,12 +178,11 @@ def one_layer_at_a_time(
     """
     last = len(Anatomy(model).layers) - 1
     cells, variants = [], {}
-    for layer in sorted({round(place * last) for place in places}):
-        for ratio in ratios:
-            name = f"layer {layer}, {ratio:.0%}"
-            cells.append({"variant": name, "layer": layer, "ratio": ratio})
-            keep_layers = [layer, last - layer]
-            variants[name] = {"ratio": ratio, "allocation": "uniform", "keep_layers": keep_layers}
+    for layer, ratio in itertools.product(sorted({round(p * last) for p in places}), ratios):
+        name = f"layer {layer}, {ratio:.0%}"
+        cells.append({"variant": name, "layer": layer, "ratio": ratio})
+        keep_layers = [layer, last - layer]
+        variants[name] = {"ratio": ratio, "allocation": "uniform", "keep_layers": keep_layers}
     table, _ = slimgpt_variants(
         model, tokenizer, variants, batches=batches, texts=texts, **measuring
     )
@@ -252,8 +253,7 @@ def calibration_amounts(
     table, _ = slimgpt_variants(
         model, tokenizer, variants, batches=batches, texts=texts, seq_len=seq_len, **measuring
     )
-    dense = table[table["variant"] == "dense"].set_index("text")["perplexity"]
-    return pd.DataFrame(cells).merge(table.assign(dense=table["text"].map(dense)), on="variant")
+    return pd.DataFrame(cells).merge(table.assign(dense=_dense_levels(table)), on="variant")
 
 
 @checked(model=Model(), calibrations=ListOf(BATCHES, 1), repeats=Integer(1), out_dir=FOLDER)
@@ -296,24 +296,23 @@ def slimgpt_timing(
             for ids in unpadded(batches):
                 model.base_model(input_ids=ids.to(model.device), use_cache=False)
 
-    def prune(batches) -> None:
-        slimgpt(model, batches, **options, progress=False)
-
     def measured(batches) -> dict:
+        runs = {
+            "forward_seconds": lambda: forward(batches),
+            "slimgpt_seconds": lambda: slimgpt(model, batches, **options, progress=False),
+        }
         forward(batches)  # warms caches and kernels up
-        seconds = [
-            [timed(model.device, lambda run=run: run(batches))[0] for run in (forward, prune)]
+        seconds = pd.DataFrame(
+            {name: timed(model.device, run)[0] for name, run in runs.items()}
             for _ in range(repeats)
-        ]
-        passes = [slow / fast for fast, slow in seconds]
-        medians = [statistics.median(column) for column in zip(*seconds, strict=True)]
+        )
+        passes = seconds["slimgpt_seconds"] / seconds["forward_seconds"]
         return {
             "tokens": sum(batch["input_ids"].numel() for batch in batches),
-            "forward_seconds": medians[0],
-            "slimgpt_seconds": medians[1],
-            "passes": statistics.median(passes),
-            "low": min(passes),
-            "high": max(passes),
+            **seconds.median(),
+            "passes": passes.median(),
+            "low": passes.min(),
+            "high": passes.max(),
             "repeats": repeats,
             "device": str(model.device),
         }

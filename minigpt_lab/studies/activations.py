@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from ..calibration import Statistics
-from ..checks import DictOf, Instance, ListOf, Number, Text, checked
+from ..checks import DictOf, ListOf, Number, Text, checked
 from .arguments import STATISTICS
 
 
@@ -87,7 +87,6 @@ def neuron_overlap(
     return set_overlap(unused).rename(columns={"size": "unused"})
 
 
-@checked(samples=DictOf(Text(), ListOf(Instance(Sequence))))
 def set_overlap(samples: Mapping[str, Sequence[list[np.ndarray]]]) -> pd.DataFrame:
     """Jaccard overlap of sets given as flags ``[member]`` per layer, mean over pairs of samples.
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -61,15 +61,8 @@ def matched_plan(
         ]
         for site, layers in plan.keep.items()
     }
-    matched = PruningPlan(
-        plan.model_hash,
-        plan.units,
-        keep,
-        {},
-        plan.vocabulary_size,
-        plan.vocabulary,
-        {"method": criterion, **options, "matched": plan.origin},
-    )
+    origin = {"method": criterion, **options, "matched": plan.origin}
+    matched = replace(plan, keep=keep, zero={}, shift={}, neurons={}, origin=origin)
     kept = matched.kept_features(anatomy)
     rng = np.random.default_rng(seed)
     for name, sides in plan.zero.items():
@@ -151,16 +144,15 @@ def threshold_sweep(
         If a component is unknown, or there is no threshold at all.
     """
     if not any(epsilons.values()):
-        lists = f"all {len(epsilons)} lists are empty ({', '.join(epsilons)})"
-        raise ValueError(f"{lists}; give at least one threshold")
+        raise ValueError(f"epsilons is {dict(epsilons)}; expected at least one threshold")
     path = out_dir and Path(out_dir) / "sweep.jsonl"
     held_out = HeldOut(model, tokenizer, [text], max_tokens=max_tokens, seq_len=seq_len, path=path)
+    (dense,) = held_out.get(None, lambda: held_out.measure(model))["rows"]
 
-    def measured(plan: PruningPlan | None) -> dict:
-        with contextlib.nullcontext() if plan is None else masked(model, plan):
-            return {"rows": held_out.rows(model)}
+    def measured(plan: PruningPlan) -> dict:
+        with masked(model, plan):
+            return held_out.measure(model)
 
-    (dense,) = held_out.get(None, lambda: measured(None))["rows"]
     rows = []
     plans = list(_plans(model, statistics, epsilons, controls, token_counts, seeds))
     for facts, plan in tqdm(plans, desc="sweep", unit="point"):
@@ -182,11 +174,10 @@ def _plans(
     for component, values in epsilons.items():
         for epsilon in values:
             facts = {"component": component, "method": "contextual", "epsilon": epsilon, "seed": 0}
+            thresholds = {f"epsilon_{component}": epsilon}
             if component == "all":
                 thresholds = {"epsilon_linear": epsilon, "epsilon_activation": epsilon}
                 thresholds["epsilon_embedding"] = 0.0
-            else:
-                thresholds = {f"epsilon_{component}": epsilon}
             plan = contextual_plan(model, statistics, **thresholds, token_counts=token_counts)
             yield facts, plan
             # tokens are removed by frequency alone: nothing to control for
@@ -244,16 +235,7 @@ def measure(
         Of `perplexity`.
     """
     size = model_size(model, dense)
-    rows = [
-        {
-            "variant": variant,
-            "stored": size.stored,
-            "nonzero": size.nonzero,
-            "layer_ratio": size.layer_ratio,
-            **perplexity(
-                model, tokenizer, text, **{"max_characters": None, "progress": False, **protocol}
-            ).row(),
-        }
-        for text in texts
-    ]
-    return pd.DataFrame(rows)
+    facts = {name: getattr(size, name) for name in ("stored", "nonzero", "layer_ratio")}
+    protocol = {"max_characters": None, "progress": False, **protocol}
+    found = [perplexity(model, tokenizer, text, **protocol) for text in texts]
+    return pd.DataFrame([{"variant": variant, **facts, **each.row()} for each in found])

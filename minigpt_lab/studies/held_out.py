@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..domains import Part, excerpt
-from ..evaluation import perplexity
+from ..evaluation import Perplexity, perplexity
 from ..models import fingerprint, model_size
-from ..store import ResultCache, cache_key, content_hash
+from ..store import ResultCache, content_hash
 
 
 class HeldOut:
@@ -26,6 +26,8 @@ class HeldOut:
         Tokens per text, and per window (no overlap).
     path : str or path, optional
         A ``.jsonl`` file of finished results.
+    row : callable
+        From a `Perplexity` to what is kept of it, as plain data.
     """
 
     def __init__(
@@ -37,8 +39,10 @@ class HeldOut:
         max_tokens: int | None,
         seq_len: int,
         path: str | os.PathLike | None,
+        row: Callable[[Perplexity], dict] = Perplexity.row,
     ):
-        self.tokenizer, self.seq_len, self.cache = tokenizer, seq_len, ResultCache(path)
+        self.tokenizer, self.seq_len, self.row = tokenizer, seq_len, row
+        self.cache = ResultCache(path)
         self.texts = [excerpt(text, tokenizer, max_tokens=max_tokens) for text in texts]
         self.facts = [fingerprint(model), [content_hash(text) for text in self.texts], seq_len]
         self.dense_size = model_size(model).stored
@@ -47,18 +51,11 @@ class HeldOut:
         """Result of one variant, computed if it is not known under its key (plain data)."""
         return self.cache.get([self.facts, key], compute)
 
-    def folder_name(self, key: object) -> str:
-        """Short name for files of one variant."""
-        return cache_key([self.facts, key])[:8]
-
-    def rows(self, model: PreTrainedModel) -> list[dict]:
-        """Row of a perplexity for every text."""
-        protocol = {"seq_len": self.seq_len, "max_characters": None, "progress": False}
-        return [perplexity(model, self.tokenizer, text, **protocol).row() for text in self.texts]
-
     def measure(self, model: PreTrainedModel) -> dict:
-        """Stored parameters, and `rows`."""
-        return {"stored": model_size(model).stored, "rows": self.rows(model)}
+        """A model's stored parameters, and the row of its perplexity on every text."""
+        protocol = {"seq_len": self.seq_len, "max_characters": None, "progress": False}
+        found = [perplexity(model, self.tokenizer, text, **protocol) for text in self.texts]
+        return {"stored": model_size(model).stored, "rows": [*map(self.row, found)]}
 
     def table_rows(self, result: dict, **facts) -> list[dict]:
         """Rows of a table, one per text: facts of the variant, its size, its perplexities."""

@@ -14,7 +14,8 @@ import numpy as np
 import pandas as pd
 
 from ..calibration import Statistics
-from ..checks import Array, DictOf, Frame, Instance, Number, OneOf, Text, check_fields, checked
+from ..checks import DictOf, Frame, Instance, Number, OneOf, Text, check_fields, checked
+from .arguments import COUNTS, STATISTICS
 
 #: What a threshold can act on, in the order of the controls.
 COMPONENTS = ("linear", "activation", "embedding")
@@ -36,8 +37,7 @@ class Magnitudes:
     token_counts: np.ndarray | None = None
 
     def __post_init__(self):
-        statistics = Instance(Statistics, "lab.collect_statistics gives it")
-        check_fields(self, statistics=statistics, token_counts=Array() | None)
+        check_fields(self, statistics=STATISTICS, token_counts=COUNTS)
 
     @cached_property
     def layers(self) -> list[np.ndarray]:

@@ -6,9 +6,9 @@ A method is a criterion with its options, with or without bias compensation; `sl
 
 from __future__ import annotations
 
+import functools
 import os
-import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,24 +17,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..calibration import Statistics, tokens_hash
-from ..checks import (
-    DictOf,
-    Flag,
-    Instance,
-    Integer,
-    ListOf,
-    Location,
-    Number,
-    OneOf,
-    Text,
-    check_fields,
-    checked,
-)
+from ..checks import DictOf, Instance, Integer, ListOf, Number, OneOf, Text, checked
 from ..compensation import bias_compensated, slimgpt
 from ..criteria import CRITERIA, Scores, score
 from ..domains import Domain, Part
-from ..evaluation import peak_memory
-from ..models import PruningPlan, fingerprint, shrink
+from ..evaluation import peak_memory, timed
+from ..models import SITES, PruningPlan, fingerprint, shrink
 from ..planning import plan_from_scores
 from ..recovery import recover
 from ..store import ResultCache, content_hash
@@ -63,9 +51,6 @@ class SlimGPTRun:
     batches: Sequence[dict] = field(repr=False)
     options: Mapping[str, object]
 
-    def __post_init__(self):
-        check_fields(self, batches=BATCHES, options=DictOf(Text()))
-
 
 Pruning = PruningPlan | SlimGPTRun
 Prunings = dict[Cell, Pruning]
@@ -89,11 +74,6 @@ class Method:
     options: Mapping[str, object] = field(default_factory=dict)
     bias_compensation: bool = False
 
-    def __post_init__(self):
-        check_fields(
-            self, criterion=OneOf(CRITERIA), options=DictOf(Text()), bias_compensation=Flag()
-        )
-
 
 _METHODS = DictOf(Text(), Instance(Method), 1)
 _PRUNING = Instance(PruningPlan) | Instance(SlimGPTRun)
@@ -111,7 +91,8 @@ def registered_methods() -> dict[str, Method]:
     batches=BATCHES,
     statistics=STATISTICS | None,
     methods=_METHODS,
-    cache=Flag() | Location(),
+    sites=ListOf(Text(), 1),
+    out_dir=FOLDER,
 )
 def method_scores(
     model: PreTrainedModel,
@@ -119,9 +100,10 @@ def method_scores(
     *,
     statistics: Statistics,
     methods: Mapping[str, Method],
-    cache: bool | str | os.PathLike = True,
-) -> dict[str, Scores]:
-    """Scores of all sites under every method, each found again if it is known.
+    sites: tuple[str, ...] = SITES,
+    out_dir: str | os.PathLike | None = None,
+) -> tuple[dict[str, Scores], pd.DataFrame]:
+    """Scores under every method, and what each took: memory beside the weights, and seconds.
 
     Parameters
     ----------
@@ -133,15 +115,36 @@ def method_scores(
         Of the same tokens: one pass for all methods that can do with it.
     methods : mapping
         Name to `Method`.
-    cache : bool or path
-        See `score`.
+    sites : tuple of str
+        What to score.
+    out_dir : str or path, optional
+        Folder in which scores and costs are kept; with both there, nothing is computed.
+
+    Returns
+    -------
+    dict, pandas.DataFrame
+        Name to `Scores`; columns ``method, peak_mib, seconds``.
     """
-    return {
-        name: score(
-            model, method.criterion, batches, statistics=statistics, cache=cache, **method.options
+    results = ResultCache(out_dir and Path(out_dir) / "costs.jsonl")
+    how = {"statistics": statistics, "sites": sites}
+    how["cache"] = Path(out_dir) / "scores" if out_dir else False
+    facts = [fingerprint(model), tokens_hash(batches), sites]
+
+    def costs(compute: Callable) -> dict:
+        with peak_memory(model.device) as peak:
+            seconds, _ = timed(model.device, compute)
+        return {"peak_mib": peak() / 2**20, "seconds": seconds}
+
+    scores, rows = {}, []
+    for name, method in tqdm(methods.items(), desc="scores", unit="method"):
+        compute = functools.cache(
+            functools.partial(score, model, method.criterion, batches, **how, **method.options)
         )
-        for name, method in tqdm(methods.items(), desc="scores", unit="method")
-    }
+        key = [*facts, method.criterion, dict(method.options)]
+        took = results.get(key, lambda compute=compute: costs(compute))
+        scores[name] = compute()
+        rows.append({"method": name, **took})
+    return scores, pd.DataFrame(rows)
 
 
 @checked(
@@ -284,7 +287,7 @@ def method_comparison(
     settings = {"progress": False, **(recovery or {})}
 
     def measured(pruning: Pruning | None, recovered: bool) -> dict:
-        pruned = model if pruning is None else pruned_model(model, pruning)
+        pruned = pruned_model(model, pruning) if pruning else model
         if recovered:
             recover(pruned, tokenizer, recover_on, **settings)
         return held_out.measure(pruned)
@@ -292,11 +295,9 @@ def method_comparison(
     rows = []
     cells = {("dense", "none", 0.0): None, **plans}
     for (name, kind, ratio), pruning in tqdm(cells.items(), desc="comparison", unit="cell"):
-        recovered = pruning is not None and recover_on is not None
-        key = [
-            pruning and _cache_key(pruning),
-            [content_hash(recover_on.train), settings] if recovered else None,
-        ]
+        recovered = bool(pruning and recover_on)
+        key = [pruning and _cache_key(pruning)]
+        key += [content_hash(recover_on.train), settings] if recovered else []
         result = held_out.get(key, lambda cell=(pruning, recovered): measured(*cell))
         facts = {"method": name, "sites": kind, "ratio": ratio, "recovered": recovered}
         rows += held_out.table_rows(result, **facts)
@@ -340,60 +341,3 @@ def gradient_methods(directions: Sequence[int], *, seeds: int = 3) -> dict[str, 
     for seed in range(seeds):
         methods[f"random (seed {seed})"] = Method("random", {"seed": seed})
     return methods
-
-
-@checked(
-    model=MODEL,
-    batches=BATCHES,
-    statistics=STATISTICS | None,
-    methods=_METHODS,
-    sites=ListOf(Text(), 1),
-    out_dir=FOLDER,
-)
-def scoring_costs(
-    model: PreTrainedModel,
-    batches: Sequence[dict],
-    *,
-    statistics: Statistics,
-    methods: Mapping[str, Method],
-    sites: tuple[str, ...] = ("ffn", "attention"),
-    out_dir: str | os.PathLike | None = None,
-) -> tuple[dict[str, Scores], pd.DataFrame]:
-    """Scores, and what each took: memory beside the weights, and seconds.
-
-    Parameters
-    ----------
-    model, batches, statistics, methods
-        As for `method_scores`.
-    sites : tuple of str
-        What to score.
-    out_dir : str or path, optional
-        Folder in which scores and costs are kept; with both there, nothing is computed.
-
-    Returns
-    -------
-    dict, pandas.DataFrame
-        Name to `Scores`; columns ``gradient`` (the method's name), ``peak_mib, seconds``.
-    """
-    results = ResultCache(out_dir and Path(out_dir) / "costs.jsonl")
-    cache = False if out_dir is None else Path(out_dir) / "scores"
-    facts = [fingerprint(model), tokens_hash(batches), sites]
-    scores, rows = {}, []
-
-    def compute(name: str, method: Method) -> None:
-        how = {"statistics": statistics, "sites": sites, "cache": cache}
-        scores[name] = score(model, method.criterion, batches, **how, **method.options)
-
-    def measured(name: str, method: Method) -> dict:
-        start = time.perf_counter()
-        with peak_memory(model.device) as peak:
-            compute(name, method)
-        return {"peak_mib": peak() / 2**20, "seconds": time.perf_counter() - start}
-
-    for name, method in tqdm(methods.items(), desc="scores", unit="method"):
-        key = [*facts, method.criterion, dict(method.options)]
-        costs = results.get(key, lambda given=(name, method): measured(*given))
-        if name not in scores:
-            compute(name, method)
-        rows.append({"gradient": name, **costs})
-    return scores, pd.DataFrame(rows)

@@ -13,26 +13,28 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..calibration import tokens_hash
-from ..checks import Batches, Flag, Instance, Integer, Location, Model, Number, Tokenizer, checked
+from ..checks import Flag, Instance, Integer, Number, checked
 from ..compensation import discard, slimgpt
-from ..domains import Domain
-from ..evaluation import perplexity
-from ..models import Anatomy, PruningPlan, fingerprint, keep_all, model_size, shrink
+from ..domains import Domain, excerpt
+from ..models import Anatomy, PruningPlan, fingerprint, keep_all, shrink
 from ..planning import allocation_name
-from ..store import ResultCache, cache_key, content_hash
+from ..store import cache_key
+from .arguments import BATCHES, FOLDER, PAIR
+from .held_out import HeldOut
+
+_MAX_CHARACTERS = 65_536  # of the validation part
 
 
 @checked(
-    model=Model(),
-    tokenizer=Tokenizer(),
-    batches=Batches(),
+    **PAIR,
+    batches=BATCHES,
     domain=Instance(Domain),
     increase=Number(0),
     most=Number(above=0, below=1),
     tolerance=Number(),
     seq_len=Integer(2),
     max_tokens=Integer(1) | None,
-    out_dir=Location() | None,
+    out_dir=FOLDER,
     progress=Flag(),
 )
 def smallest_within(
@@ -70,7 +72,7 @@ def smallest_within(
     tolerance : float
         Stop when the ratio is known so well.
     seq_len, max_tokens : int
-        Of `perplexity`.
+        Tokens per window, and of the validation part.
     out_dir : str or path, optional
         Folder for ``sizes.jsonl``, the sizes measured so far, and the checkpoints of the current
         one: an interrupted call continues.
@@ -97,106 +99,62 @@ def smallest_within(
     if taken := sorted({"ratio", "parameters", "counts", "inplace"} & set(options)):
         raise ValueError(f"{', '.join(taken)}: chosen by smallest_within; leave it out")
     options = {"ratio_of": "decoder", "allocation": "log-increase", **options}
-    trials = _Trials(
-        model,
-        tokenizer,
-        domain.validation,
-        batches,
-        options,
-        limit=1 + increase,
-        protocol={"seq_len": seq_len, "max_tokens": max_tokens},
-        out_dir=out_dir,
-        progress=progress,
-    )
+    text = excerpt(domain.validation, tokenizer, max_characters=_MAX_CHARACTERS)
+    path = out_dir and Path(out_dir) / "sizes.jsonl"
+    held_out = HeldOut(model, tokenizer, [text], max_tokens=max_tokens, seq_len=seq_len, path=path)
+    facts = [tokens_hash(batches), {name: str(value) for name, value in options.items()}]
+    facts.append(allocation_name(options["allocation"]))
 
-    # 1. Bisection on the ratio.
+    def folder(ratio: float) -> Path | None:
+        name = f"ratio-{ratio:.6f}-{cache_key([held_out.facts, facts])[:8]}"
+        return Path(out_dir) / name if out_dir else None
+
+    def prune(ratio: float) -> tuple[PreTrainedModel, PruningPlan]:
+        given = {"progress": progress, **options}
+        return slimgpt(model, batches, ratio=ratio, out_dir=folder(ratio), **given)
+
+    def measure(ratio: float) -> tuple[dict, tuple | None]:
+        """A row of the curve; and the pruned model with its plan, if the row was not known."""
+        made = None
+
+        def compute() -> dict:
+            nonlocal made
+            made = prune(ratio) if ratio else (model, None)
+            return held_out.measure(made[0])
+
+        found = held_out.get([facts, ratio], compute)
+        value = found["rows"][0]["perplexity"]
+        return {"ratio": ratio, "stored": found["stored"], "perplexity": value}, made
+
+    # Bisection on the ratio: `low` is within the limit, `high` is not.
+    dense, _ = measure(0.0)
+    rows, best = [dense], None
     low, high = 0.0, most
     with tqdm(desc="smallest within", unit="size", disable=not progress) as bar:
         while high - low > tolerance:
             middle = (low + high) / 2
-            low, high = (middle, high) if trials.is_within(middle) else (low, middle)
+            row, made = measure(middle)
+            rows.append(row)
+            if row["perplexity"] <= dense["perplexity"] * (1 + increase):
+                low, best = middle, made
+            else:
+                high = middle
             bar.update()
             bar.set_postfix(ratio=f"{low:.3f}")
 
-    # 2. The smallest of those that were within the limit.
-    curve = trials.curve()
-    best = float(curve[curve["within"]].sort_values("stored")["ratio"].iloc[0])
-    if best == 0:
+    curve = pd.DataFrame(rows).sort_values("ratio", ignore_index=True)
+    curve["increase"] = curve["perplexity"] / dense["perplexity"] - 1
+    curve["within"] = curve["perplexity"] <= dense["perplexity"] * (1 + increase)
+    if low == 0:
         warnings.warn(
             f"even pruning {high:.1%} raises the perplexity on {domain.validation} by more than "
             f"{increase:.1%}: the model returned is the dense one; allow a larger increase",
             stacklevel=2,
         )
-        pruned, plan = _unpruned(model, increase)
-    else:
-        pruned, plan = trials.prune(best)
-    trials.discard_except(best)
+    pruned, plan = (best or prune(low)) if low else _unpruned(model, increase)
+    for ratio in set(curve["ratio"]) - {low} if out_dir else ():
+        discard(folder(ratio))
     return pruned, plan, curve
-
-
-class _Trials:
-    """Pruned models of several sizes and their perplexity; finished measurements are kept."""
-
-    def __init__(
-        self, model, tokenizer, text, batches, options, *, limit, protocol, out_dir, progress
-    ):
-        self.model, self.tokenizer, self.text, self.batches = model, tokenizer, text, batches
-        self.options, self.limit, self.protocol = options, limit, protocol
-        self.out_dir, self.progress = out_dir, progress
-        self.key = {
-            "model": fingerprint(model),
-            "tokens": tokens_hash(batches),
-            "text": content_hash(text),
-            "protocol": [*protocol.values()],
-            "options": {name: str(value) for name, value in options.items()}
-            | {"allocation": allocation_name(options["allocation"])},
-        }
-        self.cache = ResultCache(out_dir and f"{out_dir}/sizes.jsonl")
-        self.last: tuple[float, tuple] | None = None  # the last pruned model within the limit
-        self.rows = {0.0: self._get(0.0)}
-
-    def is_within(self, ratio: float) -> bool:
-        """Whether a model pruned by a ratio is within the limit."""
-        self.rows[ratio] = self._get(ratio)
-        return self._allowed(self.rows[ratio]["perplexity"])
-
-    def _allowed(self, perplexity: float) -> bool:
-        return perplexity <= self.rows[0.0]["perplexity"] * self.limit
-
-    def _get(self, ratio: float) -> dict:
-        return self.cache.get([self.key, ratio], lambda: self._measured(ratio))
-
-    def _measured(self, ratio: float) -> dict:
-        pruned, plan = self.prune(ratio) if ratio else (self.model, None)
-        found = perplexity(pruned, self.tokenizer, self.text, progress=False, **self.protocol)
-        if ratio and self._allowed(found.value):
-            self.last = ratio, (pruned, plan)
-        return {"stored": model_size(pruned).stored, "perplexity": found.value}
-
-    def prune(self, ratio: float) -> tuple[PreTrainedModel, PruningPlan]:
-        """Prune a copy by a ratio; the last one within the limit is at hand."""
-        if self.last is not None and self.last[0] == ratio:
-            return self.last[1]
-        options = {"ratio": ratio, "progress": self.progress, **self.options}
-        return slimgpt(self.model, self.batches, out_dir=self._folder(ratio), **options)
-
-    def curve(self) -> pd.DataFrame:
-        """All sizes that were measured, from the dense model down."""
-        curve = pd.DataFrame([{"ratio": ratio, **row} for ratio, row in sorted(self.rows.items())])
-        curve["increase"] = curve["perplexity"] / self.rows[0.0]["perplexity"] - 1
-        curve["within"] = curve["perplexity"].map(self._allowed)
-        return curve
-
-    def discard_except(self, best: float) -> None:
-        """Remove the checkpoints of all other sizes."""
-        for ratio in self.rows if self.out_dir is not None else ():
-            if ratio != best:
-                discard(self._folder(ratio))
-
-    def _folder(self, ratio: float) -> Path | None:
-        if self.out_dir is None:
-            return None
-        return Path(self.out_dir) / f"ratio-{ratio:.6f}-{cache_key(self.key)[:8]}"
 
 
 def _unpruned(model: PreTrainedModel, increase: float) -> tuple[PreTrainedModel, PruningPlan]:

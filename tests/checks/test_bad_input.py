@@ -130,13 +130,12 @@ def calls(t: dict) -> dict[str, dict]:
         "describe": {"model": t["model"]},
         "domain_matrix": {
             **pair, "domains": domains, "plans": {("tiny-law", 0): t["plan"]}, "max_tokens": 64,
-            "seq_len": 32, "recovery_tokens": 0, "recovery_samples": 1, "recover_on": "mix",
-            "n_bootstrap": 10, "seed": 0, "out_dir": None,
+            "seq_len": 32, "recovery_tokens": 0, "recover_on": "mix", "seed": 0, "out_dir": None,
         },
         "domain_names": {"tiny": True},
         "domain_plans": {
             **pair, "domains": domains, "ratio": 0.3, "samples": 1, "calibration_tokens": 64,
-            "seq_len": 32, "sites": ("ffn",), "out_dir": None,
+            "seq_len": 32, "out_dir": None,
         },
         "damped_inverse": {"H": torch.eye(4), "damping": 0.1, "damping_mode": "mean"},
         "efficiency": {**pair, "dense": None, "seq_len": 16, "new_tokens": 2, "batch_size": 1,
@@ -271,10 +270,8 @@ def study_calls(t: dict) -> dict[str, dict]:
             "model": t["model"], "scores": {"mine": t["scores"]}, "methods": found,
             "statistics": t["statistics"], "ratios": [0.2], "sites": ("ffn",),
         },
-        "methods.method_scores": {**read, "statistics": t["statistics"], "methods": found,
-                                  "cache": False},
         "methods.pruned_model": {"model": t["model"], "pruning": t["plan"]},
-        "methods.scoring_costs": {**read, "statistics": t["statistics"], "methods": found,
+        "methods.method_scores": {**read, "statistics": t["statistics"], "methods": found,
                                   "sites": ("ffn",), "out_dir": None},
         "methods.slimgpt_runs": {"plans": plans, "batches": t["batches"], "variants": {"a": {}}},
     }  # fmt: skip

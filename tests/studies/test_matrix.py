@@ -78,7 +78,7 @@ def test_an_interrupted_matrix_goes_on_where_it_was(tiny, domains, plans, tmp_pa
     table = lab.domain_matrix(*tiny, domains, plans=few, **arguments)
     assert len(calls) == 3 + len(few) + 1 - 2  # the two finished ones are not trained again
     assert set(table["recovered"]) == {True, False}
-    monkeypatch.setattr(matrix, "perplexity", None)  # nothing is measured twice
+    monkeypatch.setattr("minigpt_lab.studies.held_out.perplexity", None)  # nothing is measured twice
     again = lab.domain_matrix(*tiny, domains, plans=few, **arguments)
     pd.testing.assert_frame_equal(again, table)
     pruned, recovered = (table[table["recovered"] == state] for state in (False, True))
@@ -113,12 +113,11 @@ def test_verdict_counts_columns():
     def cells(cut, text, level):
         passages = np.stack([np.full(5, level * 10), np.full(5, 10.0), np.full(5, 40.0)], 1)
         passages[:, 0] += np.arange(5) / 10
-        return {"recovered": False, "cut": cut, "text": text, "draw": 0, "stored": 1,
-                "passages": passages}  # fmt: skip
+        return {"recovered": False, "cut": cut, "text": text, "stored": 1, "passages": passages}
 
     levels = {("a", "a"): 2, ("a", "b"): 3, ("b", "a"): 2.5, ("b", "b"): 3.5}
     levels |= {(name, text): 4 for name in matrix.CONTROLS for text in "ab"}
-    table = matrix._compared(pd.DataFrame([cells(*key, v) for key, v in levels.items()]), 100, 0)
+    table = matrix._compared(pd.DataFrame([cells(*key, v) for key, v in levels.items()]), 0)
     (wins,) = table.attrs["wins"]
     assert (wins["columns"], wins["won"], wins["surely"], wins["beats_mix"]) == (2, 1, 1, 2)
     found = table.set_index(["cut", "text"])["difference"]

@@ -30,7 +30,8 @@ def compared(tiny, tiny_domain, tmp_path_factory):
         "random": Method("random", {"seed": 1}), "wanda": Method("wanda"),
         "flap": Method("fluctuation", bias_compensation=True),
     }  # fmt: skip
-    scores = method_scores(model, batches, statistics=statistics, methods=methods, cache=False)
+    scores, costs = method_scores(model, batches, statistics=statistics, methods=methods)
+    assert list(costs["method"]) == list(methods) and (costs["seconds"] > 0).all()
     plans = method_plans(
         model,
         scores,
