@@ -49,7 +49,6 @@ _DEFAULTS = asdict(Solver()) | {
     batches=BATCHES,
     texts=TEXTS,
     prompt=Text(),
-    new_tokens=Integer(1),
     out_dir=FOLDER,
 )
 def slimgpt_variants(
@@ -62,7 +61,6 @@ def slimgpt_variants(
     max_tokens: int = 1_024,
     seq_len: int = 256,
     prompt: str = "",
-    new_tokens: int = 20,
     out_dir: str | os.PathLike | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Run SlimGPT several ways and measure each on held-out text, beside the dense model.
@@ -80,8 +78,8 @@ def slimgpt_variants(
         Held out.
     max_tokens, seq_len : int
         Tokens per text, and per window (no overlap).
-    prompt, new_tokens : str, int
-        What every variant continues, greedily, and how far; nothing is generated if it is empty.
+    prompt : str
+        What every variant continues by twenty tokens, greedily; nothing by default.
     out_dir : str or path, optional
         Folder in which finished variants are kept, whatever they are called: an interrupted study
         continues, and two studies share what they have in common.
@@ -108,13 +106,13 @@ def slimgpt_variants(
             own = {"out_dir": folder if search and out_dir else None, "progress": search}
             pruned, plan = slimgpt(model, **options, **own)
             layers = _layer_rows(model, plan)
-        text = prompt and generate(pruned, tokenizer, prompt, max_new_tokens=new_tokens)
+        text = prompt and generate(pruned, tokenizer, prompt, max_new_tokens=20)
         return {**held_out.measure(pruned), "continuation": text, "layers": layers}
 
     rows, layers = [], []
     for name, given in tqdm({"dense": None, **variants}.items(), desc="SlimGPT", unit="variant"):
         options = None if given is None else {"batches": batches, **given}
-        key = [prompt, new_tokens, options and _settings(options)]
+        key = [prompt, options and _settings(options)]
         folder = Path(out_dir or "") / f"search-{cache_key([held_out.facts, key])[:8]}"
         result = held_out.get(key, lambda cell=(options, folder): measured(*cell))
         facts = {"variant": name, "compensated": (given or {}).get("compensate", True)}

@@ -17,16 +17,9 @@ from .arguments import STATISTICS
 def activation_frame(statistics: Mapping[str, Statistics]) -> pd.DataFrame:
     """FFN activations of several domains in one table: ``domain, layer, neuron, mean_abs``."""
     parts = [
-        pd.DataFrame(
-            {
-                "domain": domain,
-                "layer": layer,
-                "neuron": np.arange(len(magnitude)),
-                "mean_abs": magnitude,
-            }
-        )
+        pd.DataFrame({"domain": domain, "layer": layer, "neuron": range(len(row)), "mean_abs": row})
         for domain, found in statistics.items()
-        for layer, magnitude in enumerate(_activations(found))
+        for layer, row in enumerate(_activations(found))
     ]
     return pd.concat(parts, ignore_index=True)
 
@@ -36,7 +29,7 @@ def _activations(statistics: Statistics) -> list[np.ndarray]:
 
 
 @checked(
-    samples=DictOf(Text(), ListOf(STATISTICS), 1),
+    samples=DictOf(Text(), ListOf(STATISTICS, 2), 1),
     epsilon=Number(0) | None,
     quantile=Number(0, below=1) | None,
 )
@@ -75,11 +68,6 @@ def neuron_overlap(
     """
     if (epsilon is None) == (quantile is None):
         raise ValueError(f"give epsilon or quantile, not both or none: {epsilon}, {quantile}")
-    for domain, found in samples.items():
-        if len(found) < 2:
-            raise ValueError(
-                f"{domain!r} has {len(found)} sample(s); two are needed to know the noise"
-            )
     unused = {
         domain: [_unused(_activations(sample), epsilon, quantile) for sample in found]
         for domain, found in samples.items()

@@ -187,9 +187,9 @@ def _plans(
                     yield {**facts, "method": control, "seed": seed}, matched
 
 
-@checked(curve=Frame(), x=Text(), y=Text())
-def knee(curve: pd.DataFrame, x: str = "nonzero_ratio", y: str = "perplexity_ratio") -> pd.Series:
-    """The point of a curve farthest below the line between its ends (log of `y` over `x`).
+@checked(curve=Frame(numbers=("nonzero_ratio", "perplexity_ratio")))
+def knee(curve: pd.DataFrame) -> pd.Series:
+    """The point of a curve of log perplexity over size farthest below the line between its ends.
 
     Parameters
     ----------
@@ -202,13 +202,10 @@ def knee(curve: pd.DataFrame, x: str = "nonzero_ratio", y: str = "perplexity_rat
         The row: as small as possible before perplexity takes off. The largest size if no point
         lies below the line.
     """
-    curve = Frame(numbers=(x, y))("curve", curve).sort_values(x).reset_index(drop=True)
-    size, loss = curve[x].to_numpy(), np.log(curve[y].to_numpy())
-    if len(curve) < 3 or np.ptp(size) == 0 or np.ptp(loss) == 0:
-        return curve.iloc[-1]
-    size, loss = (size - size[0]) / np.ptp(size), (loss - loss.min()) / np.ptp(loss)
-    below = loss[0] + (loss[-1] - loss[0]) * size - loss
-    return curve.loc[int(np.argmax(below))] if below.max() > 0 else curve.iloc[-1]
+    curve = curve.sort_values("nonzero_ratio")
+    size, loss = curve["nonzero_ratio"].to_numpy(), np.log(curve["perplexity_ratio"].to_numpy())
+    below = np.interp(size, size[[0, -1]], loss[[0, -1]]) - loss
+    return curve.iloc[below.argmax() if below.max() > 1e-9 else -1]
 
 
 @checked(**PAIR, texts=TEXTS, variant=Text(), dense=Model(lock=False) | None)

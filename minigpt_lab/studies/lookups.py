@@ -57,13 +57,11 @@ class Magnitudes:
             "embedding": np.sort(counts / max(counts.sum(), 1)),
         }
 
-    @checked(component=OneOf(COMPONENTS), epsilon=Number(0))
     def share(self, component: str, epsilon: float) -> float:
         """Share of a component's neurons (or tokens) at or below ε."""
         values = self.pooled[component]
         return float(np.searchsorted(values, epsilon, side="right") / len(values))
 
-    @checked(share=Number(0, 1))
     def layer_thresholds(self, share: float) -> np.ndarray:
         """The ε of each layer that a share of its FFN neurons lies at or below ``[layer]``."""
         return np.array([values[max(int(share * len(values)) - 1, 0)] for values in self.layers])
@@ -82,12 +80,10 @@ def threshold_range(
     From just below the smallest magnitude above zero to the 99.9 % quantile over all domains, and
     to `epsilon` where that lies outside.
     """
-    live = [found.pooled[component] for found in magnitudes.values()]
-    live = [values[values > 0] for values in live]
-    ends = [end for values in live if len(values) for end in np.quantile(values, [0, 0.999])]
+    values = np.concatenate([found.pooled[component] for found in magnitudes.values()])
+    live = values[values > 0]
+    ends = [*np.quantile(live, [0, 0.999])] if len(live) else [1e-6, 1.0]
     ends += [epsilon] if epsilon else []
-    if not ends:
-        ends = [1e-6, 1.0]
     return float(np.log10(min(ends)) - 0.1), float(np.log10(max(ends)) + 0.1)
 
 
@@ -135,12 +131,8 @@ def read_sweep(sweep: pd.DataFrame | None, component: str, epsilon: float) -> Re
     place = int(np.searchsorted(known, epsilon * (1 - 1e-9)))
     if place < len(known) and np.isclose(known[place], epsilon):
         return Reading(loss[place], epsilon, epsilon)
-    if place in (0, len(known)):
+    if place in (0, len(known)) or known[place - 1] == 0:  # 0 has no place on a log axis
         return None
-    below, above = known[place - 1], known[place]
-    if below == 0:  # no place on a log axis
-        return None
-    value = np.exp(
-        np.interp(np.log(epsilon), np.log([below, above]), np.log(loss[place - 1 :][:2]))
-    )
-    return Reading(float(value), float(below), float(above))
+    around = slice(place - 1, place + 1)
+    value = np.interp(np.log(epsilon), np.log(known[around]), np.log(loss[around]))
+    return Reading(float(np.exp(value)), *map(float, known[around]))

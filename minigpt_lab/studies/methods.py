@@ -7,6 +7,7 @@ A method is a criterion with its options, with or without bias compensation; `sl
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -183,14 +184,13 @@ def method_plans(
         Of `plan_from_scores`; by default uniform, so that all methods store the same.
     """
     plans = {}
-    for name, found in scores.items():
-        for kind in sites:
-            part = replace(found, values={site: found.values[site] for site in KINDS[kind]})
-            for ratio in ratios:
-                plan = plan_from_scores(model, part, ratio=ratio, **allocation)
-                if methods[name].bias_compensation:
-                    plan = bias_compensated(model, plan, statistics)
-                plans[name, kind, ratio] = plan
+    for name, kind, ratio in itertools.product(scores, sites, ratios):
+        values = {site: scores[name].values[site] for site in KINDS[kind]}
+        part = replace(scores[name], values=values)
+        plan = plan_from_scores(model, part, ratio=ratio, **allocation)
+        if methods[name].bias_compensation:
+            plan = bias_compensated(model, plan, statistics)
+        plans[name, kind, ratio] = plan
     return plans
 
 
@@ -211,12 +211,13 @@ def slimgpt_runs(
         are removed from every layer as in the other methods' plans.
     """
     runs = {}
-    for (_, kind, ratio), plan in plans.items():
+    sizes = {(kind, ratio): plan.removed for (_, kind, ratio), plan in plans.items()}
+    for (kind, ratio), counts in sizes.items():
         for name, options in variants.items():
             size = {"sites": KINDS[kind], "ratio": ratio}
             if "allocation" not in options:
-                size = {"sites": (*plan.removed,), "counts": plan.removed}
-            runs.setdefault((name, kind, ratio), SlimGPTRun(batches, {**size, **options}))
+                size = {"sites": (*counts,), "counts": counts}
+            runs[name, kind, ratio] = SlimGPTRun(batches, {**size, **options})
     return runs
 
 
@@ -333,11 +334,9 @@ def gradient_methods(directions: Sequence[int], *, seeds: int = 3) -> dict[str, 
         Of the estimates and of the random control, named ``"… (seed k)"``.
     """
     methods = {"backprop": Method("sensitivity", {"gradient": "backprop"})}
-    for n in directions:
-        for seed in range(seeds):
-            options = {"gradient": "zeroth-order", "n_directions": n, "seed": seed}
-            methods[f"zeroth-order, {n} (seed {seed})"] = Method("sensitivity", options)
+    for n, seed in itertools.product(directions, range(seeds)):
+        options = {"gradient": "zeroth-order", "n_directions": n, "seed": seed}
+        methods[f"zeroth-order, {n} (seed {seed})"] = Method("sensitivity", options)
     methods["none"] = Method("sensitivity", {"gradient": "none"})
-    for seed in range(seeds):
-        methods[f"random (seed {seed})"] = Method("random", {"seed": seed})
-    return methods
+    controls = {f"random (seed {seed})": Method("random", {"seed": seed}) for seed in range(seeds)}
+    return methods | controls

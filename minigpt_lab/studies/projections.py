@@ -26,7 +26,7 @@ from .arguments import BATCHES, SHARES
 
 @checked(model=Model(), batches=BATCHES, layer=Integer(0))
 def layer_problems(
-    model: PreTrainedModel, batches: Sequence[dict], *, layer: int, **solver
+    model: PreTrainedModel, batches: Sequence[dict], *, layer: int
 ) -> dict[str, Problem]:
     """Second moments of what the two pruned projections (o, down) read in one dense layer.
 
@@ -38,30 +38,21 @@ def layer_problems(
         Calibration tokens.
     layer : int
         Which layer.
-    **solver
-        Fields of `Solver`.
     """
-    anatomy, hidden, settings = Anatomy(model), Shards(), Solver(**solver)
+    anatomy, hidden = Anatomy(model), Shards()
     with inference(model), full_precision():
         calls = catch_inputs(model, batches, hidden)
         for index in range(layer):
             LayerRunner(anatomy, index, hidden, calls).finish()
         runner = LayerRunner(anatomy, layer, hidden, calls)
         return {
-            site: read_problem(anatomy, runner, layer, site, settings)
+            site: read_problem(anatomy, runner, layer, site, Solver())
             for site in ("attention", "ffn")  # in the order of the data flow
         }
 
 
-@checked(
-    problems=DictOf(Text(), Instance(Problem), 1),
-    ratios=SHARES,
-    n_random=Integer(1),
-    seed=Integer(0),
-)
-def layer_losses(
-    problems: Mapping[str, Problem], ratios: Sequence[float], *, n_random: int = 3, seed: int = 0
-) -> pd.DataFrame:
+@checked(problems=DictOf(Text(), Instance(Problem), 1), ratios=SHARES)
+def layer_losses(problems: Mapping[str, Problem], ratios: Sequence[float]) -> pd.DataFrame:
     """Loss of one layer's projections, with units chosen or at random, compensated or not.
 
     Parameters
@@ -70,8 +61,6 @@ def layer_losses(
         From `layer_problems`.
     ratios : sequence of float
         Shares of units to remove, rounded to whole units.
-    n_random, seed : int
-        Random choices for each, and the seed of the first.
 
     Returns
     -------
@@ -86,8 +75,8 @@ def layer_losses(
         for remove in sorted({round(ratio * total) for ratio in ratios} - {0, total}):
             facts = {"site": site, "units": total, "leave": remove, "share": remove / total}
             choices = [("SlimGPT", 0, solve(problem, remove, solver).kept)]
-            for draw in range(n_random):
-                order = torch.randperm(total, generator=torch.Generator().manual_seed(seed + draw))
+            for draw in range(3):
+                order = torch.randperm(total, generator=torch.Generator().manual_seed(draw))
                 choices.append(("random", draw, order[remove:].sort().values.tolist()))
             for choice, draw, kept in choices:
                 columns = problem.columns(kept)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 
 import pandas as pd
@@ -41,25 +42,14 @@ def throughput_rates(table: pd.DataFrame) -> pd.DataFrame:
         Columns ``variant, stored, kind`` (prefill, decode), ``tokens_per_second`` (median) and
         ``low, high`` (slowest and fastest round), ``batch, device, runs``.
     """
+    facts = table.rename(columns={"batch_size": "batch", "repeats": "runs"})
+    facts = facts[["variant", "stored", "batch", "device", "runs"]]
     parts = []
     for kind in ("prefill", "decode"):
-        middle = table[f"{kind}_tokens_per_second"]
-        work = middle * table[f"{kind}_seconds"]  # tokens that the time is for
-        parts.append(
-            pd.DataFrame(
-                {
-                    "variant": table["variant"],
-                    "stored": table["stored"],
-                    "kind": kind,
-                    "tokens_per_second": middle,
-                    "low": work / table[f"{kind}_high"],
-                    "high": work / table[f"{kind}_low"],
-                    "batch": table["batch_size"],
-                    "device": table["device"],
-                    "runs": table["repeats"],
-                }
-            )
-        )
+        rate = table[f"{kind}_tokens_per_second"]
+        tokens = rate * table[f"{kind}_seconds"]
+        low, high = tokens / table[f"{kind}_high"], tokens / table[f"{kind}_low"]
+        parts.append(facts.assign(kind=kind, tokens_per_second=rate, low=low, high=high))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -77,7 +67,6 @@ def cosine_curve(
     *,
     seeds: int = 3,
     sites: tuple[str, ...] = SITES,
-    **options,
 ) -> pd.DataFrame:
     """Cosine of estimates to the true gradient, which is computed once.
 
@@ -89,8 +78,6 @@ def cosine_curve(
         Numbers of directions to try, per window.
     seeds : int
         Estimates of each.
-    **options
-        Of the estimate: ``eps``, ``per_sample``.
 
     Returns
     -------
@@ -102,10 +89,8 @@ def cosine_curve(
     truth = collect_gradients(model, batches, names)
     weights = sum(model.get_submodule(name).weight.numel() for name in names)
     rows = []
-    for n in directions:
-        for seed in range(seeds):
-            found = estimate_gradients(model, batches, names, n_directions=n, seed=seed, **options)
-            tried = len(found.coefficients)
-            expected = (tried / weights) ** 0.5
-            rows.append([tried, seed, found.cosine(truth), expected])
+    for n, seed in itertools.product(directions, range(seeds)):
+        found = estimate_gradients(model, batches, names, n_directions=n, seed=seed)
+        tried = len(found.coefficients)
+        rows.append([tried, seed, found.cosine(truth), (tried / weights) ** 0.5])
     return pd.DataFrame(rows, columns=["directions", "seed", "cosine", "expected"])

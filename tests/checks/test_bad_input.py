@@ -227,8 +227,7 @@ def study_calls(t: dict) -> dict[str, dict]:
             **pair, "source": t["domain"].calibration, "texts": texts, "options": {"ratio": 0.2},
             "tokens": [64], "lengths": [32], "total": 64, "seq_len": 32, "max_tokens": 64,
         },
-        "projections.layer_losses": {"problems": t["problems"], "ratios": [0.2], "n_random": 1,
-                                   "seed": 0},
+        "projections.layer_losses": {"problems": t["problems"], "ratios": [0.2]},
         "projections.layer_problems": {**read, "layer": 0},
         "ablations.one_layer_at_a_time": {
             **pair, "batches": t["batches"], "texts": texts, "places": [0.0], "ratios": [0.2],
@@ -238,13 +237,13 @@ def study_calls(t: dict) -> dict[str, dict]:
                                      "repeats": 1, "out_dir": None},
         "ablations.slimgpt_variants": {
             **pair, "variants": {"a": {"ratio": 0.2}}, "batches": t["batches"], "texts": texts,
-            "prompt": "", "new_tokens": 1, **short,
+            "prompt": "", **short,
         },
         "activations.activation_frame": {"statistics": {"law": t["statistics"]}},
         "activations.calibration_stability": {
             "pieces": {"law": [t["statistics"]]}, "quantile": 0.2,
         },
-        "analysis.knee": {"curve": sweep, "x": "nonzero_ratio", "y": "perplexity_ratio"},
+        "analysis.knee": {"curve": sweep},
         "analysis.matched_plan": {"model": t["model"], "plan": t["plan"], "criterion": "random",
                                   "seed": 0},
         "analysis.measure": {"variant": "dense", **pair, "texts": texts, "dense": None,

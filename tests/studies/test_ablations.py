@@ -140,7 +140,7 @@ def test_one_layers_problems_are_those_of_the_dense_model():
 def test_losses_of_one_layer(study, tiny):
     _, batches, *_ = study
     problems = projections.layer_problems(tiny[0], batches, layer=1)
-    table = projections.layer_losses(problems, [0.0, 0.1, 0.5, 1.0], n_random=2)
+    table = projections.layer_losses(problems, [0.0, 0.1, 0.5, 1.0])
     assert set(table["site"]) == {"attention", "ffn"}
     assert (table["leave"] > 0).all() and (table["leave"] < table["units"]).all()
     cells = table.set_index(["site", "leave", "choice", "draw", "compensated"])["loss"].unstack()

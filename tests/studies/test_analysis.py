@@ -54,7 +54,7 @@ def test_the_kept_set_settles_as_text_grows(draws):
 def test_overlap_needs_one_rule_and_two_draws(draws):
     with pytest.raises(ValueError, match="epsilon or quantile"):
         activations.neuron_overlap(draws)
-    with pytest.raises(ValueError, match="two are needed"):
+    with pytest.raises(ValueError, match="with at least 2"):
         activations.neuron_overlap({"a": draws["tiny-law"][:1]}, quantile=0.1)
 
 
