@@ -37,6 +37,7 @@ from ..criteria import chosen_sites
 from ..models import (
     Anatomy,
     PruningPlan,
+    dense_counts,
     fingerprint,
     inference,
     is_offloaded,
@@ -189,13 +190,14 @@ def slimgpt(
     workspace.require({"counts": counts})
 
     # 4. Prune layer after layer.
-    pruned = model if inplace else copy.deepcopy(model)
+    dense, pruned = dense_counts(model), model if inplace else copy.deepcopy(model)
     _prune_layers(Anatomy(pruned), batches, counts, settings, workspace, progress)
 
     # 5. The plan of what was kept.
     keep, origin["error"] = _kept_units(workspace.finished, totals)
     rows = model.get_input_embeddings().weight.shape[0]
     plan = PruningPlan(model_hash, totals, keep, vocabulary_size=rows, origin=origin)
+    pruned.config.minigpt_lab_dense = dense
     pruned.pruning_plans = [*getattr(model, "pruning_plans", []), plan]
     return pruned, plan
 

@@ -9,7 +9,7 @@ from .plan import PruningPlan, keep_all
 from .resizing import rebuild_layer, set_units, update_config
 from .runtime import check_token_ids, fingerprint, inference, label, require_weights, seeded
 from .saving import save_model
-from .sizes import Size, describe, layer_parameters, model_size, token_parameters
+from .sizes import Size, dense_counts, describe, layer_parameters, model_size, token_parameters
 from .surgery import masked, refuse_masked, shrink
 from .vocabulary import (
     close_over_merges,

@@ -133,7 +133,7 @@ class Anatomy:
         numpy.ndarray
             Indices ``[unit, feature]``.
         """
-        return layouts.unit_features(projection, self.grid(projection.part, layer), block)
+        return layouts.unit_features(projection, self.grid(projection.site, layer), block)
 
     def unit_parameters(self, site: str, layer: int) -> int:
         """Parameters that are removed from a layer with one unit."""

@@ -47,9 +47,11 @@ class Projection:
         return self.blocks if self.axis == 0 else ("query",)
 
     @property
-    def part(self) -> str:
-        """``"attention"`` or ``"ffn"``."""
-        return "attention" if {"query", "key", "value"} & {*self.blocks} else "ffn"
+    def site(self) -> str:
+        """The site of its units."""
+        if {"query", "key", "value"}.isdisjoint(self.blocks):
+            return "ffn"
+        return "balanced_heads" if self.axis else "attention"
 
 
 @dataclass(frozen=True)

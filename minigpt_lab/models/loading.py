@@ -6,10 +6,8 @@ a missing weight is an error, never initialised at random.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -24,23 +22,20 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ..checks import COMPUTE_DTYPES, DictOf, Integer, ListOf, OneOf
+from ..checks import DictOf, Dtype, Integer, ListOf, OneOf, Text
 from .anatomy import Anatomy
 from .architectures import ALL_SITES
 from .folder_checks import (
-    WRAPPERS,
-    Tensors,
+    Shapes,
     UnfitFolder,
-    by_model_names,
     check_config,
     check_memory,
-    check_weights,
     damaged,
     read_object,
     reading,
     refuse_unfit,
     safetensors_files,
-    stored_tensors,
+    stored_shapes,
 )
 from .layers import add_bias
 from .plan import PruningPlan
@@ -49,8 +44,8 @@ from .vocabulary import TrimmedVocabulary
 
 SIDECAR = "minigpt_lab.json"
 FORMAT = 1
-_WIDTHS = DictOf(OneOf(ALL_SITES), ListOf(Integer(1), kind=list))
-_MOST_UNITS = 2**20  # of the dense model; of today's largest fewer than 2**17
+# Of today's largest models a layer has fewer than 2**17 units.
+_WIDTHS = DictOf(OneOf(ALL_SITES), ListOf(Integer(1, 2**20), kind=list))
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
@@ -74,15 +69,16 @@ def load_folder(folder: Path, dtype: str | torch.dtype) -> PreTrainedModel:
     with reading(folder):
         entries = read_object(folder / "config.json")
         refuse_quantised(entries.get("quantization_config"), folder)
-        tensors = stored_tensors(folder)
-        check_config(folder, entries, tensors)
+        shapes = stored_shapes(folder)
+        check_config(folder, entries, shapes)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         _check_class(folder, config)
-        if dtype == "auto" and isinstance(config.dtype, torch.dtype):
-            _check_stored_dtype(folder, config.dtype)
+        if dtype == "auto" and config.dtype is not None:
+            dtype = Dtype()("dtype in config.json", config.dtype)
         if (folder / SIDECAR).is_file():
-            return _load_mini(folder, config, tensors, dtype)
-        return _load_plain(folder, config, tensors, dtype)
+            return _load_mini(folder, config, shapes, dtype)
+        check_memory(folder, _on_meta(config), shapes)
+        return load_pretrained(folder, dtype)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -169,32 +165,7 @@ def _check_class(folder: Path, config: PretrainedConfig) -> None:
         )
 
 
-def _check_stored_dtype(folder: Path, dtype: torch.dtype) -> None:
-    """Refuse weights of a type that cannot be computed with (float8, integers)."""
-    if dtype not in COMPUTE_DTYPES:
-        raise UnfitFolder(
-            f"{folder} is stored as {str(dtype).removeprefix('torch.')}; expected float32, "
-            "bfloat16, float16 or float64: give dtype='float32', or load what it was made from"
-        )
-
-
-def _load_plain(
-    folder: Path, config: PretrainedConfig, tensors: Tensors, dtype: str | torch.dtype
-) -> PreTrainedModel:
-    """Load a model whose widths are those of its config."""
-    check_memory(folder, _on_meta(config, None), tensors)
-    if any(re.search(WRAPPERS, name) for name in tensors):  # transformers would not match the names
-        stored = _stored_dtype(config, dtype)
-        return _fill(_on_meta(config, stored), folder, tensors, stored)
-    return load_pretrained(folder, dtype)
-
-
-def _stored_dtype(config: PretrainedConfig, dtype: str | torch.dtype) -> torch.dtype:
-    """The dtype to load with: the config's for ``"auto"``, else the one given."""
-    return (config.dtype or torch.float32) if dtype == "auto" else dtype
-
-
-def _on_meta(config: PretrainedConfig, dtype: torch.dtype | None) -> PreTrainedModel:
+def _on_meta(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """Build the model of a config on the meta device, without memory for its weights."""
     with torch.device("meta"), no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
@@ -203,7 +174,7 @@ def _on_meta(config: PretrainedConfig, dtype: torch.dtype | None) -> PreTrainedM
 
 
 def _load_mini(
-    folder: Path, config: PretrainedConfig, tensors: Tensors, dtype: str | torch.dtype
+    folder: Path, config: PretrainedConfig, shapes: Shapes, dtype: str | torch.dtype
 ) -> PreTrainedModel:
     """Rebuild a mini-GPT: the config's model, resized to the saved widths, with its weights."""
     sidecar = read_object(folder / SIDECAR)
@@ -212,53 +183,43 @@ def _load_mini(
             f"{folder / SIDECAR}: format {sidecar.get('format')!r}, this version reads {FORMAT}"
         )
     # 1. The shape: widths of the layers, and biases that the architecture lacks.
-    stored = _stored_dtype(config, dtype)
-    model = _on_meta(config, stored)
+    dtype = torch.float32 if dtype == "auto" else dtype
+    model = _on_meta(config, dtype)
     anatomy = Anatomy(model)
-    widths = _checked_widths(folder, sidecar.get("widths"), anatomy.layer_widths())
+    dense = _WIDTHS("config.json: units per layer", anatomy.layer_widths())
+    widths = _WIDTHS(f"{SIDECAR}: widths", sidecar.get("widths"))
+    for site, counts in dense.items():
+        if any(n > m for n, m in zip(widths[site], counts, strict=True)):
+            raise damaged(folder, f"{SIDECAR}: {site} widths exceed those of config.json")
     set_units(anatomy, {site: [[*range(n)] for n in counts] for site, counts in widths.items()})
-    names = by_model_names(model, tensors)
     for _, name, module in anatomy.linears():
-        if module.bias is None and f"{name}.bias" in names:
+        if module.bias is None and f"{name}.bias" in shapes:
             add_bias(module)
+    check_memory(folder, model, shapes)
     # 2. The weights.
-    _fill(model, folder, tensors, stored)
-    _check_heads(folder, anatomy)
+    _fill(model, folder, dtype)
+    heads = Integer(0, config.num_attention_heads - 1)
+    for layer in anatomy.layers:
+        (ListOf(heads) | None)("surviving_heads", getattr(layer, "surviving_heads", None))
     # 3. Its plans and its vocabulary.
-    if not isinstance(sidecar.get("plans"), list):
-        raise damaged(folder, f"{SIDECAR}: plans is no list")
-    model.pruning_plans = [PruningPlan.from_dict(plan) for plan in sidecar["plans"]]
+    plans = ListOf(DictOf(Text()))(f"{SIDECAR}: plans", sidecar.get("plans"))
+    model.pruning_plans = [PruningPlan.from_dict(plan) for plan in plans]
     if sidecar.get("vocabulary") is not None:
         model.trimmed_vocabulary = TrimmedVocabulary.from_dict(sidecar["vocabulary"], model)
     return model
 
 
-def _checked_widths(folder: Path, widths: Any, dense: dict) -> dict[str, list[int]]:
-    """Return the saved units per layer of every site; refuse more than the dense model has."""
-    most = max(max(counts) for counts in dense.values())
-    if most > _MOST_UNITS:
-        raise damaged(folder, f"config.json asks for layers of {most:,} units")
-    widths = _WIDTHS(f"{SIDECAR}: widths", widths)
-    for site, counts in dense.items():
-        given = widths.get(site, [])
-        if len(given) != len(counts) or any(n > m for n, m in zip(given, counts, strict=True)):
-            raise damaged(folder, f"{SIDECAR}: {site} widths are {given}, of at most {counts[:3]}…")
-    return widths
-
-
-def _fill(
-    model: PreTrainedModel, folder: Path, tensors: Tensors, dtype: torch.dtype
-) -> PreTrainedModel:
+def _fill(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
     """Load a folder's weights into a model on the meta device, and compute its other buffers."""
-    # 1. The parameters and saved buffers, under the model's names.
-    check_weights(folder, model, tensors)
-    separate = by_model_names(model, tensors).keys() & model.all_tied_weights_keys.keys()
+    # 1. The parameters and saved buffers; torch refuses those of another shape.
     state = {}
     for file in safetensors_files(folder):
-        for name, tensor in by_model_names(model, load_file(file)).items():
-            state[name] = tensor.to(dtype if tensor.is_floating_point() else tensor.dtype)
-    model.load_state_dict(state, strict=False, assign=True)
-    if separate:  # the file holds a head of its own although the config ties it
+        for name, tensor in load_file(file).items():
+            state[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+    tied = model.all_tied_weights_keys.keys()
+    refuse_unfit(folder, {*missing} - tied, unexpected)
+    if state.keys() & tied:  # the file holds a head of its own although the config ties it
         untie_if_separate(model)
     else:
         model.tie_weights()
@@ -272,13 +233,3 @@ def _fill(
     model.initialize_weights()
     if (folder / "generation_config.json").is_file():
         model.generation_config = type(model.generation_config).from_pretrained(folder)
-    return model
-
-
-def _check_heads(folder: Path, anatomy: Anatomy) -> None:
-    """Refuse numbers of surviving heads that the dense model does not have."""
-    known = set(range(anatomy.model.config.num_attention_heads))
-    for layer in anatomy.layers:
-        heads = getattr(layer, "surviving_heads", None)
-        if heads is not None and (heads.is_floating_point() or not {*heads.tolist()} <= known):
-            raise damaged(folder, f"surviving_heads are {heads.tolist()[:8]} of {len(known)}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import html
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,11 +22,10 @@ from ..checks import DictOf, Integer, ListOf, Location, Model, Number, OneOf, Te
 from ..store import DamagedFile, read_cached, read_json, write_json
 from .anatomy import Anatomy, weight_axis
 from .architectures import ALL_SITES, ATTENTION_UNITS, SITES
-from .plan_size import predicted_size
-from .sizes import Size
+from .feature_masks import Masks, all_features, count_weights, without
+from .sizes import Size, layer_parameters, token_parameters
 
 _INDICES = ListOf(Integer(0), kind=list)
-_SHAPE = ("input", "output")
 _SIDES = OneOf(["input", "output", "bias"])
 _NEURONS = OneOf(["input", "output", "bias", "activation"])
 _FIELDS = {
@@ -167,20 +166,17 @@ class PruningPlan:
         rows = anatomy.model.get_input_embeddings().weight.shape[0]
         if self.vocabulary is not None and rows != self.vocabulary_size:
             yield f"is for a vocabulary of {self.vocabulary_size}, the model has {rows}"
-        shapes = {
-            name: {side: module.weight.shape[weight_axis(module, side)] for side in _SHAPE}
-            for _, name, module in anatomy.linears()
-        }
+        masks = all_features(anatomy)
         for name in (*self.zero, *self.shift, *self.neurons):
-            if name not in shapes:
+            if name not in masks:
                 yield f"names {name!r}, which is no linear layer of the model's decoder"
         for name, sides in (*self.zero.items(), *self.neurons.items()):
             for side, features in sides.items():
-                width = shapes[name]["input" if side in ("input", "activation") else "output"]
+                width = len(masks[name]["input" if side == "activation" else side])
                 if features and max(features) >= width:
                     yield f"zeroes {side} {max(features)} of {name}, which has {width}"
         for name, values in self.shift.items():
-            if len(values) != (outputs := shapes[name]["output"]):
+            if len(values) != (outputs := len(masks[name]["output"])):
                 yield f"shifts {len(values)} outputs of {name}, which has {outputs}"
 
     @checked(model=Model(lock=False))
@@ -194,7 +190,66 @@ class PruningPlan:
         ValueError
             If the plan does not fit the model.
         """
-        return predicted_size(self, self.require(model))
+        anatomy = self.require(model)
+        dense, layers_dense = model.num_parameters(), layer_parameters(model)
+        # 1. Features of the decoder's linear layers: all, those kept, and those of them not zeroed.
+        present = all_features(anatomy)
+        kept = without(present, {})
+        for (name, side), mask in self.kept_features(anatomy).items():
+            kept[name][side] = mask
+            if side == "output":
+                kept[name]["bias"] &= mask
+        nonzero = without(kept, self.zero)
+        for name, values in self.shift.items():  # a layer without a bias gets one
+            outputs = kept[name]["bias"] = kept[name]["output"]
+            nonzero[name]["bias"] |= outputs & (np.array(values) != 0)
+        # 2. All other parameters of the model stay, but for the rows of removed tokens.
+        removed = count_weights(present) - count_weights(kept)
+        tokens = 0 if self.vocabulary is None else self.vocabulary_size - len(self.vocabulary)
+        stored = dense - removed - tokens * token_parameters(model)
+        # 3. The paper's code also zeroes tokens, but not in the head's bias.
+        paper_zeros = count_weights(present) - count_weights(self._paper_nonzero(anatomy))
+        tables = [model.get_input_embeddings()]
+        if not anatomy.head_is_tied():
+            tables.append(model.get_output_embeddings())
+        paper_zeros += tokens * sum(table.weight.shape[1] for table in tables)
+        return Size(
+            stored=stored,
+            nonzero=stored - (count_weights(kept) - count_weights(nonzero)),
+            dense=dense,
+            layers_stored=layers_dense - removed,
+            layers_dense=layers_dense,
+            paper_nonzero=dense - paper_zeros,
+        )
+
+    def _paper_nonzero(self, anatomy: Anatomy) -> Masks:
+        """Features that the code of Mini-GPTs, which removes none, would not set to zero.
+
+        For a pruned activation it zeroes the row (and bias) of the linear layer before it; the
+        column of the layer behind it still counts. That code does not know gated FFNs: here it is
+        the row of the gate. Linear inputs and outputs under the threshold are zeroed themselves.
+        For plans that were not made by thresholds, removed channels count as pruned activations,
+        removed heads as pruned outputs of q, k and v.
+        """
+        masks = without(all_features(anatomy), self.neurons or self.zero)
+        for site, layer, units in self._paper_units(anatomy):
+            for projection in anatomy.family.produces[site][: 1 if site == "ffn" else None]:
+                block = "gate" if "gate" in projection.blocks else None
+                rows = anatomy.unit_features(projection, layer, block=block)[units]
+                for side in ("output", "bias"):
+                    masks[anatomy.name(layer, projection)][side][rows] = False
+        return masks
+
+    def _paper_units(self, anatomy: Anatomy) -> Iterator[tuple[str, int, Sequence[int]]]:
+        """Site, layer and units that the paper's code would prune as activations or heads."""
+        if self.neurons:  # by thresholds: of its units, only activations are pruned as such
+            for layer in range(len(anatomy.layers)):
+                name = anatomy.name(layer, anatomy.family.consumes["ffn"])
+                yield "ffn", layer, self.neurons.get(name, {}).get("activation", [])
+            return
+        for site in self.keep:
+            for layer, kept in enumerate(self.kept_mask(site)):
+                yield site, layer, np.flatnonzero(~kept).tolist()
 
     def to_frame(self) -> pd.DataFrame:
         """Units kept and removed, one row per site and layer."""
@@ -217,14 +272,11 @@ class PruningPlan:
             n_removed = self.vocabulary_size - len(self.vocabulary)
             lines.append(f"  vocabulary: {n_removed} of {self.vocabulary_size} tokens removed")
         if self.zero:
-            counts = {
-                side: sum(len(sides.get(side, ())) for sides in self.zero.values())
+            columns, rows, biases = (
+                sum(len(sides.get(side, ())) for sides in self.zero.values())
                 for side in ("input", "output", "bias")
-            }
-            lines.append(
-                f"  zeroed in place: {counts['input']} columns, {counts['output']} rows, "
-                f"{counts['bias']} biases"
             )
+            lines.append(f"  zeroed in place: {columns} columns, {rows} rows, {biases} biases")
         if self.shift:
             lines.append(f"  bias shifted in {len(self.shift)} linear layers")
         return "\n".join(lines)

@@ -82,6 +82,7 @@ _IGNORED = {
     "_name_or_path",
     "transformers_version",
     "minigpt_lab_origin",
+    "minigpt_lab_dense",
     "architectures",
     "use_cache",
     "dtype",

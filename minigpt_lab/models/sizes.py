@@ -77,16 +77,29 @@ def model_size(model: PreTrainedModel, dense: PreTrainedModel | None = None) -> 
     model : transformers.PreTrainedModel
         Any supported model.
     dense : transformers.PreTrainedModel, optional
-        The model before pruning, for the ratios; by default `model` itself.
+        The model before pruning, for the ratios; by default its size as `model` recorded it when it
+        was pruned.
     """
-    dense = dense or model
+    before = dense_counts(model) if dense is None else _counts(dense)
     return Size(
         stored=model.num_parameters(),
         nonzero=sum(int(p.count_nonzero()) for p in model.parameters()),
-        dense=dense.num_parameters(),
+        dense=before["parameters"],
         layers_stored=layer_parameters(model),
-        layers_dense=layer_parameters(dense),
+        layers_dense=before["layers"],
     )
+
+
+def dense_counts(model: PreTrainedModel) -> dict[str, int]:
+    """``"parameters"`` of the model before it was first pruned, and of its decoder ``"layers"``.
+
+    Pruning writes them into the config, as ``minigpt_lab_dense``; they are saved with it.
+    """
+    return getattr(model.config, "minigpt_lab_dense", None) or _counts(model)
+
+
+def _counts(model: PreTrainedModel) -> dict[str, int]:
+    return {"parameters": model.num_parameters(), "layers": layer_parameters(model)}
 
 
 def layer_parameters(model: PreTrainedModel) -> int:

@@ -22,6 +22,7 @@ from .layers import add_bias, remove_bias
 from .offloading import is_offloaded
 from .plan import PruningPlan
 from .resizing import set_units, update_config
+from .sizes import dense_counts
 from .vocabulary import TrimmedVocabulary
 
 _PLAN = Instance(PruningPlan, "pass it after the model: shrink(model, plan), masked(model, plan)")
@@ -254,6 +255,7 @@ def shrink(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
     # 2. Remove units and tokens.
     set_units(anatomy, plan.keep)
     update_config(anatomy)
+    mini.config.minigpt_lab_dense = dense_counts(model)
     if plan.vocabulary is not None:
         mini.trimmed_vocabulary = TrimmedVocabulary.of(model).trimmed(plan.vocabulary)
         _trim_vocabulary(mini, plan.vocabulary)

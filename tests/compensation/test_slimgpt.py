@@ -475,6 +475,7 @@ def test_a_cut_model_and_one_of_a_single_layer_are_cut(family):
     twice, second = lab.slimgpt(once, windows(), ratio=0.2, sites=["ffn"], progress=False)
     assert lab.model_size(twice).stored < lab.model_size(once).stored
     assert twice.pruning_plans == [first, second]
+    assert lab.model_size(twice) == lab.model_size(twice, random_model(family))
     single, plan = lab.slimgpt(random_model(family, layers=1), windows(), ratio=0.3, progress=False)
     assert torch.isfinite(logits(single, windows()[0]["input_ids"])).all()
     assert any(map(any, plan.removed.values()))

@@ -62,30 +62,30 @@ def test_weights_that_are_not_there_are_named(tmp_path, words, family, part, shr
         words.save_pretrained(tmp_path)
     gone = [name for name in load_file(tmp_path / "model.safetensors") if part in name]
     change_weights(tmp_path, lambda state: {k: v for k, v in state.items() if part not in k})
-    sentence = refused(tmp_path, r"weights? (is|are) missing: ")
-    assert f"({len(gone)} weight" in sentence
+    sentence = refused(tmp_path, r"weights missing \(\d+\): ")
+    assert f"(weights missing ({len(gone)})" in sentence
 
 
 @pytest.mark.parametrize(
     ("entries", "said"),
     [
-        ({"num_hidden_layers": 5}, r"18 weights are missing: model.layers.3.input_layernorm"),
-        ({"num_hidden_layers": 2}, r"9 weights are of no layer: model.layers.2"),
-        ({"num_hidden_layers": 10**9}, r"asks for 1000000000 layers, the files hold 29 tensors"),
-        ({"tie_word_embeddings": False}, r"1 weight is missing: lm_head.weight"),
+        ({"num_hidden_layers": 5}, r"weights missing \(18\): model.layers.3.input_layernorm"),
+        ({"num_hidden_layers": 2}, r"weights of no layer \(9\): model.layers.2"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000 in config.json"),
+        ({"tie_word_embeddings": False}, r"weights missing \(1\): lm_head.weight"),
         ({"model_type": "gpt2"}, r"model_type 'gpt2' and architectures \['LlamaForCausalLM'\]"),
-        ({"model_type": "gpt2", "architectures": None}, "weights are missing"),
+        ({"model_type": "gpt2", "architectures": None}, "weights missing"),
         ({"model_type": "gemma"}, r"model_type 'gemma' and architectures"),
         ({"model_type": "evil"}, "does not recognize"),
-        ({"vocab_size": 10**9}, r"embed_tokens.weight is \[97, 32\], by config.json \[1000000000"),
-        ({"hidden_size": 10**7}, r"of another shape"),
-        ({"head_dim": 10**9}, r"of another shape"),
-        ({"intermediate_size": 19}, r"6|9 of another shape"),
+        ({"vocab_size": 10**9}, r"config.json asks for [\d,]{14} parameters, the files"),
+        ({"hidden_size": 10**7}, "config.json asks for"),
+        ({"head_dim": 10**9}, "config.json asks for"),
+        ({"intermediate_size": 19}, r"of another shape \(9\): .* \[20, 32\], by config.json \[19"),
         ({"num_labels": 10**9}, "num_labels is 1000000000"),
         ({"hidden_size": "32"}, "hidden_size"),
         ({"hidden_act": "os.system"}, "os.system"),
-        ({"dtype": "int8"}, "is stored as int8; expected float32"),
-        ({"dtype": "float8_e4m3fn"}, "is stored as float8_e4m3fn; expected float32"),
+        ({"dtype": "int8"}, "dtype in config.json is torch.int8; expected a type of weights"),
+        ({"dtype": "float8_e4m3fn"}, "dtype in config.json is torch.float8_e4m3fn; expected"),
         ({"_attn_implementation": "somebody/kernel"}, "code from the hub, which is never run"),
         ({"attn_implementation": "somebody/kernel"}, "code from the hub, which is never run"),
         ({"transformers_weights": "../weights.safetensors"}, "must reference a file inside"),
@@ -101,16 +101,16 @@ def test_a_config_of_another_model_is_refused(folder, entries, said):
     [
         ("minigpt_lab.json", {"widths": {"ffn": [10**10] * 3}}, "widths"),
         ("minigpt_lab.json", {"widths": None}, "widths is None"),
-        ("minigpt_lab.json", {"plans": 3}, "plans is no list"),
+        ("minigpt_lab.json", {"plans": 3}, "plans is 3; expected a list"),
         ("minigpt_lab.json", {"plans": [3]}, "damaged"),
         ("minigpt_lab.json", {"plans": [{"model_hash": "", "units": {}, "keep": 1}]}, "keep is 1"),
         ("minigpt_lab.json", {"vocabulary": {"size": 10**10, "rows": [*range(97)]}}, "vocabulary"),
         ("minigpt_lab.json", {"vocabulary": {"size": 99, "rows": [0]}}, "vocabulary is not"),
         ("minigpt_lab.json", {"format": 2}, "format 2, this version reads 1"),
-        ("config.json", {"hidden_size": 10**7}, "of another shape"),
-        ("config.json", {"intermediate_size": 10**9}, "asks for layers of 1,000,000,000 units"),
+        ("config.json", {"hidden_size": 10**7}, "config.json asks for"),
+        ("config.json", {"intermediate_size": 10**9}, "units per layer.* is 1000000000; expected"),
         ("config.json", {"num_attention_heads": 10**9, "head_dim": 8}, "damaged"),
-        ("config.json", {"vocab_size": 10**9}, "of another shape"),
+        ("config.json", {"vocab_size": 10**9}, "config.json asks for"),
     ],
 )
 def test_a_saved_mini_gpt_is_compared_with_its_weights_first(tmp_path, words, file, entries, said):
@@ -130,19 +130,6 @@ def test_widths_are_numbers_that_the_weights_have(tmp_path, words, site):
         widths[site][1] = value
         change_json(sidecar, widths=widths)
         refused(tmp_path / "mini", "widths|another shape")
-
-
-@pytest.mark.parametrize(
-    "wrapped", ["_orig_mod.{}", "module.{}", "module._orig_mod.{}", "_orig_mod.module.{}"]
-)
-def test_names_of_wrapped_models_are_understood(folder, wrapped):
-    """As torch.compile and DDP leave them."""
-    change_weights(folder, lambda state: {wrapped.format(k): v for k, v in state.items()})
-    model, _ = lab.load_model(folder, device="cpu")
-    assert torch.equal(logits(model, PROBE), logits(random_model("llama"), PROBE))
-    model.save_pretrained(folder.parent / "again")
-    kept = load_file(folder.parent / "again" / "model.safetensors")
-    assert "model.norm.weight" in kept and "lm_head.weight" not in kept
 
 
 def test_what_transformers_passes_over_is_no_fault(folder, words):
@@ -170,7 +157,7 @@ def test_what_transformers_passes_over_is_no_fault(folder, words):
 def test_weights_beside_the_models_own_are_named(folder):
     extra = {"model.layers.0.self_attn.q_proj.bias": torch.ones(32), "v_head.weight": torch.ones(1)}
     change_weights(folder, lambda state: {**state, **extra})
-    refused(folder, r"2 weights are of no layer: model.layers.0.self_attn.q_proj.bias, v_head")
+    refused(folder, r"weights of no layer \(2\): model.layers.0.self_attn.q_proj.bias, v_head")
 
 
 def test_a_missing_shard_is_named(folder):
@@ -179,13 +166,13 @@ def test_a_missing_shard_is_named(folder):
     (folder / "model-00002-of-00003.safetensors").unlink(missing_ok=True)
     shards = sorted(folder.glob("model-*.safetensors"))
     shards[-1].unlink()
-    refused(folder, rf"{shards[-1].name}.* of \d+ shards not there\); copy or download")
+    refused(folder, rf"No such file.*{shards[-1].name}.*; save or download it again")
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
 def test_quantised_weights_are_named(folder, dtype):
     change_weights(folder, lambda state: {k: v.to(dtype) for k, v in state.items()})
-    refused(folder, r"holds weights of type (I8|F8_E4M3) \(model.embed_tokens.weight, .* expected")
+    refused(folder, r"holds weights of type (I8|F8_E4M3) \(.*weight\); expected")
 
 
 @pytest.mark.parametrize("name", ["config.json", "minigpt_lab.json", "generation_config.json"])
@@ -217,7 +204,7 @@ def test_everyday_mistakes_get_a_sentence(folder):
         file.unlink()
     refused(folder, r"model holds no tokenizer: expected tokenizer.json beside the weights; save")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    refused(folder, r"holds no \*.safetensors, but pytorch_model.bin\); pickled weights are never")
+    refused(folder, r"holds no model.safetensors; pickled weights .* are never opened")
 
 
 @pytest.mark.parametrize(
