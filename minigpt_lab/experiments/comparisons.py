@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import warnings
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ import pandas as pd
 
 from ..checks import (
     Flag,
-    Instance,
+    Frame,
     ListOf,
     Location,
     Number,
@@ -23,13 +22,13 @@ from ..checks import (
     first_line,
     suggest,
 )
-from ..store import read_text
 from .records import read_records
 
 #: Columns that perplexities have in common if they can be compared: one model, and the same
 #: windows of the same text.
 COMPARABLE = ("model", "protocol", "text")
 SIZES = ("stored", "nonzero")
+_NUMBERS = {*SIZES, "perplexity", "low", "high"}
 _COLUMNS = ["run", "notebook", *COMPARABLE, "domain", "method", "inside", *SIZES, "perplexity"]
 _COLUMNS += ["low", "high", "stored_ratio", "nonzero_ratio", "perplexity_ratio"]
 
@@ -69,10 +68,11 @@ def measurements(root: str | os.PathLike = "runs", *, smoke: bool = False) -> pd
     """
     parts = []
     for folder, content in read_records(root, smoke=smoke):
-        run = {"run": folder.relative_to(root).as_posix(), "notebook": content["notebook"]}
+        path = folder / "summary.csv"
         try:
-            table = _read_summary(folder / "summary.csv")
-            if table is not None:
+            table = pd.read_csv(path) if path.is_file() else pd.DataFrame()
+            if {"variant", "stored", "perplexity"} <= {*table.columns}:
+                run = {"run": folder.relative_to(root).as_posix(), "notebook": content["notebook"]}
                 parts.append(_measured(table, content).assign(**run))
         except (ValueError, TypeError, LookupError, AttributeError) as error:
             warnings.warn(f"left out: the summary of {folder}: {first_line(error)}", stacklevel=2)
@@ -80,25 +80,11 @@ def measurements(root: str | os.PathLike = "runs", *, smoke: bool = False) -> pd
         return pd.DataFrame(columns=_COLUMNS)
     frame = pd.concat(parts, ignore_index=True)
     frame["model"] += _hash_marks(frame["model"], frame["weights"])
-    mark = _hash_marks(frame["text"], frame["content"])
-    part_of = [text[len(own) :] for own, text in zip(frame["domain"], frame["text"], strict=True)]
-    frame["domain"] += mark
-    frame["text"] = frame["domain"] + part_of
+    frame["domain"] += _hash_marks(frame["text"], frame["content"])
+    frame["text"] = frame["domain"] + "/" + frame["text"].str.rsplit("/", n=1).str[-1]
     frame = frame[_COLUMNS]
     repeated = frame["method"].eq("dense") & frame.duplicated([*COMPARABLE, "method"])
     return frame[~repeated].reset_index(drop=True)
-
-
-def _read_summary(path: Path) -> pd.DataFrame | None:
-    """A run's table of sizes and perplexities; None if it has no such table."""
-    try:
-        table = pd.read_csv(io.StringIO(read_text(path)))
-    except FileNotFoundError:
-        return None
-    if not {"variant", "stored", "perplexity"} <= set(table.columns):
-        return None
-    numbers = {"stored", "perplexity", "nonzero", "low", "high"} & set(table.columns)
-    return table.astype(dict.fromkeys(numbers, float))
 
 
 def _hash_marks(labels: pd.Series, hashes: pd.Series) -> pd.Series:
@@ -110,7 +96,8 @@ def _hash_marks(labels: pd.Series, hashes: pd.Series) -> pd.Series:
 def _measured(table: pd.DataFrame, content: dict) -> pd.DataFrame:
     """A summary table with the columns of `measurements`, and the hashes of model and texts."""
     parameters, model = content["parameters"], content.get("model") or {}
-    table = table[~table["variant"].isin(["masked", "reloaded"])].copy()
+    table = table[~table["variant"].isin(["masked", "reloaded"])]
+    table = table.astype(dict.fromkeys(_NUMBERS & {*table.columns}, float))
     table["text"] = table["text"] if "text" in table else table["domain"] + "/test"
     table["domain"] = table["text"].str.rsplit("/", n=1).str[0]
     regimes = parameters.get("stored_ratios") or {}
@@ -147,7 +134,7 @@ def _measured(table: pd.DataFrame, content: dict) -> pd.DataFrame:
 
 def _is_inside(domains: pd.Series, parameters: dict) -> pd.Series:
     """Whether a model was pruned for each of some domains: the run's one, or all of its many."""
-    name = parameters.get("domain_name") or parameters.get("domain")  # as older records call it
+    name = parameters.get("domain_name")
     if name is None:
         return pd.Series(True, index=domains.index)
     return domains.isin([name, Path(name).stem, name.replace("/", "-")])  # a path, a hub id
@@ -162,7 +149,7 @@ def _method(variant: str, regimes: dict) -> str:
 
 
 @checked(
-    frame=Instance(pd.DataFrame),
+    frame=Frame(),
     domains=ListOf(Text()) | None,
     methods=ListOf(Text()) | None,
     size=OneOf(SIZES),
@@ -208,7 +195,7 @@ def select(
     return kept.merge(others, on=list(COMPARABLE)).reset_index(drop=True)
 
 
-@checked(frame=Instance(pd.DataFrame), size=OneOf(SIZES))
+@checked(frame=Frame(), size=OneOf(SIZES))
 def pareto(frame: pd.DataFrame, *, size: str = "stored") -> pd.Series:
     """Membership of the Pareto front of size and perplexity, per model, protocol and text.
 
@@ -237,7 +224,7 @@ def pareto(frame: pd.DataFrame, *, size: str = "stored") -> pd.Series:
     return front
 
 
-@checked(frame=Instance(pd.DataFrame), tolerance=Number(above=0), size=OneOf(SIZES))
+@checked(frame=Frame(), tolerance=Number(above=0), size=OneOf(SIZES))
 def smallest(frame: pd.DataFrame, tolerance: float, *, size: str = "stored") -> pd.DataFrame:
     """The smallest model of every text whose perplexity is still good enough.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import itertools
 import os
 import re
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from ..checks import DictOf, Flag, Integer, ListOf, Location, Number, Text, suggest
+from ..checks import DictOf, Flag, Integer, ListOf, Location, Number, Text, first_line, suggest
 from ..store import DATA, read_json, read_text, read_toml
 
 NOTEBOOKS = DATA.parent / "notebooks"
@@ -37,27 +38,22 @@ def read_yaml(path: Path) -> Any:
     Raises
     ------
     ValueError
-        If it is missing, not YAML, too large or contains itself: one line, with the place.
+        If it is not YAML, too large or contains itself: one line, with the place.
     """
+    text = read_text(path)
     try:
-        text = read_text(path)
         loader = _Loader(text)
         node = loader.get_single_node()
-        if node is None:
-            return None
-        if _count_nodes(node, {}) > _MAX_YAML_NODES:
-            raise OverflowError
-        return loader.construct_document(node)
-    except FileNotFoundError:
-        raise ValueError(f"no file {path}") from None
-    except OverflowError:
-        raise ValueError(
-            f"{path} has more than {_MAX_YAML_NODES:,} values; expected a list of runs"
-        ) from None
+        if node is None or _count_nodes(node, {}) <= _MAX_YAML_NODES:
+            return node and loader.construct_document(node)
     except RecursionError:
-        raise ValueError(f"{path} is nested too deeply") from None
+        pass
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date of the 99th month
         raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
+    raise ValueError(
+        f"{path} has more than {_MAX_YAML_NODES:,} values or is nested too deeply; expected a "
+        "list of runs"
+    )
 
 
 def _count_nodes(node: yaml.Node, known: dict[yaml.Node, float]) -> float:
@@ -66,7 +62,7 @@ def _count_nodes(node: yaml.Node, known: dict[yaml.Node, float]) -> float:
         known[node] = float("inf")  # until it is counted: meeting it again is a cycle
         children = node.value if isinstance(node, yaml.CollectionNode) else []
         if isinstance(node, yaml.MappingNode):
-            children = [child for pair in children for child in pair]
+            children = itertools.chain(*children)
         known[node] = 1 + sum(_count_nodes(child, known) for child in children)
     return known[node]
 
@@ -90,8 +86,7 @@ def find_notebook(name: str | os.PathLike) -> Path:
     ValueError
         If no notebook, or more than one, begins so.
     """
-    empty = isinstance(name, str) and not name
-    path = Path("" if empty else Location()("notebook", name)).expanduser()
+    path = Path(Location()("notebook", name))
     if path.suffix == ".ipynb" and path.is_file():
         return path.resolve()
     names, name = notebook_names(), str(name)
@@ -136,21 +131,17 @@ def default_parameters(notebook: Path) -> dict[str, object]:
     """
     defaults = {}
     try:
-        statements: list[Any] = ast.parse(parameters_cell(notebook)).body
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise ValueError(f"{notebook.name}: its parameters cell is no Python: {error}") from None
-    for statement in statements:
-        try:
+        for statement in ast.parse(parameters_cell(notebook)).body:
             match statement:
-                case ast.Assign(targets=[ast.Name(id=name)]):
-                    defaults[name] = ast.literal_eval(statement.value)
+                case ast.Assign(targets=[ast.Name(id=name)], value=value):
+                    defaults[name] = ast.literal_eval(value)
                 case _:
-                    raise ValueError
-        except ValueError:
-            raise ValueError(
-                f"{notebook.name}: its parameters cell has {ast.unparse(statement)!r}; expected "
-                "only NAME = number, text, list or mapping"
-            ) from None
+                    raise ValueError(f"line {statement.lineno} is something else")
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise ValueError(
+            f"{notebook.name}: its parameters cell may hold only NAME = number, text, list or "
+            f"mapping: {first_line(error)}"
+        ) from None
     return defaults
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ..checks import (
     DictOf,
-    Instance,
+    Frame,
     Location,
     Model,
     Text,
@@ -28,14 +28,14 @@ from ..domains import Domain
 from ..models import fingerprint, label
 from ..store import atomic_write, content_hash
 from .parameters import RUNNER_PARAMETERS, default_parameters, find_notebook
-from .records import environment, write_record
+from .records import blank_record, write_record
 
 #: Environment variable in which the runner names the notebook to its kernel.
 NOTEBOOK_VARIABLE = "MINIGPT_LAB_NOTEBOOK"
 _started = time.time()  # of the kernel: notebooks import this module first of all
 
 
-@checked(frame=Instance(pd.DataFrame), column=Text(), name=Text())
+@checked(frame=Frame(), column=Text(), name=Text())
 def metrics_from(frame: pd.DataFrame, column: str, name: str) -> dict[str, object]:
     """Metrics of a record, one per row of a table.
 
@@ -55,7 +55,7 @@ def metrics_from(frame: pd.DataFrame, column: str, name: str) -> dict[str, objec
 
 @checked(
     metrics=DictOf(Text()),
-    tables=DictOf(Text(), Instance(pd.DataFrame)) | None,
+    tables=DictOf(Text(), Frame()) | None,
     model=Model(lock=False) | None,
     protocol=Text(),
     notebook=Location() | None,
@@ -118,26 +118,19 @@ def record(
             raise invalid("a table's name", name, "a file's name without its suffix")
         with atomic_write(writable_file(folder / f"{name}.csv")) as staging:
             table.to_csv(staging, index=False)
-    content = {
-        "notebook": source.stem,
-        "status": "completed",
-        "error": None,
-        "smoke": False,
-        "parameters": parameters,
-        "seed": parameters.get("seed"),
-        "metrics": metrics,
-        "protocol": protocol,
-        "data": {domain.name: _hashes(domain) for domain in _domains(namespace.values())},
-        "tables": list(tables or {}),
-        "model": None,
-        "device": None,
-        **environment(_started),
-    }
-    if model is not None:
-        identity = {"label": label(model), "sha256": fingerprint(model)}
-        content["model"] = identity | {"dtype": str(model.dtype)}
-        content["device"] = _device(model)
-    return write_record(folder, content)
+    identity = model and {"label": label(model), "sha256": fingerprint(model)}
+    return write_record(
+        folder,
+        {
+            **blank_record(source, parameters, _started),
+            "metrics": metrics,
+            "protocol": protocol,
+            "data": {domain.name: _hashes(domain) for domain in _domains(namespace.values())},
+            "tables": list(tables or {}),
+            "model": identity and {**identity, "dtype": str(model.dtype)},
+            "device": model and _device(model),
+        },
+    )
 
 
 def current_notebook(namespace: Mapping[str, Any]) -> Path:

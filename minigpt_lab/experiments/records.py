@@ -18,22 +18,11 @@ from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
-from ..checks import (
-    DictOf,
-    Flag,
-    Instance,
-    InvalidArgument,
-    Location,
-    Number,
-    Text,
-    as_json,
-    checked,
-)
-from ..store import DATA, atomic_write, read_cached, read_json, remove_empty
+from ..checks import DictOf, Flag, Instance, Location, Number, Text, as_json, checked
+from ..store import DATA, read_cached, read_json, remove_empty, write_json
 
 ROOT = DATA.parent
 RECORD = "record.json"
@@ -77,10 +66,7 @@ def write_record(folder: Path, content: Mapping[str, object]) -> Path:
     """
     read_cached(folder / RECORD, own_record)
     plain = _finite(as_json({**content, "schema": SCHEMA}))
-    text = json.dumps(plain, indent=1, sort_keys=True, ensure_ascii=False)
-    with atomic_write(folder / RECORD) as staging:
-        staging.write_text(text, encoding="utf-8")
-    return folder / RECORD
+    return write_json(folder / RECORD, plain, indent=1)
 
 
 def _finite(value: object) -> object:
@@ -132,16 +118,29 @@ def discard_run(folder: Path) -> None:
             remove_empty(parent)
 
 
-def environment(started: float) -> dict:
-    """Time, duration, commit, package versions and machine of a run that ends now.
+def blank_record(notebook: Path, parameters: Mapping[str, object], started: float) -> dict:
+    """Record of a run that ends now and measured nothing: parameters, time, versions, machine.
 
     Parameters
     ----------
+    notebook : pathlib.Path
+        What was run.
+    parameters : mapping
+        Its parameters.
     started : float
         When it began, in seconds since the epoch.
     """
     commit = _git("rev-parse", "HEAD")
     return {
+        "notebook": notebook.stem,
+        "status": "completed",
+        "error": None,
+        "smoke": False,
+        "parameters": parameters,
+        "seed": parameters.get("seed"),
+        "metrics": {},
+        "tables": [],
+        "files": [],
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "wall_seconds": round(time.time() - started, 1),
         "git": {"commit": commit, "dirty": bool(_git("status", "--porcelain")) if commit else None},
@@ -168,23 +167,18 @@ def read_record(folder: str | os.PathLike) -> dict:
         If it is missing, damaged or of another schema: one line that says which, and what to do.
     """
     path = Path(folder) / RECORD
+    if not os.path.lexists(path):
+        raise ValueError(f"{folder} holds no {RECORD}: no run ended there")
     try:
-        content: Any = read_json(path)
-    except FileNotFoundError:
-        raise ValueError(f"{folder} holds no {RECORD}: no run ended there") from None
-    except ValueError as error:
-        raise ValueError(f"{error}; delete its folder and run it again") from None
-    schema = content.get("schema") if isinstance(content, dict) else None
-    if schema != SCHEMA:
-        stated = f"has schema {schema}" if schema else "has no schema number"
-        newer = isinstance(schema, int) and schema > SCHEMA
-        remedy = "update minigpt_lab" if newer else "run it again"
-        raise ValueError(f"{path} {stated}, this version reads {SCHEMA}; {remedy}")
-    try:
+        content = read_json(path)
+        schema = content.get("schema") if isinstance(content, dict) else None
+        if schema != SCHEMA:
+            raise ValueError(f"{path} has schema {schema}, this version reads {SCHEMA}")
         for key, check in _FIELDS.items():
-            check(key, content.get(key))
-    except InvalidArgument as error:
-        raise ValueError(f"{path}: {error}; delete its folder and run it again") from None
+            check(f"{path}: {key}", content.get(key))
+    except (ValueError, OSError) as error:
+        remedy = "update minigpt_lab, or delete its folder and run it again"
+        raise ValueError(f"{error}; {remedy}") from None
     return content
 
 

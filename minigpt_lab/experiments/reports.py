@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from ..checks import Flag, Location, OneOf, checked, writable_file
+from ..checks import Flag, Location, checked, writable_file
 from ..store import atomic_write
 from .records import read_records
 from .runs import run_notebook
@@ -16,9 +16,9 @@ _NOTEBOOK = "07_compare_runs"
 _GENERATOR = '<meta name="generator" content="minigpt_lab">'
 
 
-@checked(folder=Location(), path=Location() | OneOf([""]), smoke=Flag())
+@checked(folder=Location(), path=Location() | None, smoke=Flag())
 def write_report(
-    folder: str | os.PathLike, path: str | os.PathLike = "", *, smoke: bool = False
+    folder: str | os.PathLike, path: str | os.PathLike | None = None, *, smoke: bool = False
 ) -> Path:
     """Write an HTML page of the runs under a folder: notebook 07, executed, without its code.
 
@@ -45,7 +45,7 @@ def write_report(
     """
     folder = Path(folder).resolve()
     page = writable_file(path or folder / "report.html")
-    if path == "" and page.exists() and _GENERATOR not in page.read_text("utf-8", "replace"):
+    if not path and page.exists() and _GENERATOR not in page.read_text("utf-8", "replace"):
         raise FileExistsError(f"{page} is no report of runs; name another file for it (--out)")
     if not any(read_records(folder, smoke=smoke, failed=True)):
         raise ValueError(f"no run ended in {folder}; --all takes smoke runs too")

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import itertools
 import os
 import sys
 import time
@@ -15,17 +12,8 @@ from unittest.mock import patch
 
 from filelock import FileLock
 
-from ..checks import (
-    Flag,
-    Location,
-    OneOf,
-    as_json,
-    checked,
-    first_line,
-    writable_file,
-    writable_folder,
-)
-from ..store import atomic_write, read_cached, read_json
+from ..checks import Flag, Location, checked, first_line, writable_folder
+from ..store import atomic_write, explain_disk_errors, read_cached
 from .parameters import (
     RUNNER_PARAMETERS,
     check_parameters,
@@ -37,7 +25,7 @@ from .parameters import (
 from .recording import NOTEBOOK_VARIABLE
 from .records import (
     RECORD,
-    environment,
+    blank_record,
     files_below,
     own_files,
     own_record,
@@ -46,11 +34,11 @@ from .records import (
 )
 
 
-@checked(out_dir=Location() | OneOf([""]), smoke=Flag())
+@checked(out_dir=Location() | None, smoke=Flag())
 def run_notebook(
     name: str | os.PathLike,
     parameters: Mapping[str, object] | None = None,
-    out_dir: str | os.PathLike = "",
+    out_dir: str | os.PathLike | None = None,
     *,
     smoke: bool = False,
 ) -> Path:
@@ -85,16 +73,15 @@ def run_notebook(
     """
     notebook, given = _prepare(name, parameters, smoke)
     runs = Path.cwd() / "runs"
-    if out_dir != "":
-        folder = writable_folder(out_dir).resolve()
-        _require_executed(folder / notebook.name)
-    else:
-        folder = _new_folder((runs / "smoke" if smoke else runs) / notebook.stem)
-    reason = _execute(notebook, given, folder, smoke)
-    if reason and out_dir == "":
-        folder = folder.replace(_new_folder(runs / "failed" / notebook.stem))
-    _raise(reason, notebook, folder)
-    return folder
+    own = Path(notebook.stem) / datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f")
+    folder = writable_folder(out_dir or (runs / "smoke" if smoke else runs) / own).resolve()
+    executed = folder / notebook.name
+    if executed.exists() and '"papermill"' not in executed.read_text("utf-8", "replace"):
+        raise FileExistsError(
+            f"{executed} would be replaced by the executed notebook; choose another folder (--out)"
+        )
+    failed = folder if out_dir else runs / "failed" / own
+    return _execute(notebook, given, smoke, scratch=folder, done=folder, failed=failed)
 
 
 @checked(out_dir=Location(), smoke=Flag())
@@ -132,17 +119,13 @@ def run_once(
     folder = writable_folder(out_dir).resolve()
     if folder.is_dir() and any(folder.iterdir()) and not (folder / RECORD).is_file():
         raise FileExistsError(f"{folder} holds something that is no run; choose another folder")
-    scratch = folder.parent / ".unfinished" / folder.name
     lock = folder.parent / ".locks" / folder.name
     lock.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(lock):
         if is_finished(folder):
             return folder
-        reason = _execute(notebook, given, scratch, smoke)
-        final = folder.parent / "failed" / folder.name if reason else folder
-        install_run(scratch, final)
-    _raise(reason, notebook, final)
-    return final
+        scratch, failed = (folder.parent / home / folder.name for home in (".unfinished", "failed"))
+        return _execute(notebook, given, smoke, scratch=scratch, done=folder, failed=failed)
 
 
 def install_run(scratch: Path, final: Path) -> None:
@@ -151,7 +134,7 @@ def install_run(scratch: Path, final: Path) -> None:
         with atomic_write(final, own_files) as staging:
             scratch.replace(staging)
     else:
-        final.parent.mkdir(exist_ok=True)
+        final.parent.mkdir(parents=True, exist_ok=True)
         scratch.replace(final)
 
 
@@ -168,65 +151,55 @@ def _prepare(
 ) -> tuple[Path, dict]:
     """The notebook's file, and its parameters: smoke values, checked ones, paths made absolute."""
     notebook = find_notebook(name)
-    plain = as_json({} if parameters is None else parameters, unknown=lambda value: value)
-    given = check_parameters(notebook, plain)
+    given = check_parameters(notebook, {} if parameters is None else parameters)
     small = smoke_parameters(notebook) if smoke else {}
     return notebook, {key: resolve_paths(key, value) for key, value in (small | given).items()}
 
 
-def _raise(reason: str | None, notebook: Path, folder: Path) -> None:
-    if reason:
-        raise RuntimeError(f"{notebook.stem} failed: {reason}; see {folder / notebook.name}")
+def _execute(
+    notebook: Path, parameters: dict, smoke: bool, *, scratch: Path, done: Path, failed: Path
+) -> Path:
+    """Run a notebook in a scratch folder and complete its record; the folder is then renamed.
 
-
-def _new_folder(home: Path) -> Path:
-    """A new folder named by the time."""
-    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-    for name in itertools.chain([stamp], (f"{stamp}-{n}" for n in itertools.count(2))):
-        with contextlib.suppress(FileExistsError):
-            (home / name).mkdir(parents=True)
-            return home / name
-    raise AssertionError("there is always another name")
-
-
-def _execute(notebook: Path, parameters: dict, folder: Path, smoke: bool) -> str | None:
-    """Run a notebook and complete its record; return why it failed, if it did."""
+    Raises
+    ------
+    RuntimeError
+        If it failed.
+    """
     started = time.time()
-    folder.mkdir(parents=True, exist_ok=True)
-    read_cached(folder / RECORD, own_record)  # refuses a file that is no record
-    (folder / RECORD).unlink(missing_ok=True)  # of an earlier run, should this one be killed
+    scratch.mkdir(parents=True, exist_ok=True)
+    read_cached(scratch / RECORD, own_record)  # refuses a file that is no record
+    (scratch / RECORD).unlink(missing_ok=True)  # of an earlier run, should this one be killed
     defaults = default_parameters(notebook)
-    reason = _papermill(notebook, _injected(notebook, defaults, parameters, folder), folder)
+    injected = _injected(notebook, defaults, parameters, scratch)
+    with explain_disk_errors(scratch):  # no room for a record either
+        reason = _papermill(notebook, injected, scratch)
     try:
-        content = read_record(folder)
+        content = read_record(scratch)
     except ValueError:  # it failed before it recorded anything, or never records
-        content = {
-            "notebook": notebook.stem,
-            "metrics": {},
-            "tables": [],
-            "parameters": {k: v for k, v in defaults.items() if k not in RUNNER_PARAMETERS},
-            **environment(started),
-        }
-    content["parameters"] |= parameters
-    content |= {
-        "status": "failed" if reason else "completed",
-        "error": reason,
-        "smoke": smoke,
-        "seed": content["parameters"].get("seed"),
-        "wall_seconds": round(time.time() - started, 1),
-        "files": files_below(folder),
-    }
-    write_record(folder, content)
-    return reason
+        own = {k: v for k, v in defaults.items() if k not in RUNNER_PARAMETERS}
+        content = blank_record(notebook, own, started)
+    given = content["parameters"] | parameters
+    content |= {"parameters": given, "seed": given.get("seed"), "smoke": smoke, "error": reason}
+    content |= {"status": "failed" if reason else "completed", "files": files_below(scratch)}
+    content["wall_seconds"] = round(time.time() - started, 1)
+    write_record(scratch, content)
+    final = failed if reason else done
+    if final != scratch:
+        install_run(scratch, final)
+    if reason:
+        raise RuntimeError(f"{notebook.stem} failed: {reason}; see {final / notebook.name}")
+    return final
 
 
 def _injected(notebook: Path, defaults: dict, parameters: dict, folder: Path) -> dict:
     """Parameters for papermill: given ones, the runner's, and defaults that are relative paths."""
     runner = {"out_dir": str(folder), "interactive": False}
-    paths = {}
-    for name, value in defaults.items():
-        if isinstance(value, str) and "/" in value and (notebook.parent / value).exists():
-            paths[name] = str((notebook.parent / value).resolve())
+    paths = {
+        name: str((notebook.parent / value).resolve())
+        for name, value in defaults.items()
+        if isinstance(value, str) and "/" in value and (notebook.parent / value).exists()
+    }
     return paths | parameters | {k: v for k, v in runner.items() if k in defaults}
 
 
@@ -254,37 +227,11 @@ def _papermill(notebook: Path, parameters: dict, folder: Path) -> str | None:
     except DeadKernelError as error:
         return first_line(error)
     except NoSuchKernel:
-        return (
-            "no Jupyter kernel 'python3' here; install it with "
-            f"`{sys.executable} -m ipykernel install --sys-prefix`"
-        )
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise RuntimeError(  # there is no room for a record either
-            f"{notebook.stem}: the disk of {folder} is full; free some space and run it again, or "
-            "name another folder (--out)"
-        ) from error
+        install = f"{sys.executable} -m ipykernel install --sys-prefix"
+        return f"no Jupyter kernel 'python3' here; install it with `{install}`"
     return None
 
 
 def _escaped(path: Path) -> str:
     """A path for papermill, which would replace a parameter's name in braces by its value."""
     return str(path).replace("{", "{{").replace("}", "}}")
-
-
-def _require_executed(path: Path) -> None:
-    """Refuse to write an executed notebook over one that no run wrote: the user's own.
-
-    Raises
-    ------
-    FileExistsError
-        If there is such a notebook.
-    """
-    if writable_file(path).exists():
-        content = read_json(path) if path.stat().st_size else {}
-        metadata = content.get("metadata") if isinstance(content, dict) else None
-        if not isinstance(metadata, dict) or "papermill" not in metadata:
-            raise FileExistsError(
-                f"{path} would be replaced by the executed notebook; choose another folder (--out)"
-            )

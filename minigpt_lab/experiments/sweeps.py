@@ -22,8 +22,8 @@ from .executors import run_locally, run_on_ray
 from .grids import Grid
 from .records import (
     as_cell,
+    blank_record,
     discard_run,
-    environment,
     files_below,
     read_record,
     varying,
@@ -36,14 +36,14 @@ EXECUTORS = ("local", "ray")
 
 @checked(
     grid=Instance(Grid, "read_grid reads one from its file"),
-    out_dir=Location() | OneOf([""]),
+    out_dir=Location() | None,
     jobs=Integer(1) | None,
     executor=OneOf(EXECUTORS),
     address=Text() | None,
 )
 def sweep(
     grid: Grid,
-    out_dir: str | os.PathLike = "",
+    out_dir: str | os.PathLike | None = None,
     *,
     jobs: int | None = None,
     executor: str = "local",
@@ -122,17 +122,9 @@ def _outcome(grid: Grid, run: str, folder: Path, message: str) -> dict:
             return read_record(home)
     if scratch.is_dir():  # the notebook as far as it came
         install_run(scratch, failed)
-    content = {
-        "notebook": grid.notebook.stem,
-        "parameters": grid.runs[run],
-        "metrics": {},
-        "tables": [],
-        "status": "failed",
-        "error": message,
-        "smoke": grid.smoke,
-        "files": files_below(failed) if failed.is_dir() else [],
-        **environment(time.time()),
-    }
+    content = blank_record(grid.notebook, grid.runs[run], time.time())
+    content |= {"status": "failed", "error": message, "smoke": grid.smoke}
+    content["files"] = files_below(failed) if failed.is_dir() else []
     write_record(failed, content)
     return content
 
@@ -142,10 +134,10 @@ def _summary(grid: Grid, folder: Path, skipped: set[str]) -> pd.DataFrame:
     rows = []
     for run, parameters in grid.runs.items():
         outcome = _outcome(grid, run, folder, "it did not start")
-        row = {"run": run, **{name: as_cell(value) for name, value in parameters.items()}}
-        row["status"] = "skipped" if run in skipped else outcome["status"]
-        row |= {"seconds": outcome["wall_seconds"], "error": outcome["error"]}
-        rows.append(row)
+        status = "skipped" if run in skipped else outcome["status"]
+        cells = {name: as_cell(value) for name, value in parameters.items()}
+        rows.append({"run": run, **cells, "status": status, "error": outcome["error"]})
+        rows[-1]["seconds"] = outcome["wall_seconds"]
     table = pd.DataFrame(rows)
     names = varying(table, list(next(iter(grid.runs.values()))))
     table = table[["run", *names, "status", "seconds", "error"]]

@@ -9,7 +9,7 @@ from .atomic import (
     undo_interrupted_write,
 )
 from .cache import ResultCache, cache_folder, cache_key, cached, read_cached
-from .disk_errors import WriteFailed, write_failed
+from .disk_errors import WriteFailed, explain_disk_errors, write_failed
 from .packages import (
     CACHE_REMEDY,
     DATA,

@@ -107,7 +107,7 @@ def test_parameters_of_the_command_line(command):
     ]
     found = command("-p", "epsilon_activation", "nan", "-p", "epsilon_linear=inf")[0][-1][1]
     assert np.isnan(found["epsilon_activation"]) and found["epsilon_linear"] == np.inf
-    assert command("--smoke")[0][-1] == (command_line.DEFAULT, {}, "", True)
+    assert command("--smoke")[0][-1] == (command_line.DEFAULT, {}, None, True)
 
 
 def test_help_lists_notebooks_and_parameters(command):

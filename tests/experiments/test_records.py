@@ -40,9 +40,9 @@ def test_a_record_comes_back_as_plain_data(tmp_path):
 UNREADABLE = {
     "cut short": ('{"notebook": "03_con', "cut short or no JSON .*delete its folder and run"),
     "empty": ("", "cut short or no JSON"),
-    "older": ('{"notebook": "x", "status": "completed"}', "no schema number.*run it again"),
+    "older": ('{"notebook": "x", "status": "completed"}', "has schema None.*run it again"),
     "newer": (f'{{"schema": {SCHEMA + 1}}}', f"has schema {SCHEMA + 1}.*update minigpt_lab"),
-    "a list": ("[]", "no schema number"),
+    "a list": ("[]", "has schema None"),
     "without metrics": (
         f'{{"schema": {SCHEMA}, "notebook": "x", "status": "completed", "parameters": {{}}}}',
         "metrics is None; expected a dictionary",
@@ -125,7 +125,7 @@ def _results_of(folder, *words) -> list[str]:
 def test_a_metric_that_no_run_has(tmp_path, monkeypatch):
     write_record(tmp_path / "one", RUN)
     monkeypatch.setattr(sys, "argv", _results_of(tmp_path, "--metric", "accuracy")[2:])
-    line = "error: no metric's name holds 'accuracy'; some are: nothing, shrunk stored"
+    line = "error: no metric's name holds 'accuracy'; some are: shrunk stored, nothing"
     with pytest.raises(SystemExit, match=line):
         command_line.main()
 

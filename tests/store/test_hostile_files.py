@@ -300,10 +300,7 @@ def test_paths_are_checked_at_the_call(wrong):
     calls = (lab.load_domain, results, comparisons.measurements, grids.read_grid,
              experiments.write_report, experiments.find_notebook)  # fmt: skip
     for call in calls:
-        # a beginning of no letters could be any notebook
-        nothing = isinstance(wrong, str) and not wrong and call is experiments.find_notebook
-        words = "no notebook ''" if nothing else "expected a path"
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(ValueError, match="expected a path"):
             call(wrong)
     if isinstance(wrong, int | float | bytes | None):
         for call in (lab.load_domains, lambda value: lab.make_domain("d", value)):
