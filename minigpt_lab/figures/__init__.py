@@ -14,7 +14,7 @@ from .activations import (
     magnitude_scatter,
     overlap_matrix,
 )
-from .comparison import cosine_curve, influence_bars, method_curves, pareto_front
+from .comparison import cosine_curve, influence_bars, method_curves, pareto_front, throughput
 from .evaluation import (
     answer_differences,
     answer_dots,
@@ -24,7 +24,6 @@ from .evaluation import (
 )
 from .explorer import ThresholdPicture
 from .pruning import budget_bars, perplexity_dots, pruning_heatmap, threshold_sweep
-from .speed import throughput
 from .style import (
     DOMAIN_STYLE,
     METHOD_STYLE,
@@ -32,46 +31,7 @@ from .style import (
     STYLE,
     VARIANT_STYLE,
     caption_for,
-    colour,
     png_bytes,
     save_figure,
     style_for,
 )
-
-__all__ = [
-    "DOMAIN_STYLE",
-    "METHOD_STYLE",
-    "PART_STYLE",
-    "STYLE",
-    "VARIANT_STYLE",
-    "ThresholdPicture",
-    "activation_depth",
-    "activation_histograms",
-    "answer_differences",
-    "answer_dots",
-    "budget_bars",
-    "calibration_curve",
-    "calibration_settings",
-    "caption_for",
-    "colour",
-    "cosine_curve",
-    "domain_heatmap",
-    "influence_bars",
-    "layer_budgets",
-    "layer_losses",
-    "magnitude_scatter",
-    "method_curves",
-    "one_layer_curves",
-    "overlap_matrix",
-    "pareto_front",
-    "perplexity_and_accuracy",
-    "perplexity_dots",
-    "png_bytes",
-    "pruning_heatmap",
-    "recovery_curves",
-    "save_figure",
-    "style_for",
-    "threshold_sweep",
-    "throughput",
-    "variant_dots",
-]

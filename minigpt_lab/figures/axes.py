@@ -1,8 +1,8 @@
-"""Shared pieces of pictures: ticks, lines with a range, dots with intervals, annotated cells."""
+"""Shared pieces of pictures: panels, lines per group, ticks, dots with intervals, cells."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import pandas as pd
@@ -11,7 +11,91 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator
+
+from .style import new_figure
+
+_SEED = "one seed"
+Looks = Mapping[str, Mapping]  # group to its colour and marker
+Panel = tuple[Axes, str, pd.DataFrame]
+
+
+def panel_row(
+    table: pd.DataFrame,
+    column: str,
+    caption: str,
+    title: str,
+    *,
+    size: tuple[float, float],
+    beside: float = 2.2,
+    **shape,
+) -> tuple[Figure, list[Panel]]:
+    """A figure of one panel per value of a column, and each panel's axis, value and rows.
+
+    Parameters
+    ----------
+    table : pandas.DataFrame
+        What is drawn.
+    column : str
+        Its values are the titles of the panels.
+    caption, title : str
+        See `new_figure`.
+    size : tuple of float
+        Width and height of a panel in inches.
+    beside : float
+        Inches for labels and legend.
+    **shape
+        As for `Figure.subplots`.
+    """
+    names = list(table[column].unique())
+    figure = new_figure(size[0] * len(names) + beside, size[1], caption, title)
+    axes = figure.subplots(1, len(names), squeeze=False, **shape).ravel()
+    for axis, name in zip(axes, names, strict=True):
+        axis.set_title(name)
+    parts = (table[table[column] == name] for name in names)
+    return figure, list(zip(axes, names, parts, strict=True))
+
+
+def group_lines(
+    axis: Axes, rows: pd.DataFrame, x: str, y: str, looks: Looks, *, by: str, at: str = "", **style
+) -> dict[str, pd.DataFrame]:
+    """A line per group through the mean of its rows at each place; several rows are dots too.
+
+    Parameters
+    ----------
+    axis : matplotlib.axes.Axes
+        Drawn on.
+    rows : pandas.DataFrame
+        What is drawn.
+    x, y : str
+        Columns of the axes.
+    looks : mapping
+        Group to its colour and marker, in the order of the legend.
+    by, at : str
+        Column of the groups, and that of the places (by default `x`): rows of one place are seeds.
+    **style
+        As for `Axes.plot`.
+
+    Returns
+    -------
+    dict
+        Group to the points ``x, y`` of its line.
+    """
+    means = {}
+    for name, look in looks.items():
+        own = rows[rows[by] == name]
+        if own.empty:
+            continue
+        places = own.groupby(own[at or x])[[x, y]]
+        means[name] = places.mean()
+        axis.plot(
+            *means[name].to_numpy().T, **{"ms": 4.5, "lw": 1.2, "label": name, **style, **look}
+        )
+        if places.size().max() > 1:
+            dots = {"marker": ".", "ms": 4, "ls": "", "alpha": 0.6, "label": _SEED}
+            axis.plot(own[x], own[y], color=look["color"], **dots)
+    return means
 
 
 def log_ticks(low: float, high: float) -> tuple[list[float], list[str]]:
@@ -57,50 +141,42 @@ def short_number(value: float, form: str = ".3g") -> str:
     return f"{value:,.0f}" if value >= 100 else format(value, form)
 
 
-def line_with_range(axis: Axes, groups, *, middle: str = "median", **style) -> pd.Series:
-    """Line through the groups' median (or mean) in the band of their range.
+def spread(rows: pd.DataFrame, middle: str, low: str = "low", high: str = "high") -> np.ndarray:
+    """Lengths below and above the middle ``[2, row]``, as `Axes.errorbar` wants them."""
+    return np.maximum([rows[middle] - rows[low], rows[high] - rows[middle]], 0)
+
+
+def dot_rows(
+    axis: Axes,
+    rows: pd.DataFrame,
+    columns: tuple[str, str, str],
+    words: Callable[[float], str],
+    **look,
+) -> None:
+    """A dot with its interval and its number per row, from the top.
 
     Parameters
     ----------
     axis : matplotlib.axes.Axes
         Drawn on.
-    groups : pandas grouped series
-        Values by their place on the horizontal axis; groups of one value give no band.
-    middle : {"median", "mean"}
-        The line.
-    **style
-        As for `Axes.plot`.
-
-    Returns
-    -------
-    pandas.Series
-        The line's values.
+    rows : pandas.DataFrame
+        Indexed by the names of the rows; where it has ``compensated``, a false one is hollow.
+    columns : tuple of str
+        The middle and the ends of its interval.
+    words : callable
+        A value to the number above its dot.
+    **look
+        As for `Axes.errorbar`.
     """
-    values = groups.agg(middle)
-    axis.plot(values.index, values, **style)
-    if groups.size().max() > 1:
-        band = {"color": style["color"], "alpha": 0.2, "lw": 0}
-        axis.fill_between(values.index, groups.min(), groups.max(), **band)
-    return values
-
-
-def spread(middle: pd.Series, low: pd.Series, high: pd.Series) -> np.ndarray:
-    """Lengths below and above the middle ``[2, row]``, as `Axes.errorbar` wants them."""
-    return np.maximum([middle - low, high - middle], 0)
-
-
-def value_labels(axis: Axes, values: Iterable[float], words: Iterable[str]) -> None:
-    """Write above the dot of each row what it says."""
+    lengths, filled = spread(rows, *columns), rows.get("compensated", [True] * len(rows))
     box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # not in the line of the interval
     style = {"xytext": (0, 6), "textcoords": "offset points", "ha": "center", "fontsize": 7.5}
-    for row, (value, word) in enumerate(zip(values, words, strict=True)):
-        axis.annotate(word, (value, row), bbox=box, **style)
-
-
-def row_labels(axis: Axes, names: list[str]) -> None:
-    """Names of the rows of dots, from the top, with room for labels above the first."""
-    axis.set_yticks(range(len(names)), names)
-    axis.set_ylim(len(names) - 0.5, -0.8)
+    for place, (value, fill) in enumerate(zip(rows[columns[0]], filled, strict=True)):
+        how = look | ({} if fill else {"mfc": "white"})
+        axis.errorbar(value, place, xerr=lengths[:, [place]], capsize=3, **how)
+        axis.annotate(words(value), (value, place), bbox=box, **style)
+    axis.set_yticks(range(len(rows)), rows.index)
+    axis.set_ylim(len(rows) - 0.5, -0.8)
 
 
 def luminance(tint) -> float:
@@ -119,14 +195,30 @@ def heat(axis: Axes, values: pd.DataFrame, words: pd.DataFrame, fontsize: float 
     for text, face in zip(axis.texts, faces, strict=True):
         text.set_color("black" if luminance(face[:3]) > 0.18 else "white")
     axis.set(xlabel="", ylabel="")
+    axis.tick_params(axis="x", rotation=30)
+    axis.tick_params(axis="y", rotation=0)
     axis.grid(False)
 
 
-def side_legend(figure: Figure, axis: Axes | None = None, *, upwards: bool = False) -> None:
-    """Legend beside all axes, of one of them or of all; `upwards` begins with the last entry."""
-    if axis is None:
-        figure.legend(loc="outside right upper")
-        return
-    step = -1 if upwards else 1
-    handles, labels = (entries[::step] for entries in axis.get_legend_handles_labels())
-    figure.legend(handles, labels, loc="outside right upper")
+def key(label: str, **look) -> Line2D:
+    """An entry of a legend that stands for no single line: grey, unless `look` says more."""
+    return Line2D([], [], **{"color": "#555555", "ls": "", "marker": "o", "label": label, **look})
+
+
+def two_way_keys(by_colour: Looks, by_marker: Looks) -> list[Line2D]:
+    """Entries of groups told apart by their colours, then of those told apart by their markers."""
+    lines = {name: {"color": look["color"], "ls": "-"} for name, look in by_colour.items()}
+    colours = [key(name, marker="", **look) for name, look in lines.items()]
+    return colours + [key(name, marker=look["marker"]) for name, look in by_marker.items()]
+
+
+def side_legend(figure: Figure, *keys: Line2D) -> None:
+    """Legend beside all axes: each label of theirs once, then further keys."""
+    entries = {}
+    for axis in figure.axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    if _SEED in entries:
+        entries[_SEED] = entries.pop(_SEED)  # last
+    entries |= {str(each.get_label()): each for each in keys}
+    figure.legend([*entries.values()], [*entries], loc="outside right upper")

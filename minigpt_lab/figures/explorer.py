@@ -25,7 +25,7 @@ from ..checks import DictOf, Instance, Text, checked
 from ..models import Size
 from ..studies import COMPONENTS, Magnitudes, Reading
 from .axes import log_ticks
-from .style import COMPONENT_STYLE, PART_STYLE, STYLE, colour
+from .style import PART_STYLE, STYLE, looks
 
 _UNITS = {
     "linear": "mean |input|, |output|",
@@ -33,6 +33,12 @@ _UNITS = {
     "embedding": "token's share of the text",
 }
 _BINS = 60
+COMPONENT_STYLE = {  # colour, marker, line
+    "linear": ("#E69F00", "s", "--"),
+    "activation": ("#0072B2", "o", "-"),
+    "embedding": ("#009E73", "^", ":"),
+    "all": ("#000000", "D", "-."),
+}
 _SMALL = {**STYLE, "font.size": 8, "axes.titlesize": 8.5, "axes.titleweight": "bold"}
 _SIZES = ("stored", "non-zero", "layers")  # short: the next panel is near
 _MARGINS = {"left": 0.07, "right": 0.972, "top": 0.94, "bottom": 0.125, "hspace": 0.46}
@@ -61,7 +67,7 @@ class ThresholdPicture:
         *,
         sweep: pd.DataFrame | None = None,
     ):
-        own, tint = magnitudes[domain], colour(domain, list(magnitudes))
+        own, tint = magnitudes[domain], looks(magnitudes)[domain]["color"]
         self._edges = {
             name: _bin_edges([each.pooled[name] for each in magnitudes.values()])
             for name in COMPONENTS

@@ -1,7 +1,7 @@
 """The style of every picture: palette, fonts, captions; figures as bytes and as files.
 
-One colour per domain and per method everywhere (Okabe–Ito, safe for colour-blind readers), and a
-marker or hatch that says the same in grey.
+One colour per domain and per method everywhere (Okabe–Ito, safe for colour-blind readers, then
+darker ones), and a marker or hatch that says the same in grey.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import os
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import matplotlib as mpl
 import pandas as pd
@@ -22,19 +22,29 @@ from ..checks import Instance, ListOf, Location, Text, checked, to_path, writabl
 from ..models import label
 from ..store import atomic_write
 
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "h")  # told apart in grey too
-Style = tuple[str, str]
+# 11 and 13: as no number divides both, their pairs come again only after all 143
+_COLOURS = (
+    *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"),
+    *("#332288", "#882255", "#8A8A00", "#7A4A1E", "#AA4499"),
+)
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "h", "p", "d", "8")
 _DOMAINS = ("law", "medical", "economics", "games", "translation", "general")
-DOMAIN_STYLE: dict[str, Style] = {  # colour, marker
-    name: (tint, marker) for name, tint, marker in zip(_DOMAINS, _COLOURS, _MARKERS, strict=False)
-}
-METHOD_STYLE: dict[str, Style] = {  # drawn in this order
-    "contextual": ("#0072B2", "o"),
-    "magnitude": ("#E69F00", "s"),
+_METHODS = (
+    *("contextual", "fluctuation", "sensitivity", "sparsegpt", "magnitude", "taylor"),
+    *("wanda", "slimgpt", "fluctuation + bias", "slimgpt log-increase"),
+)
+Style = tuple[str, str]
+
+
+def _numbered(names: Sequence[str]) -> dict[str, Style]:
+    return dict(zip(names, zip(_COLOURS, _MARKERS, strict=False), strict=False))
+
+
+# colour and marker
+DOMAIN_STYLE: dict[str, Style] = _numbered(_DOMAINS)
+METHOD_STYLE: dict[str, Style] = _numbered(_METHODS) | {
     "random": ("#7F7F7F", "x"),
-    "full": ("#009E73", "^"),
-    "lora": ("#CC79A7", "v"),
+    "dense": ("#000000", "*"),
 }
 VARIANT_STYLE: dict[str, Style] = {
     "dense": ("#000000", "o"),
@@ -48,38 +58,12 @@ PART_STYLE: dict[str, Style] = {  # colour, hatch
     "ffn": ("#0072B2", ""),
     "other": ("#999999", "xxx"),
 }
-COMPONENT_STYLE = {  # colour, marker, line
-    "linear": ("#E69F00", "s", "--"),
-    "activation": ("#0072B2", "o", "-"),
-    "embedding": ("#009E73", "^", ":"),
-    "all": ("#000000", "D", "-."),
-}
 # letters that the first font lacks come from the next that has them
 _FONTS = (
     *("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC"),
     *("WenQuanYi Micro Hei", "PingFang SC", "Hiragino Sans", "Microsoft YaHei"),
     *("Arial Unicode MS", "Noto Sans Devanagari", "Noto Sans Thai"),
 )
-STYLE = {  # colour, marker, line
-    "linear": ("#E69F00", "s", "--"),
-    "activation": ("#0072B2", "o", "-"),
-    "embedding": ("#009E73", "^", ":"),
-    "all": ("#000000", "D", "-."),
-}
-# letters that the first font lacks come from the next that has them
-_FONTS = [
-    "DejaVu Sans",
-    "Noto Sans CJK SC",
-    "Noto Sans CJK JP",
-    "Source Han Sans SC",
-    "WenQuanYi Micro Hei",
-    "PingFang SC",
-    "Hiragino Sans",
-    "Microsoft YaHei",
-    "Arial Unicode MS",
-    "Noto Sans Devanagari",
-    "Noto Sans Thai",
-]
 STYLE = {
     "figure.dpi": 100,
     "savefig.dpi": 150,
@@ -106,33 +90,31 @@ def style_for(
     Parameters
     ----------
     name : str
-        ``tiny-law`` looks like ``law``.
+        ``tiny-law`` and ``law/test`` look like ``law``.
     known : sequence of str
         All that the figure shows. One that is not in the table takes the next colour and marker
-        that none of the others has; once all colours are taken they come again, with new markers.
+        that none of the others has; once all are taken they come again, in other pairs.
     table : mapping
         `DOMAIN_STYLE`, `METHOD_STYLE` or `VARIANT_STYLE`.
     """
-    styles = {one: table.get(one.removeprefix("tiny-")) for one in (name, *known)}
+    styles = {
+        each: table.get(each.removeprefix("tiny-").rsplit("/", 1)[0]) for each in (name, *known)
+    }
     if styles[name] or name not in known:
         return styles[name] or ("#000000", "o")
-    place = [one for one in known if not styles[one]].index(name)
+    place = [each for each in known if not styles[each]].index(name)
     taken = {part for style in styles.values() if style for part in style}
-    tints, markers = (
+    colours, markers = (
         [part for part in parts if part not in taken] or parts for parts in (_COLOURS, _MARKERS)
     )
-    return tints[place % len(tints)], markers[place % len(markers)]
+    return colours[place % len(colours)], markers[place % len(markers)]
 
 
-def text_style(text: str, texts: Sequence[str]) -> Style:
-    """Colour and marker of the domain of a text such as ``law/test``."""
-    return style_for(text.rsplit("/", 1)[0], [each.rsplit("/", 1)[0] for each in texts])
-
-
-@checked(domain=Text(), known=ListOf(Text()))
-def colour(domain: str, known: Sequence[str] = ()) -> str:
-    """The colour of a domain, see `style_for`."""
-    return style_for(domain, known)[0]
+def looks(names: Iterable[str], table: Mapping[str, Style] = DOMAIN_STYLE) -> dict[str, dict]:
+    """Name to its colour and marker, as `Axes.plot` takes them."""
+    known = list(dict.fromkeys(names))
+    styles = {name: style_for(name, known, table) for name in known}
+    return {name: {"color": tint, "marker": marker} for name, (tint, marker) in styles.items()}
 
 
 def caption_for(

@@ -24,14 +24,13 @@ def activations():
     return pd.concat(parts, ignore_index=True)
 
 
-def test_histograms_show_zero_mass_and_epsilon(activations):
+def test_histograms_mark_epsilon(activations):
     figure = figures.activation_histograms(
         activations, epsilon=0.3, n_layers=4, caption="tiny model"
     )
     axes = [axis for axis in figure.axes if axis.get_visible()]
     assert [axis.get_title(loc="left") for axis in axes] == [f"layer {i}" for i in (0, 2, 5, 7)]
     for axis in axes:
-        assert [bar.get_height() for bar in axis.containers[0]] == [0.1, 0.1]  # 5 of 50
         assert axis.lines[-1].get_xdata()[0] == pytest.approx(np.log10(0.3))
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert labels == ["law", "medical", "ε = 0.3"]
@@ -43,16 +42,12 @@ def test_histograms_say_what_lies_below_epsilon_and_leave_nothing_out(activation
     figure = figures.activation_histograms(activations, epsilon=0.3, n_layers=2)
     for axis, layer in zip(figure.axes, (0, 7), strict=True):
         words = axis.texts[-1].get_text().splitlines()
-        assert words[0] == "at or below ε:"
+        assert words[0] == "% ≤ ε / never on:"
         for domain, line in zip(("law", "medical"), axis.lines, strict=False):
             chosen = (activations["domain"] == domain) & (activations["layer"] == layer)
             part = activations.loc[chosen, "mean_abs"]
-            assert f"{domain} {100 * (part <= 0.3).mean():.1f} %" in words
+            assert f"{domain} {100 * (part <= 0.3).mean():.1f} / 10.0" in words  # 5 of 50
             assert sum(line.get_ydata()) == pytest.approx(0.9)  # all but those never on
-    alone = activations[activations["domain"] == "law"]
-    axis = figures.activation_histograms(alone, epsilon=0.3, n_layers=1).axes[0]
-    share = 100 * (alone.query("layer == 0")["mean_abs"] <= 0.3).mean()
-    assert axis.get_title(loc="left") == f"layer 0: {share:.1f} % at or below ε"
 
 
 @pytest.mark.parametrize(("sign", "side"), [(1, "right"), (-1, "left")])
@@ -101,14 +96,14 @@ def test_calibration_curve_stands_between_chance_and_the_full_set():
 
 def test_histograms_say_how_many_are_never_on_and_thin_the_decades(activations):
     figure = figures.activation_histograms(activations, n_layers=2)
-    assert [text.get_text() for text in figure.axes[0].texts] == ["never on:\n10.0 %"]
+    (words,) = (text.get_text() for text in figure.axes[0].texts)
+    assert words == "% never on:\nlaw 10.0\nmedical 10.0"
     wide = activations.assign(mean_abs=activations["mean_abs"] ** 6)
     for frame in (activations, wide):
         ticks = figures.activation_histograms(frame, n_layers=2).axes[0].get_xticklabels()
-        assert ticks[0].get_text() == "0" and 3 <= len(ticks) <= 8
+        assert 3 <= len(ticks) <= 8
     live = activations[activations["mean_abs"] > 0]
-    axis = figures.activation_histograms(live, n_layers=2).axes[0]
-    assert not axis.texts and axis.get_xticklabels()[0].get_text() != "0"
+    assert not figures.activation_histograms(live, n_layers=2).axes[0].texts
 
 
 def test_titles_stay_inside_narrow_figures(sweep):
@@ -160,16 +155,13 @@ def test_sweep_draws_every_method_and_mark(sweep):
     size, loss = figure.axes
     assert len(size.lines) == 2 + 2 + 1  # stored and non-zero, two marks in range, the knee
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert labels == ["stored", "non-zero", "contextual", "magnitude", "random", "knee",
-                      "paper's ε"]  # fmt: skip
+    assert labels == [
+        *("stored", "non-zero", "knee", "paper's ε", "contextual", "random", "magnitude")
+    ]
     assert "knee at ε = 0.01" in size.get_title(loc="left")
-    assert not loss.collections  # one seed has no range
     signs = {(line.get_color(), line.get_marker()) for line in size.lines[:2]}
     assert not signs & {(line.get_color(), line.get_marker()) for line in loss.lines}
     assert {colour for colour, _ in signs} == {"black"} and len(signs) == 2
-    assert not {sign for pair in signs for sign in pair} & {
-        sign for pair in figures.METHOD_STYLE.values() for sign in pair
-    }
 
 
 def test_sweep_names_what_each_threshold_is_compared_with(sweep):
@@ -185,15 +177,16 @@ def test_sweep_names_what_each_threshold_is_compared_with(sweep):
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
 
 
-def test_sweep_shades_the_range_of_seeds(sweep):
+def test_sweep_shows_every_seed(sweep):
     other = sweep[sweep["method"] == "random"]
     other = other.assign(perplexity_ratio=other["perplexity_ratio"] * 2)
     figure = figures.threshold_sweep(pd.concat([sweep, other]))
     loss = figure.axes[1]
-    assert len(loss.collections) == 1
-    random = next(line for line in loss.lines if "random" in line.get_label())
-    assert random.get_label() == "random (range of 2 seeds)"
+    random = next(line for line in loss.lines if line.get_label() == "random")
     assert random.get_ydata()[0] == pytest.approx(1.5)  # between 1 and 2
+    (seeds,) = (line for line in loss.lines if line.get_label() == "one seed")
+    assert len(seeds.get_ydata()) == 6 and seeds.get_color() == random.get_color()
+    assert figure.legends[0].get_texts()[-1].get_text() == "one seed"
 
 
 def test_sweep_of_one_point_has_its_tick_and_no_knee(sweep):
@@ -254,16 +247,15 @@ def kept():
 
 def test_pruning_heatmap_numbers_every_layer_and_every_cut(kept):
     figure = figures.pruning_heatmap(kept, caption="made up")
-    above, cells, beside, bar = figure.axes
+    cells, bar = figure.axes
     assert [tick.get_text() for tick in cells.get_xticklabels()] == [str(i) for i in range(30)]
-    assert [tick.get_text() for tick in cells.get_yticklabels()] == ["ffn", "attention"]
+    assert [tick.get_text() for tick in cells.get_yticklabels()] == [
+        *("ffn (mean 43.5 %)", "attention (mean 1.11 %)")
+    ]
     words = [text.get_text() for text in cells.texts]
     assert words[:3] == ["", "3", "6"] and words[30:].count("33") == 1
     assert cells.collections[0].get_clim() == (0, pytest.approx(0.87))
-    heights = [patch.get_height() for patch in above.patches]
-    assert len(heights) == 30 and heights[5] == pytest.approx((0.15 + 1 / 3) / 2)
-    assert [text.get_text() for text in beside.texts] == ["43.5 %", "1.11 %"]
-    assert bar.get_ylabel() == "units removed"
+    assert bar.get_ylabel() == "removed"
     assert "ffn 1,000; attention 3" in figure._supxlabel.get_text()
 
 
@@ -279,12 +271,11 @@ def test_pruning_heatmaps_share_a_scale_and_two_have_a_difference(kept):
     axes = figures.pruning_heatmap(two).axes
     titles = [axis.get_title(loc="left") for axis in axes if axis.get_title(loc="left")]
     assert titles == ["law", "games", "games − law"]
-    limits = [axis.collections[0].get_clim() for axis in axes[1::4]]
+    limits = [axis.collections[0].get_clim() for axis in axes[:3]]
     assert limits[0] == limits[1] and limits[2][0] == -limits[2][1]
-    assert axes[9].texts[0].get_text() == "+50"  # a sign, for grey
-    assert axes[0].get_ylim() == axes[4].get_ylim()
+    assert axes[2].texts[0].get_text() == "+50"  # a sign, for grey
     three = pd.concat([two, kept.assign(domain="medical")])
-    assert len(figures.pruning_heatmap(three).axes) == 3 * 4
+    assert len(figures.pruning_heatmap(three).axes) == 3 * 2
 
 
 def test_loss_dots_have_intervals_and_numbers():
@@ -331,10 +322,11 @@ def test_every_colour_has_a_second_sign_for_grey(table):
 
 
 def test_colours_are_one_per_domain():
-    assert figures.colour("tiny-law") == figures.colour("law") == figures.DOMAIN_STYLE["law"][0]
+    for name in ("law", "tiny-law", "law/test"):
+        assert figures.style_for(name) == figures.DOMAIN_STYLE["law"]
     known = ["mine", "tiny-law", "yours"]
-    assert len({figures.colour(name, known) for name in known} - {"#000000"}) == 3
-    assert figures.colour("mine") == "#000000"
+    assert len({figures.style_for(name, known)[0] for name in known} - {"#000000"}) == 3
+    assert figures.style_for("mine") == ("#000000", "o")
     many = [f"domain {i}" for i in range(15)] + list(figures.DOMAIN_STYLE)
     assert len({figures.style_for(name, many) for name in many}) == len(many)
 
@@ -386,12 +378,13 @@ def test_recovery_curves_mark_where_dense_was_reached(histories):
     assert len(hollow) == 2 and all(line.get_markerfacecolor() == "white" for line in hollow)
 
 
-def test_recovery_of_several_seeds_has_a_band_and_new_methods_a_look(histories):
+def test_recovery_of_several_seeds_has_dots_and_new_methods_a_look(histories):
     seeds = [histories, histories.assign(perplexity=histories["perplexity"] + 2)]
     dense = {"law": 18.0, "games": 35.0}
     axis = figures.recovery_curves(pd.concat(seeds), dense=dense).axes[0]
-    assert len(axis.collections) == 4  # two methods on two texts
-    assert axis.lines[0].get_ydata()[0] == histories["perplexity"][0] + 1  # the median
+    dots = [line for line in axis.lines if line.get_label() == "one seed"]
+    assert [len(line.get_ydata()) for line in dots] == [6] * 4  # two methods on two texts
+    assert axis.lines[0].get_ydata()[0] == histories["perplexity"][0] + 1  # the mean
     figures.recovery_curves(histories.replace("lora", "prefix"), dense=dense)
 
 
@@ -414,7 +407,7 @@ def test_answers_stand_beside_chance():
     axis = figures.perplexity_and_accuracy(ways).axes[0]
     assert axis.get_xscale() == "log" and "dense" in axis.get_xlabel()
     assert "percentage points" in axis.get_ylabel()
-    assert {"law", "medical"} <= {text.get_text() for text in axis.texts}
+    assert {"law", "medical"} <= {text.get_text() for text in axis.figure.legends[0].get_texts()}
 
 
 def test_heatmap_frames_the_diagonal_and_brackets_what_is_unsure():
@@ -435,3 +428,25 @@ def test_heatmap_frames_the_diagonal_and_brackets_what_is_unsure():
     assert recovered.get_title(loc="left") == "recovered"
     scales = [axis.get_yticklabels() for axis in figure.axes[2:]]
     assert all("×1" in [tick.get_text() for tick in ticks] for ticks in scales)
+
+
+def test_every_method_has_a_look_of_its_own_and_its_seeds_are_dots():
+    names = [*figures.METHOD_STYLE, "mine", "yours"]
+    rows = [
+        (name, "ffn", ratio, 100 - 50 * ratio + 0.1 * seed, "law/test", 30 + seed, seed)
+        for name in names
+        for ratio in (0.2, 0.5)
+        for seed in range(3)
+    ]
+    columns = "method sites ratio stored text perplexity seed".split()
+    figure = figures.method_curves(pd.DataFrame(rows, columns=columns))
+    (axis,) = figure.axes
+    lines = {line.get_label(): line for line in axis.lines if line.get_label() in names[:-1]}
+    assert len({(line.get_color(), line.get_marker()) for line in lines.values()}) == len(lines)
+    tints = {line.get_color() for line in axis.lines if line.get_label() in figures.METHOD_STYLE}
+    assert len(tints) == len(figures.METHOD_STYLE)
+    line = lines["wanda"]
+    assert line.get_ydata() == pytest.approx([31, 31])  # the mean of 30, 31, 32
+    dots = [each for each in axis.lines if each.get_label() == "one seed"]
+    assert len(dots) == len(names) - 1 and not axis.texts  # no words over the points
+    assert sorted(set(dots[0].get_ydata())) == [30, 31, 32]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import warnings
 
@@ -11,7 +12,7 @@ import pytest
 
 import minigpt_lab as lab
 from minigpt_lab import figures
-from minigpt_lab.figures.frames import _shown
+from minigpt_lab.figures.frames import literal
 from minigpt_lab.widgets.base import Chooser
 from minigpt_lab.widgets.jobs import ModelJob
 from minigpt_lab.widgets.pruning import RatioExplorer, ThresholdExplorer
@@ -49,7 +50,7 @@ def drawable() -> dict[str, tuple[pd.DataFrame, dict]]:
         "pareto_front": (runs, {}),
         "method_curves": (
             rows(method=["dense", "wanda"], sites=["ffn"], text=TEXTS).assign(
-                stored=8, perplexity=[10.0, 11, 12, 13]
+                ratio=0.5, stored=8, perplexity=[10.0, 11, 12, 13]
             ), {}
         ),
         "cosine_curve": (
@@ -130,12 +131,8 @@ FREE = ("domain", "other", "text", "cut", "variant", "method", "model", "protoco
 
 
 def test_every_figure_is_in_the_table():
-    kinds = {name for name in figures.__all__ if name.islower()} - {
-        "colour",
-        "caption_for",
-        "style_for",
-    }
-    assert FIGURES.keys() == kinds - {"png_bytes", "save_figure"}
+    functions = {name for name, each in vars(figures).items() if inspect.isfunction(each)}
+    assert FIGURES.keys() == functions - {"caption_for", "png_bytes", "save_figure", "style_for"}
 
 
 @pytest.mark.parametrize("function", FIGURES)
@@ -158,12 +155,10 @@ def test_names_are_drawn_as_they_are_written(function, monkeypatch):
             assert figures.png_bytes(figure)[:4] == b"\x89PNG"
 
 
-def test_different_names_stay_different_and_a_legend_lists_them_all():
-    many = [*NAMES, "x" * 199 + "y", "x" * 200 + " ", "two lines", ""]
-    shown = _shown(many)
-    assert len(set(shown.values())) == len(many)
-    for words in shown.values():
-        assert words.isprintable() and len(words) < 80 and not words.startswith("_")
+def test_names_are_short_and_a_legend_lists_them_all():
+    for name in NAMES:
+        words = literal(name)
+        assert words.isprintable() and 0 < len(words) < 80 and not words.startswith("_")
         assert words.count("$") == words.count(r"\$")
     frame = FIGURES["activation_depth"][0].replace({"law": "_law", "games": "$g$"})
     axis = figures.activation_depth(frame, epsilon=0.2).axes[-1]
@@ -208,6 +203,13 @@ def test_a_figures_stem_keeps_its_dots(tmp_path):
     frame, _ = FIGURES["influence_bars"]
     figures.save_figure(figures.influence_bars(frame), tmp_path / "v1.2", frame)
     assert {path.name for path in tmp_path.iterdir()} == {"v1.2.png", "v1.2.svg", "v1.2.csv"}
+
+
+@pytest.mark.parametrize("names", [("a b", "a\nb"), ("x" * 99 + "y" * 99, "x" * 98 + "y" * 99)])
+def test_names_that_would_look_alike_are_refused(names):
+    frame = FIGURES["activation_depth"][0].replace(dict(zip(DOMAINS, names, strict=True)))
+    with pytest.raises(ValueError, match="several names that look like .* expected shorter"):
+        figures.activation_depth(frame)
 
 
 TAG = "<img src=x onerror=alert(1)> $a$"
