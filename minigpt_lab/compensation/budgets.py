@@ -1,11 +1,12 @@
 """Budgets: how many units to remove from every layer site, so that one total size is reached.
 
-A layer site has a few levels, numbers of units to remove; a budget picks one level for each site.
-Between levels, a budget is an array of parameters to remove ``[site]``, not always whole units.
+A budget picks one of a few numbers of units for each site, its *levels*. A descent goes between
+levels: there a point is an array of parameters to remove ``[site]``, not always whole units.
 """
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +15,7 @@ import numpy as np
 
 from ..planning import LayerSite
 
-Budget = tuple[int, ...]  # a level of every layer site
+Budget = tuple[int, ...]  # units to remove from every layer site
 
 
 @dataclass(frozen=True)
@@ -27,93 +28,75 @@ class Budgets:
         From `unscored_sites`.
     steps : sequence of int
         For each site, a number by which the number of kept units must be divisible.
-    counts : list of list of int
-        For each site, the units removed at every level: ascending, the first 0.
+    levels : list of list of int
+        For each site, the numbers of units that may be removed: ascending, the first 0.
     target : float
         Parameters to remove.
     """
 
     layer_sites: Sequence[LayerSite]
     steps: Sequence[int]
-    counts: list[list[int]]
+    levels: list[list[int]]
     target: float
 
     @classmethod
     def around(
         cls,
-        starts: Iterable[Sequence[int]],
+        starts: Iterable[Budget],
         layer_sites: Sequence[LayerSite],
         steps: Sequence[int],
-        levels: int,
+        intervals: int,
         target: float,
     ) -> Budgets:
-        """Make evenly spaced levels, and one at each count of the starts.
+        """Make evenly spaced levels, and one at each number of the starts.
 
         Parameters
         ----------
-        starts : iterable of sequence of int
-            Units to remove from each site.
-        levels : int
+        intervals : int
             Intervals between keeping all units of a site and keeping only one step of them.
         """
-        counts = []
+        levels = []
         by_site = zip(*starts, strict=True)  # [site][start]
         for layer_site, step, at_starts in zip(layer_sites, steps, by_site, strict=True):
             total = len(layer_site)
-            kept = [round(total * i / levels / step) * step for i in range(levels + 1)]
-            counts.append(sorted({0, *at_starts, *(total - max(n, step) for n in kept)}))
-        return cls(layer_sites, steps, counts, target)
+            kept = [round(total * i / intervals / step) * step for i in range(intervals + 1)]
+            levels.append(sorted({0, *at_starts, *(total - max(n, step) for n in kept)}))
+        return cls(layer_sites, steps, levels, target)
+
+    @cached_property
+    def costs(self) -> np.ndarray:
+        """Parameters of one unit ``[site]``."""
+        return np.array([float(each.cost) for each in self.layer_sites])
 
     @cached_property
     def sizes(self) -> np.ndarray:
-        """Parameters of every site ``[site]``."""
-        return np.array([len(each) * each.cost for each in self.layer_sites], dtype=float)
-
-    @cached_property
-    def level_sizes(self) -> list[np.ndarray]:
-        """Parameters removed from every site at its levels ``[site][level]``."""
-        pairs = zip(self.counts, self.layer_sites, strict=True)
-        return [np.array(counts) * float(each.cost) for counts, each in pairs]
+        """Parameters of all units ``[site]``."""
+        return np.array([float(each.parameters) for each in self.layer_sites])
 
     @cached_property
     def largest(self) -> np.ndarray:
-        """Parameters that can be removed from every site ``[site]``."""
-        return np.array([sizes[-1] for sizes in self.level_sizes])
-
-    def from_counts(self, counts: Sequence[int]) -> Budget:
-        """The budget that removes so many units from each site."""
-        return tuple(levels.index(n) for levels, n in zip(self.counts, counts, strict=True))
-
-    def to_counts(self, budget: Budget) -> list[int]:
-        """Units removed from each site."""
-        return [levels[level] for levels, level in zip(self.counts, budget, strict=True)]
+        """Parameters that can be removed ``[site]``."""
+        return self.removed(tuple(levels[-1] for levels in self.levels))
 
     def removed(self, budget: Budget) -> np.ndarray:
-        """Parameters removed from each site ``[site]``."""
-        pairs = zip(self.level_sizes, budget, strict=True)
-        return np.array([sizes[level] for sizes, level in pairs])
+        """Parameters that a budget removes ``[site]``."""
+        return np.array(budget) * self.costs
 
-    def gaps(self, below: Budget) -> np.ndarray:
-        """Parameters between a level of each site and the next; infinite if there is none."""
-        pairs = zip(self.level_sizes, below, strict=True)
-        return np.array([np.append(sizes, np.inf)[n + 1] - sizes[n] for sizes, n in pairs])
+    def trimmed(self, budget: Budget) -> Budget:
+        """The budget without the FFN channels beyond the target: no longer one of levels.
 
-    def trimmed(self, budget: Budget) -> list[int]:
-        """Units to remove from each site, without the FFN channels beyond the target.
-
-        As long as the budget removes more than the target, one step of channels at a time is kept
-        instead, from layer to layer in turn.
+        As long as it removes more than the target, one step of channels at a time is kept instead,
+        from layer to layer in turn.
         """
-        counts = self.to_counts(budget)
+        counts, before = list(budget), None
         spare = self.removed(budget).sum() - self.target  # parameters beyond the target
-        before = None
         while counts != before:
             before = list(counts)
             for i, (each, step) in enumerate(zip(self.layer_sites, self.steps, strict=True)):
                 if each.site == "ffn" and counts[i] and spare >= each.cost * step:
                     counts[i] -= step
                     spare -= each.cost * step
-        return counts
+        return tuple(counts)
 
     def projected(self, removed: np.ndarray) -> np.ndarray:
         """Project parameters to remove, ``r [site]``, on those in range that reach the target.
@@ -128,42 +111,49 @@ class Budgets:
             low, high = (low, middle) if total >= self.target else (middle, high)
         return np.clip(removed + high * self.sizes, 0, self.largest)
 
-    def levels_below(self, removed: np.ndarray) -> Budget:
-        """For each site, the highest level below `removed` that has a next level."""
-        pairs = zip(self.level_sizes, removed, strict=True)
-        return tuple(max(int(np.searchsorted(sizes[:-1], size)) - 1, 0) for sizes, size in pairs)
+    def neighbours(self, removed: np.ndarray) -> tuple[Budget, Budget]:
+        """For each site, the levels below and above; the same one twice if there is no other."""
+        below, above = [], []
+        for levels, count in zip(self.levels, removed / self.costs, strict=True):
+            i = bisect.bisect_left(levels, count, hi=len(levels) - 1)
+            pair = levels[max(i - 1, 0) :][:2]
+            below.append(pair[0])
+            above.append(pair[-1])
+        return tuple(below), tuple(above)
 
-    def sampled(self, removed: np.ndarray, below: Budget, uniform: np.ndarray) -> Budget:
-        """Round each site at random to the level below or the next; the mean is `removed`.
+    def sampled(self, removed: np.ndarray, uniform: np.ndarray) -> Budget:
+        """Round each site at random to the level below or above; the mean is `removed`.
 
         Parameters
         ----------
         removed : numpy.ndarray
-            Parameters to remove from each site ``[site]``.
-        below : tuple of int
-            From `levels_below`.
+            Parameters to remove ``[site]``.
         uniform : numpy.ndarray
             Random numbers, uniform in [0, 1) ``[site]``.
         """
-        # Probability of the next level: how far `removed` is on the way to it.
-        up = uniform < (removed - self.removed(below)) / self.gaps(below)
-        return tuple(np.add(below, up).tolist())
+        below, above = self.neighbours(removed)
+        # Probability of the level above: how far `removed` is on the way to it.
+        gap = self.removed(above) - self.removed(below)
+        up = uniform * gap < removed - self.removed(below)
+        return tuple(np.where(up, above, below).tolist())
 
     def nearest(self, removed: np.ndarray, bins: int = 10_000) -> Budget:
-        """The nearest budget of whole levels that removes enough.
+        """The nearest budget that removes enough.
 
         Minimises ``Σ_i (removed by i's level - r_i)² / s_i`` with *s* the sites' sizes: a knapsack,
         solved by dynamic programming. The target is divided into bins; levels are rounded down to
         bins. If the target is nearly all that can be removed, rounding may exclude every budget:
         then the result removes too little.
         """
-        # 1. Sizes of all levels in bins.
+        # 1. Sizes of all levels, in parameters and in bins [site][level].
         need, bin_size = np.arange(bins + 1), max(self.target, 1) / bins
-        level_bins = [(sizes / bin_size).astype(int) for sizes in self.level_sizes]  # [site][level]
+        pairs = zip(self.levels, self.costs, strict=True)
+        level_sizes = [np.array(levels) * cost for levels, cost in pairs]
+        level_bins = [(sizes / bin_size).astype(int) for sizes in level_sizes]
         # 2. Site after site; price[n] is the least cost of removing n bins from the sites so far.
         price = np.where(need > 0, np.inf, 0.0)  # [bin]
         choices = []  # [site][bin]: the level that gives the least cost
-        for i, sizes in enumerate(self.level_sizes):
+        for i, sizes in enumerate(level_sizes):
             costs = (sizes - removed[i]) ** 2 / self.sizes[i]  # [level]
             totals = [
                 cost + price[np.maximum(need - n, 0)]
@@ -173,7 +163,8 @@ class Budgets:
             price = np.min(totals, axis=0)
         # 3. Read the choices back, from the last site to the first.
         budget, remaining = [], bins
-        for choice, n in zip(reversed(choices), reversed(level_bins), strict=True):
-            budget.append(int(choice[remaining]))
-            remaining = max(remaining - n[budget[-1]], 0)
+        for i in reversed(range(len(choices))):
+            level = choices[i][remaining]
+            budget.append(self.levels[i][level])
+            remaining = max(remaining - level_bins[i][level], 0)
         return tuple(reversed(budget))

@@ -14,16 +14,16 @@ class Descent:
     cost less. Adam (arXiv 1412.6980) follows that difference; every step is projected back on the
     budgets of one size.
 
-    A loss can only be measured at whole levels. So each step samples, for every site, the level
-    below or above the current number, such that the mean of the samples is that number. If the loss
-    is quadratic, the mean of the sampled slopes is exact.
+    A loss can only be measured at levels. So each step samples, for every site, the level below or
+    above the current number, such that the mean of the samples is that number. If the loss is
+    quadratic, the mean of the sampled slopes is exact.
 
     Parameters
     ----------
     budgets : Budgets
         Levels and target size.
-    budget : tuple of int
-        The start.
+    start : tuple of int
+        The budget to start from.
     seed : sequence of int
         Seed of the samples.
 
@@ -33,36 +33,26 @@ class Descent:
         Current parameters to remove from each site ``[site]``, between levels.
     """
 
-    def __init__(self, budgets: Budgets, budget: Budget, seed: list[int]):
+    def __init__(self, budgets: Budgets, start: Budget, seed: list[int]):
         self.budgets = budgets
-        self.removed = budgets.projected(budgets.removed(budget))  # [site]
+        self.removed = budgets.projected(budgets.removed(start))  # [site]
         self.rng = np.random.default_rng(seed)
         self.m, self.v = np.zeros(len(self.removed)), np.zeros(len(self.removed))  # Adam's moments
         self.steps = 0
         self.windows: list[int] = []  # not yet used in this pass over the windows
         self.uniform = np.zeros(0)  # the last random numbers [site]
 
-    def sample(self, n_windows: int) -> tuple[int, Budget, Budget]:
-        """Sample a window and a budget of whole levels to measure the slopes at.
+    def sample(self, n_windows: int) -> tuple[int, Budget]:
+        """Sample the index of a window, and a budget of levels, to measure the slopes at.
 
-        To reduce noise, all windows are used in turn, and every second sample is antithetic: it
+        To reduce noise, all windows are used in turn, and every second budget is antithetic: it
         uses 1 - u for the random numbers u of the one before.
-
-        Returns
-        -------
-        window : int
-            Index of a window.
-        below : tuple of int
-            For each site, the level below the current number.
-        sample : tuple of int
-            For each site, that level or the next.
         """
         if not self.windows:
             self.windows = self.rng.permutation(n_windows).tolist()
         antithetic = self.steps % 2 == 1
         self.uniform = 1 - self.uniform if antithetic else self.rng.random(len(self.removed))
-        below = self.budgets.levels_below(self.removed)
-        return self.windows.pop(), below, self.budgets.sampled(self.removed, below, self.uniform)
+        return self.windows.pop(), self.budgets.sampled(self.removed, self.uniform)
 
     def step(self, slopes: np.ndarray, step_size: float) -> None:
         """Take one step of Adam, and project it on the budgets of one size.

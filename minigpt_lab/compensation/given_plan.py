@@ -39,20 +39,15 @@ def bias_compensated(
         If the plan or the statistics do not fit the model.
     """
     statistics.require(model)
-    anatomy, shift = plan.require(model), {}
-    for site, layers in plan.keep.items():
-        for layer, kept in enumerate(layers):
-            total, consumer = plan.units[site][layer], anatomy.family.consumes[site]
-            removed = np.setdiff1d(np.arange(total), kept)
-            if not len(removed):
-                continue
-            name, module = anatomy.name(layer, consumer), anatomy.module(layer, consumer)
-            columns = anatomy.unit_features(consumer, layer)[removed].ravel()
-            mean = np.zeros(module.weight.shape[weight_axis(module, "input")])  # [in]
-            mean[columns] = statistics.mean(name, "input", "sum")[columns]
-            W = module.weight.float().movedim(weight_axis(module, "output"), 0)  # [out, in]
-            mean = torch.as_tensor(mean, dtype=W.dtype, device=W.device)
-            shift[name] = (W * mean).sum(1).cpu().tolist()  # [out]
+    shift = {}
+    for (name, side), kept in plan.kept_features(plan.require(model)).items():
+        if side == "output":  # a projection that produces units
+            continue
+        module = model.get_submodule(name)
+        mean = np.where(kept, 0, statistics.mean(name, "input", "sum"))  # of removed features [in]
+        W = module.weight.float().movedim(weight_axis(module, "output"), 0)  # [out, in]
+        mean = torch.as_tensor(mean, dtype=W.dtype, device=W.device)
+        shift[name] = (W * mean).sum(1).cpu().tolist()  # [out]
     return replace(plan, shift=shift, origin={**plan.origin, "bias_compensation": True})
 
 
@@ -97,14 +92,9 @@ def weight_compensated(
             continue
         module = updated.get_submodule(name)
         axis, H = weight_axis(module, "input"), hessians.matrices.get(name)
-        if H is None or H.shape != (len(mask), len(mask)):
-            raise ValueError(
-                f"there is no Hessian of {name} of {len(mask)} features; collect_hessians with it"
-            )
-        try:
-            H_damped, _ = damped_inverse(H, damping, "mean")
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+        if H is None:
+            raise ValueError(f"there is no Hessian of {name}; collect_hessians with it")
+        H_damped, _ = damped_inverse(H, damping, "mean")
         kept = torch.as_tensor(np.flatnonzero(mask), device=H_damped.device)
         W = module.weight.to(H_damped).movedim(axis, 1)  # [out, in]
         W_kept = refit(W, H_damped, kept)  # [out, kept]

@@ -31,7 +31,6 @@ from ..checks import (
     OneOf,
     Text,
     checked,
-    suggest,
 )
 from ..criteria import chosen_sites
 from ..models import (
@@ -46,7 +45,6 @@ from ..models import (
 )
 from ..planning import (
     BY_DEPTH,
-    RANKINGS,
     Allocation,
     allocation_name,
     check_keep_layers,
@@ -58,7 +56,8 @@ from ..store import Shards
 from .budget_search import search_counts
 from .layer_counts import SearchedCounts, by_layer, require_counts, unscored_sites
 from .obs import full_precision
-from .solver import Solver, apply_elimination, read_problem, solve
+from .projection import apply_elimination, read_problem, solve
+from .solver import Solver
 from .workspace import Workspace
 
 
@@ -68,7 +67,6 @@ from .workspace import Workspace
     ratio=Number() | None,
     parameters=Integer() | None,
     counts=Instance(SearchedCounts) | DictOf(Text(), ListOf(Integer(0))) | None,
-    search=DictOf(Text()) | None,
     inplace=Flag(),
     offload=OneOf(Shards.PLACES),
     out_dir=Location() | None,
@@ -89,7 +87,6 @@ def slimgpt(
     ratio_of: str = "units",
     keep_layers: tuple[int, int] = (0, 0),
     multiple_of: int | Mapping[str, int] = 1,
-    search: Mapping[str, float] | None = None,
     inplace: bool = False,
     offload: str = "device",
     out_dir: str | os.PathLike | None = None,
@@ -118,9 +115,7 @@ def slimgpt(
     allocation, ratio_of, keep_layers, multiple_of
         See `plan_from_scores`. The default is SlimGPT's incremental ratio. Rounding to whole heads
         is balanced by pruning more or fewer FFN channels of the layer. ``"search"`` calls
-        `search_counts`, which takes longer.
-    search : mapping, optional
-        Arguments of `search_counts` for ``allocation="search"``: ``levels, rounds, steps, …``.
+        `search_counts`, which takes longer; `out_dir` then keeps its measurements too.
     inplace : bool
         Change the model itself instead of a copy. Required if its weights are offloaded; then only
         one layer at a time is on the device. An interrupted run leaves the model half pruned: load
@@ -128,9 +123,9 @@ def slimgpt(
     offload : {"device", "cpu", "disk"}
         Place of the hidden states; see `Shards`.
     out_dir : str or path, optional
-        Folder for the results of a search and a checkpoint after every layer: called again with the
-        same arguments, a run continues at the layer that it had reached, with the same result.
-        Pruned weights that `accelerate` offloads to disk go there too.
+        Folder for a checkpoint after every layer: called again with the same arguments, a run
+        continues at the layer that it had reached, with the same result. Pruned weights that
+        `accelerate` offloads to disk go there too.
     progress : bool
         Show a progress bar.
     **solver
@@ -151,13 +146,11 @@ def slimgpt(
         If the target cannot be met or an option is out of range, a hidden state is not finite (its
         layer is named), or `out_dir` holds a run with other arguments.
     """
-    # 1. Options, and the layers and sites that may be pruned.
+    # 1. Settings, the size to reach, and the layers and sites that may be pruned.
     settings = Solver.from_options(solver, inspect.signature(slimgpt).parameters)
     target = one_target(ratio=ratio, parameters=parameters, counts=counts)
-    _require_allocation(allocation)
-    searches = isinstance(allocation, str) and allocation == "search" and counts is None
-    if search is not None and not searches:
-        raise ValueError("`search` requires allocation='search'")
+    if isinstance(allocation, str):  # rankings need scores; there are none before a layer's turn
+        OneOf(["search", *BY_DEPTH])("allocation", allocation)
     _require_room_for_a_copy(model, inplace)
     anatomy, model_hash = Anatomy(model), fingerprint(model)
     sites = chosen_sites(model, sites, units)
@@ -166,17 +159,29 @@ def slimgpt(
 
     # 2. Continue a run in `out_dir` only if model, tokens and settings are the same.
     workspace = Workspace(offload, out_dir)
-    workspace.require({"model": model_hash, "tokens": tokens_hash(batches), **settings.to_dict()})
+    require = workspace.state.require
+    require({"model": model_hash, "tokens": tokens_hash(batches), **settings.to_dict()})
 
-    # 3. Units to remove from every layer: given, searched for, or spread by a rule.
-    if searches:
-        workspace.require({"search": {**target, "ratio_of": ratio_of, **(search or {})}})
-        what = {"sites": sites, "units": units, "ratio_of": ratio_of, "multiple_of": multiple_of}
-        where = {"offload": offload, "out_dir": out_dir, "progress": progress}
-        options = {**target, **what, **where, **(search or {}), **solver}
-        counts = search_counts(model, batches, keep_layers=keep_layers, **options)
+    # 3. Units to remove from every layer: searched for, spread by a rule, or given.
     origin = {"method": "slimgpt", **settings.to_dict()}
     origin["keep_layers"] = [*check_keep_layers(keep_layers)]
+    if counts is None and isinstance(allocation, str) and allocation == "search":
+        require({"search": {**target, "ratio_of": ratio_of}})
+        counts = search_counts(
+            model,
+            batches,
+            ratio=ratio,
+            parameters=parameters,
+            sites=sites,
+            units=units,
+            ratio_of=ratio_of,
+            keep_layers=keep_layers,
+            multiple_of=multiple_of,
+            offload=offload,
+            out_dir=out_dir,
+            progress=progress,
+            **solver,
+        )
     if isinstance(counts, SearchedCounts):
         origin |= counts.origin
     elif counts is None:
@@ -184,40 +189,24 @@ def slimgpt(
         numbers = unit_counts(model, layer_sites, ratio, parameters, *rule, even_out=True)
         counts = by_layer(layer_sites, numbers, totals)
         origin |= {**target, "allocation": allocation_name(allocation), "ratio_of": ratio_of}
-    counts = require_counts(counts, totals, layer_sites)
+    require_counts(counts, totals, layer_sites)
+    require({"counts": counts})
     numbers = [counts[each.site][each.layer] for each in layer_sites]
     origin["removed"] = removed_shares(model, layer_sites, numbers)
-    workspace.require({"counts": counts})
 
     # 4. Prune layer after layer.
     dense, pruned = dense_counts(model), model if inplace else copy.deepcopy(model)
     _prune_layers(Anatomy(pruned), batches, counts, settings, workspace, progress)
 
     # 5. The plan of what was kept.
-    keep, origin["error"] = _kept_units(workspace.finished, totals)
+    layers = workspace.finished
+    keep = {site: [layer[site]["kept"] for layer in layers] for site in totals}
+    origin["error"] = {site: [layer[site]["error"] for layer in layers] for site in totals}
     rows = model.get_input_embeddings().weight.shape[0]
     plan = PruningPlan(model_hash, totals, keep, vocabulary_size=rows, origin=origin)
     pruned.config.minigpt_lab_dense = dense
     pruned.pruning_plans = [*getattr(model, "pruning_plans", []), plan]
     return pruned, plan
-
-
-def _kept_units(
-    finished: Sequence[Mapping[str, dict]], totals: Mapping[str, Sequence[int]]
-) -> tuple[dict[str, list[list[int]]], dict[str, list[float]]]:
-    """Kept units and relative errors ``[layer]`` of every site, from the results of the layers.
-
-    A site that was not pruned in a layer keeps all units, at no error.
-    """
-    keep, error = {}, {}
-    for site, layers in totals.items():
-        unpruned = [{"kept": [*range(n)], "error": 0.0} for n in layers]
-        results = [
-            layer.get(site, default) for layer, default in zip(finished, unpruned, strict=True)
-        ]
-        keep[site] = [result["kept"] for result in results]
-        error[site] = [result["error"] for result in results]
-    return keep, error
 
 
 def _prune_layers(
@@ -245,7 +234,7 @@ def _prune_layers(
                     workspace.restore_layer(anatomy, layer)
                     continue
                 runner = LayerRunner(anatomy, layer, hidden, calls)
-                remove = {site: counts[site][layer] for site in counts if counts[site][layer]}
+                remove = {site: layers[layer] for site, layers in counts.items()}
                 results = _prune_layer(anatomy, runner, layer, remove, solver)
                 if layer + 1 < depth:
                     runner.finish()
@@ -271,11 +260,13 @@ def _prune_layer(
     """
     results = {}
     for site in sorted(remove, key=lambda site: site == "ffn"):  # attention first, as data flows
-        problem = read_problem(anatomy, runner, layer, site, solver)
-        elimination = solve(problem, remove[site], solver)
-        apply_elimination(anatomy, runner, problem, elimination, solver)
-        error = round(elimination.relative_loss, 6)
-        results[site] = {"kept": elimination.kept, "error": error}
+        kept, error = [*range(anatomy.units(site)[layer])], 0.0
+        if remove[site]:
+            problem = read_problem(anatomy, runner, layer, site, solver)
+            elimination = solve(problem, remove[site], solver)
+            apply_elimination(anatomy, runner, problem, elimination, solver)
+            kept, error = elimination.kept, round(elimination.relative_loss, 6)
+        results[site] = {"kept": kept, "error": error}
     return results
 
 
@@ -285,16 +276,13 @@ def _explained_out_of_memory(module: nn.Module, layer: int, dtype: torch.dtype) 
     try:
         yield
     except torch.OutOfMemoryError as error:
-        parameters = list(module.parameters())
-        stored = sum(parameter.nbytes for parameter in parameters)
-        width = max(max(parameter.shape) for parameter in parameters)
-        moment = width**2 * dtype.itemsize  # of H; with its damped copy, factor and inverse: four
+        width = max(max(parameter.shape) for parameter in module.parameters())
+        size = 4 * width**2 * dtype.itemsize / 2**30  # of H, its damped copy, factor and inverse
         raise torch.OutOfMemoryError(
-            f"layer {layer} does not fit on {parameters[0].device}: its weights take "
-            f"{stored / 2**30:.2g} GiB and its widest second moment up to {4 * moment / 2**30:.2g} "
-            "GiB, beside one window's activations and the hidden states of all; offload the hidden "
-            "states (offload='cpu' or 'disk'), use shorter windows, or let accelerate offload the "
-            "other layers' weights"
+            f"layer {layer} does not fit on {next(module.parameters()).device}: its widest second "
+            f"moment takes up to {size:.2g} GiB beside its weights and the hidden states; offload "
+            "the hidden states (offload='cpu' or 'disk'), use shorter windows, or let accelerate "
+            "offload the other layers' weights"
         ) from error
 
 
@@ -307,16 +295,3 @@ def _require_room_for_a_copy(model: PreTrainedModel, inplace: bool) -> None:
         )
     if inplace:
         refuse_masked(model)
-
-
-def _require_allocation(allocation: str | Allocation | Sequence[float]) -> None:
-    """Refuse names of allocations that do not exist or need scores."""
-    known = ["search", *BY_DEPTH]
-    if not isinstance(allocation, str) or allocation in known:
-        return
-    if allocation in RANKINGS:
-        raise ValueError(
-            f"allocation {allocation!r} ranks scores, and slimgpt has none before it reaches a "
-            f"layer; expected a share per layer, or one of {', '.join(known)}"
-        )
-    raise ValueError(f"unknown allocation {allocation!r}; {suggest(allocation, known)}")

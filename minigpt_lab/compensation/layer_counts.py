@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from ..models import Anatomy
-from ..planning import LayerSite, check_keep_layers, prunable_sites
+from ..planning import LayerSite, prunable_sites
 
 
 def unscored_sites(
@@ -18,7 +17,7 @@ def unscored_sites(
 ) -> list[LayerSite]:
     """A `LayerSite` for every site of every layer that may be pruned; their scores are zeros."""
     no_scores = {site: [np.zeros(n) for n in anatomy.units(site)] for site in sites}
-    return prunable_sites(anatomy, no_scores, check_keep_layers(keep_layers))
+    return prunable_sites(anatomy, no_scores, keep_layers)
 
 
 def by_layer(
@@ -41,8 +40,8 @@ def require_counts(
     counts: Mapping[str, Sequence[int]],
     totals: Mapping[str, Sequence[int]],
     layer_sites: Sequence[LayerSite],
-) -> dict[str, list[int]]:
-    """Return the counts as lists if they cover all layers and keep at least one unit of each.
+) -> None:
+    """Refuse counts that do not cover all layers, or remove all of a layer's units.
 
     Raises
     ------
@@ -50,29 +49,23 @@ def require_counts(
         If they do not fit the model.
     """
     shape = {site: len(layers) for site, layers in counts.items()}
-    if shape != {site: len(layers) for site, layers in totals.items()}:
-        depth = layer_sites[0].depth
-        raise ValueError(f"counts has {shape}; expected {sorted(totals)} with {depth} layers each")
-    prunable = {(each.site, each.layer) for each in layer_sites}
+    expected = {site: len(layers) for site, layers in totals.items()}
+    if shape != expected:
+        raise ValueError(f"counts has {shape} layers; expected {expected}")
+    most = by_layer(layer_sites, [len(each) - 1 for each in layer_sites], totals)
     for site, layers in counts.items():
-        for layer, (count, total) in enumerate(zip(layers, totals[site], strict=True)):
-            if count >= total:
-                why = "at least one must be kept"
-            elif count and (site, layer) not in prunable:
-                why = "keep_layers keeps all of them"
-            else:
-                continue
-            raise ValueError(
-                f"counts removes {count} of {total} {site} units of layer {layer}; {why}"
-            )
-    return {site: [*layers] for site, layers in counts.items()}
+        for layer, (count, limit) in enumerate(zip(layers, most[site], strict=True)):
+            if count > limit:
+                raise ValueError(
+                    f"counts removes {count} of {totals[site][layer]} {site} units of layer "
+                    f"{layer}; expected at most {limit}: one is kept, or all by keep_layers"
+                )
 
 
-@dataclass(frozen=True, eq=False)
-class SearchedCounts(Mapping):
-    """Units to remove from every layer, as `search_counts` found them.
+class SearchedCounts(dict):
+    """Site to the number of units to remove from every layer, as `search_counts` found them.
 
-    A mapping of sites to a number per layer: ``lab.slimgpt(model, batches, counts=counts)``.
+    ``lab.slimgpt(model, batches, counts=counts)`` prunes by them.
 
     Parameters
     ----------
@@ -87,32 +80,21 @@ class SearchedCounts(Mapping):
         than the target needs: ``kl`` and ``removed`` include these, ``counts`` does not.
     """
 
-    counts: dict[str, list[int]]
-    origin: dict[str, Any]
-    history: pd.DataFrame = field(repr=False)
-
-    def __getitem__(self, site: str) -> list[int]:
-        return self.counts[site]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.counts)
-
-    def __len__(self) -> int:
-        return len(self.counts)
+    def __init__(
+        self, counts: Mapping[str, list[int]], origin: dict[str, Any], history: pd.DataFrame
+    ):
+        super().__init__(counts)
+        self.origin, self.history = origin, history
 
     def to_frame(self) -> pd.DataFrame:
-        """Columns ``site, layer, remove``."""
-        rows = [
-            [site, layer, n]
-            for site, layers in self.counts.items()
-            for layer, n in enumerate(layers)
-        ]
-        return pd.DataFrame(rows, columns=["site", "layer", "remove"])
+        """Columns ``layer, site, remove``."""
+        wide = pd.DataFrame(dict(self)).rename_axis("layer").reset_index()
+        return wide.melt("layer", var_name="site", value_name="remove")
 
     def __repr__(self) -> str:
-        removed = ", ".join(f"{sum(n)} {site} units" for site, n in self.counts.items())
+        removed = ", ".join(f"{sum(n)} {site} units" for site, n in self.items())
         kl = ", ".join(f"{k} {value:.3g}" for k, value in self.origin["search"]["kl"].items())
         return f"SearchedCounts({removed} to remove; KL divergence: {kl})"
 
     def _repr_html_(self) -> str:
-        return self.to_frame().pivot(index="layer", columns="site", values="remove").to_html()
+        return pd.DataFrame(dict(self)).rename_axis("layer").to_html()

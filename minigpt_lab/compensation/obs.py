@@ -17,70 +17,10 @@ from dataclasses import dataclass
 
 import torch
 
-from ..calibration import DAMPING_MODES, Indefinite, damped_inverse, refit
-from ..checks import Flag, Instance, Integer, Number, OneOf, checked, invalid, safe_contextmanager
-
-
-def exact_saliency(W: torch.Tensor, H_inv: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
-    """``tr(W_g ([H⁻¹]_gg)⁻¹ W_gᵀ)``: loss of removing unit *g* once the other weights are updated.
-
-    Parameters
-    ----------
-    W : torch.Tensor
-        Weight ``[out, in]``.
-    H_inv : torch.Tensor
-        H⁻¹ ``[in, in]``.
-    units : torch.Tensor
-        Columns of every unit ``[unit, feature]``.
-
-    Returns
-    -------
-    torch.Tensor
-        Saliency of every unit ``[unit]``.
-    """
-    W_g, H_inv_gg = _unit_columns(W, units), _unit_blocks(H_inv, units)
-    # With [H⁻¹]_gg = L Lᵀ the trace is ‖L⁻¹ W_gᵀ‖².
-    L = torch.linalg.cholesky(H_inv_gg)  # [unit, feature, feature]
-    return torch.linalg.solve_triangular(L, W_g.mT, upper=False).square().sum((1, 2))
-
-
-def slimgpt_saliency(W: torch.Tensor, H_inv: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
-    """``Σ_ij W_ij² / U_jj²`` with ``[H⁻¹]_gg = Uᵀ U``: SlimGPT's grouped Cholesky (algorithm 1).
-
-    Weights are not updated inside a unit while it is scored, so this is the exact loss only for
-    units of one column. Arguments and result as of `exact_saliency`.
-    """
-    W_g, H_inv_gg = _unit_columns(W, units), _unit_blocks(H_inv, units)
-    # torch gives L = Uᵀ, with the same diagonal.
-    U_jj = torch.linalg.cholesky(H_inv_gg).diagonal(dim1=1, dim2=2)  # [unit, feature]
-    return (W_g.square().sum(1) / U_jj.square()).sum(1)  # [unit]
-
-
-def diagonal_saliency(W: torch.Tensor, H_inv: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
-    """``Σ_ij W_ij² / [H⁻¹]_jj``: SlimGPT's ablation without the grouped Cholesky.
-
-    Arguments and result as of `exact_saliency`.
-    """
-    by_column = W.square().sum(0) / H_inv.diagonal()  # [in]
-    return by_column[units].sum(1)  # [unit]
-
-
-def _unit_columns(W: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
-    """``W_g`` of every unit: its columns of the weight."""
-    return W[:, units].movedim(1, 0)  # [unit, out, feature]
-
-
-def _unit_blocks(H_inv: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
-    """``[H⁻¹]_gg`` of every unit: its block on the diagonal of the inverse."""
-    return H_inv[units[:, :, None], units[:, None, :]]  # [unit, feature, feature]
-
-
-#: Estimates of the loss of removing one unit. For units of one column they agree.
-SALIENCIES = {"exact": exact_saliency, "slimgpt": slimgpt_saliency, "diag": diagonal_saliency}
-
-
-#: Check of `block_size`.
-BLOCK_SIZE = Integer(1) | OneOf(["dynamic"])
+from ..calibration import Indefinite, damped_inverse, refit
+from ..checks import Instance, Integer, checked, invalid, safe_contextmanager
+from .saliencies import SALIENCIES
+from .solver import Solver
 
 
 def next_block(block_size: str | int, removed: int, count: int) -> int:
@@ -134,18 +74,13 @@ class Elimination:
 @checked(
     W=Instance(torch.Tensor),
     H=Instance(torch.Tensor),
-    units=Instance(torch.Tensor),
+    unit_columns=Instance(torch.Tensor),
     count=Integer(0),
-    saliency=OneOf(SALIENCIES),
-    block_size=BLOCK_SIZE,
-    damping=Number(0),
-    damping_mode=OneOf(DAMPING_MODES),
-    compensate=Flag(),
 )
 def eliminate(
     W: torch.Tensor,
     H: torch.Tensor,
-    units: torch.Tensor,
+    unit_columns: torch.Tensor,
     *,
     count: int,
     saliency: str = "exact",
@@ -165,7 +100,7 @@ def eliminate(
         Weight ``[out, in]``; its dtype and device are those of the computation.
     H : torch.Tensor
         Second moment of the inputs ``[in, in]``, undamped.
-    units : torch.Tensor
+    unit_columns : torch.Tensor
         Columns of every unit ``[unit, feature]``.
     count : int
         Units to remove; less than all.
@@ -184,71 +119,66 @@ def eliminate(
     ValueError
         If an option is unknown, shapes do not fit, the count is out of range, or H is not finite.
     """
-    _require_shapes(W, H, units)
-    options = (saliency, block_size, damping, damping_mode, compensate)
-    return eliminate_levels(W, H, units, [count], *options)[0]
+    _require_shapes(W, H, unit_columns)
+    solver = Solver(saliency, block_size, damping, damping_mode, compensate=compensate)
+    return eliminate_levels(W, H, unit_columns, [count], solver)[0]
 
 
 def eliminate_levels(
     W: torch.Tensor,
     H: torch.Tensor,
-    units: torch.Tensor,
+    unit_columns: torch.Tensor,
     counts: Sequence[int],
-    saliency: str = "exact",
-    block_size: str | int = "dynamic",
-    damping: float = 0.3,
-    damping_mode: str = "feature",
-    compensate: bool = True,
+    solver: Solver,
 ) -> list[Elimination]:
     """`eliminate` for several ascending counts in one run.
 
     Units that are removed for one count are also removed for the next. Block sizes start anew at
     each count.
     """
-    for count in counts:
-        if count >= len(units):
-            raise ValueError(
-                f"count is {count}; expected fewer than the {len(units)} units: one must be kept"
-            )
-    if not counts or list(counts) != sorted(set(counts)):
-        raise ValueError(f"counts are {[*counts]}; expected at least one, ascending")
+    total, features = unit_columns.shape
+    if not counts or [*counts] != sorted({*counts}) or counts[-1] >= total:
+        raise ValueError(
+            f"the numbers of units to remove are {[*counts]}; expected them ascending, and fewer "
+            f"than the {total} units: one must be kept"
+        )
     scale = quadratic_form(W, H)
 
     # 1. Remove dead units, whose inputs are always zero, and go on with the live units' columns.
-    dead = torch.nonzero((H.diagonal() == 0)[units].all(1)).ravel()[: counts[-1]].tolist()
+    dead = torch.nonzero((H.diagonal() == 0)[unit_columns].all(1)).ravel()[: counts[-1]].tolist()
     order = list(dead)
-    live = torch.tensor(_kept_units(dead, len(units)), device=units.device)  # [unit]
-    columns = units[live].ravel()  # [unit · feature]
+    live = torch.tensor(_kept_units(dead, total), device=W.device)  # [unit]
+    columns = unit_columns[live].ravel()  # [unit · feature]
+    places = torch.arange(len(columns), device=W.device).reshape(-1, features)  # among `columns`
 
     # 2. Damp and invert H once.
-    H_damped, H_inv = damped_inverse(H[columns][:, columns], damping, damping_mode)
+    H_damped, H_inv = damped_inverse(H[columns][:, columns], solver.damping, solver.damping_mode)
 
     # 3. Remove block after block. W_t and H_inv shrink: they hold the columns of the live units
     #    that remain (indices into `live`), side by side.
     W_t = W[:, columns]
-    remaining = torch.arange(len(live), device=units.device)
+    remaining = torch.arange(len(live), device=W.device)
     results = []
     for count in counts:
         start = len(order)
         while len(order) < count:
-            columns_t = unit_columns(len(remaining), units.shape[1], units.device)
-            saliencies = SALIENCIES[saliency](W_t, H_inv, columns_t)  # [unit]
-            size = next_block(block_size, len(order) - start, count - start)
+            columns_t = places[: len(remaining)]  # [unit, feature]
+            saliencies = SALIENCIES[solver.saliency](W_t, H_inv, columns_t)  # [unit]
+            size = next_block(solver.block_size, len(order) - start, count - start)
             lowest = saliencies.argsort(stable=True)[:size]
             order += live[remaining[lowest]].tolist()
             W_t, H_inv = remove_columns(W_t, H_inv, columns_t[lowest].ravel())
             remaining = remaining[_complement(lowest, len(remaining))]
 
         # 4. Refit from the original weights, so that rounding errors do not add up.
-        kept = _kept_units(order[:count], len(units))
-        W_kept = W[:, units[kept].ravel()]
-        if compensate and count > len(dead):
-            live_columns = unit_columns(len(live), units.shape[1], units.device)
-            kept_columns = live_columns[remaining].ravel()
-            W_kept = refit(W[:, columns], H_damped, kept_columns)  # [out, unit · feature]
+        kept = _kept_units(order[:count], total)
+        kept_columns = unit_columns[kept].ravel()
+        W_kept = W[:, kept_columns]  # [out, unit · feature]
+        if solver.compensate and count > len(dead):
+            W_kept = refit(W[:, columns], H_damped, places[remaining].ravel())
         if not torch.isfinite(W_kept).all():
             raise Indefinite("the updated weights are not finite")
-        loss = reconstruction_loss(W, H, W_kept, units[kept].ravel())
+        loss = reconstruction_loss(W, H, W_kept, kept_columns)
         results.append(Elimination(kept, order[:count], W_kept, loss, scale))
     return results
 
@@ -283,11 +213,6 @@ def quadratic_form(W: torch.Tensor, H: torch.Tensor) -> float:
     return float(((W @ H) * W).sum())
 
 
-def unit_columns(n_units: int, n_features: int, device: torch.device) -> torch.Tensor:
-    """Columns of units that lie side by side: 0, 1, 2, … as ``[unit, feature]``."""
-    return torch.arange(n_units * n_features, device=device).reshape(n_units, n_features)
-
-
 def _complement(indices: torch.Tensor, total: int) -> torch.Tensor:
     """Indices from 0 to `total` - 1 that are not in `indices`, ascending."""
     mask = torch.ones(total, dtype=torch.bool, device=indices.device)
@@ -300,16 +225,17 @@ def _kept_units(removed: Sequence[int], total: int) -> list[int]:
     return sorted(set(range(total)) - set(removed))
 
 
-def _require_shapes(W: torch.Tensor, H: torch.Tensor, units: torch.Tensor) -> None:
+def _require_shapes(W: torch.Tensor, H: torch.Tensor, unit_columns: torch.Tensor) -> None:
     """Refuse arguments of `eliminate` whose shapes or dtypes do not fit together."""
     if W.ndim != 2 or not W.is_floating_point():
         raise invalid("W", W, "a matrix of floating-point numbers [out, in]")
-    if H.shape != (W.shape[1],) * 2 or H.dtype != W.dtype:
-        raise invalid("H", H, f"a matrix [{W.shape[1]}, {W.shape[1]}] of W's type {W.dtype}")
-    if units.ndim != 2 or units.dtype != torch.int64 or not units.numel():
-        raise invalid("units", units, "columns of every unit [unit, feature], as int64")
-    if not (units.min() >= 0 and units.max() < W.shape[1]):
-        raise invalid("units", units, f"columns of W, which has {W.shape[1]}")
+    width = W.shape[1]
+    if H.shape != (width, width) or H.dtype != W.dtype:
+        raise invalid("H", H, f"a matrix [{width}, {width}] of W's type {W.dtype}")
+    listed = unit_columns.ndim == 2 and unit_columns.dtype == torch.int64 and unit_columns.numel()
+    if not (listed and unit_columns.min() >= 0 and unit_columns.max() < width):
+        expected = f"columns of every unit [unit, feature], as int64 below {width}"
+        raise invalid("unit_columns", unit_columns, expected)
 
 
 @safe_contextmanager

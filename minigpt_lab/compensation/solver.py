@@ -1,21 +1,17 @@
-"""Prune one projection of one layer and update its remaining weights."""
+"""Settings of the optimal brain surgeon."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..calibration import DAMPING_MODES, Indefinite, LayerRunner, Moments
-from ..checks import Flag, Number, OneOf, check_fields, invalid, suggest
-from ..models import Anatomy, add_bias, rebuild_layer, weight_axis
-from .obs import BLOCK_SIZE, SALIENCIES, Elimination, eliminate_levels
-
-BIASES = ["refit", "add", "keep"]
+from ..calibration import DAMPING_MODES
+from ..checks import Flag, Integer, Number, OneOf, check_fields, invalid, suggest
+from .saliencies import SALIENCIES
 
 
 @dataclass(frozen=True)
@@ -56,10 +52,10 @@ class Solver:
         check_fields(
             self,
             saliency=OneOf(SALIENCIES),
-            block_size=BLOCK_SIZE,
+            block_size=Integer(1) | OneOf(["dynamic"]),
             damping=Number(0),
             damping_mode=OneOf(DAMPING_MODES),
-            bias=OneOf(BIASES),
+            bias=OneOf(["refit", "add", "keep"]),
             compensate=Flag(),
         )
         if self.dtype not in (torch.float32, torch.float64):
@@ -86,137 +82,3 @@ class Solver:
         """Whether a projection's bias compensates for the mean of the removed inputs."""
         has_bias = self.bias == "add" or (self.bias == "refit" and module.bias is not None)
         return self.compensate and has_bias
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One projection (o or down) whose inputs are to be pruned.
-
-    Parameters
-    ----------
-    name : str
-        Full name of the projection.
-    layer, site : int, str
-        Its layer, and the site whose units it reads.
-    W : torch.Tensor
-        Weight ``[out, in]``, in the solver's dtype.
-    H : torch.Tensor
-        Second moment of the input ``[in, in]``; the covariance if the bias is updated.
-    mean : torch.Tensor
-        Mean of the input ``[in]``.
-    units : torch.Tensor
-        Columns of every unit ``[unit, feature]``.
-    """
-
-    name: str
-    layer: int
-    site: str
-    W: torch.Tensor
-    H: torch.Tensor
-    mean: torch.Tensor
-    units: torch.Tensor
-
-    def columns(self, units: Sequence[int]) -> torch.Tensor:
-        """Columns of some units ``[unit · feature]``, unit by unit."""
-        return self.units[units].ravel()
-
-
-def part_of(site: str) -> str:
-    """``"attention"`` or ``"ffn"``: the part of a layer that a site prunes."""
-    return "ffn" if site == "ffn" else "attention"
-
-
-def read_problem(
-    anatomy: Anatomy, runner: LayerRunner, layer: int, site: str, solver: Solver
-) -> Problem:
-    """The weight of a site's projection, and the second moment ``H`` of its input over all windows.
-
-    If the bias is updated too, H is the covariance: the best bias makes up for all means, so that
-    ``min_b E‖W x - W' x - b‖² = tr((W - W') Cov(x) (W - W')ᵀ)``.
-
-    Raises
-    ------
-    ValueError
-        If the input or the weight is not finite; the projection is named.
-    """
-    reader = anatomy.family.consumes[site]
-    name, module = anatomy.name(layer, reader), anatomy.module(layer, reader)
-    # 1. Second moment of the projection's input.
-    moments = Moments(solver.dtype)
-    for X in runner.inputs(part_of(site)):  # [batch, token, in]
-        moments.add(X)
-    H = moments.covariance() if solver.updates_bias(module) else moments.second()
-    if not torch.isfinite(H).all():
-        raise ValueError(f"{name} reads NaN or infinite values: check the weights before it")
-    if not torch.isfinite(module.weight).all():
-        raise ValueError(f"{name} has NaN or infinite weights: check the model")
-    if moments.count < len(H):
-        warnings.warn(
-            f"{moments.count} calibration tokens for {len(H)} features: the remaining weights "
-            "depend mostly on the damping; give more tokens",
-            stacklevel=2,
-        )
-    # 2. The weight, and the columns of every unit.
-    W = module.weight.detach().to(H.dtype).movedim(weight_axis(module, "input"), 1)  # [out, in]
-    units = torch.as_tensor(anatomy.unit_features(reader, layer), device=H.device)
-    return Problem(name, layer, site, W, H, moments.mean, units)
-
-
-def solve(problem: Problem, count: int, solver: Solver) -> Elimination:
-    """`eliminate` with a solver's settings."""
-    return solve_levels(problem, [count], solver)[0]
-
-
-def solve_levels(problem: Problem, counts: Sequence[int], solver: Solver) -> list[Elimination]:
-    """`eliminate_levels` with a solver's settings; again in float64 if it fails in float32.
-
-    Raises
-    ------
-    ValueError
-        If it fails in float64 too; the projection is named.
-    """
-    block_size = solver.block_size if problem.site == "ffn" else 1
-    settings = (solver.saliency, block_size, solver.damping, solver.damping_mode, solver.compensate)
-    W, H, units = problem.W, problem.H, problem.units
-    # MPS has no float64.
-    dtypes = [W.dtype] if W.device.type == "mps" else [W.dtype, torch.float64]
-    for dtype in dict.fromkeys(dtypes):
-        try:
-            levels = eliminate_levels(W.to(dtype), H.to(dtype), units, counts, *settings)
-        except (Indefinite, torch.linalg.LinAlgError) as error:
-            failure = error
-        else:
-            return [replace(level, W=level.W.to(W.dtype)) for level in levels]
-    raise ValueError(
-        f"{problem.name} cannot be solved for ({failure}): give more calibration tokens, or a "
-        "larger damping"
-    ) from failure
-
-
-def bias_update(problem: Problem, elimination: Elimination) -> torch.Tensor:
-    """``W E[x] - W' E[x_kept]``: mean output that the updated weights lack ``[out]``."""
-    columns = problem.columns(elimination.kept)
-    return problem.W @ problem.mean - elimination.W @ problem.mean[columns]
-
-
-def apply_elimination(
-    anatomy: Anatomy,
-    runner: LayerRunner,
-    problem: Problem,
-    elimination: Elimination,
-    solver: Solver,
-) -> None:
-    """Remove the units from the layer, in place, and from the inputs that `runner` has cached."""
-    layer, site = problem.layer, problem.site
-    module = anatomy.module(layer, anatomy.family.consumes[site])
-    axis, columns = weight_axis(module, "input"), problem.columns(elimination.kept)
-    # 1. Update the bias and the kept columns of the projection.
-    if solver.updates_bias(module):
-        if module.bias is None:
-            add_bias(module)
-        module.bias += bias_update(problem, elimination).to(module.bias)
-    module.weight.index_copy_(axis, columns, elimination.W.movedim(1, axis).to(module.weight))
-    # 2. Shrink it and the projections that produce the units.
-    rebuild_layer(anatomy, site, layer, elimination.kept)
-    # 3. Shrink its cached inputs, from which the layer's pass continues.
-    runner.keep_columns(part_of(site), columns.sort().values)

@@ -7,8 +7,7 @@ of the projection that reads them. So shapes stay the same, and to set a budget 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -23,29 +22,66 @@ from ..planning import LayerSite
 from ..store import Shards
 from .budgets import Budget
 from .obs import full_precision
-from .solver import Problem, Solver, bias_update, read_problem, solve_levels
+from .projection import Problem, bias_update, read_problem, solve_levels
+from .solver import Solver
 
 
-@dataclass(frozen=True)
-class Level:
-    """A projection after some of the units that it reads were removed.
+class PrunableProjection:
+    """The projection that reads one layer site's units, with its parameters at every level.
+
+    A level is a number of removed units; 0, the dense projection, is there from the start.
 
     Parameters
     ----------
-    columns : torch.Tensor
-        Kept input features ``[kept]``.
-    bias_update : torch.Tensor or None
-        What is added to the bias ``[out]``.
+    module : torch.nn.Module
+        The projection (o or down).
+    offload : {"device", "cpu", "disk"}
+        Place of the levels' weights; see `Shards`.
     """
 
-    columns: torch.Tensor
-    bias_update: torch.Tensor | None
+    def __init__(self, module: nn.Module, offload: str):
+        self.module, self.axis = module, weight_axis(module, "input")
+        # the model's own parameters: `set` puts others in their place
+        self.W, self.bias = module.weight, module.bias
+        self.W_kept = Shards(offload)  # by level [out, kept]
+        self.columns: dict[int, torch.Tensor] = {}  # by level [kept]
+        self.bias_update: dict[int, torch.Tensor | float] = {}  # by level [out]
+        W = self.W.detach().movedim(self.axis, 1)  # [out, in]
+        self.add(0, torch.arange(W.shape[1], device=W.device), W, 0.0)
+        self.set(0)
+
+    def add(
+        self, level: int, columns: torch.Tensor, W_kept: torch.Tensor, update: torch.Tensor | float
+    ) -> None:
+        """Add a level: its kept columns, their weight, and what is added to the bias."""
+        self.columns[level], self.bias_update[level] = columns, update
+        self.W_kept[level] = W_kept.to(self.W.dtype)
+
+    @torch.no_grad()
+    def at(self, level: int) -> list[torch.Tensor]:
+        """Weight at a level, zero in the removed columns, and bias if there is one."""
+        W_kept = self.W_kept[level].movedim(1, self.axis)
+        W = torch.zeros_like(self.W).index_copy_(self.axis, self.columns[level], W_kept)
+        if self.bias is None:
+            return [W]
+        return [W, (self.bias + self.bias_update[level]).to(self.bias.dtype)]
+
+    def set(self, level: int) -> None:
+        """Set the model's projection to a level."""
+        # new Parameters instead of new values, so that the model's own stay untouched
+        for name, value in zip(("weight", "bias"), self.at(level), strict=False):
+            setattr(self.module, name, nn.Parameter(value))
+        self.current = level
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Weight, and bias if there is one, as they are set."""
+        return [each for each in (self.module.weight, self.module.bias) if each is not None]
 
 
 class Supernet:
     """The projections that read the layer sites' units, each set to one of several levels.
 
-    Made by `supernet`. Level 0 is the dense projection. Sites are numbered *i* as in `layer_sites`.
+    Made by `supernet`.
 
     Parameters
     ----------
@@ -53,8 +89,6 @@ class Supernet:
         Of the model whose projections are set.
     layer_sites : sequence of LayerSite
         From `unscored_sites`.
-    counts : sequence of sequence of int
-        For each site, the units removed at every level: ascending, the first 0.
     solver : Solver
         How units are chosen and the remaining weights updated.
     offload : {"device", "cpu", "disk"}
@@ -66,37 +100,33 @@ class Supernet:
         self,
         anatomy: Anatomy,
         layer_sites: Sequence[LayerSite],
-        counts: Sequence[Sequence[int]],
         solver: Solver,
         offload: str = "device",
     ):
-        self.anatomy, self.layer_sites, self.counts = anatomy, layer_sites, counts
+        self.anatomy, self.layer_sites = anatomy, layer_sites
         self.solver, self.offload = solver, offload
-        readers = anatomy.family.consumes
-        self.modules = [anatomy.module(each.layer, readers[each.site]) for each in layer_sites]
-        for module in self.modules:
+        self.projections = []  # [site]
+        for each in layer_sites:
+            module = anatomy.module(each.layer, anatomy.family.consumes[each.site])
             if module.bias is None and solver.updates_bias(module):
                 add_bias(module)
-        # the model's own parameters: `set` puts others in their place
-        self.dense = [(module.weight, module.bias) for module in self.modules]
-        for parameter in self.parameters():
-            parameter.requires_grad_(True)
-        self.current = [0] * len(layer_sites)  # level of every site
-        self.levels: list[list[Level]] = [[] for _ in layer_sites]  # [site][level - 1]
-        self.weights = Shards(offload)  # by site and level: [out, kept]
+            self.projections.append(PrunableProjection(module, offload))
 
-    def parameters(self) -> list[nn.Parameter]:
-        """Weights and biases of the projections at their current levels."""
-        pairs = [(module.weight, module.bias) for module in self.modules]
-        return [each for pair in pairs for each in pair if each is not None]
-
-    def fill(self, windows: Sequence[torch.Tensor], base: Budget, progress: bool = True) -> None:
+    def fill(
+        self,
+        batches: Iterable[dict[str, torch.Tensor]],
+        levels: Sequence[Sequence[int]],
+        base: Budget,
+        progress: bool = True,
+    ) -> None:
         """Compute all levels of all sites in one pass over calibration tokens.
 
         Parameters
         ----------
-        windows : sequence of torch.Tensor
-            Tokens ``[window, token]``.
+        batches : iterable of dict
+            Calibration tokens.
+        levels : sequence of sequence of int
+            For each site, its levels: ascending, the first 0.
         base : tuple of int
             Level at which every site is set while the layers after it are calibrated.
 
@@ -106,99 +136,61 @@ class Supernet:
             If a hidden state is not finite (its layer is named).
         """
         anatomy, hidden = self.anatomy, Shards(self.offload)
-        calls = catch_inputs(anatomy.model, [{"input_ids": ids} for ids in windows], hidden)
+        calls = catch_inputs(anatomy.model, batches, hidden)
         last = max(each.layer for each in self.layer_sites)
         for layer in tqdm(range(last + 1), "supernet", unit="layer", disable=not progress):
             runner = LayerRunner(anatomy, layer, hidden, calls)
             in_layer = [i for i, each in enumerate(self.layer_sites) if each.layer == layer]
             # attention first, as data flows
             for i in sorted(in_layer, key=lambda i: self.layer_sites[i].site == "ffn"):
-                if len(self.counts[i]) > 1:
+                if len(levels[i]) > 1:
                     site = self.layer_sites[i].site
-                    self._solve(i, read_problem(anatomy, runner, layer, site, self.solver))
-                    self.set(i, base[i])
+                    problem = read_problem(anatomy, runner, layer, site, self.solver)
+                    self._solve(self.projections[i], problem, levels[i][1:])
+                    self.projections[i].set(base[i])
             if layer < last:
                 runner.finish()
 
-    def _solve(self, i: int, problem: Problem) -> None:
-        """Compute the levels of site *i*, all in one elimination."""
-        module = self.modules[i]
-        eliminations = solve_levels(problem, self.counts[i][1:], self.solver)
-        for level, elimination in enumerate(eliminations, 1):
-            updates_bias = self.solver.updates_bias(module)
-            update = bias_update(problem, elimination) if updates_bias else None
-            self.weights[self._key(i, level)] = elimination.W.to(module.weight.dtype)
-            self.levels[i].append(Level(problem.columns(elimination.kept), update))
+    def _solve(
+        self, projection: PrunableProjection, problem: Problem, counts: Sequence[int]
+    ) -> None:
+        """Compute a projection's levels, all in one elimination."""
+        updates_bias = self.solver.updates_bias(projection.module)
+        for level, elimination in zip(
+            counts, solve_levels(problem, counts, self.solver), strict=True
+        ):
+            update = bias_update(problem, elimination) if updates_bias else 0.0
+            projection.add(level, problem.columns(elimination.kept), elimination.W, update)
 
-    @torch.no_grad()
-    def weight(self, i: int, level: int) -> torch.Tensor:
-        """Weight of site *i* at a level, zero in the columns of the removed units."""
-        W, axis = self.dense[i][0], weight_axis(self.modules[i], "input")
-        if level == 0:
-            return W
-        W_kept = self.weights[self._key(i, level)].movedim(1, axis)
-        return torch.zeros_like(W).index_copy_(axis, self.levels[i][level - 1].columns, W_kept)
-
-    @torch.no_grad()
-    def bias(self, i: int, level: int) -> torch.Tensor | None:
-        """Bias of site *i* at a level."""
-        bias = self.dense[i][1]
-        update = self.levels[i][level - 1].bias_update if level else None
-        return bias if update is None else (bias + update).to(bias.dtype)
-
-    def set(self, i: int, level: int) -> None:
-        """Set site *i* of the model to a level."""
-        module, (W, bias) = self.modules[i], self.dense[i]
-        # new Parameters instead of new values, so that the model's own stay untouched
-        if level:
-            W = nn.Parameter(self.weight(i, level))
-            bias = None if bias is None else nn.Parameter(self.bias(i, level))
-        module.weight, module.bias = W, bias
-        self.current[i] = level
-
-    def set_all(self, budget: Budget) -> None:
+    def set(self, budget: Budget) -> None:
         """Set every site of the model to its level."""
-        for i, level in enumerate(budget):
-            if self.current[i] != level:
-                self.set(i, level)
+        for projection, level in zip(self.projections, budget, strict=True):
+            if projection.current != level:
+                projection.set(level)
 
-    def slopes(self, loss: Callable[[], torch.Tensor], below: Budget) -> np.ndarray:
-        """Estimate how much a loss rises from one level of each site to the next.
+    def rises(self, loss: Callable[[], torch.Tensor], below: Budget, above: Budget) -> np.ndarray:
+        """Estimate how much a loss rises from one level of each site to a higher one ``[site]``.
 
         To first order, with one backward pass through the model as it is set:
-        ``<∂loss/∂W, W_next - W_below> + <∂loss/∂b, b_next - b_below>``.
+        ``<∂loss/∂W, W_above - W_below> + <∂loss/∂b, b_above - b_below>``.
 
         Parameters
         ----------
         loss : callable
             Runs the model and gives a scalar.
-        below : tuple of int
-            The lower of two levels of every site.
-
-        Returns
-        -------
-        numpy.ndarray
-            Rises ``[site]``; 0 where there is no next level.
+        below, above : tuple of int
+            The two levels of every site.
         """
         # 1. Gradients of the loss, of all projections at once.
+        parameters = [each for projection in self.projections for each in projection.parameters()]
         with torch.enable_grad():
-            gradients = iter(torch.autograd.grad(loss(), self.parameters()))
+            gradients = iter(torch.autograd.grad(loss(), parameters))
         # 2. Their products with the step from level to level.
         rises = []
-        for i, (module, level) in enumerate(zip(self.modules, below, strict=True)):
-            grad_W = next(gradients)
-            grad_b = None if module.bias is None else next(gradients)
-            rise = 0.0
-            if level + 1 < len(self.counts[i]):
-                rise += _product(grad_W, self.weight(i, level + 1), self.weight(i, level))
-                if grad_b is not None:
-                    rise += _product(grad_b, self.bias(i, level + 1), self.bias(i, level))
-            rises.append(rise)
+        for projection, low, high in zip(self.projections, below, above, strict=True):
+            steps = zip(projection.at(high), projection.at(low), strict=True)
+            rises.append(sum(_product(next(gradients), *step) for step in steps))
         return np.array(rises)
-
-    def _key(self, i: int, level: int) -> int:
-        """Index of a site's level in `weights`."""
-        return i * max(map(len, self.counts)) + level
 
 
 @torch.no_grad()
@@ -212,11 +204,10 @@ def _product(gradient: torch.Tensor, after: torch.Tensor, before: torch.Tensor) 
 def supernet(
     model: PreTrainedModel,
     layer_sites: Sequence[LayerSite],
-    counts: Sequence[Sequence[int]],
     solver: Solver,
     offload: str = "device",
 ) -> Iterator[Supernet]:
     """Turn a model into a `Supernet` while inside; afterwards it is what it was, bit for bit."""
     with restore_on_exit(model), inference(model), full_precision():
         model.requires_grad_(False)
-        yield Supernet(Anatomy(model), layer_sites, counts, solver, offload)
+        yield Supernet(Anatomy(model), layer_sites, solver, offload)

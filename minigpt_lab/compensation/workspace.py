@@ -64,37 +64,31 @@ class Workspace:
     def __init__(self, offload: str = "device", out_dir: str | os.PathLike | None = None):
         self.hidden = Shards(offload)
         self.finished: list[dict[str, dict]] = []
-        self.folder = None if out_dir is None else writable_folder(out_dir).absolute()
-        if self.folder is not None:
+        self.folder, self.state = None, RunState(None)
+        if out_dir is not None:
+            self.folder = writable_folder(out_dir).absolute()
             make_folder(self.folder)
-        self.state = RunState(self.folder and self.folder / STATE, _DIFFERENCES)
-        if self.folder is not None:
+            self.state = RunState(self.folder / STATE, _DIFFERENCES)
             self._read_layers()
 
     def _read_layers(self) -> None:
         """Read the run in the folder; forget it if one of its files is missing or damaged."""
         # 1. The files that belong to the run, by its state file.
-        progress = self.state.progress or {}
-        layers = progress.get("layers", [])
-        weights = [self._weights(layer) for layer, sites in enumerate(layers) if sites]
-        hidden = self._hidden(len(layers))
+        progress = self.state.progress or {"layers": [], "hidden": False}
+        layers = progress["layers"]
+        paths = [self._weights(layer) for layer in range(len(layers))]
+        paths += [self._hidden(len(layers))] * progress["hidden"]
         # 2. Refuse a folder that has files of the same names from something else.
-        for path in {*_tensor_files(self.folder)} - {*weights, hidden}:
+        for path in {*_tensor_files(self.folder)} - {*paths}:
             if not holds_kind(path, _KIND):
                 raise FileExistsError(
                     f"{path} exists and is of no run; it is left alone: choose another folder"
                 )
-        # 3. Read them all; hidden states are missing on purpose once the last layer is finished.
-        needed = weights + [hidden] * progress.get("hidden", hidden.exists())
-        unreadable = [path for path in needed if read_cached(path, _read) is None]
-        if unreadable:
+        # 3. Read them all, so that damaged ones are set aside.
+        if None in [read_cached(path, _read) for path in paths]:
             self.state.forget()
         else:
             self.finished = layers
-
-    def require(self, facts: Mapping[str, object]) -> None:
-        """Refuse to continue a run with other arguments; see `RunState.require`."""
-        self.state.require(facts)
 
     def weights_of(self, layer: nn.Module, index: int) -> AbstractContextManager:
         """Context in which all weights of a layer are on its device; see `materialized`."""
@@ -107,18 +101,16 @@ class Workspace:
             for window, states in _read(path).items():
                 self.hidden[int(window)] = states.to(self.hidden[int(window)].device)
 
-    def restore_layer(self, anatomy: Anatomy, layer: int) -> dict[str, dict]:
-        """Load a finished layer into the dense model; returns its entry of `finished`."""
-        sites = self.finished[layer]
-        tensors = _read(self._weights(layer)) if sites else {}
-        for site, result in sites.items():
+    def restore_layer(self, anatomy: Anatomy, layer: int) -> None:
+        """Load a finished layer into the dense model."""
+        tensors = _read(self._weights(layer))
+        for site, result in self.finished[layer].items():
             module = anatomy.module(layer, anatomy.family.consumes[site])
             rebuild_layer(anatomy, site, layer, result["kept"])
             if f"{site}.bias" in tensors and module.bias is None:
                 add_bias(module)
             for name, parameter in module.named_parameters():
                 parameter.copy_(tensors[f"{site}.{name}"])
-        return sites
 
     def finish_layer(self, anatomy: Anatomy, sites: Mapping[str, dict]) -> None:
         """Record the next finished layer; write its weights and the next layer's inputs.
@@ -143,17 +135,14 @@ class Workspace:
 
     def _write_layer(self, anatomy: Anatomy, layer: int) -> None:
         """Write a layer's pruned projections, the next layer's inputs, and last the state file."""
-        modules = {
-            site: anatomy.module(layer, anatomy.family.consumes[site])
-            for site in self.finished[layer]
-        }
         tensors = {
             f"{site}.{name}": parameter.detach()
-            for site, module in modules.items()
-            for name, parameter in module.named_parameters()
+            for site in self.finished[layer]
+            for name, parameter in anatomy.module(
+                layer, anatomy.family.consumes[site]
+            ).named_parameters()
         }
-        if tensors:
-            write_tensors(self._weights(layer), _KIND, {}, tensors)
+        write_tensors(self._weights(layer), _KIND, {}, tensors)
         has_next = layer + 1 < len(anatomy.layers)
         if has_next:
             states = {str(window): self.hidden[window] for window in self.hidden}

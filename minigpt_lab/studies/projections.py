@@ -70,7 +70,7 @@ def layer_losses(problems: Mapping[str, Problem], ratios: Sequence[float]) -> pd
     """
     rows, solver = [], Solver()
     for site, problem in problems.items():
-        W, H, total = problem.W, problem.H, len(problem.units)
+        W, H, total = problem.W, problem.H, len(problem.unit_columns)
         H_damped, _ = damped_inverse(H, solver.damping, solver.damping_mode)
         for remove in sorted({round(ratio * total) for ratio in ratios} - {0, total}):
             facts = {"site": site, "units": total, "leave": remove, "share": remove / total}

@@ -18,15 +18,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import minigpt_lab as lab
 from minigpt_lab.calibration import layer_runner as layerwise
-from minigpt_lab.compensation import layer_by_layer, solver
+from minigpt_lab.compensation import layer_by_layer, projection
 from minigpt_lab.models.runtime import inference
 
 WINDOWS, SEQ_LEN = 32, 256
 PARTS = {  # what is timed: owner and name
     "embeddings": (layer_by_layer, "catch_inputs"),
     "layers": (layerwise.LayerRunner, "run"),
-    "second moments": (solver.Moments, "add"),
-    "choosing and refitting": (solver, "eliminate_levels"),
+    "second moments": (projection.Moments, "add"),
+    "choosing and refitting": (projection, "eliminate_levels"),
 }
 
 

@@ -141,7 +141,8 @@ def calls(t: dict) -> dict[str, dict]:
         "efficiency": {**pair, "dense": None, "seq_len": 16, "new_tokens": 2, "batch_size": 1,
                        "repeats": 1},
         "eliminate": {
-            "W": torch.ones(2, 4), "H": torch.eye(4), "units": torch.arange(4)[:, None], "count": 1,
+            "W": torch.ones(2, 4), "H": torch.eye(4), "unit_columns": torch.arange(4)[:, None],
+            "count": 1,
             "saliency": "exact", "block_size": 1, "damping": 0.1, "damping_mode": "mean",
             "compensate": True,
         },
@@ -181,7 +182,7 @@ def calls(t: dict) -> dict[str, dict]:
         "search_counts": {
             **read, "ratio": 0.2, "parameters": None, "sites": ("ffn",), "units": "kv_group",
             "ratio_of": "units", "keep_layers": (0, 0), "multiple_of": 1, "levels": 2,
-            "validation_fraction": 0.25, "rounds": 1, "steps": 1, "step_size": 0.04, "seed": 0,
+            "rounds": 1, "steps": 1, "seed": 0,
             "offload": "device", "out_dir": None, "progress": False, "bias": "keep",
         },
         "score": {
@@ -192,7 +193,7 @@ def calls(t: dict) -> dict[str, dict]:
         "slimgpt": {
             **read, "ratio": 0.2, "parameters": None, "sites": ("ffn",), "units": "kv_group",
             "allocation": "uniform", "ratio_of": "units", "keep_layers": (0, 0), "multiple_of": 1,
-            "counts": None, "search": None, "inplace": False, "offload": "device", "out_dir": None,
+            "counts": None, "inplace": False, "offload": "device", "out_dir": None,
             "progress": False, "saliency": "exact", "damping": 0.3, "damping_mode": "feature",
             "bias": "keep", "block_size": "dynamic",
         },

@@ -52,9 +52,7 @@ ALONE = {
     "wanda": lambda m, b: lab.score(m, "wanda", b, sequential=0.3),
     "hessians": lambda m, b: lab.collect_hessians(m, b, linears(m)[:3], progress=False),
     "slimgpt": lambda m, b: lab.slimgpt(m, b, ratio=0.3, progress=False),
-    "search": lambda m, b: lab.slimgpt(
-        m, b, ratio=0.3, allocation="search", search={"rounds": 1, "steps": 2}, progress=False
-    ),
+    "search": lambda m, b: lab.search_counts(m, b, ratio=0.3, rounds=1, steps=2, progress=False),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,14 +15,14 @@ from hypothesis import strategies as st
 
 import minigpt_lab as lab
 from minigpt_lab.calibration.hessians import damped_inverse, refit
-from minigpt_lab.compensation import Solver, eliminate, layer_by_layer, trials
+from minigpt_lab.compensation import Solver, eliminate, layer_by_layer
 from minigpt_lab.compensation.budget_search import STARTS, split_windows
 from minigpt_lab.compensation.budgets import Budgets
 from minigpt_lab.compensation.descent import Descent
 from minigpt_lab.compensation.layer_counts import unscored_sites
 from minigpt_lab.compensation.obs import eliminate_levels
-from minigpt_lab.compensation.supernetwork import Level, supernet
-from minigpt_lab.models.anatomy import Anatomy, weight_axis
+from minigpt_lab.compensation.supernetwork import Supernet, supernet
+from minigpt_lab.models.anatomy import Anatomy
 from minigpt_lab.planning import LayerSite
 
 CASES = [("llama", "balanced_heads"), *((name, "kv_group") for name in ("llama", "gpt2", "bloom"))]
@@ -40,7 +41,7 @@ def groups_of(model, sites=("ffn", "attention")) -> list[LayerSite]:
 def test_levels_are_what_a_run_to_each_gives(seed, saliency):
     W, _, H, units = problem(seed)
     counts = [1, 2, 5]
-    levels = eliminate_levels(W, H, units, counts, saliency, 1)
+    levels = eliminate_levels(W, H, units, counts, Solver(saliency, 1))
     for count, found in zip(counts, levels, strict=True):
         fresh = eliminate(W, H, units, count=count, saliency=saliency, block_size=1)
         assert (found.kept, found.order) == (fresh.kept, fresh.order)
@@ -53,7 +54,7 @@ def test_levels_are_refitted_from_the_whole_and_nested():
     units = torch.randperm(40, generator=torch.Generator().manual_seed(1))[:, None]
     columns = units[3]
     hessian[columns], hessian[:, columns] = 0, 0  # a dead unit leaves first
-    levels = eliminate_levels(weight, hessian, units, [0, 1, 12, 30, 39], damping=0.1)
+    levels = eliminate_levels(weight, hessian, units, [0, 1, 12, 30, 39], Solver(damping=0.1))
     assert [len(level.kept) for level in levels] == [40, 39, 28, 10, 1]
     assert all(a.order == b.order[: len(a.order)] for a, b in itertools.pairwise(levels))
     assert levels[1].order == [3] and levels[1].loss == 0
@@ -62,17 +63,17 @@ def test_levels_are_refitted_from_the_whole_and_nested():
     for level in levels[2:]:
         places = torch.tensor([levels[1].kept.index(unit) for unit in level.kept])
         torch.testing.assert_close(level.W, refit(weight[:, alive], damped, places))
-    with pytest.raises(ValueError, match=r"\[2, 1\]; expected at least one, ascending"):
-        eliminate_levels(weight, hessian, units, [2, 1])
+    with pytest.raises(ValueError, match=r"\[2, 1\]; expected them ascending"):
+        eliminate_levels(weight, hessian, units, [2, 1], Solver())
 
 
 # the supernet
 
 
 @contextlib.contextmanager
-def filled(model, rows, groups, counts, base, options, offload="device"):
-    with supernet(model, groups, counts, options, offload) as net:
-        net.fill(rows, base, progress=False)
+def filled(model, groups, levels, base, options, offload="device"):
+    with supernet(model, groups, options, offload) as net:
+        net.fill(windows(), levels, base, progress=False)
         yield net
 
 
@@ -86,14 +87,13 @@ def test_at_its_base_a_supernet_is_slimgpt(name, bias, units):
     mini, _ = lab.slimgpt(model, batches, counts=counts, units=units, progress=False, **options)
     groups = groups_of(model, list(counts))
     levels = [sorted({0, counts[g.site][g.layer]}) for g in groups]
-    base = tuple(len(level) - 1 for level in levels)
-    rows = [batch["input_ids"] for batch in batches]
+    base = tuple(level[-1] for level in levels)
     whole = logits(model, ids)
-    with filled(model, rows, groups, levels, base, Solver(**options), "disk") as net:
+    with filled(model, groups, levels, base, Solver(**options), "disk") as net:
         torch.testing.assert_close(logits(model, ids), logits(mini, ids), rtol=1e-4, atol=1e-4)
-        net.set_all((0,) * len(groups))
-        torch.testing.assert_close(logits(model, ids), whole)
-        net.set_all(base)
+        net.set((0,) * len(groups))
+        assert torch.equal(logits(model, ids), whole)
+        net.set(base)
     after = dict(model.named_parameters())
     assert after.keys() == before.keys()
     assert all(after[key] is before[key] for key in before)
@@ -114,28 +114,25 @@ def test_slopes_are_differences_where_levels_are_near(name, bias):
 
     list(model.parameters())[3].requires_grad_(False)
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
-    with filled(model, rows, groups, counts, base, options) as net:
-        for index, module in enumerate(net.modules):  # a hundredth of the way to the level
-            net.set(index, 1)
-            near = net.dense[index][0].lerp(module.weight, 1e-2).detach()
-            axis, update = weight_axis(module, "input"), net.levels[index][0].bias_update
-            net.weights[net._key(index, 1)] = near.movedim(axis, 1)
-            columns = torch.arange(near.shape[axis])
-            net.levels[index][0] = Level(columns, None if update is None else 1e-2 * update)
+    with filled(model, groups, counts, base, options) as net:
+        for each in net.projections:  # a hundredth of the way to the level
+            each.set(1)
+            near = each.W.lerp(each.module.weight, 1e-2).detach().movedim(each.axis, 1)
+            each.add(1, torch.arange(near.shape[1]), near, 1e-2 * each.bias_update[1])
         for start in (dense, base):
-            net.set_all(start)
-            rises = net.slopes(loss, dense)
+            net.set(start)
+            rises = net.rises(loss, dense, base)
             differences = []
-            for index in range(len(groups)):
+            for each, level in zip(net.projections, start, strict=True):
                 ends = []
-                for level in (0, 1):
-                    net.set(index, level)
+                for end in (0, 1):
+                    each.set(end)
                     ends.append(float(loss()))
                 differences.append(ends[1] - ends[0])
-                net.set(index, start[index])
+                each.set(level)
             np.testing.assert_allclose(rises, differences, rtol=0.1, atol=1e-12)
-            assert net.slopes(loss, dense).tolist() == rises.tolist()  # nothing was left behind
-        assert not net.slopes(loss, base).any()  # there is no higher level
+            assert net.rises(loss, dense, base).tolist() == rises.tolist()  # nothing is left behind
+        assert not net.rises(loss, base, base).any()
     assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
 
 
@@ -145,12 +142,13 @@ def test_slopes_in_bfloat16():
         model = random_model("llama").to(dtype)
         groups = groups_of(model)
         counts, budget = [[0, 1]] * len(groups), (0,) * len(groups)
-        with filled(model, rows, groups, counts, budget, Solver()) as net:
-            found.append(
-                net.slopes(
-                    lambda m=model: m(input_ids=rows[0]).logits.float().square().sum(), budget
-                )
-            )
+        with filled(model, groups, counts, budget, Solver()) as net:
+            above = (1,) * len(groups)
+
+            def loss(model=model):
+                return model(input_ids=rows[0]).logits.float().square().sum()
+
+            found.append(net.rises(loss, budget, above))
     assert np.corrcoef(*found)[0, 1] > 0.98
 
 
@@ -159,8 +157,7 @@ def test_an_error_leaves_the_model_as_it_was():
     before = {key: p.clone() for key, p in model.named_parameters()}
     groups = groups_of(model)
     counts, base = [[0, 1]] * 6, (1,) * 6
-    rows = [batch["input_ids"] for batch in windows()]
-    with pytest.raises(KeyboardInterrupt), filled(model, rows, groups, counts, base, Solver()):
+    with pytest.raises(KeyboardInterrupt), filled(model, groups, counts, base, Solver()):
         raise KeyboardInterrupt
     assert all(torch.equal(p, before[key]) for key, p in model.named_parameters())
     for place, match in [("down_proj", "has NaN.* weights"), ("up_proj", "reads NaN")]:
@@ -170,7 +167,7 @@ def test_an_error_leaves_the_model_as_it_was():
             weight[0, 0] = torch.nan
         with (
             pytest.raises(ValueError, match=rf"layers\.1\.mlp\.down_proj {match}"),
-            filled(model, rows, groups, counts, (0,) * 6, Solver()),
+            filled(model, groups, counts, (0,) * 6, Solver()),
         ):
             pass
         with torch.no_grad():
@@ -192,20 +189,19 @@ def some_budgets(target: float) -> Budgets:
 def test_the_nearest_budget_of_enough(seed, share):
     rng = np.random.default_rng(seed)
     budgets = some_budgets(target := share * 885)
-    assert budgets.counts[0] == [0, 4, 5, 8, 12, 15] and budgets.counts[3] == [0, 1, 2]
+    assert budgets.levels[0] == [0, 4, 5, 8, 12, 15] and budgets.levels[3] == [0, 1, 2]
     wish = rng.random(6) * budgets.sizes
 
     def distance(budget):
         return ((budgets.removed(budget) - wish) ** 2 / budgets.sizes).sum()
 
-    every = itertools.product(*(range(len(counts)) for counts in budgets.counts))
+    every = itertools.product(*budgets.levels)
     best = min(distance(b) for b in every if budgets.removed(b).sum() >= target * 1.001)
     found = budgets.nearest(wish)
     assert budgets.removed(found).sum() >= target and distance(found) <= best + 1e-9
     counts = budgets.trimmed(found)
     gone = sum(g.cost * n for g, n in zip(budgets.layer_sites, counts, strict=True))
     assert gone >= target and (gone < target + 10 or not any(counts[:3]))
-    assert budgets.from_counts(budgets.to_counts(found)) == found
 
 
 @given(st.integers(0, 10_000), st.floats(0.05, 0.8))
@@ -217,21 +213,22 @@ def test_budgets_between_levels(seed, share):
     assert gone.sum() == pytest.approx(target)
     assert (gone >= 0).all() and (gone <= budgets.largest).all()
     np.testing.assert_allclose(budgets.projected(gone), gone, atol=1e-6)
-    below = budgets.levels_below(gone)
-    assert (budgets.removed(below) <= gone).all() and np.isfinite(budgets.gaps(below)).all()
-    drawn = [budgets.sampled(gone, below, rng.random(6)) for _ in range(400)]
-    assert all(set(np.subtract(levels, below)) <= {0, 1} for levels in drawn)
+    below, above = budgets.neighbours(gone)
+    gaps = budgets.removed(above) - budgets.removed(below)
+    assert (budgets.removed(below) <= gone).all() and (gone <= budgets.removed(above)).all()
+    drawn = [budgets.sampled(gone, rng.random(6)) for _ in range(400)]
+    assert all(x in pair for each in drawn for x, *pair in zip(each, below, above, strict=True))
     mean = np.mean([budgets.removed(levels) for levels in drawn], axis=0)
-    np.testing.assert_allclose(mean, gone, atol=0.15 * budgets.gaps(below).max())
+    np.testing.assert_allclose(mean, gone, atol=0.15 * gaps.max())
 
 
 def test_a_group_of_one_level_is_never_moved():
     group = LayerSite("ffn", 0, 1, np.zeros(16), 10)
     budgets = Budgets([group, group], [1, 1], [[0], [0, 8]], 40)
     gone = budgets.projected(np.array([30.0, 10.0]))
-    below = budgets.levels_below(gone)
-    assert gone.tolist() == pytest.approx([0, 40]) and below == (0, 0)
-    assert {budgets.sampled(gone, below, np.full(2, x)) for x in (0, 0.4, 0.6)} == {(0, 0), (0, 1)}
+    assert gone.tolist() == pytest.approx([0, 40])
+    assert budgets.neighbours(gone) == ((0, 0), (0, 8))
+    assert {budgets.sampled(gone, np.full(2, x)) for x in (0, 0.4, 0.6)} == {(0, 0), (0, 8)}
 
 
 def test_windows_take_turns_and_draws_mirror_each_other():
@@ -258,11 +255,11 @@ def test_a_descent_finds_where_parameters_cost_alike():
     descent = Descent(budgets, budgets.nearest(budgets.sizes / 2), [0])
     rng = np.random.default_rng(1)
     for step in range(300):
-        _, below, drawn = descent.sample(1)
+        _, drawn = descent.sample(1)
         slopes = 2 * dear * budgets.removed(drawn) / budgets.sizes**2
         descent.step(slopes * rng.lognormal(0, 0.3, 6), 0.05 * (1 - step / 300))
         assert descent.removed.sum() == pytest.approx(400)
-    every = itertools.product(*(range(len(counts)) for counts in budgets.counts))
+    every = itertools.product(*budgets.levels)
     best = min(cost(b) for b in every if budgets.removed(b).sum() >= 400)
     assert cost(budgets.nearest(descent.removed)) < best * 1.15
     assert best < 0.5 * cost(budgets.nearest(budgets.projected(budgets.sizes / 2)))
@@ -306,7 +303,7 @@ def test_the_budget_that_is_found(searched, tiny, tiny_domain):
     mini, plan = searched["search"]
     search = plan.origin["search"]
     assert plan.origin["allocation"] == "search" and search["levels"] == 16
-    assert search["kl"]["found"] < min(search["kl"]["uniform"], search["kl"]["log-increase"])
+    assert search["kl"]["best"] < min(search["kl"]["uniform"], search["kl"]["log-increase"])
     assert plan.origin["removed"]["decoder"] == pytest.approx(0.5, abs=384 / 787_456)
     assert lab.model_size(mini).stored == plan.predicted_size(tiny[0]).stored
     found, uniform = (
@@ -329,7 +326,7 @@ def test_a_round_gains_on_where_it_starts(tiny, batches):
     best = later[later["enough"]]["kl"].min()
     assert best < 0.9 * starts["kl"].min() and starts["kl"].nunique() == 2
     mini, plan = lab.slimgpt(model, batches, counts=counts, progress=False)
-    assert plan.removed == counts and plan.origin["search"]["kl"]["found"] == round(best, 6)
+    assert plan.removed == counts and plan.origin["search"]["kl"]["best"] == round(best, 6)
     target = 0.5 * lab.model_size(model).layers_dense
     removed = lab.model_size(model).stored - lab.model_size(mini).stored
     assert target <= removed < target + Anatomy(model).unit_parameters("ffn", 0) + 1
@@ -341,7 +338,7 @@ def test_a_round_gains_on_where_it_starts(tiny, batches):
 def test_an_interrupted_search_goes_on(tiny, batches, tmp_path, monkeypatch):
     model, arguments = tiny[0], {"ratio": 0.4, **QUICK, "progress": False}
     expected = lab.search_counts(model, batches, **arguments)
-    measure, measured = trials.Trials._slopes, []
+    measure, measured = Supernet.rises, []
 
     def interrupted(self, *given):
         if len(measured) == 7:  # the first step of the second round is the seventh
@@ -351,75 +348,77 @@ def test_an_interrupted_search_goes_on(tiny, batches, tmp_path, monkeypatch):
 
     arguments["out_dir"] = tmp_path
     with monkeypatch.context() as patch:
-        patch.setattr(trials.Trials, "_slopes", interrupted)
+        patch.setattr(Supernet, "rises", interrupted)
         with pytest.raises(KeyboardInterrupt):
             lab.search_counts(model, batches, **arguments)
     again = lab.search_counts(model, batches, **arguments)
     assert again == expected
     assert again.history.equals(expected.history) and len(again.history) > 7
-    monkeypatch.setattr(trials.Trials, "_slopes", None)  # all is known: nothing is computed
+    monkeypatch.setattr(Supernet, "rises", None)  # all is known: nothing is computed
     again = lab.search_counts(model, iter(batches), **arguments)
     assert again == expected and again.history.equals(expected.history)
 
 
 @pytest.mark.parametrize(("name", "units"), CASES)
 def test_other_families_and_units(name, units):
-    model, target = random_model(name), {"units": units, "allocation": "search"}
+    model, batches = random_model(name), windows()
     limit = int(0.8 * lab.model_size(model).stored)
-    mini, plan = lab.slimgpt(
-        model, iter(windows()), parameters=limit, multiple_of=2, search=QUICK,
-        offload="cpu", progress=False, **target,
-    )  # fmt: skip
+    options = {"units": units, "offload": "cpu", "progress": False}
+    counts = lab.search_counts(
+        model, iter(batches), parameters=limit, multiple_of=2, **QUICK, **options
+    )
+    mini, plan = lab.slimgpt(model, batches, counts=counts, **options)
     stored = lab.model_size(mini).stored
     cost = Anatomy(model).unit_parameters("ffn", 0)
     assert limit - 2 * cost < stored <= limit
     assert not any(len(kept) % 2 for kept in plan.keep["ffn"])
 
 
-def test_a_search_with_an_out_dir_is_one_run(tmp_path):
-    model, arguments = random_model("llama"), {"allocation": "search", "search": QUICK}
-    arguments |= {"ratio": 0.4, "out_dir": tmp_path, "progress": False}
-    first, plan = lab.slimgpt(model, windows(), **arguments)
-    again, same_plan = lab.slimgpt(model, windows(), **arguments)
+@pytest.fixture
+def quick_search(monkeypatch):
+    """`slimgpt` searches, but not for long."""
+    search = partial(lab.search_counts, **QUICK)
+    monkeypatch.setattr(layer_by_layer, "search_counts", search)
+
+
+def test_a_search_with_an_out_dir_is_one_run(tmp_path, quick_search):
+    model, batches = random_model("llama"), windows()
+    arguments = {"ratio": 0.4, "progress": False}
+    first, plan = lab.slimgpt(model, batches, **arguments, allocation="search", out_dir=tmp_path)
+    again, same_plan = lab.slimgpt(
+        model, iter(batches), **arguments, allocation="search", out_dir=tmp_path
+    )
     assert (tmp_path / "search.jsonl").is_file()
     assert plan == same_plan and same(first, again)
+    counts = lab.search_counts(model, batches, **arguments, **QUICK)
+    assert lab.slimgpt(model, batches, counts=counts, progress=False)[1] == plan
 
 
 @pytest.mark.parametrize(
-    ("arguments", "error", "message"),
+    ("arguments", "message"),
     [
-        (
-            {"search": {"levels": 0}},
-            ValueError,
-            "levels is 0; expected a whole number of at least 1",
-        ),
-        ({"search": {"step_size": 1.5}}, ValueError, "step_size is 1.5; expected a number above 0"),
-        ({"search": {"step_size": 0.0}}, ValueError, "step_size is 0.0; expected a number above 0"),
-        ({"search": {"round": 3}}, ValueError, "did you mean 'rounds'"),
-        ({"search": {"steps": 2.5}}, ValueError, "steps is 2.5; expected a whole number"),
-        ({"search": {"validation_fraction": "half"}}, ValueError, "validation_fraction is 'half'"),
-        ({"search": {"seed": -1}}, ValueError, "seed is -1; expected a whole number"),
-        ({"search": 5}, ValueError, "search is 5; expected a dictionary"),
-        ({"ratio": 0.99}, ValueError, "cannot be met"),
-        ({"ratio": 1.5}, ValueError, "expected a share"),
-        ({"allocation": "uniform", "search": {}}, ValueError, "requires allocation='search'"),
-        ({"allocation": "serch"}, ValueError, "unknown allocation"),
+        ({"levels": 0}, "levels is 0; expected a whole number of at least 1"),
+        ({"round": 3}, "did you mean 'rounds'"),
+        ({"steps": 2.5}, "steps is 2.5; expected a whole number"),
+        ({"seed": -1}, "seed is -1; expected a whole number"),
+        ({"ratio": 0.99}, "cannot be met"),
+        ({"ratio": 1.5}, "expected a share"),
     ],
 )
-def test_bad_arguments_of_a_search(arguments, error, message):
-    given = {"ratio": 0.3, "allocation": "search", "progress": False, **arguments}
-    with pytest.raises(error, match=message):
-        lab.slimgpt(random_model("llama"), windows(), **given)
+def test_bad_arguments_of_a_search(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        lab.search_counts(
+            random_model("llama"), windows(), **{"ratio": 0.3, "progress": False, **arguments}
+        )
 
 
-def test_another_run_is_refused_before_its_search(tmp_path, monkeypatch):
-    model, arguments = random_model("llama"), {"allocation": "search", "search": QUICK}
-    arguments |= {"out_dir": tmp_path, "progress": False}
+def test_another_run_is_refused_before_its_search(tmp_path, monkeypatch, quick_search):
+    model = random_model("llama")
+    arguments = {"allocation": "search", "out_dir": tmp_path, "progress": False}
     lab.slimgpt(model, windows(), ratio=0.4, **arguments)
     monkeypatch.setattr(layer_by_layer, "search_counts", None)
     for other, match in [
         ({"ratio": 0.3}, "another size or search"),
-        ({"search": {**QUICK, "seed": 1}}, "another size or search"),
         ({"batches": windows()[:1]}, "other calibration tokens"),
         ({"damping": 0.1}, "another damping"),
     ]:
@@ -432,7 +431,9 @@ def test_predictions_that_are_not_finite():
     model = random_model("llama")
     with torch.no_grad():
         model.model.norm.weight[0] = torch.nan
-    with pytest.raises(ValueError, match="the model's own predictions are not finite"):
+    with pytest.raises(
+        ValueError, match="predictions are not finite: check the model"
+    ):
         lab.search_counts(model, windows(), ratio=0.3, **QUICK, progress=False)
     with torch.inference_mode(), pytest.raises(ValueError, match="a search needs gradients"):
         lab.search_counts(model, windows(), ratio=0.3)
@@ -445,16 +446,19 @@ def test_a_search_needs_all_weights_at_hand():
 
 
 def test_budgets_are_compared_on_windows_that_were_set_aside():
+    def split(windows, fraction):
+        return [[each["input_ids"] for each in part] for part in split_windows(windows, fraction)]
+
     windows = list(torch.arange(160).reshape(5, 2, 16))  # ten windows in batches of two
-    chosen, others = split_windows(windows, 0.3)
+    chosen, others = split(windows, 0.3)
     rows = [row.tolist() for part in (*chosen, *others) for row in part]
     assert sum(len(part) for part in chosen) == 3
     assert sorted(rows) == torch.cat(windows).tolist()  # each once
     mixed = [torch.zeros(1, n, dtype=torch.long) for n in (300, 100, 300, 100, 300)]
-    assert [tuple(part.shape) for part in split_windows(mixed, 1.0)[0]] == [
+    assert [tuple(part.shape) for part in split(mixed, 1.0)[0]] == [
         (2, 100), (1, 300), (1, 300), (1, 300)
     ]  # fmt: skip
-    chosen, others = split_windows(windows[:1], 1.0)
+    chosen, others = split(windows[:1], 1.0)
     assert torch.equal(chosen[0], others[0])  # nothing else is left
 
 

@@ -151,7 +151,7 @@ def test_losses_of_one_layer(study, tiny):
     given = problems["attention"]  # one unit leaves: the loss is the exact error
     scale = float(((given.W @ given.H) * given.W).sum())
     errors = lab.SALIENCIES["exact"](
-        given.W, torch.linalg.inv(given.H.double()).float(), given.units
+        given.W, torch.linalg.inv(given.H.double()).float(), given.unit_columns
     )
     one = table.query("site == 'attention' and leave == 1 and choice == 'SlimGPT' and compensated")
     best = float(errors.min()) / scale
