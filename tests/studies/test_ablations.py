@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pandas as pd
 import pytest
@@ -11,6 +12,7 @@ from helpers import random_model
 
 import minigpt_lab as lab
 from minigpt_lab import figures
+from minigpt_lab.compensation import layer_by_layer
 from minigpt_lab.models.anatomy import Anatomy
 from minigpt_lab.studies import ablations, projections
 
@@ -84,17 +86,18 @@ def test_a_finished_variant_is_found_under_any_name(study, tiny, monkeypatch):
         ablations.slimgpt_variants(*tiny, other, batches=batches, texts=texts, **measuring)
 
 
-def test_a_study_of_searches(study, tiny, tmp_path):
+def test_a_study_of_searches(study, tiny, tmp_path, monkeypatch):
+    search = partial(lab.search_counts, levels=2, rounds=1, steps=2)
+    monkeypatch.setattr(layer_by_layer, "search_counts", search)
     model, tokenizer = tiny
     _, batches, texts, measuring, *_ = study
     other, _ = lab.slimgpt(model, batches, ratio=0.05, progress=False)
     measuring = {**measuring, "out_dir": tmp_path, "prompt": ""}
     measuring |= {"batches": batches, "texts": texts[:1]}
-    quick = {"ratio": 0.3, "allocation": "search", "search": {"levels": 2, "rounds": 1, "steps": 2}}
+    variant = {"ratio": 0.3, "allocation": "search"}
     for each in (model, other):  # one folder for a study of several models
-        ablations.slimgpt_variants(each, tokenizer, {"s": quick}, **measuring)
-    longer = {**quick, "search": {**quick["search"], "steps": 3}}
-    ablations.slimgpt_variants(model, tokenizer, {"s": longer}, **measuring)
+        ablations.slimgpt_variants(each, tokenizer, {"s": variant}, **measuring)
+    ablations.slimgpt_variants(model, tokenizer, {"s": {**variant, "ratio": 0.4}}, **measuring)
     assert len(list(tmp_path.glob("search-*/search.jsonl"))) == 3
     assert len(list(tmp_path.glob("search-*/state.json"))) == 3
     for wrong in ({"dense": FULL}, {"s": {**FULL, "inplace": True}}):
