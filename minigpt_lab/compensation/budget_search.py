@@ -22,11 +22,11 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..calibration import tokens_hash
-from ..checks import Batches, Flag, Integer, Location, Model, Number, OneOf, checked
+from ..checks import Batches, Flag, Integer, Location, Model, OneOf, checked
 from ..criteria import chosen_sites
 from ..domains import unpadded
 from ..models import Anatomy, fingerprint, is_offloaded
-from ..planning import one_target, parameters_to_remove, unit_counts, unit_steps
+from ..planning import RATIO, RATIOS, one_target, parameters_to_remove, unit_counts, unit_steps
 from ..store import ResultCache, Shards
 from .budgets import Budget, Budgets
 from .descent import Descent
@@ -49,8 +49,9 @@ STEP_SIZE = 0.04
 @checked(
     model=Model(),
     batches=Batches(),
-    ratio=Number() | None,
+    ratio=RATIO,
     parameters=Integer() | None,
+    ratio_of=OneOf(RATIOS),
     levels=Integer(1),
     rounds=Integer(1),
     steps=Integer(1),

@@ -27,7 +27,6 @@ from ..checks import (
     ListOf,
     Location,
     Model,
-    Number,
     OneOf,
     Text,
     checked,
@@ -45,6 +44,8 @@ from ..models import (
 )
 from ..planning import (
     BY_DEPTH,
+    RATIO,
+    RATIOS,
     Allocation,
     allocation_name,
     check_keep_layers,
@@ -64,8 +65,9 @@ from .workspace import Workspace
 @checked(
     model=Model(),
     batches=Batches(),
-    ratio=Number() | None,
+    ratio=RATIO,
     parameters=Integer() | None,
+    ratio_of=OneOf(RATIOS),
     counts=Instance(SearchedCounts) | DictOf(Text(), ListOf(Integer(0))) | None,
     inplace=Flag(),
     offload=OneOf(Shards.PLACES),

@@ -3,6 +3,7 @@
 from .anatomy import Anatomy, weight_axis
 from .architectures import ALL_SITES, ATTENTION_UNITS, FAMILIES, SITES, Projection
 from .by_name import load_model
+from .feature_masks import Masks, all_features, without_features
 from .layers import add_bias
 from .offloading import execution_device, is_offloaded, materialized
 from .plan import PruningPlan, keep_all

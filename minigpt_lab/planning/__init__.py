@@ -1,6 +1,14 @@
 """From thresholds or scores to a pruning plan; allocation of a ratio over layers."""
 
 from .allocations import ALLOCATIONS, BY_DEPTH, RANKINGS, Allocation, allocation_name
-from .counts import one_target, parameters_to_remove, plan_from_scores, removed_shares, unit_counts
+from .counts import (
+    RATIO,
+    RATIOS,
+    one_target,
+    parameters_to_remove,
+    plan_from_scores,
+    removed_shares,
+    unit_counts,
+)
 from .layer_sites import LayerSite, check_keep_layers, prunable_sites, unit_steps
 from .thresholds import contextual_plan

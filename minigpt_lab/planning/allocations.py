@@ -3,51 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from ..checks import Function, InvalidArgument, ListOf, Number, as_json, suggest
+from ..checks import Function, InvalidArgument, ListOf, Number, OneOf, as_json
 from .layer_sites import LayerSite
 
 Allocation = Callable[[float, Sequence[LayerSite]], Sequence[float]]
 
 
-def uniform(ratio: float, layer_sites: Sequence[LayerSite]) -> list[float]:
-    """The same share of every layer."""
-    return [ratio] * len(layer_sites)
+def _by_depth(progress: Callable[[int, int], float]) -> Allocation:
+    """Rule with ``r_i = r_0 + (r_n-1 - r_0) · progress(i, n)`` of layer *i* of *n*.
 
-
-def log_increase(ratio: float, layer_sites: Sequence[LayerSite]) -> list[float]:
-    """``r_i = r_0 + (r_n-1 - r_0) log(i + 1) / log(n)`` (SlimGPT, arXiv 2412.18110, eq. 6).
-
-    With ``r_n-1 = 4 r_0`` as in its pair for 20 %, 0.0625 to 0.25, scaled to the ratio; the
+    ``r_n-1 = 4 r_0``, as in SlimGPT's pair for 20 %, 0.0625 to 0.25, scaled to the ratio; the
     authors' pairs for other ratios are not published.
     """
-    return _by_depth(ratio, layer_sites, lambda i, n: math.log(i + 1) / math.log(n))
 
+    def rule(ratio: float, layer_sites: Sequence[LayerSite]) -> list[float]:
+        steps = [
+            progress(each.layer, each.depth) if each.depth > 1 else 1.0 for each in layer_sites
+        ]
+        return _scaled(0.25 + 0.75 * np.array(steps), layer_sites, ratio)
 
-def linear_increase(ratio: float, layer_sites: Sequence[LayerSite]) -> list[float]:
-    """``r_i = r_0 + (r_n-1 - r_0) i / (n - 1)`` with ``r_n-1 = 4 r_0``, scaled to the ratio."""
-    return _by_depth(ratio, layer_sites, lambda i, n: i / (n - 1))
-
-
-def log_decrease(ratio: float, layer_sites: Sequence[LayerSite]) -> list[float]:
-    """`log_increase` from the other end: an ablation of SlimGPT."""
-    return _by_depth(ratio, layer_sites, lambda i, n: math.log(n - i) / math.log(n))
-
-
-def linear_decrease(ratio: float, layer_sites: Sequence[LayerSite]) -> list[float]:
-    """`linear_increase` from the other end: an ablation of SlimGPT."""
-    return _by_depth(ratio, layer_sites, lambda i, n: 1 - i / (n - 1))
-
-
-def _by_depth(
-    ratio: float, layer_sites: Sequence[LayerSite], progress: Callable[[int, int], float]
-) -> list[float]:
-    """Shares ``r_0 + 3 r_0 · progress(i, n)`` with r_0 such that their mean is the ratio."""
-    steps = [progress(each.layer, each.depth) if each.depth > 1 else 1.0 for each in layer_sites]
-    return _scaled(0.25 + 0.75 * np.array(steps), layer_sites, ratio)
+    return rule
 
 
 def _scaled(weights: np.ndarray, layer_sites: Sequence[LayerSite], ratio: float) -> list[float]:
@@ -64,67 +43,58 @@ def _scaled(weights: np.ndarray, layer_sites: Sequence[LayerSite], ratio: float)
     return list(np.clip(shares, 0, 1))
 
 
-def global_ranking(ratio: float, layer_sites: Sequence[LayerSite]) -> list[float]:
-    """The lowest scores *per parameter*, wherever they are, across layers and sites.
+def _ranked(key: Callable[[LayerSite], np.ndarray]) -> Allocation:
+    """Rule that prunes the units with the lowest keys, wherever they are, up to the ratio.
 
-    For one site with units of one cost that is a single threshold on the score: with contextual
-    scores one absolute ε for all layers, as in Mini-GPTs (see `Scores.highest_pruned`).
+    The ratio is of the parameters that are removed with the units.
     """
-    return _ranked(ratio, layer_sites, [each.scores / each.cost for each in layer_sites])
+
+    def rule(ratio: float, layer_sites: Sequence[LayerSite]) -> list[float]:
+        owner = np.repeat(np.arange(len(layer_sites)), [len(each) for each in layer_sites])
+        cost = np.array([each.cost for each in layer_sites], float)[owner]
+        keys = np.concatenate([key(each) for each in layer_sites])
+        order = np.argsort(keys, kind="stable")
+        # a unit is pruned if more than half of it fits, and with it all that score the same
+        fits = np.cumsum(cost[order]) - cost[order] / 2 < ratio * cost.sum()
+        pruned = keys <= keys[order][fits].max(initial=-np.inf)
+        counts = np.bincount(owner[pruned], minlength=len(layer_sites))
+        return [count / len(each) for count, each in zip(counts, layer_sites, strict=True)]
+
+    return rule
 
 
-def global_standardised(ratio: float, layer_sites: Sequence[LayerSite]) -> list[float]:
-    """The lowest z-scores within site and layer, wherever they are, for any criterion.
-
-    The idea of FLAP's adaptive structure (2312.11983), which standardises features instead of
-    units: see `global_as_scored`.
-    """
-    keys = [(each.scores - each.scores.mean()) / (each.scores.std() or 1.0) for each in layer_sites]
-    return _ranked(ratio, layer_sites, keys)
+def _standardised(each: LayerSite) -> np.ndarray:
+    """z-scores within site and layer."""
+    return (each.scores - each.scores.mean()) / (each.scores.std() or 1.0)
 
 
-def global_as_scored(ratio: float, layer_sites: Sequence[LayerSite]) -> list[float]:
-    """The lowest scores as they are, for criteria whose layers and sites can be compared.
-
-    With standardised `fluctuation` scores this is FLAP's adaptive global structure (AL-AM,
-    2312.11983): all heads and channels in one ranking, until their parameters make up the ratio.
-    The paper counts a head as 512/3 channels, the ratio of their weights there; here every unit
-    counts the parameters that are removed with it.
-    """
-    return _ranked(ratio, layer_sites, [each.scores for each in layer_sites])
-
-
-def _ranked(
-    ratio: float, layer_sites: Sequence[LayerSite], keys: Sequence[np.ndarray]
-) -> list[float]:
-    """Share of each layer site among the lowest keys that hold the ratio of the parameters."""
-    owner = np.repeat(np.arange(len(layer_sites)), [len(each) for each in layer_sites])
-    cost = np.array([each.cost for each in layer_sites], float)[owner]
-    key = np.concatenate(keys)
-    order = np.argsort(key, kind="stable")
-    # a unit is pruned if more than half of it fits, and with it all that score the same
-    fits = np.cumsum(cost[order]) - cost[order] / 2 < ratio * cost.sum()
-    pruned = key <= key[order][fits].max(initial=-np.inf)
-    counts = np.bincount(owner[pruned], minlength=len(layer_sites))
-    return [count / len(each) for count, each in zip(counts, layer_sites, strict=True)]
-
-
-#: By a layer's depth alone.
+#: By a layer's depth alone: the same share of every layer; SlimGPT's rule (arXiv 2412.18110, eq.
+#: 6) and a linear one; its ablations, the same from the other end.
 BY_DEPTH: dict[str, Allocation] = {
-    "uniform": uniform,
-    "log-increase": log_increase,
-    "linear-increase": linear_increase,
-    "log-decrease": log_decrease,
-    "linear-decrease": linear_decrease,
+    "uniform": lambda ratio, layer_sites: [ratio] * len(layer_sites),
+    "log-increase": _by_depth(lambda i, n: math.log(i + 1) / math.log(n)),
+    "linear-increase": _by_depth(lambda i, n: i / (n - 1)),
+    "log-decrease": _by_depth(lambda i, n: math.log(n - i) / math.log(n)),
+    "linear-decrease": _by_depth(lambda i, n: 1 - i / (n - 1)),
 }
 #: By the scores of all units together.
 RANKINGS: dict[str, Allocation] = {
-    "global": global_ranking,
-    "global-standardised": global_standardised,
-    "global-as-scored": global_as_scored,
+    # Scores per parameter. For one site with units of one cost that is a single threshold on the
+    # score: with contextual scores one absolute ε for all layers, as in Mini-GPTs (see
+    # `Scores.highest_pruned`).
+    "global": _ranked(lambda each: each.scores / each.cost),
+    # For any criterion: the idea of FLAP's adaptive structure (2312.11983), which standardises
+    # features instead of units.
+    "global-standardised": _ranked(_standardised),
+    # For criteria whose layers and sites can be compared. With standardised `fluctuation` scores
+    # this is FLAP's adaptive global structure (AL-AM, 2312.11983): all heads and channels in one
+    # ranking. The paper counts a head as 512/3 channels, the ratio of their weights there; here
+    # every unit counts the parameters that are removed with it.
+    "global-as-scored": _ranked(lambda each: each.scores),
 }
 #: From a ratio and layer sites to one share of units for each of them.
 ALLOCATIONS = {**BY_DEPTH, **RANKINGS}
+_ALLOCATION = OneOf(ALLOCATIONS) | Function() | ListOf(Number(0), 1)
 
 
 def allocation_rule(allocation: str | Allocation | Sequence[float]) -> Allocation:
@@ -133,17 +103,12 @@ def allocation_rule(allocation: str | Allocation | Sequence[float]) -> Allocatio
     Raises
     ------
     ValueError
-        If the name is unknown.
+        If it is none of these.
     """
-    if callable(allocation):
-        return _checked_rule(Function()("allocation", allocation))
-    if isinstance(allocation, str) and allocation in ALLOCATIONS:
+    allocation = _ALLOCATION("allocation", allocation)
+    if isinstance(allocation, str):
         return ALLOCATIONS[allocation]
-    if isinstance(allocation, Iterable) and not isinstance(allocation, str):
-        return _listed(ListOf(Number(0), 1)("allocation", allocation))
-    shown = " ".join(repr(allocation).split())[:60]
-    hint = suggest(str(allocation), list(ALLOCATIONS))
-    raise InvalidArgument(f"unknown allocation {shown}; {hint}")
+    return _checked_rule(allocation) if callable(allocation) else _listed(allocation)
 
 
 def _checked_rule(allocation: Allocation) -> Allocation:

@@ -15,14 +15,16 @@ from .allocations import Allocation, allocation_name, allocation_rule
 from .layer_sites import LayerSite, check_keep_layers, prunable_sites, unit_steps
 
 RATIOS = ("units", "decoder", "model")
+RATIO = Number(0, below=1) | None
 
 
 @checked(
     model=Model(),
     scores=Instance(Scores, "lab.score gives it"),
-    ratio=Number() | None,
+    ratio=RATIO,
     parameters=Integer() | None,
     threshold=Number() | None,
+    ratio_of=OneOf(RATIOS),
 )
 def plan_from_scores(
     model: PreTrainedModel,
@@ -156,8 +158,8 @@ def unit_counts(
             _check_reached(ratio, rule(ratio, layer_sites), layer_sites)
         counts = counts_at(ratio)
     else:
-        dense = sum(parameter.numel() for parameter in model.parameters())
-        counts = _solve(counts_at, layer_sites, target, dense, exceed=ratio is None)
+        stored = model.num_parameters()
+        counts = _solve(counts_at, layer_sites, target, stored, exceed=ratio is None)
     if target > 0 and not any(counts):
         warnings.warn(
             f"the target removes no units: {target:,.0f} parameters are less than half a unit of "
@@ -174,19 +176,8 @@ def parameters_to_remove(
     parameters: int | None,
     ratio_of: str = "units",
 ) -> float:
-    """Number of parameters to remove, for a ratio or a size: see `plan_from_scores`.
-
-    Raises
-    ------
-    ValueError
-        If the ratio or its meaning is out of range.
-    """
-    ratio = (Number() | None)("ratio", ratio)
-    parameters = (Integer() | None)("parameters", parameters)
-    if ratio is not None and not 0 <= ratio < 1:
-        raise ValueError(f"ratio is {ratio}; expected a share of {ratio_of} in [0, 1)")
+    """Number of parameters to remove, for a ratio or a size: see `plan_from_scores`."""
     bases = _bases(model, layer_sites)
-    OneOf(RATIOS)("ratio_of", ratio_of)
     return bases["model"] - parameters if ratio is None else ratio * bases[ratio_of]
 
 
@@ -203,7 +194,7 @@ def _bases(model: PreTrainedModel, layer_sites: Sequence[LayerSite]) -> dict[str
     return {
         "units": sum(each.parameters for each in layer_sites),
         "decoder": layer_parameters(model),
-        "model": sum(parameter.numel() for parameter in model.parameters()),
+        "model": model.num_parameters(),
     }
 
 
@@ -270,7 +261,7 @@ def _solve(
     counts_at: Callable[[float], list[int]],
     layer_sites: Sequence[LayerSite],
     target: float,
-    dense: int,
+    stored: int,
     exceed: bool,
 ) -> list[int]:
     """Counts whose parameters add up to the target, by bisection on the ratio.
@@ -282,8 +273,8 @@ def _solve(
     if target > most:
         raise ValueError(
             f"the target cannot be met: {target:,.0f} parameters would have to be removed, but "
-            f"with one unit left per layer the model still stores {dense - most:,} of {dense:,}, "
-            f"{most / dense:.1%} less"
+            f"with one unit left per layer the model still stores {stored - most:,} of {stored:,}, "
+            f"{most / stored:.1%} less"
         )
     if target <= _total(layer_sites, none):
         return none

@@ -15,12 +15,16 @@ from ..criteria import attention_site
 from ..models import (
     ATTENTION_UNITS,
     Anatomy,
+    Masks,
+    Projection,
     PruningPlan,
+    all_features,
     close_over_merges,
     keep_all,
     merge_table,
     protected_tokens,
     require_byte_pairs,
+    without_features,
 )
 
 EPSILON = Number(0) | None
@@ -106,10 +110,11 @@ def contextual_plan(
     }
     zero = _zeroed(statistics, pruned, rules)
     keep = keep_all(anatomy)
-    ineffective = _with_silent_values(anatomy, zero)
+    alive = without_features(all_features(anatomy), zero)
+    _silence_heads(anatomy, alive)
     for site in sites:
         keep[site] = [
-            _kept_units(anatomy, statistics, site, layer, ineffective, pruned.get("activation", {}))
+            _kept_units(anatomy, statistics, site, layer, alive, pruned.get("activation", {}))
             for layer in range(len(anatomy.layers))
         ]
     origin: dict = {"method": "contextual", "domain": statistics.domain}
@@ -201,22 +206,18 @@ def _zeroed_biases(
     return neurons[absolute <= threshold]
 
 
-def _with_silent_values(anatomy: Anatomy, zero: Neurons) -> Neurons:
-    """Zeroed features, with those that attention's last projection reads of groups without values.
+def _silence_heads(anatomy: Anatomy, alive: Masks) -> None:
+    """Zero what attention's last projection reads of key/value groups whose values are all zero.
 
     A query head reads the values of its group, so it has no effect without them.
     """
-    extended, reader = dict(zero), anatomy.family.consumes["attention"]
-    for layer, total in enumerate(anatomy.units("attention")):
-        silent = np.zeros(total, bool)
+    reader = anatomy.family.consumes["attention"]
+    for layer in range(len(anatomy.layers)):
         for projection in anatomy.family.produces["attention"]:
             if "value" in projection.blocks:
-                silent |= _silent(anatomy, layer, projection, zero, "value")
-        if silent.any():
-            sides = zero.get(name := anatomy.name(layer, reader), {})
-            unread = anatomy.unit_features(reader, layer)[silent].ravel()
-            extended[name] = {**sides, "input": np.append(unread, sides.get("input", unread[:0]))}
-    return extended
+                silent = _silent(anatomy, layer, projection, alive, "value")
+                unread = anatomy.unit_features(reader, layer)[silent]
+                alive[anatomy.name(layer, reader)]["input"][unread] = False
 
 
 def _kept_units(
@@ -224,43 +225,32 @@ def _kept_units(
     statistics: Statistics,
     site: str,
     layer: int,
-    zero: Neurons,
+    alive: Masks,
     activations: dict[str, np.ndarray],
 ) -> list[int]:
     """Units of a layer that still have an effect; at least the strongest one."""
     consumer = anatomy.family.consumes[site]
-    name = anatomy.name(layer, consumer)
-    dead = _all_among(anatomy, layer, consumer, zero.get(name, {}).get("input"))
+    name, features = anatomy.name(layer, consumer), anatomy.unit_features(consumer, layer)
+    dead = ~alive[name]["input"][features].any(axis=1)  # [unit]
     if site == "ffn":
         dead[activations.get(name, [])] = True
         if anatomy.activation_keeps_zero():
             for projection in anatomy.family.produces[site]:
                 for block in projection.blocks:
-                    dead |= _silent(anatomy, layer, projection, zero, block)
+                    dead |= _silent(anatomy, layer, projection, alive, block)
     if dead.all():
-        features = anatomy.unit_features(consumer, layer)
         strength = statistics.mean(name, "input", "absolute")[features].mean(1)  # [unit]
         dead[strength.argmax()] = False
     return np.flatnonzero(~dead).tolist()
 
 
-def _silent(anatomy: Anatomy, layer: int, projection, zero: Neurons, block: str) -> np.ndarray:
-    """Units ``[unit]`` whose rows (and biases, if there are any) of a projection are all zeroed."""
-    sides = zero.get(anatomy.name(layer, projection), {})
-    silent = _all_among(anatomy, layer, projection, sides.get("output"), block)
-    if anatomy.module(layer, projection).bias is not None:
-        silent &= _all_among(anatomy, layer, projection, sides.get("bias"), block)
-    return silent
-
-
-def _all_among(
-    anatomy: Anatomy, layer: int, projection, features: np.ndarray | None, block: str | None = None
+def _silent(
+    anatomy: Anatomy, layer: int, projection: Projection, alive: Masks, block: str
 ) -> np.ndarray:
-    """Units ``[unit]`` all of whose features (of one block) are among the given ones."""
-    units = anatomy.unit_features(projection, layer, block=block)  # [unit, feature]
-    if features is None:
-        return np.zeros(len(units), bool)
-    return np.logical_and.reduce(np.isin(units, features), axis=1)
+    """Units ``[unit]`` whose rows (and biases, if there are any) of a projection are all zeroed."""
+    masks = alive[anatomy.name(layer, projection)]
+    features = anatomy.unit_features(projection, layer, block=block)  # [unit, feature]
+    return ~(masks["output"] | masks["bias"])[features].any(axis=1)
 
 
 def _restricted(neurons: Neurons, kept: Mapping) -> dict[str, dict[str, list[int]]]:

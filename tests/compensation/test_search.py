@@ -402,7 +402,7 @@ def test_a_search_with_an_out_dir_is_one_run(tmp_path, quick_search):
         ({"steps": 2.5}, "steps is 2.5; expected a whole number"),
         ({"seed": -1}, "seed is -1; expected a whole number"),
         ({"ratio": 0.99}, "cannot be met"),
-        ({"ratio": 1.5}, "expected a share"),
+        ({"ratio": 1.5}, "expected a number of at least 0 and below 1"),
     ],
 )
 def test_bad_arguments_of_a_search(arguments, message):
@@ -431,9 +431,7 @@ def test_predictions_that_are_not_finite():
     model = random_model("llama")
     with torch.no_grad():
         model.model.norm.weight[0] = torch.nan
-    with pytest.raises(
-        ValueError, match="predictions are not finite: check the model"
-    ):
+    with pytest.raises(ValueError, match="predictions are not finite: check the model"):
         lab.search_counts(model, windows(), ratio=0.3, **QUICK, progress=False)
     with torch.inference_mode(), pytest.raises(ValueError, match="a search needs gradients"):
         lab.search_counts(model, windows(), ratio=0.3)

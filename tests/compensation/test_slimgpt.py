@@ -389,7 +389,7 @@ def test_a_broken_layer_is_named():
         ({"ratio": 0.2, "multiple_of": {"fnn": 4}}, "multiple_of has 'fnn'; did you mean 'ffn'"),
         ({"ratoi": 0.2}, "unknown option 'ratoi'; did you mean 'ratio'"),
         ({"parameters": float("nan")}, "parameters is nan; expected a whole number"),
-        ({"ratio": 0.2, "allocation": 3}, "unknown allocation 3"),
+        ({"ratio": 0.2, "allocation": 3}, "allocation is 3; expected"),
         (
             {"counts": {"ffn": [1.5, 0, 0], "attention": [0, 0, 0]}},
             "counts is .* each item a whole number of at least 0",

@@ -187,7 +187,7 @@ def test_everyday_mistakes_get_a_sentence(folder):
     for value in (None, "", 3, ["tiny-llama"]):
         with pytest.raises(TypeError, match=r"name_or_path is .*; expected a path"):
             lab.load_model(value)
-    with pytest.raises(FileNotFoundError, match=r"config.json is a file; expected the folder"):
+    with pytest.raises(FileNotFoundError, match=r"config.json': there is no such folder"):
         lab.load_model(folder / "config.json")
     with pytest.raises(FileNotFoundError, match=r"did you mean its folder model\?"):
         lab.load_model(folder.parent)

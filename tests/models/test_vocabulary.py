@@ -145,15 +145,9 @@ def test_words_whose_parts_are_marked(marks, tiny_domain):
     assert kept[lab.trim_tokenizer(dense, kept)(text)["input_ids"]].tolist() == ids
 
 
-@pytest.mark.parametrize(
-    ("kind", "words"),
-    [
-        ("Unigram", "is Unigram, which"), ("WordPiece", "is WordPiece, which"),
-        ("characters", "is WordLevel, which"), ("Python", "is of a Python tokenizer, which"),
-    ],
-)  # fmt: skip
-def test_what_cannot_be_trimmed_is_named(kind, words, tiny_domain):
-    tokenizer = tokenizer_of(kind)
+@pytest.mark.parametrize("kind", ["Unigram", "WordPiece", "characters", "Python"])
+def test_what_cannot_be_trimmed_is_named(kind, tiny_domain):
+    tokenizer, words = tokenizer_of(kind), "the vocabulary of .* cannot be trimmed; expected byte"
     model = model_of(tokenizer)
     batches = lab.tokenize(tiny_domain.calibration, tokenizer, seq_len=24, max_tokens=240)
     found = lab.collect_statistics(model, batches, progress=False)

@@ -232,7 +232,7 @@ def test_threshold_on_scores(model):
         ({}, "exactly one"),
         ({"ratio": 0.1, "threshold": 0.1}, "exactly one"),
         ({"ratio": 1.0}, "ratio is 1.0"),
-        ({"ratio": 0.1, "allocation": "psychic"}, "unknown allocation"),
+        ({"ratio": 0.1, "allocation": "psychic"}, "allocation is .psychic.; expected"),
         ({"ratio": 0.1, "keep_layers": (2, 1)}, "leaves nothing"),
         ({"parameters": 10}, "cannot be met"),
     ],

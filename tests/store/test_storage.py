@@ -617,7 +617,10 @@ def test_a_changed_conversion_is_set_aside_and_made_again(change, checkpoint):
 def test_a_full_disk_is_named_when_a_model_is_converted(checkpoint):
     entry, _ = checkpoint
     cache_folder()
-    with full_disk(), pytest.raises(WriteFailed, match=r"MiB are needed.*_CACHE") as error:
+    with (
+        full_disk(),
+        pytest.raises(WriteFailed, match=r"could not be written .*; set .*_CACHE") as error,
+    ):
         conversion.converted("x", entry)
     assert one_sentence(error.value) and snapshot(cache_folder()) == {}
 
