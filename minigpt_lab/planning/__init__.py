@@ -1,6 +1,6 @@
 """From thresholds or scores to a pruning plan; allocation of a ratio over layers."""
 
-from .allocations import ALLOCATIONS, BY_DEPTH, RANKINGS, Allocation, allocation_name
+from .allocations import ALLOCATIONS, BY_DEPTH, Allocation, allocation_name
 from .counts import (
     RATIO,
     RATIOS,
