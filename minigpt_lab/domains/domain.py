@@ -160,10 +160,10 @@ def load_domain(
     name, declared = os.fspath(name_or_path), read_toml(DATA / "domains.toml")
     if isinstance(name_or_path, os.PathLike):  # "law" is a shipped domain, Path("law") a folder
         declared = {}
-    if name in declared and not online:
-        return _shipped(name, declared[name])
-    if name in declared:
-        entry = declared[name]
+    entry = declared.get(name)
+    if entry is not None and not online:
+        return _shipped(name, entry)
+    if entry is not None:
         if "hub" not in entry:
             raise ValueError(f"domain {name!r} has no online dataset; load it without online=True")
         facts = {"title": f"{entry['title']} (hub)", "question_sources": entry.get("questions", ())}
@@ -198,11 +198,7 @@ def load_domains(names_or_paths: Iterable[str | os.PathLike]) -> list[Domain]:
     ------
     ValueError
         If two texts that differ have the same name.
-    InvalidArgument
-        If one name is given instead of a list of them.
     """
-    if isinstance(names_or_paths, str | os.PathLike):
-        raise invalid("names_or_paths", names_or_paths, "a list of names", "put it into brackets")
     sources, domains = {}, []
     for source in ListOf(Location())("names_or_paths", names_or_paths):
         domain = load_domain(source)

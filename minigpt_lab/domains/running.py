@@ -32,7 +32,8 @@ class RunningText:
     ids : list of int
         As the tokenizer gives them for the joined text, without special tokens.
     passage : numpy.ndarray
-        The passage in which each token begins, ``[token]``.
+        The passage in which each token begins, ``[token]``; a tokenizer in Python, which has no
+        offsets, tells it only to a few tokens.
     characters : numpy.ndarray
         Characters that each token adds to the text before it, ``[token]``: they sum to the length
         of the text. Of the tokens that spell one character in bytes, the first counts.
@@ -107,8 +108,8 @@ def running_text(
         offsets = np.array(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2)
         passage, edges = _by_offsets(offsets, begins)
     else:
-        counts = [*_tokens_before(passages, ids, tokenizer), len(ids)]
-        passage, edges = _by_counts(np.diff(counts), [*begins, total])
+        counts = _shared_out(passages, len(ids), tokenizer)
+        passage, edges = _by_counts(counts, [*begins, total])
     edges[:1] = 0
     characters = np.diff(np.append(edges, total))
     return RunningText(ids[:limit], passage[:limit], characters[:limit])
@@ -157,58 +158,29 @@ def _encode_first(
         count *= 2
 
 
-def _tokens_before(
-    passages: Sequence[str], ids: list[int], tokenizer: PreTrainedTokenizerBase
-) -> list[int]:
-    """Tokens that begin before each passage, for a tokenizer without offsets."""
-    pieces = [passage + SEPARATOR for passage in passages[:-1]]
-    alone = [encode(text, tokenizer)["input_ids"] for text in [*pieces, *passages[-1:]]]
-    if [token for piece in alone for token in piece] == ids:  # no token crosses
-        return [0, *accumulate(map(len, alone[:-1]))]
-    counts, text, known = [0], "", (0, 0)
-    for piece in pieces:
-        text += piece
-        # The last place at which the text so far is encoded as in the whole: a token ends there.
-        # If that is before the passage's end, the next token begins there and reaches over.
-        near = _last_token_end(text, known, max(known[0] + 1, len(text) - _MARGIN), ids, tokenizer)
-        known = near or _last_token_end(text, (0, 0), 0, ids, tokenizer) or (0, 0)
-        counts.append(known[1] + (known[0] < len(text)))
-    return counts
+def _shared_out(
+    passages: Sequence[str], total: int, tokenizer: PreTrainedTokenizerBase
+) -> np.ndarray:
+    """About so many of `total` tokens are in each passage, for a tokenizer without offsets.
 
-
-def _last_token_end(
-    text: str, known: tuple[int, int], least: int, ids: list[int], tokenizer
-) -> tuple[int, int] | None:
-    """The last place, not before `least`, at which a token ends, and how many tokens end by then.
-
-    Only text after a place that is known is encoded: the whole again and again takes too long.
+    As many as the passage has when it is encoded alone; the few tokens that reach over into the
+    next passage there are taken from all alike.
     """
-    begin, count = known
-    for stop in range(len(text), least - 1, -1):
-        between = encode(text[begin:stop], tokenizer)["input_ids"]
-        if between == ids[count : count + len(between)] and (between or not least):
-            return stop, count + len(between)
-    return None
+    alone = [len(encode(passage + SEPARATOR, tokenizer)["input_ids"]) for passage in passages]
+    ends = np.cumsum(alone)
+    return np.diff(np.round(ends * (total / max(1, ends[-1]))).astype(np.int64), prepend=0)
 
 
 def window_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Ids that the tokenizer puts before every text: ``[bos]`` for some, nothing for most."""
-    around = _with_special_tokens("", tokenizer)
-    if not around:
-        return []
-    # What stands around a text may be in front of it, behind it, or both: ask with a text.
+    # What stands around a text may be in front of it, behind it, or both: look where a text is.
     special = set(tokenizer.all_special_ids)
     for token in range(len(tokenizer)):
         text = "" if token in special else tokenizer.decode([token])
         bare = encode(text, tokenizer)["input_ids"] if text.strip() else []
         if bare and not special & {*bare}:
-            whole = _with_special_tokens(text, tokenizer)
+            whole = tokenizer(text, truncation=False, padding=False, verbose=False)["input_ids"]
             for before in range(len(whole) - len(bare) + 1):
                 if whole[before : before + len(bare)] == bare:
                     return whole[:before]
-    return around[:1] if around[0] == tokenizer.bos_token_id else []
-
-
-def _with_special_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """A text's ids with the special tokens that the tokenizer puts around it."""
-    return tokenizer(text, truncation=False, padding=False, verbose=False)["input_ids"]
+    return []

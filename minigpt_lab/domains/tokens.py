@@ -41,8 +41,8 @@ class Batches(list):
                 "take more tokens or a shorter seq_len"
             )
         size, length = len(self[0]["input_ids"]), len(rows) // count
-        known = (self.source, self.tokenizer, self.merges, self.protected)
-        return [_batches(part, size, *known) for part in rows[: count * length].split(length)]
+        parts = rows[: count * length].split(length)
+        return [_batches(part, size, **vars(self)) for part in parts]
 
 
 @checked(text=Texts(), tokenizer=Tokenizer())
@@ -189,17 +189,21 @@ def tokenize(
         )
     windows = torch.tensor(ids[: count * step]).reshape(-1, step)
     windows = torch.cat([torch.tensor([prefix] * len(windows), dtype=torch.long), windows], 1)
-    source = str(text) if isinstance(text, Part) else "text"
-    merges, protected = merge_table(tokenizer), protected_tokens(tokenizer)
-    return _batches(windows, batch_size, source, tokenizer, merges, protected)
+    return _batches(
+        windows,
+        batch_size,
+        source=str(text) if isinstance(text, Part) else "text",
+        tokenizer=tokenizer,
+        merges=merge_table(tokenizer),
+        protected=protected_tokens(tokenizer),
+    )
 
 
-def _batches(windows: torch.Tensor, size: int, source, tokenizer, merges, protected) -> Batches:
+def _batches(windows: torch.Tensor, size: int, **facts) -> Batches:
     batches = Batches(
         {"input_ids": rows, "attention_mask": torch.ones_like(rows)} for rows in windows.split(size)
     )
-    batches.source, batches.tokenizer = source, tokenizer
-    batches.merges, batches.protected = merges, protected
+    vars(batches).update(facts)
     return batches
 
 
@@ -220,14 +224,12 @@ def unpadded(batches: Iterable[dict[str, torch.Tensor]]) -> Iterator[torch.Tenso
     for place, batch in enumerate(batches):
         check_batch(f"batches[{place}]", batch)
         ids, mask = batch["input_ids"].long(), batch.get("attention_mask")
-        whole = mask is None or bool(mask.all())
-        for part in (
-            (ids,)
-            if whole
-            else (row[real.bool()][None] for row, real in zip(ids, mask, strict=True))
-        ):
-            if part.shape[1] > 1:
+        windows = [ids]
+        if mask is not None and not mask.all():
+            windows = [row[real.bool()][None] for row, real in zip(ids, mask, strict=True)]
+        for window in windows:
+            if window.shape[1] > 1:
                 found = True
-                yield part
+                yield window
     if not found:
         raise ValueError("no tokens: batches is empty, all padding, or of single tokens")

@@ -2,46 +2,42 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import os
+import warnings
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..checks import suggest
+import pandas as pd
+
+from ..checks import first_line, suggest
 from ..store import parse_json, read_text
 
 _TEXTS = (".txt", ".text", ".md", ".markdown", ".rst")
 _ROWS = (".jsonl", ".ndjson", ".json")
 _TABLES = (".csv", ".tsv")
 FILES = (*_TEXTS, *_ROWS, *_TABLES)
-_KINDS = f"a .txt, .jsonl or .csv file (or {', '.join(FILES)})"
 QUESTIONS = ("questions.jsonl", "questions.json")  # asked, never read as text
 _CHATS = ("messages", "conversations", "conversation", "dialogue", "dialog")
-_PAIRS = (  # columns of one text, in its order; those in brackets may be absent
+_PAIRS = (  # columns of one text, in its order; between the first and the last any may be absent
     ("prompt", "response"),
     ("prompt", "completion"),
-    ("instruction", "(input)", "output"),
-    ("instruction", "(input)", "response"),
+    ("instruction", "input", "output"),
+    ("instruction", "input", "response"),
 )
 _HEADER = 60  # characters; what is longer names no column
 
 
-class Skipped(dict[str, list[str]]):
-    """Names of skipped things by the reason; its text is one clause of a sentence."""
-
-    def add(self, reason: str, *names: str) -> None:
-        """Note names under a reason, such as ``files of other kinds``."""
-        self.setdefault(reason, []).extend(names)
-
-    def __str__(self) -> str:
-        clauses = []
-        for reason, names in self.items():
-            distinct = list(dict.fromkeys(names))
-            some = ", ".join(distinct[:3] + ["…"] * (len(distinct) > 3))
-            clauses += [f"{reason} ({len(names):,}: {some})"] if names else []
-        return ", ".join(clauses)
+def skipped_note(skipped: Mapping[str, Sequence[str]]) -> list[str]:
+    """A note on the names of skipped things, by the reason; none if nothing was skipped."""
+    clauses = []
+    for reason, names in skipped.items():
+        distinct = list(dict.fromkeys(names))
+        some = ", ".join(distinct[:3] + ["…"] * (len(distinct) > 3))
+        clauses += [f"{reason} ({len(names):,}: {some})"] if names else []
+    return [f"skipped {', '.join(clauses)}"] if clauses else []
 
 
 def find_questions(folder: Path) -> Path | None:
@@ -73,75 +69,61 @@ def read_path(path: Path, column: str | None) -> tuple[list[str], list[str]]:
 
     Raises
     ------
-    FileNotFoundError
-        If a folder holds no text.
     ValueError
         If a file cannot be read, or its column of texts cannot be told.
     """
-    skipped, remarks, documents, tables = Skipped(), [], [], 0
-    folder = path.is_dir()
-    files = list(_walk(path, skipped)) if folder else [path]
-    for file in files:
-        kind, name = file.suffix.lower(), file.relative_to(path).as_posix() if folder else ""
+    skipped: dict[str, list[str]] = defaultdict(list)
+    documents, joined, tables = [], {}, 0
+    for file in _walk(path, skipped) if path.is_dir() else [path]:
+        kind = file.suffix.lower()
+        name = file.name if file == path else file.relative_to(path).as_posix()
         if kind not in FILES:
-            raise ValueError(f"{file}: expected {_KINDS}, got {kind or 'none'!r}")
+            raise ValueError(f"{file}: expected a file of {', '.join(FILES)}, got {kind or 'none'}")
         text = read_text(file)
         if not text.strip():
-            skipped.add("files without text", name or file.name)
-            continue
-        if kind in _TEXTS:
+            skipped["files without text"].append(name)
+        elif kind in _TEXTS:
             documents.append(text)
-            continue
-        tables += 1
-        rows = _cells(text, file) if kind in _TABLES else [*json_rows(text, file).values()]
-        try:
+        else:
+            tables += 1
+            rows = _cells(text, file) if kind in _TABLES else [*json_rows(text, file).values()]
             texts, columns = row_texts(rows, column and [column], str(file))
-        except NoTexts:
-            if not folder:
-                raise
-            skipped.add("tables without a column of texts", name)
-            continue
-        documents += filter(None, texts)
-        skipped.add("rows without text", *[name or file.name] * texts.count(""))
-        if len(columns) > 1:
-            remarks.append(f"read {' and '.join(columns)} of each row as one text")
-    if column is not None and files and not tables:
+            if any(texts):
+                documents += filter(None, texts)
+                skipped["rows without text"] += [name] * texts.count("")
+            else:
+                skipped["tables without a column of texts"].append(name)
+            if len(columns) > 1:
+                joined[f"read {' and '.join(columns)} of each row as one text"] = True
+    if column is not None and documents and not tables:
         raise ValueError(f"column is {column!r}, but {path} holds no table; leave column out")
-    notes = [f"skipped {skipped}"] if str(skipped) else []
-    if not documents and folder:
-        more = f" ({notes[0]})" if notes else ""
-        raise FileNotFoundError(f"{path} holds no .txt, .jsonl or .csv file with text{more}")
-    return documents, notes + list(dict.fromkeys(remarks))
+    return documents, skipped_note(skipped) + list(joined)
 
 
-def _walk(root: Path, skipped: Skipped) -> Iterator[Path]:
+def _walk(root: Path, skipped: Mapping[str, list[str]]) -> Iterator[Path]:
     """Files of texts in a folder and below, in the order of their names."""
     seen = set()
-
-    def unreadable(error: OSError) -> None:
-        skipped.add("folders that cannot be read", Path(error.filename).name)
-
-    for place, folders, names in os.walk(root, onerror=unreadable, followlinks=True):
-        here = Path(place).stat()
-        if (here.st_dev, here.st_ino) in seen:  # a link to a folder read before, or around it
+    unreadable = skipped["folders that cannot be read"]
+    for place, folders, names in os.walk(
+        root, onerror=lambda error: unreadable.append(error.filename), followlinks=True
+    ):
+        real = os.path.realpath(place)
+        if real in seen:  # a link to a folder read before, or around it
             folders.clear()
             continue
-        seen.add((here.st_dev, here.st_ino))
-        hidden = [name for name in (*folders, *names) if _is_hidden(name)]
-        skipped.add("hidden files, folders and backups", *sorted(hidden))
-        folders[:] = sorted(set(folders) - set(hidden))
-        for name in sorted(set(names) - set(hidden)):
+        seen.add(real)
+        hidden = {name for name in (*folders, *names) if _is_hidden(name)}
+        skipped["hidden files, folders and backups"] += sorted(hidden)
+        folders[:] = sorted(set(folders) - hidden)
+        for name in sorted(set(names) - hidden):
             path = Path(place, name)
-            if path.suffix.lower() not in FILES:
-                skipped.add("files of other kinds", name)
+            questions = name.lower() in QUESTIONS
+            if path.suffix.lower() not in FILES or (questions and path.parent != root):
+                skipped["files of other kinds"].append(name)
             elif not os.path.isfile(path):  # noqa: PTH113, is_file may raise
-                skipped.add("links to nothing, pipes or devices", name)
-            elif name.lower() not in QUESTIONS:
+                skipped["links to nothing, pipes or devices"].append(name)
+            elif not questions:
                 yield path
-            elif path.parent != root:
-                skipped.add(
-                    "files of questions in folders below", path.relative_to(root).as_posix()
-                )
 
 
 def _is_hidden(name: str) -> bool:
@@ -184,32 +166,22 @@ def _cells(text: str, file: Path) -> list[dict[str, str]]:
     """Rows of a table with a header line, separated by commas, semicolons or tabs."""
     first = text.lstrip().partition("\n")[0]
     separator = "\t" if file.suffix.lower() == ".tsv" else max(",;\t", key=first.count)
-    limit = csv.field_size_limit(len(text) + 1)
     try:
-        reader = csv.reader(
-            io.StringIO(text.lstrip(), newline=""), strict=True, delimiter=separator
-        )
-        header, rows = [name.strip() for name in next(reader)], []
-        if len(set(header)) < len(header) or max(map(len, header)) > _HEADER:
-            raise ValueError(f"{file}: its first line is no header with a name for every column")
-        for cells in filter(None, reader):
-            if len(cells) > len(header):
-                raise ValueError(
-                    f"{file}, line {reader.line_num}: {len(cells)} cells, but the header names "
-                    f"{len(header)}; put a text that holds {separator!r} in quotes"
-                )
-            rows.append(dict(zip(header, cells, strict=False)))
-    except csv.Error as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)  # more cells than columns
+            # all cells are strings, also those that pandas takes for numbers or missing ones
+            table = pd.read_csv(
+                io.StringIO(text), sep=separator, dtype=str, keep_default_na=False, index_col=False
+            )
+    except (pd.errors.ParserError, pd.errors.ParserWarning) as error:
         raise ValueError(
-            f"{file} cannot be read as {file.suffix} (line {reader.line_num}: {error})"
+            f"{file} cannot be read as {file.suffix} ({first_line(error)}); put a text that holds "
+            f"{separator!r} in quotes"
         ) from None
-    finally:
-        csv.field_size_limit(limit)
-    return rows
-
-
-class NoTexts(ValueError):
-    """A table has no column of texts."""
+    table.columns = table.columns.str.strip()
+    if max(map(len, table.columns)) > _HEADER:
+        raise ValueError(f"{file}: its first line is no header with a name for every column")
+    return table.to_dict("records")
 
 
 def row_texts(
@@ -228,8 +200,6 @@ def row_texts(
 
     Raises
     ------
-    NoTexts
-        If no column holds texts.
     ValueError
         If a column is missing, or there are several to choose from.
     """
@@ -238,15 +208,8 @@ def row_texts(
     for name in columns or ():
         if name not in names:
             raise ValueError(f"{what} has no column {name!r}; {suggest(name, names)}")
-    if names and columns is None:
-        columns = _text_columns(tables, names, what)
-    texts = [_row_text(row, columns or ()) for row in rows]
-    if not any(texts):
-        raise NoTexts(
-            f"{what} has no column of texts; its columns are {', '.join(names)}: is the first "
-            "line a header?"
-        )
-    return texts, columns or ()
+    columns = columns or _text_columns(tables, names, what)
+    return [_row_text(row, columns) for row in rows], columns
 
 
 def _text_columns(tables: list[Mapping], names: list[str], what: str) -> tuple[str, ...]:
@@ -255,9 +218,8 @@ def _text_columns(tables: list[Mapping], names: list[str], what: str) -> tuple[s
     for name in (*(n for n in texts if n.lower() == "text"), *(c for c in _CHATS if c in texts)):
         return (name,)
     for pair in _PAIRS:
-        needed = {name for name in pair if name[0] != "("}
-        if needed <= set(texts):
-            return tuple(n for n in (name.strip("()") for name in pair) if n in texts)
+        if {pair[0], pair[-1]} <= set(texts):
+            return tuple(name for name in pair if name in texts)
     if len(texts) > 1:
         raise ValueError(f"{what}: say which column holds the text (column=…): {', '.join(texts)}")
     return tuple(texts)
