@@ -5,22 +5,14 @@ from __future__ import annotations
 import torch
 
 from ..checks import Flag, OneOf, checked
-from ..models import Anatomy
 from .scores import criterion
 from .units import input_norms, known_statistics, unit_scores
 
 
 @criterion("fluctuation")
-@checked(metric=OneOf(("IFV", "WIFV", "WIFN")), standardise=Flag(), square_attention=Flag())
+@checked(metric=OneOf(("IFV", "WIFV", "WIFN")), standardise=Flag())
 def fluctuation_scores(
-    model,
-    batches=None,
-    statistics=None,
-    *,
-    sites,
-    metric: str = "WIFV",
-    standardise: bool = True,
-    square_attention: bool = True,
+    model, batches=None, statistics=None, *, sites, metric: str = "WIFV", standardise: bool = True
 ):
     """FLAP's metric (arXiv 2312.11983) of the features that o and down read, summed over a unit.
 
@@ -43,10 +35,7 @@ def fluctuation_scores(
         Standardise the features' metric in every layer, ``(S - mean) / std`` (std with n - 1, as in
         the released code), so that layers and sites can be compared. The paper's adaptive structure
         does so, with the allocation ``"global-as-scored"``. As there, a unit's score is then the
-        mean over its features instead of the sum.
-    square_attention : bool
-        Square the metric of attention before it is standardised, as the released code does. No
-        effect without `standardise`.
+        mean over its features instead of the sum, and attention's metric is squared before.
 
     Raises
     ------
@@ -54,17 +43,12 @@ def fluctuation_scores(
         If there is no data or the metric is unknown.
     """
     statistics = known_statistics(model, batches, statistics)
-    anatomy = Anatomy(model)
-    attention = {
-        anatomy.name(layer, anatomy.family.consumes["attention"])
-        for layer in range(len(anatomy.layers))
-    }
 
     def fluctuation(linear):
         S = _metric(metric, linear, statistics)  # [input]
         if not standardise:
             return S
-        if square_attention and linear.name in attention:
+        if linear.site != "ffn":
             S = S.square()
         std = float(S.std()) if len(S) > 1 else 0.0
         return (S - S.mean()) / (std or 1.0)  # [input]

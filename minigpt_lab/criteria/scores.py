@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from ..checks import (
     Flag,
     Function,
     Instance,
-    InvalidArgument,
     ListOf,
     Location,
     Model,
@@ -29,20 +28,12 @@ from ..checks import (
     Text,
     as_json,
     checked,
-    suggest,
     to_python,
     writable_folder,
 )
+from ..domains import unpadded
 from ..models import ALL_SITES, SITES, Anatomy, fingerprint, require_weights
-from ..store import (
-    DamagedFile,
-    cache_folder,
-    cache_key,
-    cached,
-    content_hash,
-    read_tensors,
-    write_tensors,
-)
+from ..store import cache_folder, cache_key, cached, content_hash, read_tensors, write_tensors
 from .units import chosen_sites
 
 
@@ -154,7 +145,6 @@ class Scores:
 
 #: Criteria by name; see `criterion` for their signature.
 CRITERIA: dict[str, Callable[..., dict[str, list[np.ndarray]]]] = {}
-_PARAMETERS = ("model", "batches", "statistics", "sites")  # what a criterion takes beside options
 
 
 def criterion(name: str) -> Callable:
@@ -228,9 +218,9 @@ def score(
     Raises
     ------
     ValueError
-        If the criterion, a site or a kind of units is unknown, the model has but one query head
-        per group to remove in balance, a criterion lacks its data or does not give every unit a
-        finite score.
+        If the criterion, a site, a kind of units or an option is unknown, the model has but one
+        query head per group to remove in balance, a criterion lacks its data or does not give
+        every unit a finite score.
     RuntimeError
         If the criterion changed the model.
     """
@@ -238,63 +228,42 @@ def score(
     if statistics is not None:
         statistics.require(model)
     options = {key: to_python(value) for key, value in options.items()}
-    _check_options(criterion, options)
     facts = {"model_hash": fingerprint(model), "options": as_json(options)}
     facts |= _text_facts(batches, statistics)
-    path = _cache_file(cache, criterion, sites, facts, options)
-
-    def load(path: Path) -> Scores:
-        scores = Scores.load(path)
-        try:
-            _as_arrays(criterion, model, sites, scores.values)
-        except ValueError as error:
-            raise DamagedFile(f"{path} holds other scores than it should ({error})") from error
-        return scores
 
     def compute() -> Scores:
-        values = _run(criterion, model, batches, statistics, sites, options)
+        try:
+            values = CRITERIA[criterion](model, batches, statistics, sites=sites, **options)
+        except (ValueError, TypeError) as error:  # wrong options, or none of the data it needs
+            raise ValueError(f"the {criterion} criterion: {error}") from error
         if fingerprint(model) != facts["model_hash"]:
             raise RuntimeError(f"the {criterion} criterion changed the model's weights")
         return Scores(criterion, _as_arrays(criterion, model, sites, values), **facts)
 
-    return cached(path, compute, load, Scores.save)
-
-
-def _check_options(name: str, options: Mapping[str, object]) -> None:
-    """Refuse an option that the criterion does not take."""
-    parameters = inspect.signature(CRITERIA[name]).parameters.values()
-    if any(each.kind is each.VAR_KEYWORD for each in parameters):
-        return
-    own = [each.name for each in parameters if each.name not in _PARAMETERS]
-    for option in options:
-        if option not in own:
-            hint = suggest(option, own) if own else "it takes none"
-            raise InvalidArgument(f"the {name} criterion has no option {option!r}; {hint}")
+    path = _cache_file(cache, criterion, sites, facts, options)
+    return cached(path, compute, Scores.load, Scores.save)
 
 
 def _text_facts(batches: Iterable[dict] | None, statistics: Statistics | None) -> dict:
     """Name, hash and length of the text behind statistics, batches or both."""
-    texts = []
+    texts: dict[str, tuple[str, int]] = {}  # hash to name and number of tokens
     if statistics is not None:
-        texts.append((statistics.domain, statistics.content_hash, statistics.n_tokens))
+        texts[statistics.content_hash] = statistics.domain, statistics.n_tokens
     if batches is not None:
-        n_tokens = sum(
-            batch["input_ids"].numel() if mask is None else int(mask.sum())
-            for batch, mask in ((batch, batch.get("attention_mask")) for batch in batches)
-        )
-        texts.append((getattr(batches, "source", ""), tokens_hash(batches), n_tokens))
+        n_tokens = sum(ids.numel() for ids in unpadded(batches))
+        texts[tokens_hash(batches)] = getattr(batches, "source", ""), n_tokens
     if not texts:
         return {}
-    domains, hashes, counts = zip(*dict.fromkeys(texts), strict=True)
+    hashes, names, counts = [*texts], *zip(*texts.values(), strict=True)
     return {
-        "domain": " + ".join(dict.fromkeys(filter(None, domains))),
+        "domain": " + ".join(dict.fromkeys(filter(None, names))),
         "content_hash": hashes[0] if len(hashes) == 1 else content_hash(hashes),
         "n_tokens": sum(counts),
     }
 
 
 def _cache_file(
-    cache, name: str, sites: tuple[str, ...], facts: dict, options: dict
+    cache: bool | str | os.PathLike, name: str, sites: tuple[str, ...], facts: dict, options: dict
 ) -> Path | None:
     """Path of these scores in the cache; None if they are not to be cached."""
     if cache is False:
@@ -307,65 +276,35 @@ def _cache_file(
         # could differ.
         return None
     folder = cache_folder() / "scores" if cache is True else writable_folder(cache)
-    key = cache_key(name, code, sites, facts)
-    return folder / f"{name}-{key[:16]}.safetensors"
+    return folder / f"{name}-{cache_key(name, code, sites, facts)[:16]}.safetensors"
 
 
-def _run(name: str, model, batches, statistics, sites, options) -> object:
-    """Call a criterion; name it in the error if it fails."""
-    try:
-        return CRITERIA[name](model, batches, statistics, sites=sites, **options)
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except ValueError as error:
-        kind = InvalidArgument if isinstance(error, InvalidArgument) else ValueError
-        raise kind(f"the {name} criterion: {error}") from error
-    except Exception as error:
-        raise RuntimeError(
-            f"the {name} criterion failed with {type(error).__name__}: {error}"
-        ) from error
-
-
-def _as_arrays(name: str, model: PreTrainedModel, sites: Sequence[str], values: Any) -> dict:
+def _as_arrays(
+    name: str, model: PreTrainedModel, sites: Sequence[str], values: Any
+) -> dict[str, list[np.ndarray]]:
     """Convert a criterion's values to arrays ``[unit]``; every unit must have a finite score."""
-    # 1. One entry per site, each a list of layers.
-    are_lists = isinstance(values, Mapping) and all(map(np.iterable, values.values()))
-    if not are_lists or {*values} != {*sites}:
-        given = [*values] if isinstance(values, Mapping) else values
-        raise ValueError(
-            f"the {name} criterion gives {given!r}; expected one array per layer for each of "
-            f"{[*sites]}"
-        )
-    arrays = {site: [_as_array(name, site, layer) for layer in values[site]] for site in sites}
-    # 2. As many layers and units as the model has, and finite scores.
-    anatomy = Anatomy(model)
-    for site, layers in arrays.items():
+    anatomy, arrays = Anatomy(model), {}
+    for site in sites:
         totals = anatomy.units(site)
-        if len(layers) != len(totals):
+        try:
+            arrays[site] = [_as_array(layer) for layer in values[site]]
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{name} gives {site} scores of {len(layers)} layers; expected {len(totals)}"
+                f"the {name} criterion gives no {site} scores that are numbers; expected one array "
+                f"[unit] for each of {len(totals)} layers"
+            ) from error
+        if [array.shape for array in arrays[site]] != [(total,) for total in totals]:
+            raise ValueError(
+                f"the {name} criterion gives other {site} scores than one for each unit of every "
+                f"layer; expected arrays of length {totals[:3]}…"
             )
-        for layer, (array, total) in enumerate(zip(layers, totals, strict=True)):
-            if array.shape != (total,):
-                raise ValueError(
-                    f"{name} gives {site} scores of shape {array.shape} in layer {layer}; expected "
-                    f"one for each of its {total} units"
-                )
-            if not np.isfinite(array).all():
-                raise ValueError(f"{name} gives NaN or infinite {site} scores in layer {layer}")
+        if not np.isfinite(np.concatenate(arrays[site])).all():
+            raise ValueError(f"the {name} criterion gives NaN or infinite {site} scores")
     return arrays
 
 
-def _as_array(name: str, site: str, values: object) -> np.ndarray:
-    """Convert one layer's scores (tensor, array, or list of numbers or tensors) to float64."""
-    try:
-        if isinstance(values, torch.Tensor):
-            return values.detach().cpu().double().numpy()
-        if isinstance(values, list | tuple):
-            values = [float(each) for each in values]
-        return np.asarray(values, dtype=float)
-    except (TypeError, ValueError) as error:
-        raise InvalidArgument(
-            f"{name} gives {site} scores that are no numbers ({error}); expected one array [unit] "
-            "per layer"
-        ) from error
+def _as_array(values: Any) -> np.ndarray:
+    """One layer's scores (a tensor, an array or a list) as float64."""
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu().double()
+    return np.asarray(values, dtype=float)

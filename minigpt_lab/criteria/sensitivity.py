@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..calibration import collect_gradients, estimate_gradients
 from ..checks import Flag, Integer, Number, OneOf, checked
 from .scores import criterion
-from .units import REDUCE, SCOPE, input_norms, known_statistics, scored_layers, unit_scores
+from .units import REDUCE, input_norms, known_statistics, scored_layers, unit_scores
 
 #: MINI-LLM's setting, for `score` and for `plan_from_scores`: the first four and the last three
 #: layers are not pruned.
@@ -16,12 +16,10 @@ MINI_LLM = {"score": {"gradient": "zeroth-order", "reduce": "max"}, "plan": {"ke
 @checked(
     gradient=OneOf(("zeroth-order", "backprop", "none")),
     reduce=REDUCE,
-    scope=SCOPE,
     eps=Number(above=0),
     n_directions=Integer(1),
     per_sample=Flag(),
     seed=Integer(0),
-    gradient_checkpointing=Flag(),
 )
 def sensitivity_scores(
     model,
@@ -31,12 +29,10 @@ def sensitivity_scores(
     sites,
     gradient: str = "zeroth-order",
     reduce: str = "max",
-    scope: str = "coupled",
     eps: float = 1e-3,
     n_directions: int = 1,
     per_sample: bool = True,
     seed: int = 0,
-    gradient_checkpointing: bool = False,
 ):
     """``Σ |W_ij| · ‖X_j‖₂ · |g_ij|`` over each structure of a unit; the maximum of these.
 
@@ -55,12 +51,8 @@ def sensitivity_scores(
         Source of g. ``"none"`` leaves the factor out: Wanda's score of coupled structures.
     reduce : {"max", "sum", "mean", "prod", "last"}
         Reduction over the structures of a unit.
-    scope : {"coupled", "consumer"}
-        All weights of a unit, or the o/down columns only.
     eps, n_directions, per_sample, seed
         Options of the zeroth-order estimate, see `spsa.estimate_gradients`.
-    gradient_checkpointing : bool
-        For ``"backprop"``: trade time for memory.
 
     Raises
     ------
@@ -70,9 +62,9 @@ def sensitivity_scores(
     if gradient != "none" and batches is None:
         raise ValueError(f"gradient={gradient!r} needs batches: statistics hold no gradients")
     statistics = known_statistics(model, batches, statistics)
-    names = list(scored_layers(model, sites, scope))
+    names = list(scored_layers(model, sites))
     if gradient == "backprop":
-        g = collect_gradients(model, batches, names, gradient_checkpointing=gradient_checkpointing)
+        g = collect_gradients(model, batches, names)
     elif gradient == "zeroth-order":
         directions = {"n_directions": n_directions, "per_sample": per_sample, "seed": seed}
         g = estimate_gradients(model, batches, names, eps=eps, **directions)
@@ -83,4 +75,4 @@ def sensitivity_scores(
             S = S * linear.oriented(g[linear.name]).abs()
         return linear.per_feature(S)
 
-    return unit_scores(model, sites, sensitivity, scope=scope, reduce=reduce)
+    return unit_scores(model, sites, sensitivity, reduce=reduce)

@@ -5,14 +5,13 @@ from __future__ import annotations
 from ..calibration import collect_gradients
 from ..checks import Flag, OneOf, checked
 from .scores import criterion
-from .units import REDUCE, SCOPE, scored_layers, unit_scores
+from .units import REDUCE, scored_layers, unit_scores
 
 
 @criterion("taylor")
 @checked(
     variant=OneOf(("vector", "element1", "element2", "mix")),
     reduce=REDUCE,
-    scope=SCOPE,
     gradient_checkpointing=Flag(),
 )
 def taylor_scores(
@@ -23,7 +22,6 @@ def taylor_scores(
     sites,
     variant: str = "element1",
     reduce: str = "sum",
-    scope: str = "coupled",
     gradient_checkpointing: bool = False,
 ):
     """Terms of ``L(W = 0) - L(W)``, reduced over the structures of a unit (arXiv 2305.11627, §3.2).
@@ -50,8 +48,6 @@ def taylor_scores(
         Reduction over the structures of a unit; LLM-Pruner sums. As in its code structures are
         reduced channel by channel, and a head is the sum of its channels. With grouped queries, the
         channels of a group's query heads are added up first.
-    scope : {"coupled", "consumer"}
-        All weights of a unit, or the o/down columns only.
     gradient_checkpointing : bool
         Trade time for memory.
 
@@ -65,7 +61,7 @@ def taylor_scores(
     gradients = collect_gradients(
         model,
         batches,
-        list(scored_layers(model, sites, scope)),
+        list(scored_layers(model, sites)),
         squares=variant in ("element2", "mix"),
         gradient_checkpointing=gradient_checkpointing,
     )
@@ -80,4 +76,4 @@ def taylor_scores(
         second = W.square() * linear.oriented(gradients.square[linear.name])  # W² F
         return linear.per_feature(second if variant == "element2" else (first - second / 2).abs())
 
-    return unit_scores(model, sites, loss_change, scope=scope, reduce=reduce, by_channel=True)
+    return unit_scores(model, sites, loss_change, reduce=reduce, by_channel=True)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
 
 from ..calibration import Statistics, collect_statistics
 from ..checks import ListOf, OneOf, checked
@@ -72,30 +70,25 @@ def input_norms(statistics: Statistics, name: str) -> np.ndarray:
     return np.sqrt(statistics.mean(name, "input", "square") * statistics.n_tokens)
 
 
-@dataclass(frozen=True)
 class ScoredLinear:
     """A linear layer as a criterion sees it, with its weight as ``W [output, input]``.
 
-    Parameters
+    Attributes
     ----------
-    name : str
-        Full name.
+    name, site : str
+        Full name, and the site whose units are scored.
     module : torch.nn.Module
         The layer; some families store the weight transposed.
     side : {"input", "output"}
         Whether units are columns of W (``"input"``) or rows (``"output"``).
     """
 
-    name: str
-    module: nn.Module
-    side: str
-
-    @classmethod
-    def of(
-        cls, anatomy: Anatomy, layer: int, projection: Projection, side: str = "input"
-    ) -> ScoredLinear:
-        """Make one of a projection of a decoder layer, by default of one that reads units."""
-        return cls(anatomy.name(layer, projection), anatomy.module(layer, projection), side)
+    def __init__(
+        self, anatomy: Anatomy, layer: int, site: str, projection: Projection, side: str = "input"
+    ):
+        self.name = anatomy.name(layer, projection)
+        self.module = anatomy.module(layer, projection)
+        self.site, self.side = site, side
 
     @property
     def W(self) -> torch.Tensor:
@@ -161,22 +154,16 @@ def unit_scores(
     scores: dict[str, list[np.ndarray]] = {site: [] for site in sites}
     for layer in range(len(anatomy.layers)):
         for site in sites:
-            structures = list(_structures(anatomy, layer, site, scope, feature_scores))
+            structures = []  # [structure]: scores [unit, feature]
+            for projection, side in _projections(anatomy, site, scope):
+                of_features = feature_scores(ScoredLinear(anatomy, layer, site, projection, side))
+                of_features = torch.as_tensor(of_features).detach().cpu().double().numpy()
+                for block in projection.unit_blocks:
+                    features = anatomy.unit_features(projection, layer, block=block)
+                    structures.append(of_features[features])
             values = _reduced(structures, reduce, by_channel)  # [unit]
-            n_features = structures[0].shape[1]
-            scores[site].append(values / n_features if average else values)
+            scores[site].append(values / structures[0].shape[1] if average else values)
     return scores
-
-
-def _structures(
-    anatomy: Anatomy, layer: int, site: str, scope: str, feature_scores: Callable
-) -> Iterator[np.ndarray]:
-    """Score the features of every structure of a layer's units; yields ``[unit, feature]``."""
-    for projection, side in _projections(anatomy, site, scope):
-        scores = feature_scores(ScoredLinear.of(anatomy, layer, projection, side))
-        scores = torch.as_tensor(scores).detach().cpu().double().numpy()  # [feature]
-        for block in projection.unit_blocks:
-            yield scores[anatomy.unit_features(projection, layer, block=block)]
 
 
 def _reduced(structures: list[np.ndarray], reduce: str, by_channel: bool) -> np.ndarray:

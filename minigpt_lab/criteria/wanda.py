@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..calibration import FeatureSums, LayerRunner, catch_inputs
+from ..calibration import LayerRunner, catch_inputs, watch
 from ..checks import Number, checked, restore_on_exit
 from ..models import Anatomy, inference, weight_axis
 from ..store import Shards
@@ -65,13 +65,13 @@ def _sequential_norms(model, batches, sites, ratio: float) -> dict[str, np.ndarr
         calls = catch_inputs(model, batches, hidden)
         for layer in range(len(anatomy.layers)):
             runner = LayerRunner(anatomy, layer, hidden, calls)
-            projections = [anatomy.family.consumes[site] for site in sites]
-            linears = [ScoredLinear.of(anatomy, layer, each) for each in projections]
+            readers = {site: anatomy.family.consumes[site] for site in sites}
+            linears = [ScoredLinear(anatomy, layer, *each) for each in readers.items()]
             # 1. Norms of this layer, not yet pruned.
             norms |= _layer_norms(runner, linears)
             # 2. Prune it by zeroing columns.
-            for linear, projection in zip(linears, projections, strict=True):
-                features = anatomy.unit_features(projection, layer)
+            for linear in linears:
+                features = anatomy.unit_features(readers[linear.site], layer)
                 _zero_lowest(linear, norms[linear.name], features, ratio)
             # 3. Its outputs are the next layer's inputs.
             if layer + 1 < len(anatomy.layers):
@@ -81,17 +81,20 @@ def _sequential_norms(model, batches, sites, ratio: float) -> dict[str, np.ndarr
 
 def _layer_norms(runner: LayerRunner, linears: Sequence[ScoredLinear]) -> dict[str, np.ndarray]:
     """``‖X_j‖₂`` for some linear layers of one decoder layer, over all windows."""
-    feature_sums = FeatureSums({linear.name: linear.module for linear in linears})
-    with feature_sums.watching():
+    squares: dict[str, np.ndarray] = {}
+
+    def add(name: str, X: torch.Tensor) -> None:
+        """Add a window's ``Σ_t X_tj²``, of X ``[…, input]``."""
+        X = X.detach().float().flatten(0, -2)  # [token, input]
+        squares[name] = squares.get(name, 0) + X.square().sum(0).cpu().double().numpy()
+
+    with watch({linear.name: linear.module for linear in linears}, before=add):
         for window in range(len(runner.hidden)):
             runner.run(window)
-    norms = {}
-    for (name, side), (_, _, squares, *_) in feature_sums.tables().items():
-        if side == "input":
-            if not np.isfinite(squares).all():
-                raise ValueError(f"{name} has NaN or infinite values at its input")
-            norms[name] = np.sqrt(squares)
-    return norms
+    for name, total in squares.items():
+        if not np.isfinite(total).all():
+            raise ValueError(f"{name} has NaN or infinite values at its input")
+    return {name: np.sqrt(total) for name, total in squares.items()}
 
 
 def _zero_lowest(

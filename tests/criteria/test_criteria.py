@@ -184,15 +184,15 @@ def test_every_file_with_a_criterion_is_imported():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (None, "gives None; expected one array per layer for each of"),
-        ({"ffn": []}, r"gives \['ffn'\]; expected .* \['ffn', 'attention'\]"),
-        ({"ffn": [[0]], "attention": [[0]]}, "ffn scores of 1 layers; expected 3"),
-        ({"ffn": [[0]] * 3, "attention": []}, r"ffn .*shape \(1,\) in layer 0; .* its \d+ units"),
+        (None, "gives no ffn scores that are numbers; expected one array"),
+        ({"attention": []}, "gives no ffn scores"),
+        ({"ffn": [[0]], "attention": [[0]]}, "gives other ffn scores than one for each unit"),
+        ({"ffn": [[0]] * 3, "attention": []}, r"gives other ffn .*; expected arrays of length \["),
     ],
 )
 def test_scores_for_other_units_are_refused(model, given, message):
     lab.criterion("short")(lambda *_, sites: given)
-    with pytest.raises(ValueError, match=f"short .*{message}"):
+    with pytest.raises(ValueError, match=f"the short criterion {message}"):
         lab.score(model, "short")
 
 
@@ -209,7 +209,7 @@ def test_scores_that_are_no_numbers_are_refused(model):
     def lost(model, batches=None, statistics=None, *, sites):
         return {site: [np.full(n, np.nan) for n in Anatomy(model).units(site)] for site in sites}
 
-    with pytest.raises(ValueError, match="lost gives NaN"):
+    with pytest.raises(ValueError, match="the lost criterion gives NaN"):
         lab.score(model, "lost")
 
 
@@ -297,11 +297,13 @@ def tensors(model, **options):
     [
         (lambda model: tensors(model), None),
         (lambda model: tensors(model, dtype=torch.bfloat16), None),
-        (lambda model: {"ffn": [["a"] * 20] * 3}, "mine gives ffn scores that are no numbers"),
-        (lambda model: {"ffn": None}, "the mine criterion gives"),
-        (lambda model: {"ffn": [np.full(20, np.nan)] * 3}, "mine gives NaN"),
-        (lambda model: {}["x"], "the mine criterion failed with KeyError"),
-        (lambda model: model.nothing, "the mine criterion failed with AttributeError"),
+        (
+            lambda model: {"ffn": [["a"] * 20] * 3},
+            "mine criterion gives no ffn scores that are",
+        ),
+        (lambda model: {"ffn": None}, "mine criterion gives no ffn scores"),
+        (lambda model: {"ffn": [np.full(20, np.nan)] * 3}, "mine criterion gives NaN"),
+        (lambda model: float("x"), "the mine criterion: could not convert"),
     ],
 )
 def test_what_a_users_criterion_gives_is_checked_and_named(gives, words):
@@ -311,7 +313,7 @@ def test_what_a_users_criterion_gives_is_checked_and_named(gives, words):
         scores = lab.score(model, "mine", sites=("ffn",))
         assert lab.plan_from_scores(model, scores, ratio=0.5)
         return
-    with pytest.raises((ValueError, RuntimeError), match=words) as error:
+    with pytest.raises(ValueError, match=words) as error:
         lab.score(model, "mine", sites=("ffn",))
     assert "\n" not in str(error.value)
 
@@ -320,7 +322,7 @@ def test_scores_changed_by_hand_give_no_plan():
     model = random_model("llama")
     scores = lab.score(model, "random")
     for ffn in ([np.full(20, np.nan)] * 3, [np.ones(19)] * 3, [np.ones(20)] * 2):
-        with pytest.raises(ValueError, match="random gives"):
+        with pytest.raises(ValueError, match="the random criterion gives"):
             lab.plan_from_scores(model, replace(scores, values={"ffn": ffn}), ratio=0.5)
 
 
@@ -331,5 +333,7 @@ def test_numbers_of_numpy_and_torch_end_up_as_plain_ones():
         model, scores, ratio=np.float32(0.5), keep_layers=np.array([1, 0]), allocation=torch.ones(3)
     )
     assert json.loads(json.dumps(plan.to_dict())) == plan.to_dict()
-    with pytest.raises(ValueError, match="has no option 'sed'; did you mean 'seed'"):
+    with pytest.raises(
+        ValueError, match="the random criterion: .* unexpected keyword argument 'sed'"
+    ):
         lab.score(model, "random", sed=3)
