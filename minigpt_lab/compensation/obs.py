@@ -37,7 +37,7 @@ def next_block(block_size: str | int, removed: int, count: int) -> int:
         Units removed so far, and units to remove in all.
     """
     remaining = count - removed
-    size = min(max(remaining // 2, 8), 1024) if block_size == "dynamic" else block_size
+    size = block_size if isinstance(block_size, int) else min(max(remaining // 2, 8), 1024)
     return min(size, remaining)
 
 
