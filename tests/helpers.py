@@ -99,8 +99,7 @@ def random_plan(model, seed: int, vocabulary: bool = True) -> lab.PruningPlan:
     stay = lab.PruningPlan("random", units, keep).kept_features(anatomy)
     for name, sides in zero.items():
         for side, indices in sides.items():
-            mask = stay.get((name, "output" if side == "bias" else side))
-            sides[side] = [i for i in indices if mask is None or mask[i]]
+            sides[side] = [i for i in indices if stay[name][side][i]]
     return lab.PruningPlan("random", units, keep, zero, rows, kept)
 
 

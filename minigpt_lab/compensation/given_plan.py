@@ -40,11 +40,12 @@ def bias_compensated(
     """
     statistics.require(model)
     shift = {}
-    for (name, side), kept in plan.kept_features(plan.require(model)).items():
-        if side == "output":  # a projection that produces units
+    for name, masks in plan.kept_features(plan.require(model)).items():
+        if masks["input"].all():  # it reads no removed unit
             continue
         module = model.get_submodule(name)
-        mean = np.where(kept, 0, statistics.mean(name, "input", "sum"))  # of removed features [in]
+        mean = statistics.mean(name, "input", "sum")
+        mean = np.where(masks["input"], 0, mean)  # of removed features [in]
         W = module.weight.float().movedim(weight_axis(module, "output"), 0)  # [out, in]
         mean = torch.as_tensor(mean, dtype=W.dtype, device=W.device)
         shift[name] = (W * mean).sum(1).cpu().tolist()  # [out]
@@ -87,15 +88,15 @@ def weight_compensated(
     hessians.require(model)
     plan.require(model)
     updated = copy.deepcopy(model)
-    for (name, side), mask in plan.kept_features(Anatomy(updated)).items():
-        if side == "output":  # a projection that produces units: nothing to refit
+    for name, masks in plan.kept_features(Anatomy(updated)).items():
+        if masks["input"].all():  # it reads no removed unit: nothing to refit
             continue
         module = updated.get_submodule(name)
         axis, H = weight_axis(module, "input"), hessians.matrices.get(name)
         if H is None:
             raise ValueError(f"there is no Hessian of {name}; collect_hessians with it")
         H_damped, _ = damped_inverse(H, damping, "mean")
-        kept = torch.as_tensor(np.flatnonzero(mask), device=H_damped.device)
+        kept = torch.as_tensor(np.flatnonzero(masks["input"]), device=H_damped.device)
         W = module.weight.to(H_damped).movedim(axis, 1)  # [out, in]
         W_kept = refit(W, H_damped, kept)  # [out, kept]
         module.weight.index_copy_(axis, kept, W_kept.movedim(1, axis).to(module.weight))

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from ..checks import DictOf, Integer, ListOf, Location, Model, Number, OneOf, Text, checked, to_path
 from ..store import DamagedFile, read_cached, read_json, write_json
-from .anatomy import Anatomy, weight_axis
+from .anatomy import Anatomy
 from .architectures import ALL_SITES, ATTENTION_UNITS, SITES
 from .feature_masks import Masks, all_features, count_weights, without_features
 from .sizes import Size, layer_parameters, token_parameters
@@ -118,19 +118,15 @@ class PruningPlan:
             for total, units in zip(self.units[site], self.keep[site], strict=True)
         ]
 
-    def kept_features(self, anatomy: Anatomy) -> dict[tuple[str, str], np.ndarray]:
-        """``(module name, side)`` to a mask of its kept features, where units are removed."""
-        masks: dict[tuple[str, str], np.ndarray] = {}
+    def kept_features(self, anatomy: Anatomy) -> Masks:
+        """Masks of the features that are not removed with their units."""
+        masks = all_features(anatomy)
         for site in self.keep:
             for layer, kept in enumerate(self.kept_mask(site)):
-                if kept.all():
-                    continue
-                for projection, side in anatomy.coupled(site):
-                    key = anatomy.name(layer, projection), side
-                    module = anatomy.module(layer, projection)
-                    width = module.weight.shape[weight_axis(module, side)]
-                    mask = masks.setdefault(key, np.ones(width, bool))
-                    mask[anatomy.unit_features(projection, layer)[~kept]] = False
+                for projection, side in () if kept.all() else anatomy.coupled(site):
+                    features = anatomy.unit_features(projection, layer)[~kept]
+                    for each in ("output", "bias") if side == "output" else ("input",):
+                        masks[anatomy.name(layer, projection)][each][features] = False
         return masks
 
     @checked(model=Model(lock=False))
@@ -191,12 +187,7 @@ class PruningPlan:
         anatomy = self.require(model)
         dense, layers_dense = model.num_parameters(), layer_parameters(model)
         # 1. Features of the decoder's linear layers: all, those kept, and those of them not zeroed.
-        present = all_features(anatomy)
-        kept = without_features(present, {})
-        for (name, side), mask in self.kept_features(anatomy).items():
-            kept[name][side] = mask
-            if side == "output":
-                kept[name]["bias"] &= mask
+        present, kept = all_features(anatomy), self.kept_features(anatomy)
         nonzero = without_features(kept, self.zero)
         for name, values in self.shift.items():  # a layer without a bias gets one
             outputs = kept[name]["bias"] = kept[name]["output"]

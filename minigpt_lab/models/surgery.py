@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from ..checks import Instance, Model, checked, locked, safe_contextmanager
 from .anatomy import Anatomy, weight_axis
+from .feature_masks import Masks, all_features, without_features
 from .layers import add_bias, remove_bias
 from .offloading import is_offloaded
 from .plan import PruningPlan
@@ -114,7 +115,8 @@ def _mask_weights(anatomy: Anatomy, plan: PruningPlan, undo: contextlib.ExitStac
             parameter.data = parameter.detach().clone()
         return parameter
 
-    for parameter, axis, features in (*_removed(anatomy, plan), *_zeroed(anatomy, plan)):
+    nonzero = without_features(plan.kept_features(anatomy), plan.zero)
+    for parameter, axis, features in (*_zeros(anatomy, nonzero), *_token_rows(anatomy, plan)):
         index = torch.as_tensor(features, device=parameter.device)
         copy_of(parameter).index_fill_(axis, index, 0)
     for module, shift in _shifts(anatomy, plan):
@@ -178,32 +180,29 @@ def _unmask(mask: contextlib.ExitStack, masks: list[contextlib.ExitStack]) -> No
         )
 
 
-def _removed(anatomy: Anatomy, plan: PruningPlan) -> Iterator[Slice]:
-    """Parameters, axes and indices of the units and tokens that a plan removes."""
-    for (name, side), kept in plan.kept_features(anatomy).items():
-        module, features = anatomy.model.get_submodule(name), np.flatnonzero(~kept)
-        yield module.weight, weight_axis(module, side), features
-        if side == "output" and module.bias is not None:
-            yield module.bias, 0, features
-    if plan.vocabulary is not None:
-        tokens = np.setdiff1d(np.arange(plan.vocabulary_size), plan.vocabulary)
-        yield anatomy.model.get_input_embeddings().weight, 0, tokens
-        if not anatomy.head_is_tied():
-            head = anatomy.model.get_output_embeddings()
-            yield head.weight, 0, tokens
-            if head.bias is not None:
-                yield head.bias, 0, tokens
-
-
-def _zeroed(anatomy: Anatomy, plan: PruningPlan) -> Iterator[Slice]:
-    """Parameters, axes and indices that a plan zeroes without removing them."""
-    for name, sides in plan.zero.items():
+def _zeros(anatomy: Anatomy, nonzero: Masks) -> Iterator[Slice]:
+    """Parameters of the linear layers, and the features along their axes that the masks lack."""
+    for name, masks in nonzero.items():
         module = anatomy.model.get_submodule(name)
-        for side in ("input", "output"):
-            if side in sides:
-                yield module.weight, weight_axis(module, side), np.array(sides[side], np.int64)
-        if "bias" in sides and module.bias is not None:
-            yield module.bias, 0, np.array(sides["bias"], np.int64)
+        slices = [(module.weight, weight_axis(module, side), side) for side in ("input", "output")]
+        if module.bias is not None:
+            slices.append((module.bias, 0, "bias"))
+        for parameter, axis, side in slices:
+            if not masks[side].all():
+                yield parameter, axis, np.flatnonzero(~masks[side])
+
+
+def _token_rows(anatomy: Anatomy, plan: PruningPlan) -> Iterator[Slice]:
+    """Embedding, head and the head's bias, and the rows of the tokens that a plan removes."""
+    if plan.vocabulary is None:
+        return
+    tokens = np.setdiff1d(np.arange(plan.vocabulary_size), plan.vocabulary)
+    yield anatomy.model.get_input_embeddings().weight, 0, tokens
+    if not anatomy.head_is_tied():
+        head = anatomy.model.get_output_embeddings()
+        yield head.weight, 0, tokens
+        if head.bias is not None:
+            yield head.bias, 0, tokens
 
 
 def _shifts(anatomy: Anatomy, plan: PruningPlan) -> Iterator[tuple[nn.Module, torch.Tensor]]:
@@ -246,7 +245,8 @@ def shrink(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
     mini = copy.deepcopy(model)
     anatomy = Anatomy(mini)
     # 1. Zero features and shift biases, while the plan's indices are those of the layers.
-    for tensor, axis, features in _zeroed(anatomy, plan):
+    nonzero = without_features(all_features(anatomy), plan.zero)
+    for tensor, axis, features in _zeros(anatomy, nonzero):
         tensor.index_fill_(axis, torch.as_tensor(features, device=tensor.device), 0)
     for module, shift in _shifts(anatomy, plan):
         if module.bias is None:

@@ -137,7 +137,7 @@ def contextual_plan(
     for name, activations in pruned.get("activation", {}).items():
         neurons.setdefault(name, {})["activation"] = activations
     in_kept_units = _restricted(zero, plan.kept_features(anatomy))
-    return replace(plan, zero=in_kept_units, neurons=_restricted(neurons, {}))
+    return replace(plan, zero=in_kept_units, neurons=_restricted(neurons, all_features(anatomy)))
 
 
 def _rules(epsilon_linear, epsilon_activation, quantile) -> Rules:
@@ -253,13 +253,12 @@ def _silent(
     return ~(masks["output"] | masks["bias"])[features].any(axis=1)
 
 
-def _restricted(neurons: Neurons, kept: Mapping) -> dict[str, dict[str, list[int]]]:
+def _restricted(neurons: Neurons, kept: Masks) -> dict[str, dict[str, list[int]]]:
     """Neurons that are among the kept features, as lists, without empty entries."""
     restricted: dict[str, dict[str, list[int]]] = {}
     for name, sides in neurons.items():
         for side, indices in sides.items():
-            mask = kept.get((name, "input" if side == "input" else "output"))
-            indices = indices if mask is None else indices[mask[indices]]
+            indices = indices[kept[name]["input" if side == "activation" else side][indices]]
             if len(indices):
                 restricted.setdefault(name, {})[side] = np.sort(indices).tolist()
     return restricted

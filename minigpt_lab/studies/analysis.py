@@ -71,7 +71,7 @@ def matched_plan(
         for side in ("input", "output"):
             weight = module.weight.detach().float()
             norms = weight.norm(dim=1 - weight_axis(module, side)).cpu().numpy()
-            candidates = np.flatnonzero(kept.get((name, side), np.ones(len(norms), bool)))
+            candidates = np.flatnonzero(kept[name][side])
             strength = rng.random(len(candidates)) if criterion == "random" else norms[candidates]
             chosen = candidates[np.argsort(strength, kind="stable")][: len(sides.get(side, []))]
             matched.zero[name][side] = np.sort(chosen).tolist()

@@ -382,7 +382,8 @@ MADE = {
 
 
 def read_by(model, plan, batches) -> lab.Hessians:
-    names = [name for name, side in plan.kept_features(Anatomy(model)) if side == "input"]
+    masks = plan.kept_features(Anatomy(model))
+    names = [name for name, sides in masks.items() if not sides["input"].all()]
     return lab.collect_hessians(model, batches, names, progress=False)
 
 
