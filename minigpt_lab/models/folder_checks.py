@@ -91,19 +91,21 @@ def stored_shapes(folder: Path) -> Shapes:
     UnfitFolder
         If a file is not there, or a weight is quantised.
     """
-    shapes = {}
-    for file in safetensors_files(folder):
-        with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 (no mapping)
-                entry = opened.get_slice(name)
-                shapes[name] = entry.get_shape()
-                if name.endswith("weight") and entry.get_dtype() not in _PLAIN:
-                    raise UnfitFolder(
-                        f"{folder} holds weights of type {entry.get_dtype()} ({name}); expected "
-                        "float32, bfloat16, float16 or float64: load the checkpoint it was made "
-                        "from, or dequantise it"
-                    )
-    return shapes
+    return {k: v for file in safetensors_files(folder) for k, v in read_shapes(file).items()}
+
+
+def read_shapes(file: Path) -> Shapes:
+    """`stored_shapes` of one file."""
+    with safe_open(file, framework="pt") as opened:
+        entries = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+        for name, entry in entries.items():
+            if name.endswith("weight") and entry.get_dtype() not in _PLAIN:
+                raise UnfitFolder(
+                    f"{file} holds weights of type {entry.get_dtype()} ({name}); expected float32, "
+                    "bfloat16, float16 or float64: load the checkpoint it was made from, or "
+                    "dequantise it"
+                )
+        return {name: entry.get_shape() for name, entry in entries.items()}
 
 
 def check_config(folder: Path, config: Mapping, shapes: Shapes) -> None:

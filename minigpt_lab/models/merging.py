@@ -6,15 +6,13 @@ import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .folder_checks import Shapes, UnfitFolder, damaged, read_object, reading, refuse_unfit
+from .folder_checks import Shapes, UnfitFolder, read_object, read_shapes, reading, refuse_unfit
 from .loading import has_tokenizer, load_tokenizer, untie_if_separate
 
 ADAPTER = "adapter_config.json"
-_WEIGHTS = "adapter_model.safetensors"
 
 
 def load_adapter(
@@ -50,7 +48,10 @@ def load_adapter(
         "from before with peft, and load that"
     )
     with reading(folder, remedy):
-        shapes = _read_shapes(folder)
+        shapes = {
+            name.removeprefix("base_model.model."): shape
+            for name, shape in read_shapes(folder / "adapter_model.safetensors").items()
+        }
         _grow_vocabulary(base, shapes)
         adapted = _adapted(folder, base, shapes)
         _separate_tables(adapted)
@@ -76,17 +77,6 @@ def _base_name(folder: Path, config: Mapping, above: tuple[Path, ...]) -> str:
             f"the adapter in {folder} is for Megatron layers, which are not read here"
         )
     return name
-
-
-def _read_shapes(folder: Path) -> Shapes:
-    """Shapes of an adapter's weights, from the header of their file."""
-    if not (folder / _WEIGHTS).is_file():
-        raise damaged(folder, f"it holds no {_WEIGHTS}; pickled weights are never opened")
-    with safe_open(folder / _WEIGHTS, framework="pt") as opened:
-        return {
-            name.removeprefix("base_model.model."): opened.get_slice(name).get_shape()
-            for name in opened.keys()  # noqa: SIM118 (no mapping)
-        }
 
 
 def _grow_vocabulary(base: PreTrainedModel, shapes: Shapes) -> None:

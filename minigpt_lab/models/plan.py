@@ -19,7 +19,7 @@ import pandas as pd
 from transformers import PreTrainedModel
 
 from ..checks import DictOf, Integer, ListOf, Location, Model, Number, OneOf, Text, checked, to_path
-from ..store import DamagedFile, read_cached, read_json, write_json
+from ..store import read_cached, read_json, write_json
 from .anatomy import Anatomy
 from .architectures import ALL_SITES, ATTENTION_UNITS, SITES
 from .feature_masks import Masks, all_features, count_weights, without_features
@@ -302,7 +302,7 @@ class PruningPlan:
         OSError
             If it cannot be written.
         """
-        read_cached(path, _read_fields)
+        read_cached(path, PruningPlan.load)
         return write_json(to_path(path), self.to_dict())
 
     @classmethod
@@ -315,18 +315,7 @@ class PruningPlan:
         ValueError
             If the file is not one.
         """
-        return cls.from_dict(_read_fields(Path(path)))
-
-
-def _read_fields(path: Path) -> dict:
-    """Read a plan's fields from its file; their values are not checked."""
-    try:
-        data = read_json(path)
-    except DamagedFile as error:
-        raise DamagedFile(f"{path} is no pruning plan: {error}") from error
-    if not isinstance(data, dict) or not {"model_hash", "units", "keep"} <= data.keys():
-        raise ValueError(f"{path} is no pruning plan: it holds something else")
-    return data
+        return cls.from_dict(read_json(Path(path)))
 
 
 def _check_subset(chosen: list[int], total: int, what: str) -> None:

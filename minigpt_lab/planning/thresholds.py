@@ -10,7 +10,7 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..calibration import Statistics
-from ..checks import Instance, ListOf, Model, Number, OneOf, Tokenizer, checked, invalid
+from ..checks import DictOf, Instance, ListOf, Model, Number, OneOf, Tokenizer, checked, invalid
 from ..criteria import attention_site
 from ..models import (
     ATTENTION_UNITS,
@@ -30,6 +30,7 @@ from ..models import (
 EPSILON = Number(0) | None
 #: Components of `Statistics` that thresholds apply to, and their side there.
 SIDES = {"linear_input": "input", "linear_output": "output", "activation": "activation"}
+QUANTILE = Number(0, below=1)
 
 Rules = dict[str, tuple[str, float]]  # component to ("epsilon" or "quantile", its value)
 Neurons = dict[str, dict[str, np.ndarray]]  # linear layer's name, side (or component) to indices
@@ -38,7 +39,9 @@ Neurons = dict[str, dict[str, np.ndarray]]  # linear layer's name, side (or comp
 @checked(
     model=Model(),
     statistics=Instance(Statistics, "lab.collect_statistics gives it"),
+    epsilon_activation=EPSILON,
     epsilon_embedding=EPSILON,
+    quantile=QUANTILE | DictOf(OneOf(("linear", *SIDES)), QUANTILE) | None,
     tokenizer=Tokenizer() | None,
     token_counts=ListOf(Number(0), least=1) | None,
     units=OneOf(ATTENTION_UNITS),
@@ -151,19 +154,12 @@ def _rules(epsilon_linear, epsilon_activation, quantile) -> Rules:
         value = EPSILON(f"epsilon_{component}", value)
         if value is not None:
             rules[component] = ("epsilon", float(value))
-    if quantile is None:
-        return rules
-    shares = quantile if isinstance(quantile, Mapping) else {"activation": quantile}
-    for name, share in shares.items():
-        share = Number(0, below=1)(f"quantile for {name!r}", share)
+    if quantile is not None and not isinstance(quantile, Mapping):
+        quantile = {"activation": quantile}
+    for name, share in (quantile or {}).items():
         for component in ("linear_input", "linear_output") if name == "linear" else (name,):
-            if component not in SIDES:
-                allowed = ", ".join(("linear", *SIDES))
-                raise ValueError(f"quantile for unknown component {name!r}; expected {allowed}")
             if component in rules:
-                raise ValueError(
-                    f"{component} has both an epsilon and a quantile; give one of them"
-                )
+                raise ValueError(f"{component} has two rules; give one epsilon or quantile for it")
             rules[component] = ("quantile", float(share))
     return rules
 

@@ -144,9 +144,9 @@ def test_no_adapter_brings_code(folder, tmp_path, mark, monkeypatch):
 @pytest.mark.parametrize("content", ["!!python/object/apply:os.system [touch {}]", "[" * 100_000])
 def test_a_plan_is_data(tmp_path, mark, content):
     (tmp_path / "plan.json").write_text(content.format(mark))
-    with pytest.raises(ValueError, match="is no pruning plan"):
+    with pytest.raises(ValueError, match="is cut short or no JSON|nested too deeply"):
         lab.PruningPlan.load(tmp_path / "plan.json")
     (tmp_path / "plan.json").write_bytes(pickle.dumps(Planted(PLANTED.format(str(mark)))))
-    with pytest.raises(ValueError, match="is no pruning plan"):
+    with pytest.raises(ValueError, match="plan.json is "):
         lab.PruningPlan.load(tmp_path / "plan.json")
     assert not mark.exists()
