@@ -14,6 +14,9 @@ from pathlib import Path
 # Kernels and other processes that tests start inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Expected numbers are in float32, whatever the processor is fast at; tests of bfloat16 ask for it.
+os.environ.setdefault("MINIGPT_LAB_PRECISION", "float32")
+
 # A shell's background job ignores Ctrl-C, and so would all that it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -10,10 +10,13 @@ from ..models import Anatomy
 from .forward import run_decoder, watch
 
 _BLOCK = 256  # tokens whose logits exist at once
+_CPU_LOGITS = 1 << 22  # logits turned into float32 at once: they stay in the processor's cache
 
 
 def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """``-log p(target)`` of every token, in float32.
+
+    On a CPU the logits are turned into float32 a few tokens at a time.
 
     Parameters
     ----------
@@ -23,9 +26,13 @@ def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         Token ids ``[…]``.
     """
     # flat: twice as fast as with the classes in the middle
-    flat = logits.float().flatten(0, -2)  # [token, vocabulary]
-    losses = functional.cross_entropy(flat, targets.flatten(), reduction="none")
-    return losses.view(targets.shape)
+    flat, answers = logits.flatten(0, -2), targets.flatten()  # [token, vocabulary], [token]
+    size = max(1, _CPU_LOGITS // flat.shape[1]) if flat.device.type == "cpu" else len(flat)
+    losses = [
+        functional.cross_entropy(block.float(), answer, reduction="none")
+        for block, answer in zip(flat.split(size), answers.split(size), strict=True)
+    ]
+    return torch.cat(losses).view(targets.shape)
 
 
 def window_losses(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:

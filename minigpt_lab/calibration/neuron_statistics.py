@@ -22,7 +22,17 @@ from transformers import PreTrainedModel
 
 from ..checks import Batches, Flag, Integer, Location, Model, check_fields, checked
 from ..domains import unpadded
-from ..models import Anatomy, fingerprint, inference, label, require_weights, weight_axis
+from ..models import (
+    PRECISION,
+    Anatomy,
+    dtype_name,
+    fingerprint,
+    inference,
+    label,
+    reading_dtype,
+    require_weights,
+    weight_axis,
+)
 from ..store import cached, read_tensors, write_tensors
 from .forward import run_decoder
 from .moments import SUMS, FeatureSums, Key
@@ -53,6 +63,8 @@ class Statistics:
         Tokens counted, padding excluded.
     model_hash, model_name, domain, content_hash : str
         The model's `fingerprint` and caption; the text's name and SHA-256 of its windows' tokens.
+    precision : str
+        Type that the model was read in.
     """
 
     sums: dict[Key, np.ndarray]
@@ -66,6 +78,7 @@ class Statistics:
     model_name: str
     domain: str
     content_hash: str
+    precision: str = "float32"
 
     def __post_init__(self):
         check_fields(self, n_tokens=Integer(1))
@@ -107,7 +120,8 @@ class Statistics:
             yield module, "activation"
 
     def __repr__(self) -> str:
-        return f"Statistics of {self.n_tokens:,} tokens of {self.domain} under {self.model_name}"
+        text = f"{self.n_tokens:,} tokens of {self.domain}"
+        return f"Statistics of {text} under {self.model_name}, {self.precision}"
 
     def _repr_html_(self) -> str:
         summary = self.to_frame().groupby("side", observed=True)["mean_abs"].describe()
@@ -149,7 +163,7 @@ class Statistics:
         Raises
         ------
         ValueError
-            If the two are of different models.
+            If the two are of different models or precisions.
         """
         if not isinstance(other, Statistics):
             return NotImplemented
@@ -158,6 +172,11 @@ class Statistics:
                 "statistics of two models cannot be added: "
                 f"{self.model_name} ({self.model_hash[:12]}) and "
                 f"{other.model_name} ({other.model_hash[:12]})"
+            )
+        if self.precision != other.precision:
+            raise ValueError(
+                f"statistics read in {self.precision} and {other.precision} cannot be added; "
+                "collect both in one precision"
             )
         both = hashlib.sha256((self.content_hash + other.content_hash).encode()).hexdigest()
         return replace(
@@ -230,12 +249,15 @@ class Statistics:
         return read_tensors(Path(path), "statistics", build)
 
 
-@checked(model=Model(), batches=Batches(), path=Location() | None, progress=Flag())
+@checked(
+    model=Model(), batches=Batches(), path=Location() | None, precision=PRECISION, progress=Flag()
+)
 def collect_statistics(
     model: PreTrainedModel,
     batches: Iterable[dict[str, torch.Tensor]],
     *,
     path: str | os.PathLike | None = None,
+    precision: str = "auto",
     progress: bool = True,
 ) -> Statistics:
     """Mean absolute value, mean and second moment of every neuron, in one pass (Mini-GPTs §3).
@@ -251,9 +273,12 @@ def collect_statistics(
         ``input_ids`` and, if there is padding, ``attention_mask``, both ``[batch, tokens]``. The
         batches of `tokenize` also bring the domain's name and the tokenizer's merges.
     path : str or path, optional
-        File to keep the statistics in: read instead of the pass if it is of this model and these
-        tokens, written otherwise. A damaged file is set aside, another kind of file refused; a full
-        disk only warns.
+        File to keep the statistics in: read instead of the pass if it is of this model, these
+        tokens and this precision, written otherwise. A damaged file is set aside, another kind of
+        file refused; a full disk only warns.
+    precision : {"auto", "bfloat16", "float32"}
+        Type that the model is read in; sums are in float32 or more. ``"auto"``: bfloat16 for
+        float32 weights where the device is fast at it, else as stored.
     progress : bool
         Show a progress bar.
 
@@ -266,23 +291,24 @@ def collect_statistics(
     ValueError
         If there are no tokens, a token id is out of range, or an activation is not finite.
     """
-    content = tokens_hash(batches)
+    content, dtype = tokens_hash(batches), dtype_name(reading_dtype(model, precision))
 
     def is_current(known: Statistics) -> bool:
         merges = getattr(batches, "merges", known.merges)
         same_text = known.content_hash == content and len(known.merges) == len(merges)
-        return same_text and known.model_hash == fingerprint(model)
+        same_model = known.precision == dtype and known.model_hash == fingerprint(model)
+        return same_text and same_model
 
-    compute = partial(_collect, model, batches, content, progress)
+    compute = partial(_collect, model, batches, content, precision, progress)
     return cached(path, compute, Statistics.load, Statistics.save, is_current)
 
 
 def _collect(
-    model: PreTrainedModel, batches: Iterable[dict], content: str, progress: bool
+    model: PreTrainedModel, batches: Iterable[dict], content: str, precision: str, progress: bool
 ) -> Statistics:
     """Statistics of one pass over all batches."""
     anatomy = Anatomy(model)
-    sums, token_counts = _one_pass(model, batches, progress)
+    sums, token_counts = _one_pass(model, batches, precision, progress)
     for (module, side), table in sums.items():
         if not np.isfinite(table).all():
             raise ValueError(
@@ -304,17 +330,18 @@ def _collect(
         model_name=label(model),
         domain=getattr(batches, "source", ""),
         content_hash=content,
+        precision=dtype_name(reading_dtype(model, precision)),
     )
 
 
 def _one_pass(
-    model: PreTrainedModel, batches: Iterable[dict], progress: bool
+    model: PreTrainedModel, batches: Iterable[dict], precision: str, progress: bool
 ) -> tuple[dict[Key, np.ndarray], np.ndarray]:
     """Sums over all tokens, and how often each token of the vocabulary occurs."""
     feature_sums = FeatureSums({name: module for _, name, module in Anatomy(model).linears()})
     vocabulary = model.get_input_embeddings().weight.shape[0]
     token_counts = torch.zeros(vocabulary, dtype=torch.int64)
-    with inference(model), feature_sums.watching():
+    with inference(model, precision), feature_sums.watching():
         for ids in tqdm(unpadded(batches), desc="statistics", unit="batch", disable=not progress):
             run_decoder(model, ids)
             token_counts += torch.bincount(ids.flatten().cpu(), minlength=vocabulary)

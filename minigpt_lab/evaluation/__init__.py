@@ -2,6 +2,9 @@
 
 from .answers import Answers, answer_questions, compare_answers, position_bias
 from .benchmarks import benchmark
+from .comparison import compare
 from .costs import efficiency, peak_memory, timed
-from .language import Perplexity, generate, perplexity
+from .generation import generate
+from .language import Perplexity, perplexity
+from .predictions import Divergence, divergence
 from .presets import PERPLEXITY_PRESETS

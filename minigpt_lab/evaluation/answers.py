@@ -15,8 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checks import Flag, Instance, Integer, ListOf, Model, OneOf, Tokenizer, checked
 from ..domains import Question
-from ..models import inference, tokenizer_for
+from ..models import PRECISION, inference, tokenizer_for
 from .continuations import Packed, branch_losses, first_difference, longest, pack
+from .windows import finite_or_float32, require_same
 
 #: Each score of a choice, from its row in `Answers.frame`; the lowest wins, the highest logprob.
 SCORES = {
@@ -43,12 +44,15 @@ class Answers:
         The questions, in order.
     score, style : str
         Score of a choice, and style of the prompt.
+    precision : str
+        Type that the model was read in.
     """
 
     frame: pd.DataFrame
     questions: tuple[Question, ...]
     score: str
     style: str
+    precision: str = "float32"
 
     @property
     def correct(self) -> np.ndarray:
@@ -86,7 +90,7 @@ class Answers:
     def __repr__(self) -> str:
         return (
             f"accuracy {self.accuracy:.1%} [{self.low:.1%}, {self.high:.1%}] of {self.n} items, "
-            f"chance {self.chance:.1%}, score={self.score}, {self.style}"
+            f"chance {self.chance:.1%}, score={self.score}, {self.style}, {self.precision}"
         )
 
     def sheet(self) -> pd.DataFrame:
@@ -104,7 +108,8 @@ class Answers:
     def row(self) -> dict:
         """The numbers as one row of a table."""
         interval = {"low": self.low, "high": self.high, "items": self.n, "chance": self.chance}
-        return {"accuracy": self.accuracy, **interval, "score": self.score, "style": self.style}
+        protocol = {name: getattr(self, name) for name in ("score", "style", "precision")}
+        return {"accuracy": self.accuracy, **interval, **protocol}
 
     def to_frame(self) -> pd.DataFrame:
         """The numbers as a table of one row."""
@@ -166,7 +171,9 @@ _ASKED = {
 }
 
 
-@checked(**_ASKED, seq_len=Integer(1) | None, batch_size=Integer(1), progress=Flag())
+@checked(
+    **_ASKED, seq_len=Integer(1) | None, batch_size=Integer(1), precision=PRECISION, progress=Flag()
+)
 def answer_questions(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -176,6 +183,7 @@ def answer_questions(
     style: str = "cloze",
     seq_len: int | None = None,
     batch_size: int = 8,
+    precision: str = "auto",
     progress: bool = True,
 ) -> Answers:
     """Answer multiple-choice questions by the likelihood of each choice.
@@ -199,6 +207,8 @@ def answer_questions(
         their beginning, alike for all choices.
     batch_size : int
         Questions per forward pass.
+    precision : {"auto", "bfloat16", "float32"}
+        Type that the model is read in, as for `perplexity`.
     progress : bool
         Show a progress bar.
 
@@ -222,19 +232,23 @@ def answer_questions(
             raise ValueError(f"question {number} ({question!s}): {error}") from error
     order = np.argsort([-len(entry.ids) for entry in packed], kind="stable")  # little padding
     groups = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    losses = {}
-    with inference(model):
-        for group in tqdm(groups, desc="questions", unit="batch", disable=not progress):
-            nll = branch_losses(model, [packed[i] for i in group])
-            losses.update(zip(group, nll, strict=True))
+
+    losses: dict[int, np.ndarray] = {}
+
+    def read(precision: str) -> np.ndarray:
+        with inference(model, precision):
+            for group in tqdm(groups, desc="questions", unit="batch", disable=not progress):
+                nll = branch_losses(model, [packed[i] for i in group])
+                losses.update(zip(group, nll, strict=True))
+        return np.array([losses[number].sum() for number in range(len(packed))])
+
+    _, dtype = finite_or_float32(
+        read, [model], precision, lambda i: f"question {i} ({questions[i]!s})"
+    )
     rows = []
     for number, (question, entry) in enumerate(zip(questions, packed, strict=True)):
-        if np.isnan(losses[number]).any():
-            raise ValueError(
-                f"the model gives NaN on question {number} ({question!s}): check its weights, dtype"
-            )
         rows += _rows(number, question, entry, losses[number], score)
-    return Answers(pd.DataFrame(rows), tuple(questions), score, style)
+    return Answers(pd.DataFrame(rows), tuple(questions), score, style, dtype)
 
 
 def _texts(question: Question, style: str) -> tuple[str, list[str]]:
@@ -297,6 +311,7 @@ def compare_answers(first: Answers, second: Answers) -> Comparison:
     """
     from scipy.stats import binomtest  # here, because it takes a second to import
 
+    require_same("precision", first.precision, second.precision)
     if first.questions != second.questions:
         place = first_difference(first.questions, second.questions)
         raise ValueError(

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, set_seed
 
 from ..checks import Instance, Model, Text, checked, locked, safe_contextmanager
 from .offloading import materialized_parameters
+from .precision import cast_weights, reading_dtype
 
 
 def default_device() -> torch.device:
@@ -40,13 +41,23 @@ def label(model: PreTrainedModel) -> str:
 
 
 @safe_contextmanager
-def inference(model: nn.Module) -> Iterator[nn.Module]:
-    """Evaluation mode without gradients, on a locked model; restores its training flags."""
-    with locked(model):
+def inference(model: nn.Module, precision: str | None = None) -> Iterator[nn.Module]:
+    """Evaluation mode without gradients, on a locked model that is restored on leaving.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Any model.
+    precision : {"auto", "bfloat16", "float32"}, optional
+        Within, the weights have this type (see `reading_dtype`); by default they stay as stored.
+    """
+    with locked(model), contextlib.ExitStack() as undo:
         training = {module: module.training for module in model.modules()}
         try:
             model.eval()
             with torch.no_grad():
+                if precision is not None:
+                    cast_weights(model, reading_dtype(model, precision), undo)
                 yield model
         finally:
             for module, flag in training.items():

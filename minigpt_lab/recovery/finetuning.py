@@ -36,7 +36,16 @@ from ..checks import (
     checked,
 )
 from ..domains import Domain, excerpt, tokenize
-from ..models import fingerprint, is_offloaded, refuse_masked, seeded, tokenizer_for
+from ..models import (
+    PRECISION,
+    dtype_name,
+    fingerprint,
+    is_offloaded,
+    product_dtype,
+    refuse_masked,
+    seeded,
+    tokenizer_for,
+)
 from ..store import content_hash
 from .adapters import adapter_targets, trainable
 from .checkpoints import run_folder
@@ -78,6 +87,7 @@ _DOMAIN = Instance(
     lora_dropout=Number(0, below=1),
     target_modules=ListOf(Text(), 1) | None,
     out_dir=Location() | None,
+    precision=PRECISION,
     seed=Integer(0, 2**32 - 1),
     progress=Flag(),
 )
@@ -109,16 +119,17 @@ def recover(
     lora_dropout: float = 0.05,
     target_modules: Sequence[str] | None = None,
     out_dir: str | os.PathLike | None = None,
+    precision: str = "auto",
     seed: int = 0,
     progress: bool = True,
 ) -> pd.DataFrame:
     """Fine-tune a pruned model, in place, until it is as good as the dense one or stops improving.
 
-    Packed windows, AdamW, gradient clipping at 1, linear warm-up, products in bfloat16 where CUDA
-    has it. Weights that are zero stay zero (with LoRA: rows and columns of zeros). The best state
-    by validation perplexity is restored at the end, also after interruption, divergence or early
-    stopping; if nothing was better than the start, the model is unchanged. An exception leaves it
-    as it was, bit for bit.
+    Packed windows, AdamW, gradient clipping at 1, linear warm-up, products in bfloat16 where the
+    device is fast at it. Weights that are zero stay zero (with LoRA: rows and columns of zeros).
+    The best state by validation perplexity is restored at the end, also after interruption,
+    divergence or early stopping; if nothing was better than the start, the model is unchanged. An
+    exception leaves it as it was, bit for bit.
 
     Weights stored in bfloat16 or float16 are trained as float32 and rounded at the end; every
     evaluation measures the model as it would be returned: adapters merged, weights rounded.
@@ -180,6 +191,9 @@ def recover(
         Folder for checkpoints, by default a temporary one. The same call resumes from the last
         whole checkpoint there, to the same curve; if the run had ended, it returns what that
         returned. Another run in the same folder is refused.
+    precision : {"auto", "bfloat16", "float32"}
+        ``"auto"`` multiplies in bfloat16 (autocast) where the device is fast at it; the weights
+        that are trained and Adam's moments are float32 either way. Evaluations follow it too.
     seed : int
         Of the order of windows, of dropout and of the adapters.
     progress : bool
@@ -219,6 +233,7 @@ def recover(
 
     # 2. All that the curve depends on: a run in `out_dir` resumes only if it agrees.
     rate = LEARNING_RATES[method] if learning_rate is None else learning_rate
+    autocast = product_dtype(model.device, precision)
     warmup = warmup_ratio if warmup_steps is None else warmup_steps  # below 1 a share of all
     facts = {
         "method": method,
@@ -236,6 +251,7 @@ def recover(
         "gradient_accumulation_steps": gradient_accumulation_steps,
         **lora,
         "target_modules": target_modules and list(target_modules),
+        "precision": dtype_name(autocast),
         "seed": seed,
         "model": fingerprint(model)[:16],
         "training text": _digest(windows.tolist()),
@@ -248,6 +264,7 @@ def recover(
         arguments = _arguments(
             folder,
             model.device.type,
+            bf16=autocast == torch.bfloat16,
             num_train_epochs=epochs,
             per_device_train_batch_size=batch_size,
             gradient_accumulation_steps=gradient_accumulation_steps,
@@ -267,6 +284,7 @@ def recover(
             words,
             texts,
             seq_len,
+            precision,
             args=arguments,
             train_dataset=[{"input_ids": ids, "labels": ids} for ids in windows],
             eval_dataset=[{}],  # required, never read: see RecoveryTrainer.evaluate
@@ -299,7 +317,6 @@ def _arguments(folder: Path, device: str, **options) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(folder),
         max_grad_norm=1.0,
-        bf16=device == "cuda" and torch.cuda.is_bf16_supported(),
         use_cpu=device == "cpu",
         eval_strategy="steps",
         save_strategy="steps",

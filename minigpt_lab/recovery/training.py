@@ -55,6 +55,8 @@ class RecoveryTrainer(Trainer):
         Evaluated texts; the perplexity of the first (``"perplexity"``) decides.
     seq_len : int
         Window length of an evaluation.
+    precision : {"auto", "bfloat16", "float32"}
+        Of an evaluation.
     **options
         Of `transformers.Trainer`.
     """
@@ -65,12 +67,13 @@ class RecoveryTrainer(Trainer):
         tokenizer: PreTrainedTokenizerBase,
         texts: dict[str, Sequence[str]],
         seq_len: int,
+        precision: str,
         **options,
     ):
         super().__init__(model=subject.module, **options)
         self.remove_callback(PrinterCallback)
         self.subject, self.texts, self.seq_len = subject, texts, seq_len
-        self.words = tokenizer
+        self.words, self.precision = tokenizer, precision
         self.began = time.time()
         self.limit = math.inf
 
@@ -167,7 +170,12 @@ class RecoveryTrainer(Trainer):
         with self.subject.merged() as model, overflow:
             metrics = {
                 f"eval_{name}": perplexity(
-                    model, self.words, text, seq_len=self.seq_len, progress=False
+                    model,
+                    self.words,
+                    text,
+                    seq_len=self.seq_len,
+                    precision=self.precision,
+                    progress=False,
                 ).value
                 for name, text in self.texts.items()
             }

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..domains import Part, excerpt
 from ..evaluation import Perplexity, perplexity
-from ..models import fingerprint, model_size
+from ..models import dtype_name, fingerprint, model_size, reading_dtype
 from ..store import ResultCache, content_hash
 
 
@@ -44,7 +44,9 @@ class HeldOut:
         self.tokenizer, self.seq_len, self.row = tokenizer, seq_len, row
         self.cache = ResultCache(path)
         self.texts = [excerpt(text, tokenizer, max_tokens=max_tokens) for text in texts]
-        self.facts = [fingerprint(model), [content_hash(text) for text in self.texts], seq_len]
+        precision = dtype_name(reading_dtype(model))
+        texts_hash = [content_hash(text) for text in self.texts]
+        self.facts = [fingerprint(model), texts_hash, seq_len, precision]
         self.dense_size = model_size(model).stored
 
     def get(self, key: object, compute: Callable[[], dict]) -> dict:

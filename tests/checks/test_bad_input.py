@@ -93,6 +93,9 @@ def things(tmp_path_factory):
         "model": model, "tokenizer": tokenizer, "domain": domain, "batches": batches,
         "statistics": statistics, "scores": scores, "plan": plan, "names": names,
         "questions": questions, "answers": answers, "hessians": hessians,
+        "perplexity": lab.perplexity(
+            model, tokenizer, domain.test, max_tokens=64, progress=False
+        ),
         "problems": projections.layer_problems(model, batches, layer=0),
         "folder": tmp_path_factory.mktemp("out"),
     }  # fmt: skip
@@ -110,7 +113,7 @@ def calls(t: dict) -> dict[str, dict]:
     return {
         "answer_questions": {
             **pair, "questions": t["questions"], "score": "logprob", "style": "cloze",
-            "seq_len": 128, "batch_size": 2, "progress": False,
+            "seq_len": 128, "batch_size": 2, "precision": "auto", "progress": False,
         },
         "benchmark": {**pair, "tasks": "no_such_task", "num_fewshot": 0, "limit": 1,
                       "batch_size": 1, "include_path": None, "seed": 0},
@@ -118,7 +121,7 @@ def calls(t: dict) -> dict[str, dict]:
         "block_influence": read,
         "check_disjoint": {"parts": {"a": ("one text",), "b": ("another one",)}},
         "collect_hessians": {**read, "names": t["names"], "progress": False},
-        "collect_statistics": {**read, "path": None, "progress": False},
+        "collect_statistics": {**read, "path": None, "precision": "auto", "progress": False},
         "compare_answers": {"first": t["answers"], "second": t["answers"]},
         "contextual_plan": {
             "model": t["model"], "statistics": t["statistics"], "epsilon_linear": 0.001,
@@ -138,6 +141,15 @@ def calls(t: dict) -> dict[str, dict]:
             "seq_len": 32, "out_dir": None,
         },
         "damped_inverse": {"H": torch.eye(4), "damping": 0.1, "damping_mode": "mean"},
+        "compare": {
+            "results": {"a": t["perplexity"], "b": t["perplexity"]}, "pairs": "all",
+            "reference": None, "level": 0.05, "n_bootstrap": 10, "n_permutations": 19, "seed": 0,
+        },
+        "divergence": {
+            "model": t["model"], "reference": t["model"], "tokenizer": t["tokenizer"],
+            "text": test, "seq_len": 32, "stride": 16, "max_characters": 300, "max_tokens": 64,
+            "batch_size": 2, "precision": "auto", "n_bootstrap": 10, "seed": 0, "progress": False,
+        },
         "efficiency": {**pair, "dense": None, "seq_len": 16, "new_tokens": 2, "batch_size": 1,
                        "repeats": 1},
         "eliminate": {
@@ -161,7 +173,8 @@ def calls(t: dict) -> dict[str, dict]:
         "model_size": {"model": t["model"], "dense": None},
         "perplexity": {
             **pair, "text": test, "seq_len": 32, "stride": 16, "max_characters": 300,
-            "max_tokens": 64, "batch_size": 2, "n_bootstrap": 10, "seed": 0, "progress": False,
+            "max_tokens": 64, "batch_size": 2, "precision": "auto", "n_bootstrap": 10, "seed": 0,
+            "progress": False,
         },
         "plan_from_scores": {
             "model": t["model"], "scores": t["scores"], "ratio": 0.2, "parameters": None,
@@ -176,7 +189,8 @@ def calls(t: dict) -> dict[str, dict]:
             "eval_characters": 200, "patience": 1, "seq_len": 16, "batch_size": 1,
             "gradient_accumulation_steps": 1, "warmup_ratio": 0.0, "warmup_steps": None,
             "gradient_checkpointing": False, "r": 2, "lora_alpha": 2, "lora_dropout": 0.0,
-            "target_modules": ["q_proj"], "out_dir": None, "seed": 0, "progress": False,
+            "target_modules": ["q_proj"], "out_dir": None, "precision": "auto", "seed": 0,
+            "progress": False,
         },
         "save_model": {**pair, "path": t["folder"] / "saved", "portable": False},
         "search_counts": {

@@ -1,0 +1,147 @@
+"""Which results differ by more than chance: paired, with intervals, corrected for their number."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import combinations, pairwise
+
+import numpy as np
+import pandas as pd
+
+from ..checks import Integer, Number, OneOf, Text, checked, invalid
+from .answers import Answers, compare_answers
+from .language import Perplexity
+from .predictions import Divergence
+from .windows import require_same, resampled
+
+_PAIRS = ("all", "neighbours")
+
+
+@checked(
+    pairs=OneOf(_PAIRS),
+    reference=Text() | None,
+    level=Number(above=0, below=1),
+    n_bootstrap=Integer(1),
+    n_permutations=Integer(1),
+    seed=Integer(0),
+)
+def compare(
+    results: Mapping[str, Perplexity | Divergence | Answers],
+    *,
+    pairs: str = "all",
+    reference: str | None = None,
+    level: float = 0.05,
+    n_bootstrap: int = 2000,
+    n_permutations: int = 9999,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Paired differences between results on the same text or questions, Holm-corrected.
+
+    Of perplexities the difference is that of the mean loss per token (in nats; its exponential is
+    the ratio of the perplexities), of answers that of the accuracy. Losses under different
+    tokenizers are compared per character.
+
+    Parameters
+    ----------
+    results : mapping
+        Names to what `perplexity`, `divergence` or `answer_questions` gave, all of one kind.
+    pairs : {"all", "neighbours"}
+        Every pair, or those that stand beside each other from best to worst.
+    reference : str, optional
+        A name in `results`: only the pairs of it with every other one.
+    level : float
+        Level of significance after the correction.
+    n_bootstrap, n_permutations, seed : int
+        Resamples of the intervals, random signs of the test, and their seed.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per pair: ``first, second``, ``difference`` (second less first), ``low, high`` (95 %
+        interval: bootstrap over passages; Newcombe's for answers), ``p`` (passages' differences
+        with random signs; exact McNemar for answers), ``p_holm`` (corrected for all rows; Holm
+        1979), ``differ`` (whether that is below `level`), ``unit``.
+
+    Raises
+    ------
+    ValueError
+        If two results are of different texts, questions, protocols or precisions, there are fewer
+        than two, or `reference` is none of them.
+    """
+    results = {name: _paired(name, result) for name, result in results.items()}
+    if len(results) < 2 or len({type(result) for result in results.values()}) > 1:
+        raise ValueError(
+            f"results are {', '.join(results) or 'none'}; expected two or more of one kind, from "
+            "lab.perplexity, lab.divergence or lab.answer_questions"
+        )
+    if reference is not None and reference not in results:
+        raise invalid("reference", reference, f"one of {', '.join(results)}")
+    rows = []
+    for first, second in _chosen(results, pairs, reference):
+        one, other = results[first], results[second]
+        if isinstance(one, Answers):
+            row = _answers_row(one, other)
+        else:
+            row = _loss_row(one, other, n_bootstrap, n_permutations, seed)
+        rows.append({"first": first, "second": second, **row})
+    table = pd.DataFrame(rows)
+    table.insert(6, "p_holm", holm(table["p"].to_numpy()))
+    table.insert(7, "differ", table["p_holm"] < level)
+    return table
+
+
+def _paired(name: str, result: object) -> Perplexity | Answers:
+    """A result that can be compared; of a divergence, the model's perplexity."""
+    if isinstance(result, Divergence):
+        return result.model
+    if not isinstance(result, Perplexity | Answers):
+        raise invalid(f"results[{name!r}]", result, "a Perplexity, a Divergence or Answers")
+    return result
+
+
+def _chosen(results: Mapping, pairs: str, reference: str | None) -> list[tuple[str, str]]:
+    """Names of the pairs that are compared."""
+    if reference is not None:
+        return [(reference, name) for name in results if name != reference]
+    if pairs == "all":
+        return [*combinations(results, 2)]
+    sign = -1 if isinstance(next(iter(results.values())), Answers) else 1
+    return [*pairwise(sorted(results, key=lambda name: sign * float(results[name])))]
+
+
+def _answers_row(first: Answers, second: Answers) -> dict:
+    """Difference of two accuracies."""
+    found = compare_answers(first, second)
+    numbers = {"difference": found.difference, "low": found.low, "high": found.high}
+    return {**numbers, "p": found.p, "unit": "accuracy"}
+
+
+def _loss_row(
+    first: Perplexity, second: Perplexity, n_bootstrap: int, n_permutations: int, seed: int
+) -> dict:
+    """Difference of two mean losses on the same passages."""
+    for what in ("text", "content", "seq_len", "stride", "chunked", "precision"):
+        require_same(what, getattr(first, what), getattr(second, what))
+    same_tokens = np.array_equal(first.passages[:, 1], second.passages[:, 1])
+    # D_i: difference of a passage's losses; n_i: its tokens, or its characters
+    D, n = second.passages[:, 0] - first.passages[:, 0], first.passages[:, 1 if same_tokens else 2]
+    table = np.stack([D, n], axis=1)  # [passage, 2]
+    low, high = resampled(table, lambda sums: (sums[0] / sums[1])[None], n_bootstrap, seed)[:, 0]
+    # With no difference between the models, the sign of every D_i is as likely + as -.
+    signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=(n_permutations, len(D)))
+    extreme = np.abs(signs @ D) >= np.abs(D.sum()) - 1e-12
+    return {
+        "difference": float(D.sum() / n.sum()),
+        "low": float(low),
+        "high": float(high),
+        "p": float((1 + extreme.sum()) / (1 + n_permutations)),
+        "unit": "nats per token" if same_tokens else "nats per character",
+    }
+
+
+def holm(p: np.ndarray) -> np.ndarray:
+    """Holm's correction (1979) of p-values: ``max_{j ≤ i} min(1, (m - j + 1) p_(j))``."""
+    order = np.argsort(p)
+    factors = len(p) - np.arange(len(p))
+    corrected = np.maximum.accumulate(np.minimum(1, factors * p[order]))
+    return corrected[np.argsort(order)]

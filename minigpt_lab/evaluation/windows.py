@@ -1,0 +1,265 @@
+"""Held-out text in windows, and what models say of every token of it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..checks import InvalidArgument
+from ..domains import Part, RunningText, excerpt, running_text, window_prefix
+from ..models import check_token_ids, dtype_name, reading_dtype, tokenizer_for
+from ..store import content_hash
+
+#: Bytes that the logits of one step may take, as float32: on a CPU, and elsewhere.
+_CPU_BYTES, _GPU_BYTES = 1 << 28, 1 << 32
+
+
+@dataclass(frozen=True)
+class Window:
+    """Tokens ``start`` to ``stop`` of a text; those from ``fresh`` on are in no earlier window."""
+
+    start: int
+    stop: int
+    fresh: int
+
+
+@dataclass(frozen=True)
+class WindowedText:
+    """Running text cut into windows, in steps of several.
+
+    Parameters
+    ----------
+    running : RunningText
+        The tokens, and the passages and characters that they belong to.
+    prefix : list of int
+        Tokens before every window.
+    steps : list of list of Window
+        Windows of one length that are read together.
+    name, content : str
+        Name of the text, and SHA-256 of its passages.
+    """
+
+    running: RunningText
+    prefix: list[int]
+    steps: list[list[Window]]
+    name: str
+    content: str
+
+    def read(
+        self, models: Sequence[PreTrainedModel], per_token: Callable, title: str, progress: bool
+    ) -> np.ndarray:
+        """Values of every token, each in the first window that reaches it, ``[token, column]``.
+
+        A token without one before it in its window has no value: 0.
+
+        Parameters
+        ----------
+        models : sequence of transformers.PreTrainedModel
+            All read the same windows.
+        per_token : callable
+            From logits ``[batch, token, vocabulary]``, one tensor per model, and the tokens that
+            they predict ``[batch, token]`` to values ``[batch, token, column]``.
+        title, progress
+            Of the progress bar, and whether it is shown.
+        """
+        ids, values = self.running.ids, None
+        for step in tqdm(self.steps, desc=title, unit="batch", disable=not progress):
+            rows = torch.tensor([self.prefix + ids[w.start : w.stop] for w in step])
+            check_token_ids(models[0], rows)
+            logits = [m(input_ids=rows.to(m.device), use_cache=False).logits for m in models]
+            found = per_token([x[:, :-1] for x in logits], rows[:, 1:].to(logits[0].device))
+            found = found[:, max(len(self.prefix) - 1, 0) :].cpu().double().numpy()
+            if values is None:
+                values = np.zeros((len(ids), found.shape[2]))
+            for window, row in zip(step, found, strict=True):
+                first = window.start + (not self.prefix)  # the first token that has a value
+                new = slice(max(first, window.fresh), window.stop)
+                values[new] = row[new.start - first :]
+        return values
+
+    @property
+    def scored(self) -> np.ndarray:
+        """Whether each token has another before it in its first window, ``[token]``."""
+        scored = np.zeros(len(self.running.ids), dtype=bool)
+        for window in (window for step in self.steps for window in step):
+            scored[max(window.start + (not self.prefix), window.fresh) : window.stop] = True
+        return scored
+
+    def passage_sums(self, values: np.ndarray) -> np.ndarray:
+        """Sums of every column, tokens scored and their characters, ``[passage, column + 2]``."""
+        scored, characters = self.scored, self.running.characters
+        passage, count = self.running.passage[scored], self.running.passage[-1] + 1
+        columns = [*values.T, np.ones(len(values)), characters]
+        sums = [np.bincount(passage, weights=column[scored], minlength=count) for column in columns]
+        return np.stack(sums, axis=1)
+
+
+def windowed(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: Part | Sequence[str] | str,
+    *,
+    seq_len: int,
+    stride: int | None,
+    max_characters: int | None,
+    max_tokens: int | None,
+    chunked: bool = False,
+    batch_size: int | None = None,
+) -> WindowedText:
+    """Text in windows for a model; the arguments are those of `perplexity`.
+
+    Raises
+    ------
+    ValueError
+        If the text is too short to score, or the stride is out of range.
+    """
+    stride = seq_len if stride is None else stride
+    if stride > seq_len or (chunked and stride < seq_len):
+        raise InvalidArgument(
+            f"stride={stride}, seq_len={seq_len}; expected a stride of at most seq_len, and of no "
+            "other length with chunked=True; leave stride out"
+        )
+    name = str(text) if isinstance(text, Part) else "text"
+    # 1. Text to tokens, each window with what the tokenizer puts before a text.
+    budget = {"max_tokens": None if chunked else max_tokens, "max_characters": max_characters}
+    passages = excerpt(text, tokenizer, **budget)
+    tokenizer = tokenizer_for(model, tokenizer)
+    prefix = window_prefix(tokenizer)
+    if chunked:
+        limit = None if max_tokens is None else max(0, max_tokens - len(prefix))
+        running = _prefixed(running_text(passages, tokenizer, limit), prefix)
+        prefix = []
+    else:
+        running = running_text(passages, tokenizer)
+    # 2. Windows; the shorter last one is left out, or read by itself.
+    length = seq_len - len(prefix)
+    needed = seq_len if chunked else 2 - min(len(prefix), 1)
+    if len(running.ids) < needed or length < 1:
+        raise ValueError(
+            f"{name} has {len(running.ids)} token(s); at least {needed} are needed, in windows of "
+            f"more than {len(prefix)}: give more text or another seq_len"
+        )
+    windows = list(_windows(len(running.ids), length, min(stride, length)))
+    full = [window for window in windows if window.stop - window.start == length]
+    size = batch_size or _windows_per_step(model, seq_len)
+    steps = [full[i : i + size] for i in range(0, len(full), size)]
+    if not chunked:
+        steps += [[window] for window in windows[len(full) :]]
+    return WindowedText(running, prefix, steps, name, content_hash(list(passages)))
+
+
+def _prefixed(running: RunningText, prefix: list[int]) -> RunningText:
+    """Running text after a prefix of no characters, which belongs to the first passage."""
+    before = (len(prefix), 0)
+    return replace(
+        running,
+        ids=prefix + running.ids,
+        passage=np.pad(running.passage, before),
+        characters=np.pad(running.characters, before),
+    )
+
+
+def _windows(total: int, length: int, stride: int) -> Iterator[Window]:
+    """Windows that advance by `stride` until they reach the end."""
+    fresh = 0
+    for start in range(0, total, stride):
+        stop = min(start + length, total)
+        yield Window(start, stop, fresh)
+        if stop == total:
+            return
+        fresh = stop
+
+
+def _windows_per_step(model: PreTrainedModel, seq_len: int) -> int:
+    """Windows whose logits fit into memory beside the model, at least one."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    available = _CPU_BYTES if model.device.type == "cpu" else _GPU_BYTES
+    return max(1, available // (4 * vocabulary * seq_len))
+
+
+def resampled(table: np.ndarray, ratios: Callable, n_bootstrap: int, seed: int) -> np.ndarray:
+    """95 % intervals of ratios of sums over passages, ``[low and high, ratio]``.
+
+    Percentile bootstrap over passages; NaN for a single one, which says nothing about others.
+
+    Parameters
+    ----------
+    table : numpy.ndarray
+        ``[passage, column]``.
+    ratios : callable
+        From sums ``[column, sample]`` to ratios ``[ratio, sample]``.
+    n_bootstrap, seed : int
+        Resamples, and their seed: the same passages are drawn for tables of the same length.
+    """
+    if len(table) == 1:
+        return np.full((2, len(ratios(table.T))), np.nan)
+    samples = np.random.default_rng(seed).integers(len(table), size=(n_bootstrap, len(table)))
+    return np.quantile(ratios(table[samples].sum(1).T), [0.025, 0.975], axis=1)
+
+
+def finite_or_float32(
+    read: Callable[[str], np.ndarray],
+    models: Sequence[PreTrainedModel],
+    precision: str,
+    name: Callable[[int], str],
+) -> tuple[np.ndarray, str]:
+    """Read models; if that gives NaN in less than float32, warn and read them again in float32.
+
+    Parameters
+    ----------
+    read : callable
+        From a precision to values ``[item, …]``.
+    models : sequence of transformers.PreTrainedModel
+        What is read.
+    precision : {"auto", "bfloat16", "float32"}
+        What was asked for.
+    name : callable
+        From the number of an item to its name, for the message.
+
+    Returns
+    -------
+    values : numpy.ndarray
+        What `read` gave.
+    precision : str
+        Type that the models were read in.
+
+    Raises
+    ------
+    ValueError
+        If there is NaN in float32 too, or the models would be read in different types.
+    """
+    dtypes = [dtype_name(reading_dtype(model, precision)) for model in models]
+    for dtype in dtypes:
+        require_same("precision", dtypes[0], dtype)
+    for attempt in dict.fromkeys([precision, "float32"]):
+        values = read(attempt)
+        bad = np.flatnonzero(np.isnan(values).reshape(len(values), -1).any(1))
+        if not len(bad):
+            return values, dtypes[0] if attempt == precision else "float32"
+        if dtypes[0] in ("float32", "float64"):
+            break
+        warnings.warn(
+            f"the model gives NaN on {name(bad[0])} in {dtypes[0]}; all is read again in float32",
+            stacklevel=3,
+        )
+    raise ValueError(f"the model gives NaN on {name(bad[0])}: check its weights, dtype")
+
+
+def require_same(what: str, first: object, second: object) -> None:
+    """Refuse to compare two numbers that were measured differently.
+
+    Raises
+    ------
+    ValueError
+        Naming what differs and both values.
+    """
+    if first != second:
+        raise ValueError(
+            f"the two differ in {what}: {first} and {second}; measure both with the same"
+        )

@@ -1,0 +1,125 @@
+"""Paired comparison of results: intervals, tests, Holm's correction, what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from scipy import stats
+
+import minigpt_lab as lab
+from minigpt_lab.evaluation.comparison import holm
+
+
+def made(loss: np.ndarray, tokens: np.ndarray, **changes) -> lab.Perplexity:
+    """A perplexity of given summed losses per passage."""
+    table = np.stack([loss, tokens, 4.0 * tokens], axis=1)
+    value = float(np.exp(loss.sum() / tokens.sum()))
+    facts = {"seq_len": 64, "stride": 64, "text": "law", "content": "abc"} | changes
+    return lab.Perplexity(value, 1.0, value, value, 1.0, 1.0, passages=table, **facts)
+
+
+@pytest.fixture
+def losses():
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(50, 150, size=80).astype(float)
+    base = tokens * rng.normal(3, 0.5, size=80)
+    return tokens, base, base + tokens * rng.normal(0.05, 0.1, size=80)
+
+
+def test_paired_difference_interval_and_test(losses):
+    tokens, first, second = losses
+    results = {"a": made(first, tokens), "b": made(second, tokens)}
+    row = lab.compare(results).iloc[0]
+    assert row["difference"] == pytest.approx((second - first).sum() / tokens.sum())
+    assert row["low"] < row["difference"] < row["high"]
+    # of about the size that a t-test of the passages' differences gives
+    reference = stats.ttest_1samp(second - first, 0)
+    assert 0.3 < row["p"] / max(reference.pvalue, 1e-4) < 3
+    assert row["differ"] and row["unit"] == "nats per token"
+    # the unpaired intervals overlap widely: pairing is what tells them apart
+    assert abs(row["difference"]) < np.std(first / tokens) / np.sqrt(len(tokens))
+
+
+def test_equal_models_are_not_told_apart(losses):
+    """Of 200 pairs that differ by noise alone about one in twenty has p below 0.05."""
+    tokens, first, _ = losses
+    rng, p = np.random.default_rng(1), []
+    for _ in range(200):
+        noise = tokens * rng.normal(0, 0.1, size=80)
+        results = {"a": made(first, tokens), "b": made(first + noise, tokens)}
+        p.append(lab.compare(results, n_bootstrap=1, n_permutations=199)["p"].item())
+    assert stats.binomtest(int((np.array(p) <= 0.05).sum()), 200, 0.05).pvalue > 0.001
+    same = lab.compare({"a": made(first, tokens), "b": made(first, tokens)}).iloc[0]
+    assert (same["difference"], same["p"], same["differ"]) == (0, 1, False)
+
+
+def test_holm_against_its_definition():
+    assert holm(np.array([0.01, 0.04, 0.03, 0.005])) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm(np.array([0.5, 0.9])) == pytest.approx([1.0, 1.0])
+
+
+def test_pairs(losses):
+    tokens, first, second = losses
+    results = {"c": made(second * 1.2, tokens), "a": made(first, tokens), "b": made(second, tokens)}
+    assert len(lab.compare(results)) == 3
+    neighbours = lab.compare(results, pairs="neighbours")
+    assert [*zip(neighbours["first"], neighbours["second"], strict=True)] == [*pairwise("abc")]
+    against = lab.compare(results, reference="b")
+    assert set(against["first"]) == {"b"} and set(against["second"]) == {"a", "c"}
+    three = lab.compare(results)
+    assert (three["p_holm"] >= three["p"]).all()
+    assert (against["p_holm"] <= three["p_holm"].max()).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"text": "medicine"}, "text: law and medicine"),
+        ({"content": "def"}, "content: abc and def"),
+        ({"seq_len": 128}, "seq_len: 64 and 128"),
+        ({"stride": 32}, "stride: 64 and 32"),
+        ({"chunked": True}, "chunked: False and True"),
+        ({"precision": "bfloat16"}, "precision: float32 and bfloat16"),
+    ],
+)
+def test_results_measured_differently_are_refused(losses, change, named):
+    tokens, first, second = losses
+    results = {"a": made(first, tokens), "b": made(second, tokens, **change)}
+    with pytest.raises(ValueError, match=f"the two differ in {named}; measure both"):
+        lab.compare(results)
+
+
+def test_other_results_are_refused(losses, tiny, tiny_domain):
+    tokens, first, _ = losses
+    with pytest.raises(ValueError, match="results are a; expected two or more of one kind"):
+        lab.compare({"a": made(first, tokens)})
+    with pytest.raises(ValueError, match=r"results\['b'\] is 3.2; expected a Perplexity"):
+        lab.compare({"a": made(first, tokens), "b": 3.2})
+    answers = lab.answer_questions(*tiny, tiny_domain.questions[:4], progress=False)
+    with pytest.raises(ValueError, match="of one kind"):
+        lab.compare({"a": made(first, tokens), "b": answers})
+    with pytest.raises(ValueError, match="reference is 'c'; expected one of a, b"):
+        lab.compare({"a": made(first, tokens), "b": made(first, tokens)}, reference="c")
+
+
+def test_answers_are_compared_by_mcnemar(tiny, tiny_domain):
+    answers = lab.answer_questions(*tiny, tiny_domain.questions[:30], progress=False)
+    frame = answers.frame.copy()
+    frame["picked"] = frame["choice"] == frame["choice"].groupby(frame["question"]).transform("max")
+    other = dataclasses.replace(answers, frame=frame)
+    row = lab.compare({"model": answers, "last choice": other}).iloc[0]
+    expected = lab.compare_answers(answers, other)
+    assert (row["difference"], row["low"], row["p"]) == (
+        expected.difference, expected.low, expected.p)  # fmt: skip
+
+
+def test_different_tokenizers_are_compared_per_character(losses):
+    tokens, first, second = losses
+    other = made(second, np.ceil(tokens / 2))
+    other.passages[:, 2] = 4 * tokens
+    row = lab.compare({"a": made(first, tokens), "b": other}).iloc[0]
+    assert row["unit"] == "nats per character"
+    assert row["difference"] == pytest.approx((second - first).sum() / (4 * tokens).sum())
