@@ -297,10 +297,7 @@ def tensors(model, **options):
     [
         (lambda model: tensors(model), None),
         (lambda model: tensors(model, dtype=torch.bfloat16), None),
-        (
-            lambda model: {"ffn": [["a"] * 20] * 3},
-            "mine criterion gives no ffn scores that are",
-        ),
+        (lambda model: {"ffn": [["a"] * 20] * 3}, "mine criterion gives no ffn scores that are"),
         (lambda model: {"ffn": None}, "mine criterion gives no ffn scores"),
         (lambda model: {"ffn": [np.full(20, np.nan)] * 3}, "mine criterion gives NaN"),
         (lambda model: float("x"), "the mine criterion: could not convert"),
