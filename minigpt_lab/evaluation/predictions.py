@@ -30,7 +30,7 @@ class Divergence:
         bootstrap over passages; NaN for a single passage).
     agreement, agreement_low, agreement_high : float
         Share of tokens at which both find the same token the likeliest, with its 95 % interval.
-    ratio, ratio_low, ratio_high : float
+    perplexity_ratio, perplexity_ratio_low, perplexity_ratio_high : float
         The model's perplexity over the reference's, with the interval of the paired ratio.
     model, reference : Perplexity
         Of both, from the same pass.
@@ -44,9 +44,9 @@ class Divergence:
     agreement: float
     agreement_low: float
     agreement_high: float
-    ratio: float
-    ratio_low: float
-    ratio_high: float
+    perplexity_ratio: float
+    perplexity_ratio_low: float
+    perplexity_ratio_high: float
     model: Perplexity
     reference: Perplexity
     passages: np.ndarray = field(compare=False)
@@ -58,10 +58,8 @@ class Divergence:
 
     def row(self) -> dict:
         """The numbers as one row of a table: those of the perplexity, and the divergence."""
-        names = (
-            "kl kl_low kl_high agreement agreement_low agreement_high ratio ratio_low ratio_high"
-        )
-        return {**self.model.row(), **{name: getattr(self, name) for name in names.split()}}
+        divergence = {k: v for k, v in vars(self).items() if isinstance(v, float)}
+        return {**self.model.row(), **divergence}
 
     def to_frame(self) -> pd.DataFrame:
         """The numbers as a table of one row."""

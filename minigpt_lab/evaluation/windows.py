@@ -72,8 +72,12 @@ class WindowedText:
         for step in tqdm(self.steps, desc=title, unit="batch", disable=not progress):
             rows = torch.tensor([self.prefix + ids[w.start : w.stop] for w in step])
             check_token_ids(models[0], rows)
-            logits = [m(input_ids=rows.to(m.device), use_cache=False).logits for m in models]
-            found = per_token([x[:, :-1] for x in logits], rows[:, 1:].to(logits[0].device))
+            logits = {
+                model: model(input_ids=rows.to(model.device), use_cache=False).logits[:, :-1]
+                for model in dict.fromkeys(models)
+            }
+            targets = rows[:, 1:].to(logits[models[0]].device)
+            found = per_token([logits[model] for model in models], targets)
             found = found[:, max(len(self.prefix) - 1, 0) :].cpu().double().numpy()
             if values is None:
                 values = np.zeros((len(ids), found.shape[2]))

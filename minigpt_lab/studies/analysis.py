@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -16,11 +17,10 @@ from ..calibration import Statistics
 from ..checks import DictOf, Frame, Instance, Integer, ListOf, Model, Number, OneOf, Text, checked
 from ..criteria import score
 from ..domains import Part
-from ..evaluation import perplexity
 from ..models import PruningPlan, masked, model_size, weight_axis
 from ..planning import contextual_plan
 from .arguments import COUNTS, FOLDER, PAIR, PART, STATISTICS, TEXTS
-from .held_out import HeldOut
+from .held_out import HeldOut, diverging
 
 #: The thresholds that Mini-GPTs' grid tries (arXiv 2312.12682).
 PAPER_EPSILONS = (1e-5, 1e-3, 1e-1)
@@ -148,10 +148,11 @@ def threshold_sweep(
     path = out_dir and Path(out_dir) / "sweep.jsonl"
     held_out = HeldOut(model, tokenizer, [text], max_tokens=max_tokens, seq_len=seq_len, path=path)
     (dense,) = held_out.get(None, lambda: held_out.measure(model))["rows"]
+    subject = copy.deepcopy(model)  # the dense model beside it is the reference
 
     def measured(plan: PruningPlan) -> dict:
-        with masked(model, plan):
-            return held_out.measure(model)
+        with masked(subject, plan):
+            return held_out.measure(subject)
 
     rows = []
     plans = list(_plans(model, statistics, epsilons, controls, token_counts, seeds))
@@ -227,12 +228,12 @@ def measure(
     variant : str
         Its name in the table: dense, masked, shrunk, ….
     dense : transformers.PreTrainedModel, optional
-        The dense model, for the ratios.
+        The dense model, another object, for the ratios and the divergence from it.
     **protocol
         Of `perplexity`.
     """
     size = model_size(model, dense)
     facts = {name: getattr(size, name) for name in ("stored", "nonzero", "layer_ratio")}
     protocol = {"max_characters": None, "progress": False, **protocol}
-    found = [perplexity(model, tokenizer, text, **protocol) for text in texts]
+    found = [diverging(model, dense, tokenizer, text, **protocol) for text in texts]
     return pd.DataFrame([{"variant": variant, **facts, **each.row()} for each in found])

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 
+import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..domains import Part, excerpt
-from ..evaluation import Perplexity, perplexity
+from ..evaluation import Divergence, Perplexity, divergence, perplexity
 from ..models import dtype_name, fingerprint, model_size, reading_dtype
 from ..store import ResultCache, content_hash
 
@@ -19,15 +21,13 @@ class HeldOut:
     Parameters
     ----------
     model, tokenizer
-        The dense pair; its tokens cut the texts.
+        The dense pair; its tokens cut the texts, its predictions are the reference.
     texts : sequence of Part
         Held out.
     max_tokens, seq_len : int
-        Tokens per text, and per window (no overlap).
+        Tokens per text (None for all), and per window (no overlap).
     path : str or path, optional
         A ``.jsonl`` file of finished results.
-    row : callable
-        From a `Perplexity` to what is kept of it, as plain data.
     """
 
     def __init__(
@@ -39,9 +39,8 @@ class HeldOut:
         max_tokens: int | None,
         seq_len: int,
         path: str | os.PathLike | None,
-        row: Callable[[Perplexity], dict] = Perplexity.row,
     ):
-        self.tokenizer, self.seq_len, self.row = tokenizer, seq_len, row
+        self.dense, self.tokenizer, self.seq_len = model, tokenizer, seq_len
         self.cache = ResultCache(path)
         self.texts = [excerpt(text, tokenizer, max_tokens=max_tokens) for text in texts]
         precision = dtype_name(reading_dtype(model))
@@ -54,12 +53,39 @@ class HeldOut:
         return self.cache.get([self.facts, key], compute)
 
     def measure(self, model: PreTrainedModel) -> dict:
-        """A model's stored parameters, and the row of its perplexity on every text."""
+        """A model's stored parameters, and how well it predicts every text, as plain data."""
         protocol = {"seq_len": self.seq_len, "max_characters": None, "progress": False}
-        found = [perplexity(model, self.tokenizer, text, **protocol) for text in self.texts]
-        return {"stored": model_size(model).stored, "rows": [*map(self.row, found)]}
+        found = [
+            diverging(model, self.dense, self.tokenizer, text, **protocol) for text in self.texts
+        ]
+        losses = [each.model if isinstance(each, Divergence) else each for each in found]
+        return {
+            "stored": model_size(model).stored,
+            "rows": [each.row() for each in found],
+            "losses": [asdict(each) | {"passages": each.passages.tolist()} for each in losses],
+        }
 
     def table_rows(self, result: dict, **facts) -> list[dict]:
-        """Rows of a table, one per text: facts of the variant, its size, its perplexities."""
+        """Rows of a table, one per text: facts of the variant, its size, its numbers."""
         size = {"stored": result["stored"], "removed": 1 - result["stored"] / self.dense_size}
         return [{**facts, **size, **row} for row in result["rows"]]
+
+    def perplexities(self, result: dict) -> list[Perplexity]:
+        """Its perplexity on every text, for `lab.compare`."""
+        return [
+            Perplexity(**(loss | {"passages": np.array(loss["passages"])}))
+            for loss in result["losses"]
+        ]
+
+
+def diverging(
+    model: PreTrainedModel, dense: PreTrainedModel | None, tokenizer, text: Part, **protocol
+) -> Divergence | Perplexity:
+    """Divergence from a dense model; the perplexity alone without one of the same vocabulary."""
+    vocabularies = {
+        None if each is None else each.get_output_embeddings().weight.shape[0]
+        for each in (model, dense)
+    }
+    if len(vocabularies) == 1:
+        return divergence(model, dense, tokenizer, text, **protocol)
+    return perplexity(model, tokenizer, text, **protocol)

@@ -216,7 +216,6 @@ def domain_matrix(
         max_tokens=max_tokens,
         seq_len=seq_len,
         path=out_dir and Path(out_dir) / "cells.jsonl",
-        row=lambda found: {"passages": found.passages.tolist()},  # [passage, 3]
     )
 
     def measured(plan: PruningPlan | None, train: Domain | None) -> dict:
@@ -235,8 +234,8 @@ def domain_matrix(
             key += [content_hash([*train.train, *train.validation]), budget] if train else []
             result = held_out.get(key, lambda cell=(plan, train): measured(*cell))
             facts = {"recovered": train is not None, "cut": cut, "stored": result["stored"]}
-            for name, row in zip(names, result["rows"], strict=True):
-                rows.append({**facts, "text": name, "passages": np.array(row["passages"])})
+            for name, loss in zip(names, held_out.perplexities(result), strict=True):
+                rows.append({**facts, "text": name, "passages": loss.passages})  # [passage, 3]
     return _compared(pd.DataFrame(rows), seed)
 
 

@@ -22,7 +22,7 @@ from ..checks import DictOf, Instance, Integer, ListOf, Number, OneOf, Text, che
 from ..compensation import bias_compensated, slimgpt
 from ..criteria import CRITERIA, Scores, score
 from ..domains import Domain, Part
-from ..evaluation import peak_memory, timed
+from ..evaluation import Perplexity, peak_memory, timed
 from ..models import SITES, PruningPlan, fingerprint, shrink
 from ..planning import plan_from_scores
 from ..recovery import recover
@@ -256,7 +256,7 @@ def method_comparison(
     recover_on: Domain | None = None,
     recovery: Mapping[str, object] | None = None,
     out_dir: str | os.PathLike | None = None,
-) -> pd.DataFrame:
+) -> tuple[pd.DataFrame, dict[tuple, Perplexity]]:
     """Held-out perplexity of every pruned model on every text, beside the dense model.
 
     Parameters
@@ -279,9 +279,11 @@ def method_comparison(
 
     Returns
     -------
-    pandas.DataFrame
+    table : pandas.DataFrame
         One row per plan and text: ``method, sites, ratio, recovered, stored, removed`` (share of
-        the model), and those of `Perplexity.row`.
+        the model), and those of `Divergence.row`.
+    losses : dict
+        ``(method, sites, ratio, text)`` to the `Perplexity`, for `lab.compare`.
     """
     path = out_dir and Path(out_dir) / "comparison.jsonl"
     held_out = HeldOut(model, tokenizer, texts, max_tokens=max_tokens, seq_len=seq_len, path=path)
@@ -293,7 +295,7 @@ def method_comparison(
             recover(pruned, tokenizer, recover_on, **settings)
         return held_out.measure(pruned)
 
-    rows = []
+    rows, losses = [], {}
     cells = {("dense", "none", 0.0): None, **plans}
     for (name, kind, ratio), pruning in tqdm(cells.items(), desc="comparison", unit="cell"):
         recovered = bool(pruning and recover_on)
@@ -302,7 +304,9 @@ def method_comparison(
         result = held_out.get(key, lambda cell=(pruning, recovered): measured(*cell))
         facts = {"method": name, "sites": kind, "ratio": ratio, "recovered": recovered}
         rows += held_out.table_rows(result, **facts)
-    return pd.DataFrame(rows)
+        for loss in held_out.perplexities(result):
+            losses[name, kind, ratio, loss.text] = loss
+    return pd.DataFrame(rows), losses
 
 
 @checked(plans=_PLANS, sites=OneOf(KINDS), ratio=Number(0, below=1))

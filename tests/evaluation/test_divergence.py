@@ -45,7 +45,7 @@ def test_one_pass_equals_softmax_over_all_logits(pair, tiny_domain):
         assert own.value == pytest.approx(alone.value, rel=1e-5)
         assert (own.protocol, own.content) == (alone.protocol, alone.content)
         assert (own.low, own.high) == pytest.approx((alone.low, alone.high), rel=1e-5)
-    assert found.ratio == pytest.approx(found.model.value / found.reference.value)
+    assert found.perplexity_ratio == pytest.approx(found.model.value / found.reference.value)
     assert found.to_frame()["kl"].item() == found.kl
 
 
@@ -54,7 +54,7 @@ def test_a_model_does_not_diverge_from_itself(tiny, tiny_domain):
     found = lab.divergence(model, model, tokenizer, tiny_domain.test, max_tokens=500,
                            progress=False)  # fmt: skip
     assert found.kl == pytest.approx(0, abs=1e-6)
-    assert (found.agreement, found.ratio) == (1, 1)
+    assert (found.agreement, found.perplexity_ratio) == (1, 1)
 
 
 def test_vocabularies_that_differ_are_refused(tiny, tiny_domain, tiny_statistics):

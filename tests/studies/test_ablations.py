@@ -73,7 +73,7 @@ def test_the_control_is_of_the_same_size_and_worse(study):
 def test_a_finished_variant_is_found_under_any_name(study, tiny, monkeypatch):
     variants, batches, texts, measuring, table, layers = study
     monkeypatch.setattr(ablations, "slimgpt", None)
-    monkeypatch.setattr("minigpt_lab.studies.held_out.perplexity", None)
+    monkeypatch.setattr("minigpt_lab.studies.held_out.diverging", None)
     renamed = {f"{name} again": options for name, options in variants.items()}
     renamed["full again"] = {**FULL, "compensate": True, "block_size": "dynamic"}  # the defaults
     again, same = ablations.slimgpt_variants(

@@ -79,7 +79,7 @@ def test_an_interrupted_matrix_goes_on_where_it_was(tiny, domains, plans, tmp_pa
     assert len(calls) == 3 + len(few) + 1 - 2  # the two finished ones are not trained again
     assert set(table["recovered"]) == {True, False}
     # nothing is measured twice
-    monkeypatch.setattr("minigpt_lab.studies.held_out.perplexity", None)
+    monkeypatch.setattr("minigpt_lab.studies.held_out.diverging", None)
     again = lab.domain_matrix(*tiny, domains, plans=few, **arguments)
     pd.testing.assert_frame_equal(again, table)
     pruned, recovered = (table[table["recovered"] == state] for state in (False, True))

@@ -42,7 +42,7 @@ def compared(tiny, tiny_domain, tmp_path_factory):
     )
     folder = tmp_path_factory.mktemp("comparison")
     texts = [tiny_domain.test, lab.load_domain("tiny-games").test]
-    table = method_comparison(
+    table, losses = method_comparison(
         model, tokenizer, plans, texts=texts, max_tokens=256, seq_len=64, out_dir=folder
     )
     return plans, table, folder, texts
@@ -70,8 +70,10 @@ def test_cells_are_those_of_the_functions(compared, tiny):
 
 def test_finished_cells_are_not_measured_again(compared, tiny, monkeypatch):
     plans, table, folder, texts = compared
-    monkeypatch.setattr("minigpt_lab.studies.held_out.perplexity", None)
-    again = method_comparison(*tiny, plans, texts=texts, max_tokens=256, seq_len=64, out_dir=folder)
+    monkeypatch.setattr("minigpt_lab.studies.held_out.diverging", None)
+    again, _ = method_comparison(
+        *tiny, plans, texts=texts, max_tokens=256, seq_len=64, out_dir=folder
+    )
     assert again.equals(table)
 
 
@@ -79,7 +81,7 @@ def test_recovered_cells_are_others(compared, tiny, tiny_domain):
     plans, table, _, texts = compared
     some = {cell: plan for cell, plan in plans.items() if cell == ("random", "ffn", 0.5)}
     recovery = {"method": "lora", "max_tokens": 1024, "seq_len": 64, "learning_rate": 5e-3}
-    after = method_comparison(
+    after, _ = method_comparison(
         *tiny,
         some,
         texts=texts[:1],
