@@ -58,8 +58,9 @@ class Divergence:
 
     def row(self) -> dict:
         """The numbers as one row of a table: those of the perplexity, and the divergence."""
-        divergence = {k: v for k, v in vars(self).items() if isinstance(v, float)}
-        return {**self.model.row(), **divergence}
+        ends = ("", "_low", "_high")
+        names = [f"{name}{end}" for name in ("kl", "agreement") for end in ends]
+        return {**self.model.row(), **{name: getattr(self, name) for name in names}}
 
     def to_frame(self) -> pd.DataFrame:
         """The numbers as a table of one row."""

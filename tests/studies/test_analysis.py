@@ -89,8 +89,8 @@ def test_a_sweep_resumes_where_it_stopped(tmp_path, tiny, draws, monkeypatch):
     with path.open("a") as file:
         file.write('\n{"key": "cut off')  # as a killed process leaves it
     measured = []
-    real = held_out.perplexity
-    monkeypatch.setattr(held_out, "perplexity", lambda *a, **k: measured.append(1) or real(*a, **k))
+    real = held_out.diverging
+    monkeypatch.setattr(held_out, "diverging", lambda *a, **k: measured.append(1) or real(*a, **k))
     second = sweep(activation=[0.05, 0.1])
     assert len(measured) == 3  # 0.1: contextual and two controls
     assert second.iloc[:3].reset_index(drop=True).equals(first)
