@@ -113,7 +113,7 @@ def search_counts(
     offload : {"device", "cpu", "disk"}
         Place of hidden states, levels and the dense predictions; see `Shards`.
     out_dir : str or path, optional
-        Folder for ``search.jsonl``, the finished measurements: an interrupted search continues.
+        Folder for ``search.jsonl``, the finished rounds: an interrupted search continues there.
     progress : bool
         Show progress bars.
     **solver
@@ -153,19 +153,23 @@ def search_counts(
         "solver": settings.to_dict(),
         "sites": [[each.site, each.layer] for each in layer_sites],
     }
+
+    def search_round(round_: int, budgets: Budgets, starts: dict[str, Budget]) -> dict:
+        base = next(iter(starts.values()))
+        with supernet(model, layer_sites, settings, offload) as net:
+            net.fill(others, budgets.levels, base, progress)
+            trials = Trials(net, held_out)
+            return {"rows": _descend(trials, budgets, starts, round_, steps, seed, progress)}
+
     cache = ResultCache(out_dir and f"{out_dir}/search.jsonl")
     history: list[dict] = []
     for round_ in range(rounds):
         budgets = Budgets.around(starts.values(), layer_sites, divisors, levels, dense - size)
-        base = next(iter(starts.values()))
-        with supernet(model, layer_sites, settings, offload) as net:
-            fill = partial(net.fill, others, budgets.levels, base, progress)
-            around = {"levels": budgets.levels, "base": base}
-            trials = Trials(net, fill, held_out, cache, facts | around)
-            rows = _descend(trials, budgets, starts, round_, steps, seed, progress)
+        key = [facts, starts, budgets.levels, budgets.target, steps, seed, round_]
+        rows = cache.get(key, partial(search_round, round_, budgets, starts))["rows"]
         history += [{"round": round_, **row} for row in rows]
         best = min((row for row in rows if row["enough"]), key=lambda row: row["kl"])
-        starts = {"start": best["counts"]}
+        starts = {"start": tuple(best["counts"])}
 
     # 3. The best budget of the last round.
     kl = {row["stage"]: row["kl"] for row in history if row["stage"] in STARTS}
@@ -204,7 +208,7 @@ def _descend(
     def measure(stage: str, budget: Budget) -> None:
         removed = int(budgets.removed(budget).sum())
         facts = {"removed": removed, "enough": removed >= budgets.target}
-        kl, counts = trials.divergence(budget), budgets.trimmed(budget)
+        kl, counts = trials.divergence(budget), [*budgets.trimmed(budget)]
         rows.append({"stage": stage, "kl": kl, **facts, "counts": counts})
 
     # 1. Measure the starts and begin at the best.

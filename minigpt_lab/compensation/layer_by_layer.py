@@ -153,7 +153,13 @@ def slimgpt(
     target = one_target(ratio=ratio, parameters=parameters, counts=counts)
     if isinstance(allocation, str):  # rankings need scores; there are none before a layer's turn
         OneOf(["search", *BY_DEPTH])("allocation", allocation)
-    _require_room_for_a_copy(model, inplace)
+    if inplace:
+        refuse_masked(model)
+    elif is_offloaded(model):
+        raise ValueError(
+            "the model's weights are offloaded: there is no room for a second copy of them; give "
+            "inplace=True"
+        )
     anatomy, model_hash = Anatomy(model), fingerprint(model)
     sites = chosen_sites(model, sites, units)
     totals = {site: anatomy.units(site) for site in sites}
@@ -286,14 +292,3 @@ def _explained_out_of_memory(module: nn.Module, layer: int, dtype: torch.dtype) 
             "the hidden states (offload='cpu' or 'disk'), use shorter windows, or let accelerate "
             "offload the other layers' weights"
         ) from error
-
-
-def _require_room_for_a_copy(model: PreTrainedModel, inplace: bool) -> None:
-    """Refuse to copy a model with offloaded weights, or to change a masked one."""
-    if is_offloaded(model) and not inplace:
-        raise ValueError(
-            "the model's weights are offloaded: there is no room for a second copy of them; give "
-            "inplace=True"
-        )
-    if inplace:
-        refuse_masked(model)

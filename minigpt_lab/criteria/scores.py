@@ -21,7 +21,6 @@ from ..checks import (
     Flag,
     Function,
     Instance,
-    ListOf,
     Location,
     Model,
     OneOf,
@@ -32,7 +31,7 @@ from ..checks import (
     writable_folder,
 )
 from ..domains import unpadded
-from ..models import ALL_SITES, SITES, Anatomy, fingerprint, require_weights
+from ..models import SITES, Anatomy, fingerprint, require_weights
 from ..store import cache_folder, cache_key, cached, content_hash, read_tensors, write_tensors
 from .units import chosen_sites
 
@@ -99,7 +98,6 @@ class Scores:
             score.
         """
         require_weights(model, self.model_hash, f"these {self.criterion} scores")
-        ListOf(OneOf(ALL_SITES), 1)("the scores' sites", [*self.values])
         return _as_arrays(self.criterion, model, [*self.values], self.values)
 
     @checked(path=Location())

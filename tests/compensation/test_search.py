@@ -341,18 +341,17 @@ def test_an_interrupted_search_goes_on(tiny, batches, tmp_path, monkeypatch):
     measure, measured = Supernet.rises, []
 
     def interrupted(self, *given):
-        if len(measured) == 7:  # the first step of the second round is the seventh
-            raise KeyboardInterrupt
         measured.append(given)
+        if len(measured) == 8:  # the second step of the second round
+            raise KeyboardInterrupt
         return measure(self, *given)
 
     arguments["out_dir"] = tmp_path
-    with monkeypatch.context() as patch:
-        patch.setattr(Supernet, "rises", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            lab.search_counts(model, batches, **arguments)
+    monkeypatch.setattr(Supernet, "rises", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        lab.search_counts(model, batches, **arguments)
     again = lab.search_counts(model, batches, **arguments)
-    assert again == expected
+    assert again == expected and len(measured) == 8 + 6  # the first round is not searched again
     assert again.history.equals(expected.history) and len(again.history) > 7
     monkeypatch.setattr(Supernet, "rises", None)  # all is known: nothing is computed
     again = lab.search_counts(model, iter(batches), **arguments)
