@@ -10,6 +10,7 @@ from .anatomy import Anatomy, weight_axis
 
 #: Linear layer's name, then ``"input"``, ``"output"`` or ``"bias"``, to a mask of its features.
 Masks = dict[str, dict[str, np.ndarray]]
+Features = Mapping[str, Mapping[str, Sequence[int] | np.ndarray]]  # their indices
 
 
 def all_features(anatomy: Anatomy) -> Masks:
@@ -25,7 +26,7 @@ def all_features(anatomy: Anatomy) -> Masks:
     return masks
 
 
-def without_features(masks: Masks, features: Mapping[str, Mapping[str, Sequence[int]]]) -> Masks:
+def without_features(masks: Masks, features: Features) -> Masks:
     """Copy masks, and set the listed features of them to False."""
     copied = {name: {side: mask.copy() for side, mask in m.items()} for name, m in masks.items()}
     for name, sides in features.items():

@@ -93,7 +93,7 @@ def _adapted(folder: Path, base: PreTrainedModel, shapes: Shapes) -> nn.Module:
     """Apply the adapter by peft; refuse it if a weight is missing or belongs to no layer."""
     from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 
-    settings = PeftConfig.from_pretrained(folder)
+    settings = PeftConfig.from_pretrained(str(folder))
     if settings.is_prompt_learning:
         raise UnfitFolder(
             f"the adapter in {folder} is of type {settings.peft_type}, which changes no weights "

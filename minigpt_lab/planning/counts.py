@@ -80,8 +80,9 @@ def plan_from_scores(
     anatomy = Anatomy(model)
     layer_sites = prunable_sites(anatomy, values, keep_layers)
     if threshold is not None:
-        removed = [int((each.scores <= threshold).sum()) for each in layer_sites]
-        counts = _whole_units(layer_sites, removed, unit_steps(layer_sites, multiple_of))
+        removed = np.array([(each.scores <= threshold).sum() for each in layer_sites])
+        steps = unit_steps(layer_sites, multiple_of)
+        counts = _whole_units(layer_sites, removed, steps).tolist()
     else:
         counts = unit_counts(
             model, layer_sites, ratio, parameters, allocation, ratio_of, multiple_of
@@ -147,9 +148,8 @@ def unit_counts(
     rule, steps = allocation_rule(allocation), unit_steps(layer_sites, multiple_of)
     target = parameters_to_remove(model, layer_sites, ratio, parameters, ratio_of)
 
-    def counts_at(share: float) -> list[int]:
-        shares = rule(share, layer_sites)
-        removed = [share * len(each) for share, each in zip(shares, layer_sites, strict=True)]
+    def counts_at(share: float) -> np.ndarray:
+        removed = rule(share, layer_sites) * np.array([len(each) for each in layer_sites])
         counts = _whole_units(layer_sites, removed, steps)
         return _evened_out(layer_sites, removed, counts, steps) if even_out else counts
 
@@ -160,13 +160,13 @@ def unit_counts(
     else:
         stored = model.num_parameters()
         counts = _solve(counts_at, layer_sites, target, stored, exceed=ratio is None)
-    if target > 0 and not any(counts):
+    if target > 0 and not counts.any():
         warnings.warn(
             f"the target removes no units: {target:,.0f} parameters are less than half a unit of "
             "every layer; increase it or add sites with smaller units (sites=)",
             stacklevel=3,
         )
-    return counts
+    return counts.tolist()
 
 
 def parameters_to_remove(
@@ -178,7 +178,9 @@ def parameters_to_remove(
 ) -> float:
     """Number of parameters to remove, for a ratio or a size: see `plan_from_scores`."""
     bases = _bases(model, layer_sites)
-    return bases["model"] - parameters if ratio is None else ratio * bases[ratio_of]
+    if ratio is not None:
+        return ratio * bases[ratio_of]
+    return bases["model"] - (parameters or 0)
 
 
 def removed_shares(
@@ -198,9 +200,9 @@ def _bases(model: PreTrainedModel, layer_sites: Sequence[LayerSite]) -> dict[str
     }
 
 
-def _total(layer_sites: Sequence[LayerSite], counts: Sequence[int]) -> int:
+def _total(layer_sites: Sequence[LayerSite], counts: Sequence[int] | np.ndarray) -> int:
     """Parameters of so many units of each layer site."""
-    return sum(count * each.cost for count, each in zip(counts, layer_sites, strict=True))
+    return int(np.dot(counts, [each.cost for each in layer_sites]))
 
 
 def _check_reached(ratio: float, shares: Sequence[float], layer_sites: Sequence[LayerSite]) -> None:
@@ -222,62 +224,53 @@ def _check_reached(ratio: float, shares: Sequence[float], layer_sites: Sequence[
 
 
 def _whole_units(
-    layer_sites: Sequence[LayerSite], removed: Sequence[float], steps: Sequence[int]
-) -> list[int]:
+    layer_sites: Sequence[LayerSite], removed: np.ndarray, steps: Sequence[int]
+) -> np.ndarray:
     """Numbers of units to remove, rounded: whole, in steps, and never all."""
-    counts = []
-    for each, wish, step in zip(layer_sites, removed, steps, strict=True):
-        if not -1e-9 <= wish <= len(each) + 1e-9:
+    totals = np.array([len(each) for each in layer_sites])
+    for each, share in zip(layer_sites, removed / totals, strict=True):
+        if not -1e-9 <= share <= 1 + 1e-9:
             raise ValueError(
-                f"the allocation takes {wish / len(each):.3g} of layer {each.layer}'s "
-                f"{each.site} units; expected a share in [0, 1]"
+                f"the allocation takes {share:.3g} of layer {each.layer}'s {each.site} units; "
+                "expected a share in [0, 1]"
             )
-        kept = round((len(each) - wish) / step) * step
-        counts.append(len(each) - max(kept, step))
-    return counts
+    kept = np.round((totals - removed) / steps).astype(int) * steps
+    return totals - np.maximum(kept, steps)
 
 
 def _evened_out(
-    layer_sites: Sequence[LayerSite],
-    removed: Sequence[float],
-    counts: Sequence[int],
-    steps: Sequence[int],
-) -> list[int]:
+    layer_sites: Sequence[LayerSite], removed: np.ndarray, counts: np.ndarray, steps: Sequence[int]
+) -> np.ndarray:
     """Counts whose FFN channels balance, layer by layer, the rounding to whole heads."""
-    missing: dict[int, float] = {}  # parameters that whole heads remove too few, by layer
-    for each, wish, count in zip(layer_sites, removed, counts, strict=True):
-        if each.site != "ffn":
-            missing[each.layer] = missing.get(each.layer, 0) + (wish - count) * each.cost
-    balanced = [
-        min(max(wish + missing.get(each.layer, 0) / each.cost, 0), len(each))
-        if each.site == "ffn"
-        else count
-        for each, wish, count in zip(layer_sites, removed, counts, strict=True)
-    ]
-    return _whole_units(layer_sites, balanced, steps)
+    layer, cost, total = np.array([(each.layer, each.cost, len(each)) for each in layer_sites]).T
+    is_ffn = np.array([each.site == "ffn" for each in layer_sites])
+    # parameters that whole heads remove too few, by layer
+    missing = np.bincount(layer, np.where(is_ffn, 0, (removed - counts) * cost))
+    channels = np.clip(removed + missing[layer] / cost, 0, total)
+    return _whole_units(layer_sites, np.where(is_ffn, channels, counts), steps)
 
 
 def _solve(
-    counts_at: Callable[[float], list[int]],
+    counts_at: Callable[[float], np.ndarray],
     layer_sites: Sequence[LayerSite],
     target: float,
     stored: int,
     exceed: bool,
-) -> list[int]:
+) -> np.ndarray:
     """Counts whose parameters add up to the target, by bisection on the ratio.
 
     `exceed` asks for at least as many; otherwise the nearer of the two neighbours is taken.
     """
-    low, high = 0.0, 1.0
-    none, most = counts_at(low), _total(layer_sites, counts_at(high))
+    most = _total(layer_sites, counts_at(1.0))
     if target > most:
         raise ValueError(
             f"the target cannot be met: {target:,.0f} parameters would have to be removed, but "
             f"with one unit left per layer the model still stores {stored - most:,} of {stored:,}, "
             f"{most / stored:.1%} less"
         )
-    if target <= _total(layer_sites, none):
-        return none
+    if target <= _total(layer_sites, counts_at(0.0)):
+        return counts_at(0.0)
+    low, high = 0.0, 1.0
     while high - low > 1e-6:
         middle = (low + high) / 2
         enough = _total(layer_sites, counts_at(middle)) >= target
