@@ -25,7 +25,7 @@ from ..checks import (
     suggest,
 )
 from ..store import DATA, hub_reachable, read_toml, undo_interrupted_write
-from .conversion import converted
+from .conversion import converted_folder
 from .folder_checks import UnfitFolder
 from .loading import load_folder, load_pretrained, load_tokenizer, refuse_quantised
 from .merging import ADAPTER, load_adapter
@@ -104,7 +104,7 @@ def _open(name_or_path: str | os.PathLike, dtype: str | torch.dtype, above: tupl
 
 def _load_registered(name: str, entry: dict, dtype: str | torch.dtype) -> tuple:
     """Load a model of `registry`, from the package's data or a converted checkpoint."""
-    folder = DATA / entry["folder"] if "folder" in entry else converted(name, entry)
+    folder = DATA / entry["folder"] if "folder" in entry else converted_folder(name, entry)
     model = load_folder(folder, dtype)
     model.config.minigpt_lab_origin = {key: entry[key] for key in ("title", "note", "licence")}
     return model, load_tokenizer(folder)

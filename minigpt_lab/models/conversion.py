@@ -28,7 +28,7 @@ from ..store import (
 _HASHES = "hashes.json"
 
 
-def converted(name: str, entry: dict) -> Path:
+def converted_folder(name: str, entry: dict) -> Path:
     """Folder of a GGUF model's plain copy in the cache; made on first use.
 
     The checkpoint's parts are fetched, joined and dequantised. A copy that is damaged or was

@@ -35,7 +35,7 @@ def damaged(folder: Path | str, why: str, remedy: str = _AGAIN) -> UnfitFolder:
 
 
 @contextlib.contextmanager
-def reading(folder: Path, remedy: str = _AGAIN) -> Iterator[None]:
+def explain_damage(folder: Path, remedy: str = _AGAIN) -> Iterator[None]:
     """Turn a library's error on reading a folder into an `UnfitFolder`, and silence its log."""
     log = logging.getLogger("transformers.modeling_utils")
     level = log.level
@@ -54,7 +54,7 @@ def reading(folder: Path, remedy: str = _AGAIN) -> Iterator[None]:
 
 
 def read_object(path: Path) -> dict:
-    """Read a JSON file that holds an object; to be called inside `reading`."""
+    """Read a JSON file that holds an object; to be called inside `explain_damage`."""
     content = read_json(path)
     if not isinstance(content, dict):
         raise damaged(path.parent, f"{path.name} holds a {type(content).__name__}, not an object")

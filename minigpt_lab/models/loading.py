@@ -1,7 +1,7 @@
 """Load a model from its folder: exactly as it was saved, or not at all.
 
-The tensors in a folder are compared with those that its config asks for, before and after reading:
-a missing weight is an error, never initialised at random.
+The tensors in a folder are compared with those that its config asks for: a missing weight is an
+error, never initialised at random.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from .folder_checks import (
     check_config,
     check_memory,
     damaged,
+    explain_damage,
     read_object,
-    reading,
     refuse_unfit,
     safetensors_files,
     stored_shapes,
@@ -66,7 +66,7 @@ def load_folder(folder: Path, dtype: str | torch.dtype) -> PreTrainedModel:
             f"{sorted(path.name for path in folder.iterdir())[:8] or 'nothing'}"
             + (f"; did you mean its folder {inside[0]}?" if inside else "")
         )
-    with reading(folder):
+    with explain_damage(folder):
         entries = read_object(folder / "config.json")
         refuse_quantised(entries.get("quantization_config"), folder)
         shapes = stored_shapes(folder)
@@ -94,7 +94,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             f"{folder} holds no tokenizer: expected tokenizer.json beside the weights; "
             "save the one that the model was trained with there: tokenizer.save_pretrained(folder)"
         )
-    with reading(folder):
+    with explain_damage(folder):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 

@@ -9,7 +9,14 @@ from pathlib import Path
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .folder_checks import Shapes, UnfitFolder, read_object, read_shapes, reading, refuse_unfit
+from .folder_checks import (
+    Shapes,
+    UnfitFolder,
+    explain_damage,
+    read_object,
+    read_shapes,
+    refuse_unfit,
+)
 from .loading import has_tokenizer, load_tokenizer, untie_if_separate
 
 ADAPTER = "adapter_config.json"
@@ -37,7 +44,7 @@ def load_adapter(
         If the adapter does not fit its base, is its own base, or cannot be merged.
     """
     above = (*above, folder.resolve())
-    with reading(folder):
+    with explain_damage(folder):
         config = read_object(folder / ADAPTER)
         name = _base_name(folder, config, above)
     base, tokenizer = open_base(name, above=above)
@@ -47,7 +54,7 @@ def load_adapter(
         f"if its base {name!r} was changed since (pruned, say), merge the adapter into the base "
         "from before with peft, and load that"
     )
-    with reading(folder, remedy):
+    with explain_damage(folder, remedy):
         shapes = {
             name.removeprefix("base_model.model."): shape
             for name, shape in read_shapes(folder / "adapter_model.safetensors").items()

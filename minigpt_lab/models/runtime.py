@@ -77,11 +77,7 @@ def seeded(seed: int) -> Iterator[None]:
     with locked(_GENERATORS), contextlib.ExitStack() as undo:
         undo.callback(random.setstate, random.getstate())
         undo.callback(np.random.set_state, np.random.get_state())  # noqa: NPY002
-        undo.callback(torch.set_rng_state, torch.get_rng_state())
-        if torch.cuda.is_initialized():
-            undo.callback(torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all())
-        else:  # not initialised yet: it starts from the seed that it is given here
-            undo.callback(torch.cuda.manual_seed_all, torch.initial_seed())
+        undo.enter_context(torch.random.fork_rng(range(torch.cuda.device_count())))
         if torch.backends.mps.is_available():
             undo.callback(torch.mps.set_rng_state, torch.mps.get_rng_state())
         set_seed(seed)
@@ -148,19 +144,19 @@ def _version(parameter: torch.Tensor) -> tuple:
     return *key, int(values.view(dtype).sum(dtype=torch.int64))  # wraps around: exact in any order
 
 
-@checked(model=Model(), model_hash=Text(), measured=Text())
-def require_weights(model: PreTrainedModel, model_hash: str, measured: str) -> None:
+@checked(model=Model(), model_hash=Text(), what=Text())
+def require_weights(model: PreTrainedModel, model_hash: str, what: str) -> None:
     """Refuse a model whose weights are not those that something was measured on.
 
     Raises
     ------
     ValueError
-        If its fingerprint is not `model_hash`; the message names what was `measured`.
+        If its fingerprint is not `model_hash`; the message names `what` was measured.
     """
     own_hash = fingerprint(model)
     if own_hash != model_hash:
         raise ValueError(
-            f"{measured} are of another model (weights {model_hash[:12]}), not of {label(model)} "
+            f"{what} are of another model (weights {model_hash[:12]}), not of {label(model)} "
             f"(weights {own_hash[:12]}); compute them on this one"
         )
 

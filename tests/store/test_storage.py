@@ -605,12 +605,12 @@ def cut(path: Path) -> None:
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_changed_conversion_is_set_aside_and_made_again(change, checkpoint):
     entry, made = checkpoint
-    folder = conversion.converted("x", entry)
-    assert conversion.converted("x", entry) == folder and len(made) == 1
+    folder = conversion.converted_folder("x", entry)
+    assert conversion.converted_folder("x", entry) == folder and len(made) == 1
     before = snapshot(folder)
     CHANGES[change](folder)
     with pytest.warns(UserWarning, match=r"is damaged .*set aside as x-.*\.damaged-1"):
-        conversion.converted("x", entry)
+        conversion.converted_folder("x", entry)
     assert len(made) == 2 and snapshot(folder) == before
 
 
@@ -621,7 +621,7 @@ def test_a_full_disk_is_named_when_a_model_is_converted(checkpoint):
         full_disk(),
         pytest.raises(WriteFailed, match=r"could not be written .*; set .*_CACHE") as error,
     ):
-        conversion.converted("x", entry)
+        conversion.converted_folder("x", entry)
     assert one_sentence(error.value) and snapshot(cache_folder()) == {}
 
 
