@@ -315,7 +315,11 @@ class PruningPlan:
         ValueError
             If the file is not one.
         """
-        return cls.from_dict(read_json(Path(path)))
+        data = read_json(Path(path))
+        try:
+            return cls.from_dict(data)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
 
 def _check_subset(chosen: list[int], total: int, what: str) -> None:
