@@ -67,17 +67,16 @@ def check(name: str, answer: object, /, **given: object) -> Verdict:
     InvalidArgument
         If there is no such exercise, or other objects are given than the exercise is computed from.
     """
-    if not isinstance(name, str) or name not in EXERCISES:
-        hint = suggest(str(name), list(EXERCISES))
-        raise InvalidArgument(f"no exercise {name!r:.60}; {hint}")
+    name = str(name)
+    if name not in EXERCISES:
+        raise InvalidArgument(f"no exercise {name!r:.60}; {suggest(name, list(EXERCISES))}")
     kind, needed = EXERCISES[name].kind, EXERCISES[name].parameters
     if set(given) != set(needed):
-        names = ", ".join(given) or "none of them"
         raise InvalidArgument(
-            f"exercise {name!r} is computed from {', '.join(needed)}; got {names}"
+            f"exercise {name!r} is computed from {', '.join(needed)}; got {', '.join(given)}"
         )
     if answer is None or answer is ...:
-        return Verdict(None, f"{name}: not answered yet; expected is {KINDS[kind]}")
+        return Verdict(None, f"{name}: not answered yet; expected is {KINDS[kind][0]}")
     try:
         right = EXERCISES[name].compute(**given)
         if kind in ("number", "share", "count") and not math.isfinite(right.value):
@@ -85,6 +84,5 @@ def check(name: str, answer: object, /, **given: object) -> Verdict:
         problem = right.problem(kind, answer)
     except (LookupError, ValueError, ArithmeticError, TypeError, AttributeError, RuntimeError) as e:
         reason = f"there is no {e}" if isinstance(e, KeyError) else first_line(e)
-        reason = f"cannot be computed from what was measured here: {reason}"
-        return Verdict(None, f"{name}: {reason}")
+        return Verdict(None, f"{name}: cannot be computed from what was measured here: {reason}")
     return Verdict(problem is None, f"{name}: {problem or 'right'}")

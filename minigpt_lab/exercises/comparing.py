@@ -54,7 +54,6 @@ def forward_passes(windows: int, directions: int) -> Answer:
     mistakes = {
         "one per direction; the loss is needed on both sides of the weights": windows * directions,
         "those of one window": 2 * directions,
-        "those of one direction": 2 * windows,
     }
     return Answer(2 * windows * directions, mistakes)
 
@@ -115,15 +114,13 @@ def exact_loss(W: torch.Tensor, H: torch.Tensor, removed: Sequence[int]) -> Answ
 @exercise("number")
 def last_ratio(depth: int, first: float, mean: float) -> Answer:
     """The last layer's ratio of a logarithmic increase, from the first layer's and the mean."""
-    progress = np.log(np.arange(depth) + 1)
-    value = first + (mean - first) / (progress.mean() / np.log(depth))
+    rise = (mean - first) / np.log(np.arange(depth) + 1).mean()
     mistakes = {
         "that of a linear increase": first + 2 * (mean - first),
-        "with the logarithm of 32 layers; this model has another depth": first
-        + (mean - first) / (progress.mean() / np.log(32)),
+        "with the logarithm of 32 layers; this model has another depth": first + rise * np.log(32),
         "the mean itself": mean,
     }
-    return Answer(value, mistakes)
+    return Answer(first + rise * np.log(depth), mistakes)
 
 
 @exercise("count")
@@ -132,7 +129,6 @@ def tokens_to_invert(model: PreTrainedModel) -> Answer:
     channels = Anatomy(model).units("ffn")[0]
     mistakes = {
         "the hidden size; the second projection reads the channels": model.config.hidden_size,
-        "the entries of H; its rank counts": channels**2,
         "one too few: each token adds one to the rank": channels - 1,
     }
     return Answer(channels, mistakes)

@@ -25,8 +25,6 @@ def lora_numbers(linear: nn.Linear, r: int) -> Answer:
         "what full fine-tuning trains": rows * columns,
         "B alone; A is trained too": rows * r,
         "A alone; B is trained too": r * columns,
-        "the size of the product B A; its factors are what is trained": r * rows * columns,
-        "one row and one column; there are as many as the rank": rows + columns,
     }
     return Answer(r * (rows + columns), mistakes)
 
@@ -40,15 +38,15 @@ def _levels(table: pd.DataFrame, text: Part, *variants: str) -> list[float]:
 def recovered_share(table: pd.DataFrame, text: Part, pruned: str, recovered: str) -> Answer:
     """Share of the lost nats per token that recovery takes back."""
     levels = _levels(table, text, "dense", pruned, recovered)
-    dense, pruned_loss, after = np.log(levels)
-    plain = (levels[1] - levels[2]) / (levels[1] - levels[0])
-    value = (pruned_loss - after) / (pruned_loss - dense)
+    dense, before, after = np.log(levels)
+    value = (before - after) / (before - dense)
     mistakes = {
         "what is still missing; the share taken back is asked for": 1 - value,
         "a percentage; divide by 100": 100 * value,
-        "taken from perplexities; a loss is the logarithm of one": plain,
-        "the loss taken back in nats; divide it by the loss that pruning cost": pruned_loss - after,
-        "the inverse; what came back goes on top": 1 / value if value else np.inf,
+        "taken from perplexities; a loss is the logarithm of one": (
+            (levels[1] - levels[2]) / (levels[1] - levels[0])
+        ),
+        "the loss taken back in nats; divide it by the loss that pruning cost": before - after,
     }
     return Answer(value, mistakes)
 
@@ -86,37 +84,33 @@ def questions_needed(accuracy: float, margin: float) -> Answer:
 @exercise("share")
 def chance_level(questions: Mapping[str, Sequence[Question]]) -> Answer:
     """Accuracy of a guess, over the questions of all domains together."""
-    counts = [np.array([len(question.choices) for question in part]) for part in questions.values()]
-    flat = np.concatenate(counts)
+    counts = pd.concat({d: pd.Series([len(q.choices) for q in qs]) for d, qs in questions.items()})
+    chances = 1 / counts
+    of_domains = chances.groupby(level=0).mean()
     mistakes = {
-        "1 over the mean number of choices; take the mean of 1 over the number": 1 / flat.mean(),
-        "the mean over domains; every question counts once": np.mean(
-            [np.mean(1 / n) for n in counts]
-        ),
-        "how often a guess is wrong": 1 - np.mean(1 / flat),
+        "1 over the mean number of choices; take the mean of 1 over the number": 1 / counts.mean(),
+        "the mean over domains; every question counts once": of_domains.mean(),
+        "how often a guess is wrong": 1 - chances.mean(),
     }
-    return Answer(np.mean(1 / flat), mistakes, tolerance=0.001)
+    return Answer(chances.mean(), mistakes, tolerance=0.001)
 
 
 @exercise("share")
 def summed_score(found: Answers) -> Answer:
     """Accuracy if the summed log-probability of a choice decided."""
+    frame = found.frame
 
-    def accuracy(column: str, pick: str) -> float:
-        frame = found.frame.assign(mean=found.frame["nll"] / found.frame["tokens"])
-        chosen = getattr(frame.groupby("question")[column], pick)()
-        return float(frame.loc[chosen, "is_answer"].mean())
+    def accuracy(loss: pd.Series) -> float:
+        """Share of questions of which the choice with the lowest loss is the answer."""
+        return float(frame.loc[loss.groupby(frame["question"]).idxmin(), "is_answer"].mean())
 
+    whole = "that of question and choice together; take the choice alone"
     mistakes = {
-        "that of the mean per token; take the sum": accuracy("mean", "idxmin"),
-        "that of the least likely choice: nll is a loss, the lowest wins": accuracy(
-            "nll", "idxmax"
-        ),
-        "that of question and choice together; take the choice alone": accuracy(
-            "whole_nll", "idxmin"
-        ),
+        "that of the mean per token; take the sum": accuracy(frame["nll"] / frame["tokens"]),
+        "that of the least likely choice: nll is a loss, the lowest wins": accuracy(-frame["nll"]),
+        whole: accuracy(frame["whole_nll"]),
     }
-    return Answer(accuracy("nll", "idxmin"), mistakes, tolerance=0.001)
+    return Answer(accuracy(frame["nll"]), mistakes, tolerance=0.001)
 
 
 # 06_domain_matrix
@@ -138,15 +132,12 @@ def stand_in(table: pd.DataFrame, text: str, domains: Sequence[str]) -> Answer:
 def price_as_a_factor(table: pd.DataFrame, cut: str, text: str) -> Answer:
     """Perplexity of a model pruned for another domain over that of the text's own, from nats."""
     rows = table[(table["text"] == text) & ~table["recovered"]].set_index("cut")
-    nats = float(rows.loc[cut, "difference"])
+    nats, perplexities = float(rows.loc[cut, "difference"]), rows["perplexity"]
     mistakes = {
         "the difference in nats; undo the logarithm": nats,
         "2 to the difference; nats go with e": 2**nats,
-        "10 to the difference; nats go with e": 10**nats,
         "the inverse; the model of the other domain goes on top": np.exp(-nats),
-        "the difference of the perplexities; divide them": (
-            rows.loc[cut, "perplexity"] - rows.loc[text, "perplexity"]
-        ),
+        "the difference of the perplexities; divide them": perplexities[cut] - perplexities[text],
     }
     return Answer(np.exp(nats), mistakes)
 
@@ -156,12 +147,10 @@ def common_core(plans: Mapping[tuple[str, int], PruningPlan], domains: Sequence[
     """Channels of the first layer that the first draws of all domains keep."""
     kept = {cut: {*plan.keep["ffn"][0]} for (cut, draw), plan in plans.items() if draw == 0}
     own: list[set] = [kept[name] for name in domains]
+    every = set.intersection(*kept.values())
     mistakes = {
         "what at least one domain keeps; all must keep it": set.union(*own),
-        "what the controls keep too; take the domains' plans alone": set.intersection(
-            *kept.values()
-        ),
+        "what the controls keep too; take the domains' plans alone": every,
         "what the first domain keeps; the others have a say": own[0],
-        "what no domain keeps": set(range(plans[domains[0], 0].units["ffn"][0])) - set.union(*own),
     }
     return Answer(set.intersection(*own), mistakes)

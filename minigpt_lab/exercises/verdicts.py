@@ -7,26 +7,22 @@ answer.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import math
-from collections.abc import Mapping, Sequence, Set, Sized
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Real
 from typing import Any
 
-import numpy as np
-
-from ..checks import suggest
+from ..checks import Instance, Integer, InvalidArgument, ListOf, Number, Text, suggest
 from ..models import PruningPlan
 
-#: Kinds of answers, as the reader is told what is expected.
-KINDS = {
-    "number": "a number",
-    "share": "a share between 0 and 1",
-    "count": "a whole number",
-    "set": "a set of whole numbers",
-    "name": "a name, in quotes",
-    "plan": "a pruning plan",
+#: Kinds of answers: as the reader is told what is expected, and what is allowed.
+KINDS: dict[str, tuple[str, Any]] = {
+    "number": ("a number", Number()),
+    "share": ("a share between 0 and 1", Number()),  # others are told apart as mistakes
+    "count": ("a whole number", Integer()),
+    "set": ("a set of whole numbers", ListOf(Integer(), kind=set)),
+    "name": ("a name, in quotes", Text()),
+    "plan": ("a pruning plan", Instance(PruningPlan)),
 }
 
 
@@ -48,10 +44,8 @@ class Verdict:
     def __bool__(self) -> bool:
         return bool(self.right)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:  # a notebook cell shows the line itself
         return f"{'·' if self.right is None else '✓' if self.right else '✗'} {self.message}"
-
-    __repr__ = __str__  # a notebook cell shows the line itself
 
 
 @dataclass(frozen=True)
@@ -78,9 +72,12 @@ class Answer:
 
     def problem(self, kind: str, answer: Any) -> str | None:
         """Error of an answer of a kind (a key of `KINDS`) in words; None if it is right."""
+        if kind in ("number", "share", "count"):  # also as an array, Series or tensor of one
+            with contextlib.suppress(AttributeError, TypeError, ValueError, RuntimeError):
+                answer = answer.item()
         try:
-            given = _read(kind, answer)
-        except ValueError as error:
+            given = KINDS[kind][1]("answer", answer)
+        except InvalidArgument as error:
             return str(error)
         if kind == "plan":
             return self.value(given)
@@ -99,44 +96,6 @@ class Answer:
         return given == value
 
 
-def _read(kind: str, answer: Any) -> Any:
-    """The answer as a float, a set, a name or a plan; ValueError if it is of another kind."""
-    if kind == "set":
-        return _read_set(answer)
-    given: Any
-    if kind in ("name", "plan"):
-        given = answer if isinstance(answer, str if kind == "name" else PruningPlan) else None
-    else:
-        given = _read_number(answer)
-    if given is None or (kind == "count" and given % 1):
-        raise ValueError(f"expected {KINDS[kind]}, got {_described(answer)}")
-    if isinstance(given, float) and not math.isfinite(given):
-        raise ValueError(f"it is {given}: was something divided by 0, or averaged over nothing?")
-    return given
-
-
-def _read_number(answer: Any) -> float | None:
-    """A number, also as an array, Series or tensor of one element."""
-    with contextlib.suppress(TypeError, ValueError, RuntimeError, ArithmeticError):
-        value = answer.item() if hasattr(answer, "item") else answer
-        return None if isinstance(value, bool | str | bytes) else float(value)
-    return None
-
-
-def _read_set(answer: Any) -> set[int]:
-    """Whole numbers of any container."""
-    entries = answer.tolist() if hasattr(answer, "tolist") else answer
-    if not isinstance(entries, Set | list | tuple | range):
-        raise ValueError(f"expected {KINDS['set']}, got {_described(answer)}")
-    entries = [entry.item() if isinstance(entry, np.generic) else entry for entry in entries]
-    if entries and all(isinstance(entry, bool) for entry in entries):
-        raise ValueError("this is a mask of True and False; the places of True are asked for")
-    for entry in entries:
-        if isinstance(entry, bool) or not isinstance(entry, Real) or entry % 1:
-            raise ValueError(f"expected {KINDS['set']}; one of yours is {entry!r:.40}")
-    return {int(entry) for entry in entries}
-
-
 def _general_mistakes(kind: str, value: Any) -> dict[str, Any]:
     """Mistakes that any exercise of a kind may meet."""
     if kind == "share":
@@ -150,36 +109,14 @@ def _difference(kind: str, given: Any, value: Any) -> str:
     if kind == "name":
         return f"it is not {given!r}"
     if kind == "set":
-        missing, extra = value - given, given - value
-        parts = []
-        if missing:
-            parts.append(f"{len(missing)} of {len(value)} missing, {min(missing)} is one")
-        if extra:
-            parts.append(f"{len(extra)} too many, {min(extra)} is one")
-        return "; ".join(parts)
+        counts = {f"of {len(value)} missing": value - given, "too many": given - value}
+        return "; ".join(f"{len(s)} {what}, {min(s)} is one" for what, s in counts.items() if s)
     if kind == "share" and not 0 <= given <= 1:
         return f"a share lies between 0 and 1, this is {given:.4g}"
     side = "large" if given > value else "small"
     if given * value <= 0:
         return f"too {side}"
     factor = max(given / value, value / given)
-    return (
-        f"close, but too {side}"
-        if factor < 1.1
-        else f"too {side}, by a factor of about {factor:.2g}"
-    )
-
-
-def _described(answer: Any) -> str:
-    """An answer of the wrong kind, in a few words."""
-    if isinstance(answer, str):
-        return f"the text {answer!r:.40}"
-    if isinstance(answer, Real | np.bool_) and answer < 1e15 and answer > -1e15:
-        return f"{answer}"
-    if inspect.isroutine(answer):
-        return f"the function {answer.__name__}; call it, with ()"
-    name = type(answer).__name__
-    article = "an" if name[0] in "aeioAEIO" else "a"
-    if isinstance(getattr(answer, "shape", None), tuple):
-        return f"{article} {name} of shape {tuple(answer.shape)}"
-    return f"{article} {name}" + (f" of {len(answer)}" if isinstance(answer, Sized) else "")
+    if factor < 1.1:
+        return f"close, but too {side}"
+    return f"too {side}, by a factor of about {factor:.2g}"
