@@ -7,7 +7,7 @@ lab   install, then open JupyterLab on notebooks/
 sweep, results, report: a grid of runs, all records as a table, an HTML page (--help says more)
 tiny  install, then train the tiny models of data/models again
 lock  resolve pyproject.toml anew into requirements.lock and environment.yml
-Anything after the task's name goes to it: ``tasks.py run 01_activation_histograms -p epsilon 0.1``.
+Anything after the task's name goes to it: ``tasks.py run 01_activation_histograms -p epsilon=0.1``.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ import ast
 import contextlib
 import json
 import os
-import re
 import sys
 import warnings
 from typing import TYPE_CHECKING, Any, cast
@@ -45,6 +44,14 @@ def _digits(number: float) -> str:
     return f"{number:.4g}" if abs(number) < 1e4 else f"{number:,.0f}"
 
 
+def _assignment(word: str) -> tuple[str, str]:
+    """Name and value of ``NAME=VALUE``; the value may have an equals sign."""
+    name, equals, value = word.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{word!r} is no NAME=VALUE")
+    return name, value
+
+
 class _Parser(argparse.ArgumentParser):
     """A parser whose errors are one line."""
 
@@ -58,8 +65,8 @@ def _parser() -> argparse.ArgumentParser:
     tasks = parser.add_subparsers(dest="task", required=True)
     run = tasks.add_parser("run", help="run a notebook and print what it measured", add_help=False)
     run.add_argument("notebook", nargs="?", help=f"default: {DEFAULT}")
-    metavar, words = ("NAME", "VALUE"), "set a parameter; -p NAME=VALUE is the same"
-    run.add_argument("-p", nargs=2, action="append", default=[], metavar=metavar, help=words)
+    words = {"metavar": "NAME=VALUE", "help": "set a parameter"}
+    run.add_argument("-p", type=_assignment, action="append", default=[], **words)
     run.add_argument("--out", help="run folder; default: runs/NOTEBOOK/TIME")
     run.add_argument("--smoke", action="store_true", help="small parameters on a tiny model")
     run.add_argument("--once", action="store_true", help="do nothing if --out holds a finished run")
@@ -86,15 +93,6 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--all", action="store_true", help="smoke runs too")
     report.set_defaults(do=_report)
     return parser
-
-
-def _split_assignments(words: list[str]) -> list[str]:
-    """The words with ``-p NAME=VALUE`` as ``-p NAME VALUE``; a VALUE may have an equals sign."""
-    split = []
-    for before, word in zip(["", *words], words, strict=False):
-        assigns = before == "-p" and re.match(r"\w+=", word)
-        split += word.split("=", 1) if assigns else [word]
-    return split
 
 
 def _run_help(arguments: argparse.Namespace) -> None:
@@ -193,7 +191,7 @@ def main() -> None:
     with contextlib.suppress(AttributeError):  # names in any alphabet, whatever the terminal's
         cast(Any, sys.stdout).reconfigure(errors="backslashreplace")
     try:
-        arguments = _parser().parse_args(_split_assignments(sys.argv[1:]))
+        arguments = _parser().parse_args()
         status = arguments.do(arguments)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader, head for one, has closed it

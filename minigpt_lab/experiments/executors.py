@@ -53,7 +53,7 @@ def _start(grid: Grid, run: str, folder: Path, log: Path) -> subprocess.Popen:
     command = [sys.executable, "-m", "minigpt_lab", "run", str(grid.notebook), "--once"]
     command += ["--out", str(folder / run), *(["--smoke"] * grid.smoke)]
     for name, value in grid.runs[run].items():
-        command += ["-p", name, json.dumps(value)]
+        command += ["-p", f"{name}={json.dumps(value)}"]
     with log.open("wb") as stderr:
         return subprocess.Popen(
             command,

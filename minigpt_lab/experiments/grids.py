@@ -13,10 +13,21 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
-from ..checks import Flag, Instance, Integer, ListOf, Location, Number, Text, checked, suggest
+from ..checks import (
+    DictOf,
+    Flag,
+    Instance,
+    Integer,
+    ListOf,
+    Location,
+    Number,
+    OneOf,
+    Text,
+    checked,
+    suggest,
+)
 from .parameters import (
     cells,
     check_parameters,
@@ -28,7 +39,16 @@ from .parameters import (
 )
 
 _MAX_RUNS = 10_000
-_KEYS = ["notebook", "parameters", "grid", "exclude", "jobs", "resources", "smoke"]
+#: Keys of a grid file: what each may hold, and its default.
+_KEYS = {
+    "notebook": (Text(), None),
+    "parameters": (Instance(dict), {}),
+    "grid": (Instance(dict), {}),
+    "exclude": (ListOf(Instance(dict)), []),
+    "jobs": (Integer(1), 1),
+    "resources": (DictOf(OneOf(["cpus", "gpus"]), Number(0)), {}),
+    "smoke": (Flag(), False),
+}
 
 
 @dataclass(frozen=True)
@@ -82,35 +102,24 @@ def read_grid(path: str | os.PathLike) -> Grid:
     path = Path(path)
     content = read_yaml(path)
     try:
-        if not isinstance(content, dict) or "notebook" not in content:
-            raise ValueError("expected 'notebook: NAME' and 'grid: {parameter: [values]}'")
-        for key in content:
-            if key not in _KEYS:
-                raise ValueError(f"unknown key {key!r}; {suggest(str(key), _KEYS)}")
-        given = {key: value for key, value in content.items() if value is not None}
+        content, given = DictOf(OneOf(_KEYS))("the grid", content), {}
+        for key, (check, default) in _KEYS.items():
+            value = content.get(key)
+            given[key] = check(key, default if value is None else value)
         return _grid(path, **given)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-@checked(
-    notebook=Text(),
-    parameters=Instance(dict),
-    grid=Instance(dict),
-    exclude=ListOf(Instance(dict)),
-    jobs=Integer(1),
-    resources=Instance(dict),
-    smoke=Flag(),
-)
 def _grid(
     path: Path,
     notebook: str,
-    parameters: Mapping = MappingProxyType({}),
-    grid: Mapping = MappingProxyType({}),
-    exclude: Sequence[Mapping] = (),
-    jobs: int = 1,
-    resources: Mapping = MappingProxyType({}),
-    smoke: bool = False,
+    parameters: Mapping,
+    grid: Mapping,
+    exclude: Sequence[Mapping],
+    jobs: int,
+    resources: Mapping,
+    smoke: bool,
 ) -> Grid:
     """The grid of a file's keys."""
     beside = path.parent / notebook
@@ -130,10 +139,7 @@ def _grid(
         runs = kept
     if not runs:
         raise ValueError("exclude leaves no run; drop an entry")
-    if not resources.keys() <= {"cpus", "gpus"}:
-        raise ValueError(f"resources is {resources}; expected cpus and gpus of one run")
-    amounts = {key: Number(low=0)(key, value) for key, value in resources.items()}
-    return Grid(path.stem, source, runs, jobs, smoke=smoke, **amounts)
+    return Grid(path.stem, source, runs, jobs, smoke=smoke, **resources)
 
 
 def _parameters(path: Path, notebook: Path, given: Mapping[str, object]) -> dict[str, object]:

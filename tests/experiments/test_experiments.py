@@ -83,19 +83,8 @@ def command(monkeypatch, tmp_path, capsys):
 
 
 def test_parameters_of_the_command_line(command):
-    words = [
-        "02",
-        "-p",
-        "domain_name=law",
-        "-p",
-        "controls",
-        "[]",
-        "-p",
-        "model_name",
-        "a=b",
-        "--out",
-        "x",
-    ]
+    words = ["02", "-p", "domain_name=law", "-p", "controls=[]", "-p", "model_name=a=b"]
+    words += ["--out", "x"]
     calls, printed = command(*words, "-p", "epsilon_all=[1e-3]")
     given = {"domain_name": "law", "controls": [], "model_name": "a=b", "epsilon_all": [1e-3]}
     assert calls == [("02_threshold_sweep", given, "x", False)]
@@ -105,7 +94,7 @@ def test_parameters_of_the_command_line(command):
         ["z", "134515008", "1.235"],
         ["a", "7", "20,000,000"],
     ]
-    found = command("-p", "epsilon_activation", "nan", "-p", "epsilon_linear=inf")[0][-1][1]
+    found = command("-p", "epsilon_activation=nan", "-p", "epsilon_linear=inf")[0][-1][1]
     assert np.isnan(found["epsilon_activation"]) and found["epsilon_linear"] == np.inf
     assert command("--smoke")[0][-1] == (command_line.DEFAULT, {}, None, True)
 

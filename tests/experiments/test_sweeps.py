@@ -244,10 +244,10 @@ def test_defaults_that_are_paths_start_at_the_notebook(tmp_path, monkeypatch):
 
 WRONG = {
     "notebook: 3_contextual\ngrid: {prompt: [law]}": "no notebook '3_contextual'; did you mean",
-    "grid: {prompt: [law]}": "expected 'notebook: NAME'",
+    "grid: {prompt: [law]}": "notebook is None; expected a string",
     "notebook: [03": "is no YAML",
     "notebook: 03\ngrid: {prompt: [law]}": "notebook is 3; expected a string",
-    "notebook: '03'\ngird: {prompt: [law]}": "unknown key 'gird'; did you mean 'grid'",
+    "notebook: '03'\ngird: {prompt: [law]}": "key of the grid is 'gird'; .*did you mean 'grid'",
     "notebook: '03'\ngrid: {prompt: []}": r"prompt is \[\]; expected a list of one or more",
     "notebook: '03'\ngrid: {prompt: law}": "prompt is 'law'; expected a list",
     "notebook: '03'\ngrid: {promt: [law]}": "no parameter 'promt'; did you mean 'prompt'",
@@ -259,7 +259,7 @@ WRONG = {
     "notebook: '03'\nparameters: {prompt: a}\ngrid: {prompt: [b]}": "under parameters and grid",
     "notebook: '03'\ngrid: {prompt: [a]}\nexclude: [{prompt: b}]": "none of the combinations",
     "notebook: '03'\ngrid: {prompt: [a]}\nexclude: [{prompt: a}]": "exclude leaves no run",
-    "notebook: '03'\nresources: {gpu: 1}": "resources is .*expected cpus and gpus",
+    "notebook: '03'\nresources: {gpu: 1}": "key of resources is 'gpu'; .*did you mean",
     "notebook: '03'\njobs: many": "jobs is 'many'; expected a whole number of at least 1",
     "notebook: '03'\nsmoke: 3": "smoke is 3; expected True or False",
 }

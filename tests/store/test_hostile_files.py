@@ -43,9 +43,9 @@ GRIDS = {
     "set": ("notebook: '03'\nparameters: {domain_name: !!set {a, b}}\n", "expected a string"),
     "hidden date": ("notebook: '02'\nparameters: {controls: [2024-01-01]}\n", "expected a string"),
     "exclude": ("notebook: '03'\nexclude: [3]\n", "exclude.* is 3; expected a dict"),
-    "resources": ("notebook: '03'\nresources: {cpus: .nan}\n", "cpus is nan; expected a number"),
-    "list": ("[1, 2]", "expected 'notebook: NAME'"),
-    "empty": ("", "expected 'notebook: NAME'"),
+    "resources": ("notebook: '03'\nresources: {cpus: .nan}\n", "cpus.* is nan; expected a number"),
+    "list": ("[1, 2]", "expected a dictionary"),
+    "empty": ("", "expected a dictionary"),
     "binary": ("notebook: '03\x00'", "NUL characters"),
 }
 
