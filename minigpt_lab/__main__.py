@@ -65,8 +65,8 @@ def _parser() -> argparse.ArgumentParser:
     tasks = parser.add_subparsers(dest="task", required=True)
     run = tasks.add_parser("run", help="run a notebook and print what it measured", add_help=False)
     run.add_argument("notebook", nargs="?", help=f"default: {DEFAULT}")
-    words = {"metavar": "NAME=VALUE", "help": "set a parameter"}
-    run.add_argument("-p", type=_assignment, action="append", default=[], **words)
+    assign = run.add_argument("-p", type=_assignment, action="append", default=[])
+    assign.metavar, assign.help = "NAME=VALUE", "set a parameter"
     run.add_argument("--out", help="run folder; default: runs/NOTEBOOK/TIME")
     run.add_argument("--smoke", action="store_true", help="small parameters on a tiny model")
     run.add_argument("--once", action="store_true", help="do nothing if --out holds a finished run")

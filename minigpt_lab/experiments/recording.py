@@ -118,7 +118,10 @@ def record(
             raise invalid("a table's name", name, "a file's name without its suffix")
         with atomic_write(writable_file(folder / f"{name}.csv")) as staging:
             table.to_csv(staging, index=False)
-    identity = model and {"label": label(model), "sha256": fingerprint(model)}
+    facts: dict[str, Any] = {"model": None, "device": None}
+    if model is not None:
+        identity = {"label": label(model), "sha256": fingerprint(model), "dtype": str(model.dtype)}
+        facts = {"model": identity, "device": _device(model)}
     return write_record(
         folder,
         {
@@ -127,8 +130,7 @@ def record(
             "protocol": protocol,
             "data": {domain.name: _hashes(domain) for domain in _domains(namespace.values())},
             "tables": list(tables or {}),
-            "model": identity and {**identity, "dtype": str(model.dtype)},
-            "device": model and _device(model),
+            **facts,
         },
     )
 

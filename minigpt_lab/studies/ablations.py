@@ -7,7 +7,9 @@ import itertools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from tqdm.auto import tqdm
@@ -114,7 +116,7 @@ def slimgpt_variants(
         options = None if given is None else {"batches": batches, **given}
         key = [prompt, options and _settings(options)]
         folder = Path(out_dir or "") / f"search-{cache_key([held_out.facts, key])[:8]}"
-        result = held_out.get(key, lambda cell=(options, folder): measured(*cell))
+        result = held_out.get(key, partial(measured, options, folder))
         facts = {"variant": name, "compensated": (given or {}).get("compensate", True)}
         rows += held_out.table_rows(result, **facts, continuation=result["continuation"])
         layers += [{"variant": name, **row} for row in result["layers"]]
@@ -123,7 +125,7 @@ def slimgpt_variants(
     return table, pd.DataFrame(layers)
 
 
-def _settings(options: Mapping[str, object]) -> dict[str, object]:
+def _settings(options: Mapping[str, Any]) -> dict[str, Any]:
     """What a variant's result depends on: its tokens, and options that are not the default."""
     changed = {k: v for k, v in options.items() if k not in _DEFAULTS or v != _DEFAULTS[k]}
     return changed | {"batches": tokens_hash(options["batches"])}
@@ -320,5 +322,5 @@ def slimgpt_timing(
     rows = []
     for batches in tqdm(calibrations, desc="timing", unit="calibration"):
         key = [*facts, _settings({"batches": batches, **options})]
-        rows.append(cache.get(key, lambda batches=batches: measured(batches)))
+        rows.append(cache.get(key, partial(measured, batches)))
     return pd.DataFrame(rows)

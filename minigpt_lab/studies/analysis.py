@@ -6,6 +6,7 @@ import copy
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -158,7 +159,7 @@ def threshold_sweep(
     plans = list(_plans(model, statistics, epsilons, controls, token_counts, seeds))
     for facts, plan in tqdm(plans, desc="sweep", unit="point"):
         key = [plan.keep, plan.zero, plan.vocabulary]
-        (row,) = held_out.get(key, lambda plan=plan: measured(plan))["rows"]
+        (row,) = held_out.get(key, partial(measured, plan))["rows"]
         size = plan.predicted_size(model).to_frame().iloc[0].to_dict()
         # token counts differ once tokens are removed: compare per character, on the scale of the
         # dense model's tokens

@@ -10,7 +10,9 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -232,7 +234,7 @@ def domain_matrix(
         for train in trains:
             key = [plan and plan.keep]
             key += [content_hash([*train.train, *train.validation]), budget] if train else []
-            result = held_out.get(key, lambda cell=(plan, train): measured(*cell))
+            result = held_out.get(key, partial(measured, plan, train))
             facts = {"recovered": train is not None, "cut": cut, "stored": result["stored"]}
             for name, loss in zip(names, held_out.perplexities(result), strict=True):
                 rows.append({**facts, "text": name, "passages": loss.passages})  # [passage, 3]
@@ -242,7 +244,7 @@ def domain_matrix(
 @checked(domains=ListOf(Instance(Domain), 1))
 def mixed(domains: Sequence[Domain]) -> Domain:
     """The domains' train and validation parts taken in turn, in equal shares of bytes."""
-    parts = {}
+    parts: dict[str, Any] = {}
     for part in ("calibration", "train", "validation", "test"):
         queues = {domain.name: iter(domain.parts[part]) for domain in domains}
         used, passages = dict.fromkeys(queues, 0), []
@@ -254,8 +256,9 @@ def mixed(domains: Sequence[Domain]) -> Domain:
             used[name] += len(passage.encode())
             passages.append(passage)
         parts[part] = Part("mix", part, tuple(passages))
-    facts = {"title": "All domains", "licence": "that of each", "attribution": "that of each"}
-    return Domain("mix", **(parts | facts), checked=True)  # each one's parts are disjoint
+    parts |= dict.fromkeys(("licence", "attribution"), "that of each")
+    # checked: each one's parts are disjoint
+    return Domain("mix", title="All domains", checked=True, **parts)
 
 
 def _compared(cells: pd.DataFrame, seed: int) -> pd.DataFrame:

@@ -6,11 +6,11 @@ A method is a criterion with its options, with or without bias compensation; `sl
 
 from __future__ import annotations
 
-import functools
 import itertools
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from pathlib import Path
 
 import pandas as pd
@@ -138,11 +138,9 @@ def method_scores(
 
     scores, rows = {}, []
     for name, method in tqdm(methods.items(), desc="scores", unit="method"):
-        compute = functools.cache(
-            functools.partial(score, model, method.criterion, batches, **how, **method.options)
-        )
+        compute = cache(partial(score, model, method.criterion, batches, **how, **method.options))
         key = [*facts, method.criterion, dict(method.options)]
-        took = results.get(key, lambda compute=compute: costs(compute))
+        took = results.get(key, partial(costs, compute))
         scores[name] = compute()
         rows.append({"method": name, **took})
     return scores, pd.DataFrame(rows)
@@ -289,20 +287,20 @@ def method_comparison(
     held_out = HeldOut(model, tokenizer, texts, max_tokens=max_tokens, seq_len=seq_len, path=path)
     settings = {"progress": False, **(recovery or {})}
 
-    def measured(pruning: Pruning | None, recovered: bool) -> dict:
+    def measured(pruning: Pruning | None, train: Domain | None) -> dict:
         pruned = pruned_model(model, pruning) if pruning else model
-        if recovered:
-            recover(pruned, tokenizer, recover_on, **settings)
+        if train:
+            recover(pruned, tokenizer, train, **settings)
         return held_out.measure(pruned)
 
     rows, losses = [], {}
     cells = {("dense", "none", 0.0): None, **plans}
     for (name, kind, ratio), pruning in tqdm(cells.items(), desc="comparison", unit="cell"):
-        recovered = bool(pruning and recover_on)
+        train = recover_on if pruning else None
         key = [pruning and _cache_key(pruning)]
-        key += [content_hash(recover_on.train), settings] if recovered else []
-        result = held_out.get(key, lambda cell=(pruning, recovered): measured(*cell))
-        facts = {"method": name, "sites": kind, "ratio": ratio, "recovered": recovered}
+        key += [content_hash(train.train), settings] if train else []
+        result = held_out.get(key, partial(measured, pruning, train))
+        facts = {"method": name, "sites": kind, "ratio": ratio, "recovered": bool(train)}
         rows += held_out.table_rows(result, **facts)
         for loss in held_out.perplexities(result):
             losses[name, kind, ratio, loss.text] = loss

@@ -102,8 +102,8 @@ def smallest_within(
     text = excerpt(domain.validation, tokenizer, max_characters=_MAX_CHARACTERS)
     path = out_dir and Path(out_dir) / "sizes.jsonl"
     held_out = HeldOut(model, tokenizer, [text], max_tokens=max_tokens, seq_len=seq_len, path=path)
-    facts = [tokens_hash(batches), {name: str(value) for name, value in options.items()}]
-    facts.append(allocation_name(options["allocation"]))
+    settings = {name: str(value) for name, value in options.items()}
+    facts = [tokens_hash(batches), settings, allocation_name(options["allocation"])]
 
     def folder(ratio: float) -> Path | None:
         name = f"ratio-{ratio:.6f}-{cache_key([held_out.facts, facts])[:8]}"
@@ -152,8 +152,9 @@ def smallest_within(
             stacklevel=2,
         )
     pruned, plan = (best or prune(low)) if low else _unpruned(model, increase)
-    for ratio in set(curve["ratio"]) - {low} if out_dir else ():
-        discard(folder(ratio))
+    for other in map(folder, set(curve["ratio"]) - {low}):
+        if other:
+            discard(other)
     return pruned, plan, curve
 
 
