@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ..checks import Instance, Model, checked, locked, safe_contextmanager
 from .anatomy import Anatomy, weight_axis
-from .feature_masks import Masks, all_features, without_features
+from .feature_masks import Masks, without_features
 from .layers import add_bias, remove_bias
 from .offloading import is_offloaded
 from .plan import PruningPlan
@@ -71,7 +71,7 @@ def masked(model: PreTrainedModel, plan: PruningPlan) -> Iterator[PreTrainedMode
             # Copies made in inference mode could not be used outside of it.
             with torch.inference_mode(False), torch.no_grad():
                 anatomy = _require_fit(model, plan)
-                _mask_weights(anatomy, plan, undo)
+                _zero_weights(anatomy, plan, undo)
                 if plan.vocabulary is not None:
                     _mask_tokens(anatomy, plan.vocabulary, undo)
             yield model
@@ -104,12 +104,14 @@ def _require_fit(model: PreTrainedModel, plan: PruningPlan) -> Anatomy:
     return plan.require(model)
 
 
-def _mask_weights(anatomy: Anatomy, plan: PruningPlan, undo: contextlib.ExitStack) -> None:
-    """Zero weights in copies and shift biases; each step is registered in `undo` before it runs."""
+def _zero_weights(
+    anatomy: Anatomy, plan: PruningPlan, undo: contextlib.ExitStack | None = None
+) -> None:
+    """Zero weights and shift biases; with `undo` in copies, where it registers how they go."""
     copied: set[nn.Parameter] = set()  # a tied parameter is copied once
 
-    def copy_of(parameter: nn.Parameter) -> nn.Parameter:
-        if parameter not in copied:
+    def own(parameter: nn.Parameter) -> nn.Parameter:
+        if undo is not None and parameter not in copied:
             copied.add(parameter)
             undo.callback(_restore, parameter, parameter.data)
             parameter.data = parameter.detach().clone()
@@ -118,14 +120,16 @@ def _mask_weights(anatomy: Anatomy, plan: PruningPlan, undo: contextlib.ExitStac
     nonzero = without_features(plan.kept_features(anatomy), plan.zero)
     for parameter, axis, features in (*_zeros(anatomy, nonzero), *_token_rows(anatomy, plan)):
         index = torch.as_tensor(features, device=parameter.device)
-        copy_of(parameter).index_fill_(axis, index, 0)
-    for module, shift in _shifts(anatomy, plan):
-        if module.bias is None:
-            add_bias(module)
-            undo.callback(remove_bias, module)
+        own(parameter).index_fill_(axis, index, 0)
+    for name, shift in plan.shift.items():
+        module = anatomy.model.get_submodule(name)
+        if module.bias is not None:
+            own(module.bias)
         else:
-            copy_of(module.bias)
-        module.bias.add_(shift)
+            add_bias(module)
+            if undo is not None:
+                undo.callback(remove_bias, module)
+        module.bias.add_(module.bias.new_tensor(shift))
 
 
 def _restore(parameter: nn.Parameter, tensor: torch.Tensor) -> None:
@@ -205,13 +209,6 @@ def _token_rows(anatomy: Anatomy, plan: PruningPlan) -> Iterator[Slice]:
             yield head.bias, 0, tokens
 
 
-def _shifts(anatomy: Anatomy, plan: PruningPlan) -> Iterator[tuple[nn.Module, torch.Tensor]]:
-    """Linear layers whose bias a plan shifts, and by how much."""
-    for name, values in plan.shift.items():
-        module = anatomy.model.get_submodule(name)
-        yield module, module.weight.new_tensor(values)
-
-
 @checked(plan=_PLAN, model=Model())
 @torch.inference_mode(False)  # what is made there could not be trained or hashed later
 @torch.no_grad()
@@ -245,13 +242,7 @@ def shrink(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
     mini = copy.deepcopy(model)
     anatomy = Anatomy(mini)
     # 1. Zero features and shift biases, while the plan's indices are those of the layers.
-    nonzero = without_features(all_features(anatomy), plan.zero)
-    for tensor, axis, features in _zeros(anatomy, nonzero):
-        tensor.index_fill_(axis, torch.as_tensor(features, device=tensor.device), 0)
-    for module, shift in _shifts(anatomy, plan):
-        if module.bias is None:
-            add_bias(module)
-        module.bias.add_(shift)
+    _zero_weights(anatomy, plan)
     # 2. Remove units and tokens.
     set_units(anatomy, plan.keep)
     update_config(anatomy)
