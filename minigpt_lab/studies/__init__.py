@@ -24,6 +24,7 @@ from .methods import (
     pruned_model,
     registered_methods,
     slimgpt_runs,
+    told_apart,
 )
 from .projections import layer_losses, layer_problems
 from .smallest import smallest_within

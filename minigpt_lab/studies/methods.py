@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,7 +23,7 @@ from ..checks import DictOf, Instance, Integer, ListOf, Number, OneOf, Text, che
 from ..compensation import bias_compensated, slimgpt
 from ..criteria import CRITERIA, Scores, score
 from ..domains import Domain, Part
-from ..evaluation import Perplexity, peak_memory, timed
+from ..evaluation import Perplexity, compare, peak_memory, timed
 from ..models import SITES, PruningPlan, fingerprint, shrink
 from ..planning import plan_from_scores
 from ..recovery import recover
@@ -269,7 +270,7 @@ def method_comparison(
         Tokens per text, and per window (no overlap).
     recover_on : Domain, optional
         Fine-tune each pruned model on this domain, all on the same text in the same order, and
-        measure that instead. The dense row stays as it is.
+        measure that instead. The dense model is measured as it is and fine-tuned: the control.
     recovery : mapping, optional
         Arguments of `recover`: ``method, max_tokens, learning_rate, …``.
     out_dir : str or path, optional
@@ -303,8 +304,56 @@ def method_comparison(
         facts = {"method": name, "sites": kind, "ratio": ratio, "recovered": bool(train)}
         rows += held_out.table_rows(result, **facts)
         for loss in held_out.perplexities(result):
-            losses[name, kind, ratio, loss.text] = loss
+            losses[name, kind, ratio, loss.text] = loss  # the dense model: the fine-tuned one last
     return pd.DataFrame(rows), losses
+
+
+@checked(
+    losses=ListOf(DictOf(Instance(tuple), Instance(Perplexity), 1), 1),
+    sites=OneOf(KINDS),
+    ratio=Number(0, below=1),
+    text=Text(),
+)
+def told_apart(
+    losses: Sequence[Mapping[tuple, Perplexity]], *, sites: str, ratio: float, text: str
+) -> pd.DataFrame:
+    """Compare neighbouring methods, from best to worst, at one size on one text.
+
+    Parameters
+    ----------
+    losses : sequence of mapping
+        From `method_comparison`, one per calibration sample.
+    sites, ratio, text
+        Which of the cells.
+
+    Returns
+    -------
+    pandas.DataFrame
+        That of `lab.compare` (losses of a passage are means over the samples), with ``text`` and
+        ``samples``: on how many calibration samples the difference has this sign.
+    """
+    by_method: dict[str, list[Perplexity]] = {}
+    for found in losses:
+        for (name, kind, share, where), loss in found.items():
+            if (kind, share, where) == (sites, ratio, text):
+                by_method.setdefault(name, []).append(loss)
+    table = compare({name: _mean(each) for name, each in by_method.items()}, pairs="neighbours")
+
+    def agreeing(row: pd.Series) -> int:
+        pairs = zip(by_method[row["first"]], by_method[row["second"]], strict=True)
+        signs = [
+            second.passages[:, 0].sum() > first.passages[:, 0].sum() for first, second in pairs
+        ]
+        return sum(sign == (row["difference"] > 0) for sign in signs)
+
+    return table.assign(samples=table.apply(agreeing, axis=1), text=text)
+
+
+def _mean(losses: Sequence[Perplexity]) -> Perplexity:
+    """One perplexity of mean losses per passage."""
+    passages = np.mean([loss.passages for loss in losses], axis=0)
+    value = float(np.exp(passages[:, 0].sum() / passages[:, 1].sum()))
+    return replace(losses[0], passages=passages, value=value)
 
 
 @checked(plans=_PLANS, sites=OneOf(KINDS), ratio=Number(0, below=1))
