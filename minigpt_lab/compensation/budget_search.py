@@ -113,7 +113,7 @@ def search_counts(
     offload : {"device", "cpu", "disk"}
         Place of hidden states, levels and the dense predictions; see `Shards`.
     out_dir : str or path, optional
-        Folder for ``search.jsonl``, the finished rounds: an interrupted search continues there.
+        Folder for ``search.json``, the finished rounds: an interrupted search continues there.
     progress : bool
         Show progress bars.
     **solver
@@ -161,7 +161,7 @@ def search_counts(
             trials = Trials(net, held_out)
             return {"rows": _descend(trials, budgets, starts, round_, steps, seed, progress)}
 
-    cache = ResultCache(out_dir and f"{out_dir}/search.jsonl")
+    cache = ResultCache(out_dir and f"{out_dir}/search.json")
     history: list[dict] = []
     for round_ in range(rounds):
         budgets = Budgets.around(starts.values(), layer_sites, divisors, levels, dense - size)

@@ -166,7 +166,7 @@ def discard(folder: str | os.PathLike) -> None:
     """Remove the files that `slimgpt` wrote into a folder, and the folder if it is then empty."""
     folder = Path(folder)
     tensors = [path for path in _tensor_files(folder) if holds_kind(path, _KIND)]
-    for path in (folder / STATE, folder / "search.jsonl", *tensors):
+    for path in (folder / STATE, folder / "search.json", *tensors):
         path.unlink(missing_ok=True)
     remove_empty(folder)
 

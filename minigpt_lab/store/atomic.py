@@ -188,16 +188,11 @@ def _swap(final: Path, new: Path, old: Path) -> None:
 
 def _exchange(one: Path, other: Path) -> bool:
     """Exchange two names in one step; False where system or file system cannot."""
-    paths = os.fsencode(one), os.fsencode(other)
-    if sys.platform == "linux":
-        name, here = "renameat2", -100  # AT_FDCWD
-        arguments = (here, paths[0], here, paths[1], 2)  # RENAME_EXCHANGE
-    elif sys.platform == "darwin":
-        name, arguments = "renamex_np", (*paths, 2)  # RENAME_SWAP
-    else:
+    if sys.platform != "linux":
         return False
-    call = getattr(ctypes.CDLL(None), name, None)
-    return call is not None and call(*arguments) == 0
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    paths = os.fsencode(one), os.fsencode(other)
+    return ctypes.CDLL(None).renameat2(here, paths[0], here, paths[1], exchange) == 0
 
 
 def _keep_others(old: Path, new: Path, ours: set[str], above: str = "") -> None:

@@ -1,8 +1,8 @@
 """One cache for everything that took long, found again by a hash of all that it depends on.
 
-Results lie in files that are written whole or not at all: plain data as JSON, arrays as
-safetensors (`cached`), many small results as lines of one file (`ResultCache`). A damaged file is
-set aside with a warning and computed again. Where the disk is full, the result is returned anyway.
+Results lie in files that are written whole or not at all: plain data as JSON with its hash, arrays
+as safetensors (`cached`), many small results in one file (`ResultCache`). A damaged file is set
+aside with a warning and computed again. Where the disk is full, the result is returned anyway.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import Any, TypeVar
 
 from platformdirs import user_cache_path
 
-from ..checks import as_json, readable_file, to_path, writable_file, writable_folder
-from .atomic import make_folder, undo_interrupted_write
-from .disk_errors import explain_disk_errors, warn_if_unsaved
-from .text_files import DamagedFile, content_hash, damaged_file, read_json, write_json
+from ..checks import as_json, to_path, writable_file, writable_folder
+from .atomic import undo_interrupted_write
+from .disk_errors import warn_if_unsaved
+from .text_files import DamagedFile, content_hash, read_json, write_json
 
 Result = TypeVar("Result")
 
@@ -100,22 +100,34 @@ def set_aside(path: Path, reason: str) -> None:
     )
 
 
-def _read_hashed(path: Path) -> object:
+def read_result(path: Path) -> Any:
+    """Read what `write_result` wrote.
+
+    Raises
+    ------
+    DamagedFile
+        If its content is no longer what was written.
+    ValueError
+        If the file holds something else.
+    """
     content = read_json(path)
-    if not isinstance(content, dict) or content.get("sha256") != cache_key(content.get("result")):
+    if not isinstance(content, dict) or content.keys() != {"sha256", "result"}:
+        raise ValueError(f"{path} holds something else")
+    if content["sha256"] != cache_key(content["result"]):
         raise DamagedFile(f"{path} is not what was written")
     return content["result"]
 
 
-def _write_hashed(result: object, path: Path) -> None:
+def write_result(result: object, path: Path) -> None:
+    """Write plain data with its hash, whole or not at all."""
     write_json(path, {"sha256": cache_key(result), "result": result})
 
 
 def cached(
     path: str | os.PathLike | None,
     compute: Callable[[], Result],
-    read: Callable[[Path], Any] = _read_hashed,
-    write: Callable[[Result, Path], object] = _write_hashed,
+    read: Callable[[Path], Any] = read_result,
+    write: Callable[[Result, Path], object] = write_result,
     is_current: Callable[[Result], bool] = lambda _: True,
 ) -> Result:
     """Return the result in a file, or compute it and write it there.
@@ -149,9 +161,9 @@ def cached(
 
 
 class ResultCache:
-    """Results in a file of JSON lines, each found by its key; a killed run goes on where it was.
+    """Results in one JSON file, each found by its key; a killed run continues where it was.
 
-    Lines that cannot be read are computed again; results that cannot be written are returned.
+    The file is written anew with every result. One that cannot be written is returned all the same.
 
     Parameters
     ----------
@@ -170,7 +182,7 @@ class ResultCache:
         self.path = None if path is None else writable_file(path).absolute()
         self._results: dict[str, dict] = {}
         if self.path is not None:
-            self._results = read_cached(self.path, _read_lines) or {}
+            self._results = read_cached(self.path, read_result) or {}
 
     def get(self, facts: object, compute: Callable[[], dict]) -> dict:
         """Return a result: from the file if it is there, else computed and written.
@@ -186,36 +198,6 @@ class ResultCache:
         if key not in self._results:
             self._results[key] = compute()
             if self.path is not None:
-                # a line of its own, also after one that was cut off
-                line = "\n" + json.dumps({"key": key, "result": self._results[key]})
-                with warn_if_unsaved(), explain_disk_errors(self.path):
-                    make_folder(self.path.parent)
-                    with self.path.open("a", encoding="utf-8") as file:
-                        file.write(line)
+                with warn_if_unsaved():
+                    write_result(self._results, self.path)
         return self._results[key]
-
-
-def _read_lines(path: Path) -> dict[str, dict]:
-    """Results by key; a warning says how many lines of a file could not be read."""
-    rows, unreadable = [], 0
-    for line in readable_file(path).read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            rows += [json.loads(line)] if line.strip() else []
-        except (ValueError, RecursionError):
-            unreadable += 1  # left behind by an interrupted write
-    results = {
-        row["key"]: row["result"]
-        for row in rows
-        if isinstance(row, dict) and isinstance(row.get("key"), str)
-        if isinstance(row.get("result"), dict)
-    }
-    if rows and not results:
-        raise ValueError(f"{path} holds no results: its lines say something else")
-    if unreadable and not results:
-        message = f"{path} holds no results: none of its {unreadable} lines can be read"
-        raise damaged_file(path, ".jsonl", message)
-    if unreadable:
-        warnings.warn(
-            f"{path}: {unreadable} lines cannot be read; what they held is made anew", stacklevel=4
-        )
-    return results

@@ -46,18 +46,11 @@ def explain_disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        number = _disk_errno(error)
-        if number is None or isinstance(error, WriteFailed | UnusablePath):
+        said = re.search(r"\(os error (\d+)\)", str(error))  # a library of Rust hides it there
+        number = getattr(error, "errno", None) or int(said[1] if said else 0)
+        if number not in _OF_DISKS or isinstance(error, WriteFailed | UnusablePath):
             raise
         raise write_failed(path, number) from error
-
-
-def _disk_errno(error: Exception) -> int | None:
-    """The errno of what a disk refused, also where a library (Rust's) hides it in its message."""
-    if isinstance(error, OSError) and error.errno:
-        return error.errno if error.errno in _OF_DISKS else None
-    said = re.search(r"\(os error (\d+)\)", str(error))
-    return int(said[1]) if said and int(said[1]) in _OF_DISKS else None
 
 
 @contextlib.contextmanager

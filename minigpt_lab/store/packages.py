@@ -27,6 +27,15 @@ from .text_files import sha256
 DATA = Path(__file__).resolve().parents[2] / "data"
 #: What to do when the disk of the cache is full.
 CACHE_REMEDY = "set MINIGPT_LAB_CACHE to a folder on another disk"
+_COMMANDS = {  # of the registries' clients; each downloads into its working folder
+    "wheel": (
+        *(sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"),
+        *("download", "--no-deps", "--only-binary=:all:", "{name}=={version}"),
+    ),
+    "deb": ("apt-get", "--quiet", "download", "{name}={version}"),
+    "npm": ("npm", "pack", "--silent", "{name}@{version}"),
+}
+_SUFFIXES = (".whl", ".deb", ".tgz")
 _NO_SPACE = re.compile(r"no space left|disk quota exceeded", re.IGNORECASE)
 
 
@@ -126,7 +135,7 @@ def fetch(package: Package, instead: str) -> Path:
             return final
         set_aside(final, "its sha256 is not the pinned one")
     with explain_disk_errors(final), Scratch(cache_folder(), package.name) as scratch:
-        reason = _CLIENTS[package.kind](package, scratch.path)
+        reason = _download(package, scratch.path)
         files = [path for path in scratch.path.iterdir() if path.suffix in _SUFFIXES]
         if _NO_SPACE.search(reason):
             # what there is of the file is cut off, and removed: it would keep the disk full
@@ -151,31 +160,18 @@ def _run(folder: Path, *command: str) -> str:
     return (full or lines)[-1].strip() if lines else f"exit status {ended.returncode}"
 
 
-def _download_wheel(package: Package, folder: Path) -> str:
-    pip = (sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:")
-    pinned = f"{package.name}=={package.version}"
-    return _run(folder, *pip, "--disable-pip-version-check", "--dest", str(folder), pinned)
-
-
-def _download_deb(package: Package, folder: Path) -> str:
-    if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
-        return "it is a Debian package and this system has no apt-get"
-    download = ("apt-get", "--quiet", "download", f"{package.name}={package.version}")
-    reason = _run(folder, *download)
-    if not any(folder.glob("*.deb")) and os.access("/var/lib/apt/lists", os.W_OK):
-        _run(folder, "apt-get", "--quiet", "update")  # a fresh machine has no package lists
-        reason = _run(folder, *download)
+def _download(package: Package, folder: Path) -> str:
+    """Have a registry's client download a package; return the last line it complained with."""
+    client, *words = _COMMANDS[package.kind]
+    if shutil.which(client) is None:
+        return f"this system has no {client}"
+    command = [client, *(word.format_map(vars(package)) for word in words)]
+    reason = _run(folder, *command)
+    fresh = package.kind == "deb" and not any(folder.glob("*.deb"))
+    if fresh and os.access("/var/lib/apt/lists", os.W_OK):
+        _run(folder, client, "--quiet", "update")  # a fresh machine has no package lists
+        reason = _run(folder, *command)
     return reason
-
-
-def _download_npm(package: Package, folder: Path) -> str:
-    if shutil.which("npm") is None:
-        return "it is an npm package and this system has no npm"
-    return _run(folder, "npm", "pack", "--silent", f"{package.name}@{package.version}")
-
-
-_CLIENTS = {"wheel": _download_wheel, "deb": _download_deb, "npm": _download_npm}
-_SUFFIXES = (".whl", ".deb", ".tgz")
 
 
 def read_archive(archive: Path, pattern: str) -> dict[str, bytes]:

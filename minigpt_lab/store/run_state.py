@@ -6,10 +6,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from .cache import read_cached
-from .text_files import DamagedFile, read_json, write_json
-
-_FIELDS = ("facts", "progress")
+from .cache import read_cached, read_result, write_result
 
 
 class RunState:
@@ -40,8 +37,8 @@ class RunState:
     def __init__(self, path: Path | None, words: Mapping[str, str] | None = None):
         self.path, self.words = path, words or {}
         self.facts: dict[str, object] = {}
-        state = None if path is None else read_cached(path, _read)
-        self._begun_with, self.progress = state or (None, None)
+        state = (path and read_cached(path, read_result)) or {}
+        self._begun_with, self.progress = state.get("facts"), state.get("progress")
 
     def forget(self) -> None:
         """Begin anew: files beside the state are damaged."""
@@ -78,13 +75,4 @@ class RunState:
 
     def write(self, **progress: object) -> None:
         """Replace the file by the facts so far and the progress."""
-        write_json(self.path, {"facts": self.facts, "progress": progress}, indent=1)
-
-
-def _read(path: Path) -> tuple[dict, dict]:
-    state = read_json(path)
-    if not isinstance(state, dict) or state.keys() != {*_FIELDS}:
-        raise ValueError(f"{path} is no state of a run: it holds something else")
-    if not all(isinstance(state[field], dict) for field in _FIELDS):
-        raise DamagedFile(f"{path} is no readable state of a run")
-    return state["facts"], state["progress"]
+        write_result({"facts": self.facts, "progress": progress}, self.path)

@@ -98,7 +98,7 @@ def slimgpt_variants(
     """
     if "dense" in variants or {"inplace", "out_dir", "progress"} & set().union(*variants.values()):
         raise ValueError("a study names 'dense' and sets inplace, out_dir, progress by itself")
-    path = out_dir and Path(out_dir) / "variants.jsonl"
+    path = out_dir and Path(out_dir) / "variants.json"
     held_out = HeldOut(model, tokenizer, texts, max_tokens=max_tokens, seq_len=seq_len, path=path)
 
     def measured(options: dict | None, folder: Path) -> dict:
@@ -317,7 +317,7 @@ def slimgpt_timing(
             "device": str(model.device),
         }
 
-    cache = ResultCache(out_dir and Path(out_dir) / "timing.jsonl")
+    cache = ResultCache(out_dir and Path(out_dir) / "timing.json")
     facts = [fingerprint(model), str(model.device), repeats]  # the hash is kept from now on
     rows = []
     for batches in tqdm(calibrations, desc="timing", unit="calibration"):

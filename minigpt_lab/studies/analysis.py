@@ -124,7 +124,7 @@ def threshold_sweep(
     token_counts : numpy.ndarray, optional
         See `contextual_plan`.
     out_dir : str or path, optional
-        Folder for ``sweep.jsonl``, the finished points: an interrupted sweep continues where it
+        Folder for ``sweep.json``, the finished points: an interrupted sweep continues where it
         stopped, and a longer one measures only what is new.
     seeds : sequence of int
         Of the random control: one row for each, so that its spread shows.
@@ -146,7 +146,7 @@ def threshold_sweep(
     """
     if not any(epsilons.values()):
         raise ValueError(f"epsilons is {dict(epsilons)}; expected at least one threshold")
-    path = out_dir and Path(out_dir) / "sweep.jsonl"
+    path = out_dir and Path(out_dir) / "sweep.json"
     held_out = HeldOut(model, tokenizer, [text], max_tokens=max_tokens, seq_len=seq_len, path=path)
     (dense,) = held_out.get(None, lambda: held_out.measure(model))["rows"]
     subject = copy.deepcopy(model)  # the dense model beside it is the reference

@@ -27,7 +27,7 @@ class HeldOut:
     max_tokens, seq_len : int
         Tokens per text (None for all), and per window (no overlap).
     path : str or path, optional
-        A ``.jsonl`` file of finished results.
+        A ``.json`` file of finished results.
     """
 
     def __init__(

@@ -217,7 +217,7 @@ def domain_matrix(
         [domain.test for domain in domains],
         max_tokens=max_tokens,
         seq_len=seq_len,
-        path=out_dir and Path(out_dir) / "cells.jsonl",
+        path=out_dir and Path(out_dir) / "cells.json",
     )
 
     def measured(plan: PruningPlan | None, train: Domain | None) -> dict:

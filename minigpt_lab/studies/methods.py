@@ -127,7 +127,7 @@ def method_scores(
     dict, pandas.DataFrame
         Name to `Scores`; columns ``method, peak_mib, seconds``.
     """
-    results = ResultCache(out_dir and Path(out_dir) / "costs.jsonl")
+    results = ResultCache(out_dir and Path(out_dir) / "costs.json")
     how = {"statistics": statistics, "sites": sites}
     how["cache"] = Path(out_dir) / "scores" if out_dir else False
     facts = [fingerprint(model), tokens_hash(batches), sites]
@@ -284,7 +284,7 @@ def method_comparison(
     losses : dict
         ``(method, sites, ratio, text)`` to the `Perplexity`, for `lab.compare`.
     """
-    path = out_dir and Path(out_dir) / "comparison.jsonl"
+    path = out_dir and Path(out_dir) / "comparison.json"
     held_out = HeldOut(model, tokenizer, texts, max_tokens=max_tokens, seq_len=seq_len, path=path)
     settings = {"progress": False, **(recovery or {})}
 

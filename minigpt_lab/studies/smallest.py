@@ -74,7 +74,7 @@ def smallest_within(
     seq_len, max_tokens : int
         Tokens per window, and of the validation part.
     out_dir : str or path, optional
-        Folder for ``sizes.jsonl``, the sizes measured so far, and the checkpoints of the current
+        Folder for ``sizes.json``, the sizes measured so far, and the checkpoints of the current
         one: an interrupted call continues.
     progress : bool
         Show a progress bar.
@@ -100,7 +100,7 @@ def smallest_within(
         raise ValueError(f"{', '.join(taken)}: chosen by smallest_within; leave it out")
     options = {"ratio_of": "decoder", "allocation": "log-increase", **options}
     text = excerpt(domain.validation, tokenizer, max_characters=_MAX_CHARACTERS)
-    path = out_dir and Path(out_dir) / "sizes.jsonl"
+    path = out_dir and Path(out_dir) / "sizes.json"
     held_out = HeldOut(model, tokenizer, [text], max_tokens=max_tokens, seq_len=seq_len, path=path)
     settings = {name: str(value) for name, value in options.items()}
     facts = [tokens_hash(batches), settings, allocation_name(options["allocation"])]

@@ -387,7 +387,7 @@ def test_a_search_with_an_out_dir_is_one_run(tmp_path, quick_search):
     again, same_plan = lab.slimgpt(
         model, iter(batches), **arguments, allocation="search", out_dir=tmp_path
     )
-    assert (tmp_path / "search.jsonl").is_file()
+    assert (tmp_path / "search.json").is_file()
     assert plan == same_plan and same(first, again)
     counts = lab.search_counts(model, batches, **arguments, **QUICK)
     assert lab.slimgpt(model, batches, counts=counts, progress=False)[1] == plan

