@@ -192,7 +192,7 @@ def domain_matrix(
     -------
     pandas.DataFrame
         One row per ``recovered, cut, text``; ``perplexity`` (geometric mean over draws),
-        ``lowest, highest`` (over draws), ``draws, stored, tokens, bits_per_character``, and
+        ``lowest, highest`` (over draws), ``kl`` (from the dense model), ``draws, stored, tokens, bits_per_character``, and
         ``difference, difference_low, difference_high``: log perplexity minus that of the text's own
         cut, nats per token, positive where the own cut is better; 95 % bootstrap over passages
         (paired) and draws. ``attrs["verdict"]`` says in words how often the diagonal wins,
@@ -236,8 +236,10 @@ def domain_matrix(
             key += [content_hash([*train.train, *train.validation]), budget] if train else []
             result = held_out.get(key, partial(measured, plan, train))
             facts = {"recovered": train is not None, "cut": cut, "stored": result["stored"]}
-            for name, loss in zip(names, held_out.perplexities(result), strict=True):
-                rows.append({**facts, "text": name, "passages": loss.passages})  # [passage, 3]
+            losses = held_out.perplexities(result)
+            for name, loss, row in zip(names, losses, result["rows"], strict=True):
+                numbers = {"passages": loss.passages, "kl": row["kl"]}  # [passage, 3]
+                rows.append({**facts, "text": name, **numbers})
     return _compared(pd.DataFrame(rows), seed)
 
 
@@ -281,6 +283,7 @@ def _compared(cells: pd.DataFrame, seed: int) -> pd.DataFrame:
                 "perplexity": np.exp(logs.mean()),
                 "lowest": np.exp(logs.min()),
                 "highest": np.exp(logs.max()),
+                "kl": group["kl"].mean(),
                 "draws": len(logs),
                 "stored": group["stored"].iloc[0],
                 "tokens": int(tokens[0].sum()),
