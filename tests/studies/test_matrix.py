@@ -114,7 +114,8 @@ def test_verdict_counts_columns():
     def cells(cut, text, level):
         passages = np.stack([np.full(5, level * 10), np.full(5, 10.0), np.full(5, 40.0)], 1)
         passages[:, 0] += np.arange(5) / 10
-        return {"recovered": False, "cut": cut, "text": text, "stored": 1, "passages": passages}
+        facts = {"recovered": False, "cut": cut, "text": text, "stored": 1, "kl": 0.1}
+        return {**facts, "passages": passages}
 
     levels = {("a", "a"): 2, ("a", "b"): 3, ("b", "a"): 2.5, ("b", "b"): 3.5}
     levels |= {(name, text): 4 for name in matrix.CONTROLS for text in "ab"}
