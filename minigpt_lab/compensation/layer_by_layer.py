@@ -117,7 +117,7 @@ def slimgpt(
     allocation, ratio_of, keep_layers, multiple_of
         See `plan_from_scores`. The default is SlimGPT's incremental ratio. Rounding to whole heads
         is balanced by pruning more or fewer FFN channels of the layer. ``"search"`` calls
-        `search_counts`, which takes longer; `out_dir` then keeps its measurements too.
+        `search_counts`, which takes longer; `out_dir` then keeps its finished rounds too.
     inplace : bool
         Change the model itself instead of a copy. Required if its weights are offloaded; then only
         one layer at a time is on the device. An interrupted run leaves the model half pruned: load

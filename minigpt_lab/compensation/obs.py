@@ -232,8 +232,8 @@ def _require_shapes(W: torch.Tensor, H: torch.Tensor, unit_columns: torch.Tensor
     width = W.shape[1]
     if H.shape != (width, width) or H.dtype != W.dtype:
         raise invalid("H", H, f"a matrix [{width}, {width}] of W's type {W.dtype}")
-    listed = unit_columns.ndim == 2 and unit_columns.dtype == torch.int64 and unit_columns.numel()
-    if not (listed and unit_columns.min() >= 0 and unit_columns.max() < width):
+    is_table = unit_columns.ndim == 2 and unit_columns.dtype == torch.int64 and unit_columns.numel()
+    if not (is_table and unit_columns.min() >= 0 and unit_columns.max() < width):
         expected = f"columns of every unit [unit, feature], as int64 below {width}"
         raise invalid("unit_columns", unit_columns, expected)
 
