@@ -193,10 +193,10 @@ def domain_matrix(
     pandas.DataFrame
         One row per ``recovered, cut, text``; ``perplexity`` (geometric mean over draws),
         ``lowest, highest`` (over draws), ``kl`` (from the dense model), ``draws, stored, tokens,
-        bits_per_character``, and ``difference, difference_low, difference_high``: log perplexity minus that of the text's own
-        cut, nats per token, positive where the own cut is better; 95 % bootstrap over passages
-        (paired) and draws. ``attrs["verdict"]`` says in words how often the diagonal wins,
-        ``attrs["wins"]`` in numbers.
+        bits_per_character``, and ``difference, difference_low, difference_high``: log perplexity
+        minus that of the text's own cut, nats per token, positive where the own cut is better; 95 %
+        bootstrap over passages (paired) and draws. ``attrs["verdict"]`` says in words how often the
+        diagonal wins, ``attrs["wins"]`` in numbers.
 
     Raises
     ------
