@@ -1,7 +1,7 @@
 """Tokens per second in bfloat16 against float32, of every kind of pass; and what it costs.
 
-``python tests/benchmarks/precision_gain.py`` prints ratios of processor time (on a GPU: of time) for
-every round, one precision right after the other in one process: perplexity (with the deviation of
+``python tests/benchmarks/precision_gain.py`` prints ratios of processor time (on a GPU: of
+time) for every round, one precision right after the other in one process: perplexity (with the deviation of
 its value), statistics (also against a plain pass of the same precision, which reads no logits),
 questions, and a fine-tune. Say which processor it ran on: what bfloat16 gains depends on it.
 """
@@ -12,6 +12,7 @@ import argparse
 import copy
 import statistics
 import time
+from functools import partial
 
 import torch
 
@@ -75,7 +76,7 @@ def main() -> None:
         took = {}
         for name, run in passes.items():
             for precision in PRECISIONS:
-                result, took[name, precision] = seconds(lambda: run(precision), device)
+                result, took[name, precision] = seconds(partial(run, precision), device)
                 if name == "perplexity":
                     took["value", precision] = result.value
             gains.setdefault(name, []).append(took[name, "float32"] / took[name, "bfloat16"])
