@@ -1,9 +1,9 @@
 """Tokens per second in bfloat16 against float32, of every kind of pass; and what it costs.
 
-``python tests/benchmarks/precision_gain.py`` prints ratios of processor time (on a GPU: of
-time) for every round, one precision right after the other in one process: perplexity (with the deviation of
-its value), statistics (also against a plain pass of the same precision, which reads no logits),
-questions, and a fine-tune. Say which processor it ran on: what bfloat16 gains depends on it.
+``python tests/benchmarks/precision_gain.py`` prints ratios of processor time (on a GPU: of time)
+for every round, both precisions right after each other in one process: perplexity (and how far its
+value is off), statistics (also against a plain pass in the same precision, which reads no logits),
+questions, and a fine-tune. What bfloat16 gains depends on the processor: say which it was.
 """
 
 from __future__ import annotations
