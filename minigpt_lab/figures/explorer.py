@@ -18,13 +18,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle, StepPatch
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from ..checks import DictOf, Instance, Text, checked
 from ..models import Size
 from ..studies import COMPONENTS, Magnitudes, Reading
-from .axes import log_ticks
+from .axes import group_lines, log_ticks, percent
 from .style import PART_STYLE, STYLE, looks
 
 _UNITS = {
@@ -32,15 +32,13 @@ _UNITS = {
     "activation": "mean |activation|",
     "embedding": "token's share of the text",
 }
-_BINS = 60
-COMPONENT_STYLE = {  # colour, marker, line
-    "linear": ("#E69F00", "s", "--"),
-    "activation": ("#0072B2", "o", "-"),
-    "embedding": ("#009E73", "^", ":"),
-    "all": ("#000000", "D", "-."),
+_COMPONENTS = {
+    "linear": {"color": "#E69F00", "marker": "s", "ls": "--"},
+    "activation": {"color": "#0072B2", "marker": "o", "ls": "-"},
+    "embedding": {"color": "#009E73", "marker": "^", "ls": ":"},
+    "all": {"color": "#000000", "marker": "D", "ls": "-."},
 }
 _SMALL = {**STYLE, "font.size": 8, "axes.titlesize": 8.5, "axes.titleweight": "bold"}
-_SIZES = ("stored", "non-zero", "layers")  # short: the next panel is near
 _MARGINS = {"left": 0.07, "right": 0.972, "top": 0.94, "bottom": 0.125, "hspace": 0.46}
 
 
@@ -68,12 +66,9 @@ class ThresholdPicture:
         sweep: pd.DataFrame | None = None,
     ):
         own, tint = magnitudes[domain], looks(magnitudes)[domain]["color"]
-        self._edges = {
-            name: _bin_edges([each.pooled[name] for each in magnitudes.values()])
-            for name in COMPONENTS
-        }
+        self._edges = {name: _bin_edges(magnitudes, name) for name in COMPONENTS}
         self._stars: dict[str, Line2D] = {}
-        self._sizes: dict[str, Rectangle] = {}
+        self._sizes: list[Rectangle] = []
         with mpl.rc_context(_SMALL):
             self.figure = Figure(figsize=(9.6, 5.4), dpi=100)
             layout = {"height_ratios": (1, 1.5), "wspace": 0.32, **_MARGINS}
@@ -82,7 +77,7 @@ class ThresholdPicture:
                 name: _histogram(axis, name, own.pooled[name], self._edges[name], tint)
                 for axis, name in zip(above, COMPONENTS, strict=True)
             }
-            self._paths = _layer_density(depth, own.layers, self._edges["activation"])
+            self._steps = _layer_density(depth, own.layers, self._edges["activation"])
             self._bars = _removed_shares(removed, len(own.layers))
             if sweep is None:
                 self._sizes = _size_bars(third)
@@ -92,8 +87,8 @@ class ThresholdPicture:
             caption += "calibration tokens; one scale for all domains"
             grey = {"fontsize": 7.5, "color": "#555555", "parse_math": False}
             self.figure.text(0.01, 0.012, caption, **grey)
-            self._moving = [*self._lines.values(), *self._paths, *self._bars.values()]
-            self._moving += [removed.get_legend(), *self._stars.values(), *self._sizes.values()]
+            self._moving = [*self._lines.values(), self._steps, *self._bars.values()]
+            self._moving += [removed.get_legend(), *self._stars.values(), *self._sizes]
             for artist in self._moving:
                 artist.set_animated(True)  # not part of the background
             self._canvas = FigureCanvasAgg(self.figure)
@@ -122,44 +117,31 @@ class ThresholdPicture:
         readings : mapping
             Component to its `Reading` of the sweep.
         """
+        # what is not a number is not drawn
+        chosen = {
+            name: np.atleast_1d(np.nan if thresholds.get(name) is None else thresholds[name])
+            for name in COMPONENTS
+        }
         for name, line in self._lines.items():
-            self._move_line(name, line, thresholds.get(name))
-        self._move_paths(thresholds.get("activation"))
+            one = chosen[name][0] if np.ptp(chosen[name]) == 0 else np.nan
+            zero_at = self._edges[name][0] - 0.02 * np.ptp(self._edges[name])
+            place = np.log10(one) if one != 0 else zero_at
+            line.set_xdata([place, place])
+        layers = len(self._bars["ffn"].get_data().values)
+        with np.errstate(divide="ignore"):
+            across = np.log10(np.broadcast_to(chosen["activation"], layers))
+        self._steps.set_data(across.repeat(2), (np.arange(layers + 1) - 0.5).repeat(2)[1:-1])
         for site, bars in self._bars.items():
             rows = removed[removed["site"] == site]
             bars.set_data((rows["removed"] / rows["units"]).to_numpy())
         for name, star in self._stars.items():
-            reading, epsilon = readings.get(name), thresholds.get(name)
-            one = epsilon is not None and np.ndim(epsilon) == 0
-            known = [reading.value] if one and reading is not None else []
-            star.set_data([epsilon] * len(known), known)
-        shares = (
-            size.stored / size.dense,
-            size.nonzero / size.dense,
-            size.layers_stored / size.layers_dense,
-        )
-        for bar, share in zip(self._sizes.values(), shares, strict=False):
+            reading = readings.get(name)
+            star.set_data(chosen[name][:1], [reading.value if reading else np.nan])
+        shares = (size.stored / size.dense, size.nonzero / size.dense)
+        shares += (size.layers_stored / size.layers_dense,)
+        for bar, share in zip(self._sizes, shares, strict=False):
             bar.set_width(share)
-        return self._png()
 
-    def _move_line(self, component: str, line: Line2D, epsilon: float | np.ndarray | None) -> None:
-        """One ε for all layers is a line of the histogram; zero stands over the bar of zeros."""
-        chosen = np.atleast_1d(np.nan if epsilon is None else epsilon)
-        line.set_visible(bool(np.ptp(chosen) == 0))
-        edges = self._edges[component]
-        place = np.log10(chosen[0]) if chosen[0] > 0 else edges[0] - 0.02 * np.ptp(edges)
-        line.set_xdata([place, place])
-
-    def _move_paths(self, epsilon: float | np.ndarray | None) -> None:
-        """The ε of every layer, as steps."""
-        layers = len(self._bars["ffn"].get_data().values)
-        steps = np.full(layers, np.nan if epsilon is None else epsilon, float)
-        with np.errstate(divide="ignore"):
-            across = np.repeat(np.log10(steps), 2)
-        for path in self._paths:
-            path.set_data(across, np.repeat(np.arange(layers + 1) - 0.5, 2)[1:-1])
-
-    def _png(self) -> bytes:
         self._canvas.restore_region(self._background)
         for artist in self._moving:
             artist.axes.draw_artist(artist)
@@ -169,33 +151,30 @@ class ThresholdPicture:
         return buffer.getvalue()
 
 
-def _bin_edges(magnitudes: Sequence[np.ndarray]) -> np.ndarray:
-    """Bin edges (log10) over the magnitudes above zero."""
-    positive = np.concatenate([values[values > 0] for values in magnitudes])
-    ends = (positive.min(), positive.max()) if len(positive) else (1e-6, 1.0)
-    return np.linspace(np.log10(ends[0]) - 0.1, np.log10(ends[1]) + 0.1, _BINS + 1)
+def _bin_edges(magnitudes: Mapping[str, Magnitudes], component: str) -> np.ndarray:
+    """Bin edges (log10) over a component's magnitudes above zero, in all domains."""
+    values = np.concatenate([each.pooled[component] for each in magnitudes.values()])
+    logs = np.log10(values[values > 0])
+    return np.linspace(logs.min() - 0.1, logs.max() + 0.1, 61)
 
 
 def _histogram(
     axis: Axes, component: str, values: np.ndarray, edges: np.ndarray, tint: str
 ) -> Line2D:
-    """Distribution of the logs of `values` (ascending); returns the line of ε."""
-    width = np.ptp(edges)
-    zero_at = edges[0] - 0.06 * width
-    positive = values[np.searchsorted(values, 0, side="right") :]
-    shares = np.histogram(np.log10(positive), edges)[0] / max(len(values), 1)
-    zeros = 1 - len(positive) / max(len(values), 1)
+    """Distribution of the logs of `values`, and a bar of zeros; returns the line of ε."""
+    width, positive = np.ptp(edges), values[values > 0]
+    zero_at, zeros = edges[0] - 0.06 * width, 1 - len(positive) / len(values)
+    shares = np.histogram(np.log10(positive), edges)[0] / len(values)
     axis.stairs(shares, edges, fill=True, alpha=0.55, color=tint)
     axis.bar([zero_at], [zeros], 0.05 * width, color=tint)
     axis.set_xlim(edges[0] - 0.1 * width, edges[-1])
     # a bar of zeros may be ten times as high as all the rest: its number stands beside it
-    axis.set_ylim(0, 1.25 * max(shares.max(), 1e-9))
+    axis.set_ylim(0, 1.25 * shares.max())
     if zeros:
-        axis.text(
-            0.085, 0.97, f"exactly 0: {zeros:.1%}", transform=axis.transAxes, va="top", fontsize=7
-        )
+        place = {"transform": axis.transAxes, "va": "top", "fontsize": 7}
+        axis.text(0.085, 0.97, f"exactly 0: {zeros:.1%}", **place)
     _log_axis(axis, edges, zero_at=zero_at)
-    axis.yaxis.set_major_formatter(PercentFormatter(1))
+    axis.yaxis.set_major_formatter(percent)
     axis.yaxis.set_major_locator(MaxNLocator(4))
     axis.set_xlabel(_UNITS[component])
     what = "tokens" if component == "embedding" else "neurons"
@@ -203,27 +182,20 @@ def _histogram(
     return axis.axvline(edges[0], color="black", ls="--", lw=1.2)
 
 
-def _layer_density(axis: Axes, layers: Sequence[np.ndarray], edges: np.ndarray) -> list[Line2D]:
-    """Distribution of each layer's activations as an image; returns the two lines of ε."""
+def _layer_density(axis: Axes, layers: Sequence[np.ndarray], edges: np.ndarray) -> Line2D:
+    """Distribution of each layer's activations as an image; returns the line of ε."""
     with np.errstate(divide="ignore"):
         density = np.stack([np.histogram(np.log10(v), edges)[0] / len(v) for v in layers])
-    axis.imshow(
-        density,
-        aspect="auto",
-        cmap="cividis",
-        vmin=0,
-        vmax=np.quantile(density, 0.995) or 1,
-        interpolation="none",
-        extent=(edges[0], edges[-1], len(layers) - 0.5, -0.5),
-    )
+    extent = (edges[0], edges[-1], len(layers) - 0.5, -0.5)
+    look = {"aspect": "auto", "cmap": "cividis", "interpolation": "none"}
+    axis.imshow(density, extent=extent, vmin=0, vmax=np.quantile(density, 0.995) or 1, **look)
     _log_axis(axis, edges)
     axis.set(xlabel=_UNITS["activation"], ylabel="layer")
     axis.set_title("Where does each layer lie?")
     axis.yaxis.set_major_locator(MaxNLocator(8, integer=True))
     axis.grid(False)
-    (halo,) = axis.plot([], [], color="white", lw=2.5)
-    (line,) = axis.plot([], [], color="black", ls="--", lw=1.2)
-    return [halo, line]
+    (line,) = axis.plot([], [], color="black", ls="--", lw=1.6, gapcolor="white")
+    return line
 
 
 def _removed_shares(axis: Axes, layers: int) -> dict[str, StepPatch]:
@@ -239,32 +211,31 @@ def _removed_shares(axis: Axes, layers: int) -> dict[str, StepPatch]:
     }
     axis.set(xlim=(0, 1), ylim=(layers - 0.5, -0.5), xlabel="share removed", ylabel="layer")
     axis.set_title("Which layers lose what?")
-    axis.xaxis.set_major_formatter(PercentFormatter(1, 0))
+    axis.xaxis.set_major_formatter(percent)
     axis.yaxis.set_major_locator(MaxNLocator(8, integer=True))
     axis.legend(loc="lower right", fontsize=7)
     return bars
 
 
-def _size_bars(axis: Axes) -> dict[str, Rectangle]:
+def _size_bars(axis: Axes) -> list[Rectangle]:
     """Bars of the three sizes."""
-    bars = axis.barh(_SIZES, [1, 1, 1], color=PART_STYLE["ffn"][0], height=0.5)
+    names = ("stored", "non-zero", "layers")  # short: the next panel is near
+    bars = axis.barh(names, [1, 1, 1], color=PART_STYLE["ffn"][0], height=0.5)
     axis.set(xlim=(0, 1), ylim=(2.6, -0.6), xlabel="share of the dense model's parameters")
     axis.set_title("How large is the pruned model?")
     axis.tick_params(axis="y", labelsize=7)
-    axis.xaxis.set_major_formatter(PercentFormatter(1, 0))
-    return dict(zip(_SIZES, bars, strict=True))
+    axis.xaxis.set_major_formatter(percent)
+    return list(bars)
 
 
 def _sweep_curves(axis: Axes, sweep: pd.DataFrame) -> dict[str, Line2D]:
     """Curves of a sweep; returns the star of each component's reading."""
     points = sweep[(sweep["method"] == "contextual") & (sweep["epsilon"] > 0)]
+    group_lines(axis, points, "epsilon", "perplexity_ratio", _COMPONENTS, by="component", ms=3.5)
     stars = {}
-    for component, rows in points.groupby("component", sort=False):
-        tint, marker, line = COMPONENT_STYLE[component]
-        style = {"color": tint, "marker": marker, "ms": 3.5, "ls": line, "label": component}
-        axis.plot(rows["epsilon"], rows["perplexity_ratio"], **style)
-        if component in COMPONENTS:
-            (stars[component],) = axis.plot([], [], "*", ms=13, color=tint, mec="black")
+    for component in points["component"].drop_duplicates().loc[lambda name: name != "all"]:
+        tint = _COMPONENTS[component]["color"]
+        (stars[component],) = axis.plot([], [], "*", ms=13, color=tint, mec="black")
     axis.axhline(1, color="black", lw=0.8)
     axis.set(xscale="log", yscale="log", xlabel="ε", ylabel="validation perplexity ÷ dense")
     axis.set_title("What does it cost? (from the sweep)")
