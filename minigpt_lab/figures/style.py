@@ -10,6 +10,7 @@ import io
 import os
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 
 import matplotlib as mpl
 import pandas as pd
@@ -197,14 +198,14 @@ def save_figure(figure: Figure, path: str | os.PathLike, data: pd.DataFrame) -> 
     data = Instance(pd.DataFrame)("data", data)
     path = to_path(Location()("path", path))
     stem = path.name.removesuffix(".png").removesuffix(".svg").removesuffix(".csv")
-    png, svg, csv = (
-        writable_file(path.with_name(f"{stem}.{kind}")) for kind in ("png", "svg", "csv")
-    )
+    write = {
+        "png": partial(figure.savefig, metadata={"Software": None}),
+        "svg": partial(figure.savefig, metadata={"Date": None}),
+        "csv": partial(data.to_csv, index=False),
+    }
+    paths = [writable_file(path.with_name(f"{stem}.{kind}")) for kind in write]
     with mpl.rc_context({**STYLE, "svg.hashsalt": "minigpt_lab"}):
-        with atomic_write(png) as staging:
-            figure.savefig(staging, metadata={"Software": None})
-        with atomic_write(svg) as staging:
-            figure.savefig(staging, metadata={"Date": None})
-    with atomic_write(csv) as staging:
-        data.to_csv(staging, index=False)
+        for target, write_file in zip(paths, write.values(), strict=True):
+            with atomic_write(target) as staging:
+                write_file(staging)
     return figure

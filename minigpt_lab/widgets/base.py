@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import base64
 import html
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import ipywidgets
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ..checks import Function, Instance, invalid, to_python
+from ..checks import Function, Instance, ListOf, Text
 from ..figures import png_bytes
 from ..models import Size
 
@@ -100,15 +100,14 @@ class Chooser(Explorer):
     draw : callable
         Takes the chosen values by name; returns a figure, or a data frame to list.
     **options
-        Name to its choices.
+        Name to its choices, all of them texts.
     """
 
-    def __init__(self, draw: Callable[..., Figure | pd.DataFrame], **options: Sequence):
+    def __init__(self, draw: Callable[..., Figure | pd.DataFrame], **options: Sequence[str]):
         self.draw = Function()("draw", draw)
+        texts = ListOf(Text(), 1)
         self.controls = {
-            name: ipywidgets.Dropdown(
-                options=_choices(name, choices), description=name.replace("_", " ")
-            )
+            name: ipywidgets.Dropdown(options=texts(name, choices), description=name)
             for name, choices in options.items()
         }
         row = ipywidgets.HBox(list(self.controls.values()))
@@ -124,16 +123,3 @@ class Chooser(Explorer):
         with pd.option_context("display.max_colwidth", None, "display.html.use_mathjax", False):
             words = table.to_html(index=False, float_format="{:.3g}".format, border=0)
         return words, b""
-
-
-def _choices(name: str, choices: Sequence) -> list:
-    """Choices of a dropdown, with numbers of Python's."""
-    odd = isinstance(choices, str | bytes) or not isinstance(choices, Iterable)
-    if odd or getattr(choices, "ndim", 1) != 1:
-        raise invalid(name, choices, "a list of choices")
-    values = [to_python(choice) for choice in choices]
-    if not values:
-        raise invalid(name, values, "at least one choice")
-    if any(value != value for value in values if isinstance(value, float)):
-        raise invalid(name, values, "choices that can be told apart (NaN equals nothing)")
-    return values

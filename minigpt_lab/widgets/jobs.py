@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import itertools
 import threading
 from collections.abc import Callable
 from concurrent.futures import CancelledError
@@ -153,14 +154,12 @@ def perplexity_job(
     held_out = excerpt(texts, tokenizer, max_tokens=max_tokens)
 
     def work(tick: Callable[[float], None]) -> str:
-        plan, calls = explorer.plan, 0
+        plan, calls = explorer.plan, itertools.count()
         mini = shrink(explorer.model, plan)
         batches = max_tokens / seq_len / 4 + 1
 
         def count(*_call) -> None:
-            nonlocal calls
-            calls += 1
-            tick((calls - 1) / batches)
+            tick(next(calls) / batches)
 
         with hooked(partial(mini.register_forward_pre_hook, count)):
             result = perplexity(

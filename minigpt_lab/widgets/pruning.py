@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 import ipywidgets
@@ -10,7 +11,7 @@ import pandas as pd
 from transformers import PreTrainedModel
 
 from ..calibration import Statistics
-from ..checks import Array, DictOf, Instance, Model, Number, Text, checked, suggest
+from ..checks import Array, DictOf, Instance, Model, Number, OneOf, Text, checked
 from ..criteria import Scores
 from ..figures import ThresholdPicture, png_bytes, pruning_heatmap
 from ..models import PruningPlan, Size
@@ -19,6 +20,7 @@ from ..studies import COMPONENTS, Magnitudes, read_sweep, threshold_range
 from .base import Explorer, Page, escaped, size_words
 
 _HIGHEST = 0.99  # ratio of a slider: something of each layer must be kept
+_SLIDER = {"continuous_update": False, "layout": {"width": "440px"}}
 ABSOLUTE, RELATIVE = "absolute ε", "share of each layer"
 
 
@@ -43,7 +45,7 @@ class ThresholdExplorer(Explorer):
     Raises
     ------
     ValueError
-        If there are no statistics of the domain, or of one that `token_counts` or `sweeps` has.
+        If there are no statistics of the domain.
     """
 
     @checked(
@@ -64,24 +66,15 @@ class ThresholdExplorer(Explorer):
         token_counts: Mapping[str, np.ndarray] | None = None,
         sweeps: Mapping[str, pd.DataFrame] | None = None,
     ):
-        if domain not in statistics:
-            raise ValueError(
-                f"no statistics of domain {domain!r}; expected one of {', '.join(statistics)}"
-            )
-        for name, given in (("token_counts", token_counts), ("sweeps", sweeps)):
-            for key in given or ():
-                if key not in statistics:
-                    hint = suggest(str(key), [*statistics])
-                    raise ValueError(
-                        f"{name} has {key!r}, of which there are no statistics; {hint}"
-                    )
-        self.model, self.statistics, self.sweeps = model, dict(statistics), dict(sweeps or {})
-        self.token_counts = dict(token_counts or {})
+        OneOf(statistics)("domain", domain)
+        self.model, self.statistics = model, statistics
+        self.token_counts, self.sweeps = token_counts or {}, sweeps or {}
         self.magnitudes = {
-            name: Magnitudes(each, self.token_counts.get(name))
-            for name, each in self.statistics.items()
+            name: Magnitudes(each, self.token_counts.get(name)) for name, each in statistics.items()
         }
-        self._pictures: dict[str, ThresholdPicture] = {}
+        self._picture = functools.cache(
+            lambda name: ThresholdPicture(self.magnitudes, name, sweep=self.sweeps.get(name))
+        )
         self.domain = ipywidgets.Dropdown(
             options=list(statistics), value=domain, description="domain"
         )
@@ -99,16 +92,16 @@ class ThresholdExplorer(Explorer):
             for name in COMPONENTS
         }
         self.share = {name: _share_slider(0.1) for name in COMPONENTS[:2]}
-        self.rule.observe(lambda _change: self._swap_sliders(), "value")
+        self.rule.observe(self._swap_sliders, "value")
         self._swap_sliders()
         by_component = (self.active, self.epsilon, self.share)
         rows = [
             ipywidgets.HBox([controls[name] for controls in by_component if name in controls])
             for name in COMPONENTS
         ]
-        inputs = [*self.active.values(), *self.epsilon.values(), *self.share.values()]
-        controls = [ipywidgets.HBox([self.domain, self.rule]), *rows]
-        super().__init__(controls, [self.domain, self.rule, *inputs])
+        first = [self.domain, self.rule]
+        inputs = [control for controls in by_component for control in controls.values()]
+        super().__init__([ipywidgets.HBox(first), *rows], [*first, *inputs])
 
     @property
     def relative(self) -> bool:
@@ -117,11 +110,8 @@ class ThresholdExplorer(Explorer):
 
     def thresholds(self) -> dict[str, float]:
         """ε (or share) of every ticked component; 0 for tokens that never occur."""
-        chosen = {}
-        for name in COMPONENTS:
-            if self.active[name].value:
-                sliders = self.share if self.relative and name in self.share else self.epsilon
-                chosen[name] = sliders[name].value
+        sliders = self.epsilon | (self.share if self.relative else {})
+        chosen = {name: sliders[name].value for name in COMPONENTS if self.active[name].value}
         if chosen.get("embedding", 1) <= 10 ** (self.epsilon["embedding"].min + 0.01):
             chosen["embedding"] = 0.0
         return chosen
@@ -153,10 +143,9 @@ class ThresholdExplorer(Explorer):
         """Sizes, shares and readings, and the picture of the thresholds."""
         plan, domain, chosen = self.plan, self.domain.value, self.thresholds()
         size = plan.predicted_size(self.model)
-        marks: dict = dict(chosen)
-        readings = {}
-        if self.relative:
-            marks.pop("linear", None)
+        marks, readings = dict(chosen), {}
+        if self.relative:  # linear layers have an ε of their own in every place
+            marks = {name: chosen[name] for name in chosen.keys() - self.share.keys()}
             if "activation" in chosen:
                 marks["activation"] = self.magnitudes[domain].layer_thresholds(chosen["activation"])
         else:
@@ -173,20 +162,14 @@ class ThresholdExplorer(Explorer):
         )
         return "<br>".join(lines), picture
 
-    def _picture(self, domain: str) -> ThresholdPicture:
-        if domain not in self._pictures:
-            sweep = self.sweeps.get(domain)
-            self._pictures[domain] = ThresholdPicture(self.magnitudes, domain, sweep=sweep)
-        return self._pictures[domain]
-
     def _shares(self, chosen: Mapping[str, float]) -> list[str]:
         """Shares at or below the thresholds in this domain, and below activation's ε in others."""
         if self.relative:
-            shares = {name: share for name, share in chosen.items() if name in self.share}
-            return [f"{name}: the lowest {v:.0%} of each layer" for name, v in shares.items()]
-        domain = self.domain.value
+            shares = [(name, chosen[name]) for name in self.share if name in chosen]
+            return [f"{name}: the lowest {share:.0%} of each layer" for name, share in shares]
+        own = self.magnitudes[self.domain.value]
         words = [
-            f"{name} ε = {value:.3e}: {self.magnitudes[domain].share(name, value):.1%}"
+            f"{name} ε = {value:.3e}: {own.share(name, value):.1%}"
             for name, value in chosen.items()
         ]
         lines = ["at or below " + "; ".join(words)] if words else []
@@ -194,12 +177,12 @@ class ThresholdExplorer(Explorer):
             others = [
                 f"{escaped(name)} {other.share('activation', chosen['activation']):.1%}"
                 for name, other in self.magnitudes.items()
-                if name != domain
+                if other is not own
             ]
             lines.append("the same activation ε elsewhere: " + ", ".join(others))
         return lines
 
-    def _swap_sliders(self) -> None:
+    def _swap_sliders(self, _change=None) -> None:
         for name, slider in self.share.items():
             slider.layout.display = None if self.relative else "none"
             self.epsilon[name].layout.display = "none" if self.relative else None
@@ -207,28 +190,13 @@ class ThresholdExplorer(Explorer):
 
 def _log_slider(magnitudes, component: str, start: float | None) -> ipywidgets.FloatLogSlider:
     low, high = threshold_range(magnitudes, component, start)
-    return ipywidgets.FloatLogSlider(
-        value=max(start or 0, 10**low),
-        min=low,
-        max=high,
-        step=0.02,
-        continuous_update=False,
-        readout_format=".2e",
-        layout={"width": "440px"},
-    )
+    options = {"step": 0.02, "readout_format": ".2e", **_SLIDER}
+    return ipywidgets.FloatLogSlider(max(start or 0, 10**low), min=low, max=high, **options)
 
 
 def _share_slider(start: float, **options) -> ipywidgets.FloatSlider:
-    return ipywidgets.FloatSlider(
-        value=start,
-        min=0,
-        max=_HIGHEST,
-        step=0.01,
-        continuous_update=False,
-        readout_format=".0%",
-        layout={"width": "440px"},
-        **options,
-    )
+    options |= {"step": 0.01, "readout_format": ".0%", **_SLIDER}
+    return ipywidgets.FloatSlider(start, min=0, max=_HIGHEST, **options)
 
 
 class RatioExplorer(Explorer):

@@ -255,11 +255,9 @@ def test_widgets_take_numbers_of_any_kind_and_refuse_what_they_cannot_show(tiny,
     )
     with pytest.raises(ValueError, match="model is None; expected"):
         ThresholdExplorer(None, given, "a", epsilon=0.1)
-    with pytest.raises(ValueError, match="sweeps has 'b', of which there are no statistics"):
-        ThresholdExplorer(model, given, "a", epsilon=0.1, sweeps={"b": pd.DataFrame()})
-    for choices in ([], "law", None, 3):
-        with pytest.raises(ValueError, match="domain is .*; expected"):
+    for choices in ([], "law", None, 3, [3]):
+        with pytest.raises(ValueError, match=r"domain.* is .*; expected"):
             Chooser(lambda domain: None, domain=choices)
     with pytest.raises(ValueError, match="draw is None; expected a function"):
         Chooser(None, domain=["law"])
-    assert "what draw returned is None" in Chooser(lambda n: None, n=[np.int64(3)]).summary.value
+    assert "what draw returned is None" in Chooser(lambda n: None, n=["three"]).summary.value
