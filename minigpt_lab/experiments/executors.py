@@ -57,7 +57,7 @@ def _start(grid: Grid, run: str, folder: Path, log: Path) -> subprocess.Popen:
     with log.open("wb") as stderr:
         return subprocess.Popen(
             command,
-            env=os.environ | {"OMP_NUM_THREADS": str(max(1, int(grid.cpus)))},
+            env={"OMP_NUM_THREADS": str(max(1, int(grid.cpus)))} | os.environ,  # or the user's own
             stdout=subprocess.DEVNULL,
             stderr=stderr,
             start_new_session=True,  # Ctrl-C reaches the sweep alone, which passes it on

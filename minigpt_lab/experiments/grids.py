@@ -66,7 +66,8 @@ class Grid:
     jobs : int
         How many run at a time on this machine.
     cpus, gpus : float
-        What each run asks of a Ray cluster; on this machine `cpus` is its number of threads.
+        What each run asks of a Ray cluster; on this machine `cpus` is its number of threads,
+        unless OMP_NUM_THREADS is set.
     smoke : bool
         The runs only show that it works.
     """

@@ -55,6 +55,19 @@ def ends(folder: Path) -> list[str]:
     return sorted(line for line in diary(folder) if line.startswith("end"))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("own", [None, "3"])
+def test_runs_get_one_thread_unless_the_user_says_otherwise(small, tmp_path, monkeypatch, own):
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    if own:
+        monkeypatch.setenv("OMP_NUM_THREADS", own)
+    notebook = nbformat.read(tmp_path / "small.ipynb", as_version=4)
+    notebook.cells[-1].source = "print(os.environ['OMP_NUM_THREADS'], file=file)"
+    nbformat.write(notebook, tmp_path / "small.ipynb")
+    sweeps.sweep(grids.read_grid(small("grid: {number: [1]}\n")), tmp_path / "runs")
+    assert diary(tmp_path)[-1] == (own or "1")
+
+
 def sweep_command(grid: Path, folder: Path, *words: str) -> list[str]:
     """A sweep in a process of its own."""
     return [sys.executable, "-m", "minigpt_lab", "sweep", str(grid), "--out", str(folder), *words]
