@@ -21,7 +21,7 @@ from ..domains import Part
 from ..models import PruningPlan, masked, model_size, weight_axis
 from ..planning import contextual_plan
 from .arguments import COUNTS, FOLDER, PAIR, PART, STATISTICS, TEXTS
-from .held_out import HeldOut, diverging
+from .held_out import HeldOut, diverging, row_of
 
 #: The thresholds that Mini-GPTs' grid tries (arXiv 2312.12682).
 PAPER_EPSILONS = (1e-5, 1e-3, 1e-1)
@@ -237,4 +237,4 @@ def measure(
     facts = {name: getattr(size, name) for name in ("stored", "nonzero", "layer_ratio")}
     protocol = {"max_characters": None, "progress": False, **protocol}
     found = [diverging(model, dense, tokenizer, text, **protocol) for text in texts]
-    return pd.DataFrame([{"variant": variant, **facts, **each.row()} for each in found])
+    return pd.DataFrame([{"variant": variant, **facts, **row_of(each)} for each in found])

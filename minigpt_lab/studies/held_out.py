@@ -61,8 +61,8 @@ class HeldOut:
         losses = [each.model if isinstance(each, Divergence) else each for each in found]
         return {
             "stored": model_size(model).stored,
-            "rows": [each.row() for each in found],
-            "losses": [asdict(each) | {"passages": each.passages.tolist()} for each in losses],
+            "rows": [row_of(each) for each in found],
+            "losses": [asdict(each) | {"passages": _short(each.passages)} for each in losses],
         }
 
     def table_rows(self, result: dict, **facts) -> list[dict]:
@@ -76,6 +76,19 @@ class HeldOut:
             Perplexity(**(loss | {"passages": np.array(loss["passages"])}))
             for loss in result["losses"]
         ]
+
+
+def row_of(found: Divergence | Perplexity) -> dict:
+    """A row of a table; without a divergence those columns are None."""
+    return {"kl": None, "agreement": None, **found.row()}
+
+
+def _short(passages: np.ndarray) -> list[list[float]]:
+    """Sums of passages as short numbers: a comparison keeps hundreds of them."""
+    losses, *counts = passages.T.tolist()
+    return [
+        [round(loss, 4), *map(int, count)] for loss, *count in zip(losses, *counts, strict=True)
+    ]
 
 
 def diverging(
