@@ -17,7 +17,7 @@ from ..models import check_token_ids, dtype_name, reading_dtype, tokenizer_for
 from ..store import content_hash
 
 #: Bytes that the logits of one step may take, as float32: on a CPU, and elsewhere.
-_CPU_BYTES, _GPU_BYTES = 1 << 28, 1 << 32
+_CPU_BYTES, _GPU_BYTES = 1 << 28, 1 << 30
 
 
 @dataclass(frozen=True)
