@@ -1,5 +1,6 @@
 """Text, from declared sources, files or the hub to domains and on to batches of tokens."""
 
+from .cloze import cloze_questions
 from .domain import Domain, domain_names, load_domain, load_domains, make_domain
 from .parts import Part, check_disjoint
 from .questions import Question

@@ -120,6 +120,7 @@ def calls(t: dict) -> dict[str, dict]:
         "bias_compensated": {"model": t["model"], "plan": t["plan"], "statistics": t["statistics"]},
         "block_influence": read,
         "check_disjoint": {"parts": {"a": ("one text",), "b": ("another one",)}},
+        "cloze_questions": {"domain": t["domain"], "n": 3, "seed": 0},
         "collect_hessians": {**read, "names": t["names"], "progress": False},
         "collect_statistics": {**read, "path": None, "precision": "auto", "progress": False},
         "compare_answers": {"first": t["answers"], "second": t["answers"]},
