@@ -1,0 +1,112 @@
+"""figures/README.md, the records that it is made of, and the README that points to it."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "figures"))
+import results_page  # noqa: E402
+
+
+def test_page_is_what_its_records_say():
+    assert results_page.README.read_text("utf-8") == results_page.write_page(), (
+        "call `python3.11 tasks.py results-page`"
+    )
+
+
+def test_figures_are_all_shown_and_all_there():
+    pages = [ROOT / "README.md", results_page.README]
+    shown = {
+        (page.parent / name).resolve()
+        for page in pages
+        for name in re.findall(r"!\[.*?\]\((.+?)\)", page.read_text("utf-8"))
+    }
+    assert shown == {*(ROOT / "figures").glob("*.png")}
+
+
+def test_sections_are_notebooks():
+    notebooks = {path.stem for path in ROOT.glob("notebooks/*.ipynb")}
+    used = [section["notebook"] for section in results_page.SECTIONS]
+    assert {*used} | {claim["notebook"] for claim in results_page.CLAIMS} <= notebooks
+    assert {path.name for path in results_page.RECORDS.glob("*_*")} <= {*used}
+
+
+def test_readme_is_short_and_has_no_results():
+    lines = (ROOT / "README.md").read_text("utf-8").splitlines()
+    assert len(lines) < 200
+    assert not [line for line in lines if line.startswith("|") and re.search(r"\| *×? ?\d", line)]
+    text = "\n".join(lines)
+    for link in re.findall(r"\]\(([\w/]+\.md)(?:#\w+)?\)", text):
+        assert (ROOT / link).is_file(), link
+    assert "## Glossary" in (ROOT / "notebooks" / "README.md").read_text("utf-8")
+
+
+@pytest.fixture
+def fresh(tmp_path, monkeypatch):
+    """A folder for a page of its own, and one for runs."""
+    monkeypatch.setattr(results_page, "HERE", tmp_path)
+    monkeypatch.setattr(results_page, "RECORDS", tmp_path / "records")
+    return tmp_path / "runs"
+
+
+def write_run(folder, finished, tables, **changes):
+    record = {
+        "schema": 2, "notebook": "10_slimgpt", "status": "completed", "smoke": False,
+        "parameters": {"domain_name": "law", "test_tokens": 512}, "metrics": {},
+        "protocol": "windows", "model": {"label": "a model"}, "device": "cpu",
+        "finished": finished, "wall_seconds": 90,
+    }  # fmt: skip
+    folder.mkdir(parents=True)
+    (folder / "record.json").write_text(json.dumps({**record, **changes}))
+    for name, rows in tables.items():
+        frame = pd.DataFrame(rows, columns=["text", "variant", "perplexity", "low", "high"])
+        frame.to_csv(folder / f"{name}.csv", index=False)
+    (folder / "sizes.png").write_bytes(b"picture")
+
+
+def test_newest_run_makes_the_page(fresh):
+    rows = [
+        ("law/test", "dense", 10, 9, 11),
+        ("law/test", "uniform", 40, 38, 42),
+        ("law/test", "log-increase", 20, 19, 21),
+        ("law/test", "linear-increase", 20.5, 19, 22),
+        ("law/test", "log-decrease", 30, 29, 31),
+    ]
+    write_run(fresh / "a", "2026-01-01", {"allocations": rows[:1]})
+    write_run(fresh / "b", "2026-01-02", {"allocations": rows})
+    write_run(fresh / "c", "2026-01-03", {}, smoke=True)
+    write_run(fresh / "d", "2026-01-03", {}, status="failed")
+    write_run(fresh / "sweeps" / "e", "2026-01-04", {})
+    results_page.copy_runs(fresh)
+    page = results_page.write_page()
+    assert (fresh.parent / "slimgpt.png").is_file() and "](slimgpt.png)" in page
+    assert "| uniform | 40.00 [38.00, 42.00] |" in page
+    assert "a model; windows; 512 test tokens; cpu; 2 min; 2026-01-02" in page
+    assert "(This run has no such table: left_out.)" in page
+    verdicts = {
+        claim["says"][:30]: results_page.judged(claim)
+        for claim in results_page.CLAIMS
+        if claim["table"] == "allocations"
+    }
+    holds, open_, wrong, missing = verdicts.values()
+    assert holds == ("× 0.500 [0.466, 0.537] (`10`)", "holds")
+    assert open_[1] == "cannot be told" and wrong[1] == "does not hold"
+    assert missing == ("–", "not measured")
+
+
+def test_without_records_nothing_is_claimed(fresh):
+    page = results_page.write_page()
+    assert page.count("Not measured yet.") == len(results_page.SECTIONS)
+    assert page.count("not measured |") == len(results_page.CLAIMS)
+
+
+def test_numbers_that_are_missing_leave_nothing_behind():
+    row = {"p": float("nan"), "low": float("nan")}
+    assert results_page.filled("1.2 [{low:+.1f}, {low:+.1f}] {p:.1%}", row) == "1.2 –"
