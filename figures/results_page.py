@@ -38,9 +38,9 @@ CLAIMS_HEADER = """\
 
 The papers prune models of 1.3 to 13 billion parameters and measure by other protocols: what is
 compared is the direction of a claim, not its numbers. "×" is a ratio of two perplexities, the first
-over the second, on the text of the domain that was pruned for. Its interval is made from those of
-the two (square and add) as if they were independent. They are not, having read the same passages:
-it is wider than it need be. A claim holds, or does not, only if its whole interval says so.
+over the second, on the text of the domain that was pruned for, with its 95 % interval over the
+passages, which both read. The intervals are not corrected for the number of claims. A claim holds,
+or does not, only if its whole interval says so.
 
 | paper | says | published | measured here | verdict |
 | --- | --- | --- | --- | --- |
@@ -214,17 +214,25 @@ def intervals(claim: dict, record: dict) -> Iterator[tuple[float, float, float]]
 
 
 def log_ratio(first: pd.DataFrame, second: pd.DataFrame) -> tuple[float, float, float]:
-    r"""Logarithm of the ratio of two perplexities, and its interval by square and add.
+    r"""Logarithm of the ratio of two perplexities, and its 95 % interval over passages.
 
-    With logarithms :math:`a` of the first and :math:`b` of the second (means over samples), the
-    lower end is :math:`a - b - \sqrt{(a - a_\text{low})^2 + (b_\text{high} - b)^2}` (MOVER,
-    Zou and Donner 2008).
+    With :math:`D_i` the difference of the summed losses of passage *i* (means over calibration
+    samples) and :math:`n_i` its tokens, :math:`d = \sum D_i / \sum n_i`, with the standard error
+    of a ratio of sums, :math:`\sqrt{\sum (D_i - d n_i)^2} / \sum n_i`.
     """
-    columns = ["perplexity", "low", "high"]
-    a, a_low, a_high = np.log(first[columns]).mean()
-    b, b_low, b_high = np.log(second[columns]).mean()
-    d = a - b
-    return d, d - np.hypot(a - a_low, b_high - b), d + np.hypot(a_high - a, b - b_low)
+    (loss, n), (other, n_other) = passages(first), passages(second)
+    if not np.array_equal(n, n_other):
+        raise ValueError("the two were not measured on the same passages")
+    D = loss - other
+    d = D.sum() / n.sum()
+    error = 1.96 * np.sqrt(np.square(D - d * n).sum()) / n.sum() if len(n) > 1 else np.inf
+    return d, d - error, d + error
+
+
+def passages(rows: pd.DataFrame) -> np.ndarray:
+    """Loss and tokens of every passage, means over the rows: ``[2, passage]``."""
+    pairs = [[pair.split("/") for pair in text.split()] for text in rows["passages"]]
+    return np.array(pairs, dtype=float).mean(0).T
 
 
 def main() -> None:

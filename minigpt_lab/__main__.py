@@ -128,7 +128,8 @@ def _run(arguments: argparse.Namespace) -> None:
     print(f"{content.get('protocol', '')}\n")
     for name in content["tables"]:
         if name.startswith("summary"):
-            _print_table(pd.read_csv(folder / f"{name}.csv"))
+            table = pd.read_csv(folder / f"{name}.csv")
+            _print_table(table.drop(columns="passages", errors="ignore"))
     for path in sorted(folder.iterdir()):
         if path.suffix in (".ipynb", ".png", ".json") or path.is_dir():
             print(path)

@@ -66,18 +66,18 @@ def write_run(folder, finished, tables, **changes):
     folder.mkdir(parents=True)
     (folder / "record.json").write_text(json.dumps({**record, **changes}))
     for name, rows in tables.items():
-        frame = pd.DataFrame(rows, columns=["text", "variant", "perplexity", "low", "high"])
+        frame = pd.DataFrame(rows, columns="text variant perplexity low high passages".split())
         frame.to_csv(folder / f"{name}.csv", index=False)
     (folder / "sizes.png").write_bytes(b"picture")
 
 
 def test_newest_run_makes_the_page(fresh):
     rows = [
-        ("law/test", "dense", 10, 9, 11),
-        ("law/test", "uniform", 40, 38, 42),
-        ("law/test", "log-increase", 20, 19, 21),
-        ("law/test", "linear-increase", 20.5, 19, 22),
-        ("law/test", "log-decrease", 30, 29, 31),
+        ("law/test", "dense", 10, 9, 11, "20.0/10 30.0/10"),
+        ("law/test", "uniform", 40, 38, 42, "40.0/10 42.0/10"),
+        ("law/test", "log-increase", 20, 19, 21, "33.0/10 35.2/10"),
+        ("law/test", "linear-increase", 20.5, 19, 22, "32.5/10 35.8/10"),
+        ("law/test", "log-decrease", 30, 29, 31, "35.0/10 36.0/10"),
     ]
     write_run(fresh / "a", "2026-01-01", {"allocations": rows[:1]})
     write_run(fresh / "b", "2026-01-02", {"allocations": rows})
@@ -96,7 +96,7 @@ def test_newest_run_makes_the_page(fresh):
         if claim["table"] == "allocations"
     }
     holds, open_, wrong, missing = verdicts.values()
-    assert holds == ("× 0.500 [0.466, 0.537] (`10`)", "holds")
+    assert holds == ("× 0.502 [0.495, 0.509] (`10`)", "holds")
     assert open_[1] == "cannot be told" and wrong[1] == "does not hold"
     assert missing == ("–", "not measured")
 

@@ -79,8 +79,14 @@ class HeldOut:
 
 
 def row_of(found: Divergence | Perplexity) -> dict:
-    """A row of a table; without a divergence those columns are None."""
-    return {"kl": None, "agreement": None, **found.row()}
+    """A row of a table; without a divergence those columns are None.
+
+    ``passages`` has the summed loss and the tokens of each, ``"41.3021/12 …"``: with them a table
+    is enough for paired comparisons.
+    """
+    losses = found.model if isinstance(found, Divergence) else found
+    passages = " ".join(f"{nats:.4f}/{tokens:.0f}" for nats, tokens, _ in losses.passages)
+    return {"kl": None, "agreement": None, **found.row(), "passages": passages}
 
 
 def _short(passages: np.ndarray) -> list[list[float]]:
