@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -41,19 +42,7 @@ def writable_file(path: str | os.PathLike) -> Path:
     UnusablePath
         If it is a folder, a device or read-only, or its folder cannot be made or written.
     """
-    final = to_path(path)
-    require_creatable(final)
-    if final.is_dir() or os.fspath(path).endswith(("/", os.sep)):
-        raise UnusablePath(
-            f"{path} names a folder; expected the path of a file, and a folder is never replaced; "
-            f"add a file name, such as {final / 'NAME'}"
-        )
-    if final.exists():
-        if not final.is_file():
-            raise UnusablePath(f"{final} is a pipe or device; expected the path of a file")
-        if not os.access(final, os.W_OK):
-            raise UnusablePath(f"{final} is read-only; make it writable or choose another path")
-    return final
+    return _writable(path, stat.S_ISREG, os.W_OK, "file")
 
 
 def writable_folder(path: str | os.PathLike) -> Path:
@@ -64,17 +53,37 @@ def writable_folder(path: str | os.PathLike) -> Path:
     UnusablePath
         If it is a file, or cannot be made or written.
     """
+    return _writable(path, stat.S_ISDIR, os.W_OK | os.X_OK, "folder")
+
+
+def _writable(
+    path: str | os.PathLike, is_kind: Callable[[int], bool], access: int, kind: str
+) -> Path:
     final = to_path(path)
     require_creatable(final)
-    try:  # one look: another process may be replacing it
-        folder = stat.S_ISDIR(final.stat().st_mode)
-    except OSError:
-        folder = not final.is_symlink()  # not there yet, or a link to nothing
-    if not folder:
-        raise UnusablePath(f"{final} is a file; expected a folder; choose another path")
-    if final.is_dir() and not os.access(final, os.W_OK | os.X_OK):
+    seen = _look(final)
+    slash = os.fspath(path).endswith(("/", os.sep)) and kind == "file"
+    if slash or (seen and not is_kind(seen.st_mode)):
+        raise UnusablePath(f"{path} is no {kind} and never replaced by one; choose another path")
+    if seen and _is_denied(final, access, seen):
         raise UnusablePath(f"{final} is read-only; make it writable or choose another path")
     return final
+
+
+def _look(path: Path) -> os.stat_result | None:
+    """What is there, seen once: another process may replace or remove it between two looks."""
+    try:
+        return path.stat()
+    except OSError:
+        return None
+
+
+def _is_denied(path: Path, access: int, seen: os.stat_result) -> bool:
+    """Whether access is denied to what was seen, which has not been replaced or removed since."""
+    if os.access(path, access):
+        return False
+    still = _look(path)
+    return still is not None and (still.st_ino, still.st_ctime) == (seen.st_ino, seen.st_ctime)
 
 
 def readable_file(path: str | os.PathLike) -> Path:
@@ -107,9 +116,10 @@ def require_creatable(final: Path) -> None:
                 f"{final} cannot be written ({os.strerror(error.errno or 0)}); choose another path"
             ) from error
     parent = next(folder for folder in final.absolute().parents if os.path.lexists(folder))
-    if not parent.is_dir():
+    seen = _look(parent)
+    if seen and not stat.S_ISDIR(seen.st_mode):
         raise UnusablePath(f"{parent} is a file, so {final} cannot be in it; choose another path")
-    if not os.access(parent, os.W_OK | os.X_OK):
+    if seen and _is_denied(parent, os.W_OK | os.X_OK, seen):
         raise UnusablePath(
             f"{parent} is read-only, so {final} cannot be written; choose another path"
         )

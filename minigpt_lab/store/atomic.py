@@ -154,23 +154,23 @@ def atomic_write(path: Path, ours: Callable[[Path], set[str]] | None = None) -> 
         if not staging.is_dir():
             staging.replace(writable_file(final))
         else:
-            _name(final, staging, scratch.folder / _OLD, ours or (lambda _: set()))
+            _give_name(final, staging, scratch.folder / _OLD, ours or (lambda _: set()))
 
 
-def _name(
-    final: Path, new: Path, old: Path, ours: Callable[[Path], set[str]], again: int = 9
-) -> None:
-    """Give a folder its name; again if another process has made or removed one there meanwhile."""
-    try:
-        if os.path.lexists(final):
-            _keep_others(writable_folder(final), new, ours(final))
-            _swap(final, new, old)
-        else:
-            new.rename(final)
-    except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY) or not again:
-            raise
-        _name(final, new, old, ours, again - 1)
+def _give_name(final: Path, new: Path, old: Path, ours: Callable[[Path], set[str]]) -> None:
+    """Give a folder its name; again if another writer has made or removed one there meanwhile."""
+    for turns_left in reversed(range(100)):
+        try:
+            if os.path.lexists(final):
+                _keep_others(writable_folder(final), new, ours(final))
+                _swap(final, new, old)
+            else:
+                new.rename(final)
+            return
+        except OSError as error:
+            meanwhile = error.errno in (errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY)
+            if not meanwhile or not turns_left:
+                raise
 
 
 def _swap(final: Path, new: Path, old: Path) -> None:
@@ -181,9 +181,11 @@ def _swap(final: Path, new: Path, old: Path) -> None:
     """
     if _exchange(final, new):
         return
-    old.mkdir(exist_ok=True)
+    shutil.rmtree(old, ignore_errors=True)  # of a turn that another writer forestalled
+    old.mkdir()
     final.rename(old / final.name)
     new.rename(final)
+    shutil.rmtree(old, ignore_errors=True)  # not to be put back when `final` is removed
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -192,16 +194,22 @@ def _exchange(one: Path, other: Path) -> bool:
         return False
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     paths = os.fsencode(one), os.fsencode(other)
-    return ctypes.CDLL(None).renameat2(here, paths[0], here, paths[1], exchange) == 0
+    system = ctypes.CDLL(None, use_errno=True)
+    if system.renameat2(here, paths[0], here, paths[1], exchange) == 0:
+        return True
+    if ctypes.get_errno() == errno.ENOENT:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(one))
+    return False
 
 
 def _keep_others(old: Path, new: Path, ours: set[str], above: str = "") -> None:
     """Give a new folder what the old one holds beside our files: links to the same content."""
     for entry in old.iterdir():
         twin, name = new / entry.name, above + entry.name
-        if name in ours or (os.path.lexists(twin) and not twin.is_dir()):
+        folder = entry.is_dir() and not entry.is_symlink()
+        if name in ours or (os.path.lexists(twin) and not (folder and twin.is_dir())):
             continue
-        if entry.is_dir() and not entry.is_symlink():
+        if folder:
             twin.mkdir(exist_ok=True)
             _keep_others(entry, twin, ours, f"{name}/")
             if any(entry.iterdir()):

@@ -132,7 +132,7 @@ def test_a_folder_is_never_replaced_by_a_file(kind, slash, things, tmp_path, mon
     monkeypatch.setattr(FeatureSums, "watching", None)  # refused before the pass
     target = tmp_path / ("mine.png" if kind == "figure" else "mine")
     before = users_folder(target)
-    with pytest.raises(OSError, match=r"names a folder.*add a file name") as error:
+    with pytest.raises(OSError, match="is no file and never replaced") as error:
         FILES[kind](things, f"{tmp_path / 'mine'}{'' if kind == 'figure' else slash}")
     assert one_sentence(error.value) and snapshot(target) == before
     assert [path.name for path in tmp_path.iterdir()] == [target.name]
@@ -142,7 +142,7 @@ def test_a_folder_is_never_replaced_by_a_file(kind, slash, things, tmp_path, mon
 def test_a_file_is_never_replaced_by_a_folder(kind, things, tmp_path):
     (tmp_path / "mine").write_text("years of work")
     for path in (tmp_path / "mine", tmp_path / "mine" / "deeper"):
-        with pytest.raises(OSError, match=r"is a file") as error:
+        with pytest.raises(OSError, match="is no folder|is a file, so") as error:
             FOLDERS[kind](things, str(path))
         assert one_sentence(error.value)
     assert snapshot(tmp_path) == {"mine": b"years of work"}
@@ -413,8 +413,11 @@ def test_many_writers_of_one_file_leave_one_whole_file(tmp_path):
     assert (tmp_path / "file").read_text() in texts
 
 
-def test_many_writers_of_one_folder_leave_one_whole_folder(tmp_path):
+@pytest.mark.parametrize("exchange", [True, False])
+def test_many_writers_of_one_folder_leave_one_whole_folder(exchange, tmp_path, monkeypatch):
     """Also where the folder is removed meanwhile, and a scratch folder just before it is locked."""
+    if not exchange:  # as on systems that cannot exchange two names
+        monkeypatch.setattr(atomic, "_exchange", lambda *_: False)
     failed, ended = [], threading.Event()
 
     def write(number: int) -> None:
@@ -805,6 +808,42 @@ def test_a_read_only_folder_is_said_before_the_work(tmp_path, monkeypatch):
     (tmp_path / "x").touch()
     with pytest.raises(UnusablePath, match="is read-only"):
         writable_file(tmp_path / "x")
+
+
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_a_folder_that_another_writer_just_removed_is_not_called_read_only(
+    comes_back, tmp_path, monkeypatch
+):
+    folder, access = tmp_path / "mini", os.access
+    folder.mkdir()
+
+    def removed_before(path, mode):
+        if Path(path) == folder:
+            folder.rename(tmp_path / "old")
+            if comes_back:
+                folder.mkdir()
+            return False
+        return access(path, mode)
+
+    monkeypatch.setattr(os, "access", removed_before)
+    assert writable_folder(folder) == folder
+
+
+def test_what_a_user_keeps_under_the_name_of_a_new_folder_gives_way(tmp_path):
+    """A link to a folder, or a file, where the new folder has a folder; nothing is made twice."""
+    mini = tmp_path / "mini"
+    (tmp_path / "elsewhere").mkdir()
+    users_folder(mini)
+    (mini / "link").symlink_to(tmp_path / "elsewhere")
+    with atomic_write(mini) as staging:
+        for name in ("link", "notes.txt"):
+            (staging / name).mkdir(parents=True)
+            (staging / name / "a").write_text("ours")
+    assert [*(mini / "link").iterdir()] == [mini / "link" / "a"] and not (
+        mini / "link"
+    ).is_symlink()
+    assert [*(mini / "notes.txt").iterdir()] == [mini / "notes.txt" / "a"]
+    assert (mini / ".hidden").exists() and not any((tmp_path / "elsewhere").iterdir())
 
 
 def test_saving_refuses_what_is_no_model(things, tmp_path):
