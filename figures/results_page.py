@@ -1,9 +1,9 @@
 """Write figures/README.md from the records beside it: ``python3.11 tasks.py results-page``.
 
-With ``--from RUNS`` the newest completed run of every notebook under RUNS (sweeps and smoke runs
-apart) is copied to figures/records first: its record, and the tables and figures that page.toml
-names. page.toml says what stands on the page, claims.toml what the papers say and how it is
-measured here. The numbers are the records' own.
+With ``--from RUNS`` the newest completed run of every notebook under RUNS (smoke runs apart; of
+sweeps, all runs of those that page.toml names) is copied to figures/records first: its record, and
+the tables and figures that page.toml names. page.toml says what stands on the page, claims.toml
+what the papers say and how it is measured here. The numbers are the records' own.
 """
 
 from __future__ import annotations
@@ -48,29 +48,37 @@ or does not, only if its whole interval says so.
 
 
 def copy_runs(runs: Path, *, smoke: bool = False) -> None:
-    """Copy the newest run of every notebook on the page: record, tables, figures."""
-    newest: dict[str, tuple[str, Path]] = {}
-    for folder, record in read_records(runs, smoke=smoke):
-        if "sweeps" not in folder.relative_to(runs).parts:
-            found = record["finished"] or "", folder
-            newest[record["notebook"]] = max(found, newest.get(record["notebook"], found))
+    """Copy what the page needs of every notebook's newest run, and of all runs of its sweeps."""
+    sweeps = {section["sweep"] for section in SECTIONS if "sweep" in section}
+    chosen: dict[str, list[Path]] = {}
+    records = sorted(read_records(runs, smoke=smoke), key=lambda each: each[1]["finished"] or "")
+    for folder, record in records:
+        parts = folder.relative_to(runs).parts
+        if named := sweeps.intersection(parts):
+            chosen.setdefault(named.pop(), []).append(folder)
+        elif "sweeps" not in parts:
+            chosen[record["notebook"]] = [folder]
     for section in SECTIONS:
-        notebook = section["notebook"]
-        if notebook not in newest:
-            continue
-        source, target = newest[notebook][1], RECORDS / notebook
-        shutil.rmtree(target, ignore_errors=True)
-        target.mkdir(parents=True)
-        shutil.copy(source / RECORD, target)
-        tables = {table["file"] for table in section.get("table", [])}
-        tables |= {claim["table"] for claim in CLAIMS if claim["notebook"] == notebook}
-        for name in tables:
-            if (source / f"{name}.csv").is_file():
-                shutil.copy(source / f"{name}.csv", target)
-        for name, file in section.get("figures", {}).items():
-            if (source / f"{file}.png").is_file():
-                shutil.copy(source / f"{file}.png", HERE / f"{name}.png")
-        print(f"{notebook}: {source}")
+        name = name_of(section)
+        if name in chosen:
+            shutil.rmtree(RECORDS / name, ignore_errors=True)
+        for source in chosen.get(name, ()):
+            target = RECORDS / name / (source.name if "sweep" in section else "")
+            target.mkdir(parents=True)
+            tables = {table["file"] for table in section.get("table", [])}
+            tables |= {claim["table"] for claim in CLAIMS if claim["notebook"] == name}
+            for file in [RECORD, *(f"{table}.csv" for table in tables)]:
+                if (source / file).is_file():
+                    shutil.copy(source / file, target)
+            for figure, file in section.get("figures", {}).items():
+                if (source / f"{file}.png").is_file():
+                    shutil.copy(source / f"{file}.png", HERE / f"{figure}.png")
+            print(f"{name}: {source}")
+
+
+def name_of(section: dict) -> str:
+    """Of the folder that holds a section's records."""
+    return section.get("sweep", section["notebook"])
 
 
 def write_page() -> str:
@@ -80,40 +88,48 @@ def write_page() -> str:
 
 
 def section_text(section: dict) -> str:
-    """A notebook's part of the page: what it asks, how it was measured, figures, tables."""
-    notebook = section["notebook"]
-    lines = [f"## {section['title']}", "", f"`{notebook}`: {section['text']}", ""]
-    try:
-        record = read_record(RECORDS / notebook)
-    except ValueError:
+    """A section of the page: what it asks, how it was measured, figures, tables."""
+    name = name_of(section)
+    asked = f"`{section['notebook']}`: {section['text']}"
+    lines = [f"## {section['title']}", "", asked, ""]
+    if not (folders := run_folders(name)):
         return "\n".join([*lines, "Not measured yet.", ""])
-    lines += [provenance(record, notebook), ""]
-    for name in section.get("figures", {}):
-        if (HERE / f"{name}.png").is_file():
-            lines += [f"![{section['title']}]({name}.png)", ""]
+    lines += [provenance(folders), ""]
+    for figure in section.get("figures", {}):
+        if (HERE / f"{figure}.png").is_file():
+            lines += [f"![{section['title']}]({figure}.png)", ""]
     for spec in section.get("table", []):
         try:
-            lines += [*([spec["title"], ""] if "title" in spec else []), *table_lines(spec, record)]
+            lines += [*([spec["title"], ""] if "title" in spec else []), *table_lines(spec, name)]
         except (OSError, KeyError, pd.errors.UndefinedVariableError):
             lines += [f"(This run has no such table: {spec['file']}.)"]
         lines += [""]
     return "\n".join(lines)
 
 
-def provenance(record: dict, notebook: str) -> str:
-    """Model, protocol, precision, device, time and version of a run, as one paragraph."""
+def run_folders(name: str) -> list[Path]:
+    """Folders of a section's records: one, or one for every run of a sweep."""
+    return sorted(path.parent for path in (RECORDS / name).rglob(RECORD))
+
+
+def provenance(folders: list[Path]) -> str:
+    """Model, protocol, precision, device, time and version of a run, the first of several."""
+    record = read_record(folders[0])
     used = record["parameters"]
     tokens = [f"{used[k]:,} {k.replace('_', ' ')}" for k in sorted(used) if k.endswith("_tokens")]
-    frames = [pd.read_csv(path) for path in (RECORDS / notebook).glob("*.csv")]
+    frames = [pd.read_csv(path) for folder in folders for path in folder.glob("*.csv")]
     found = [frame["precision"].dropna() for frame in frames if "precision" in frame]
     precisions = sorted({*pd.concat(found)}) if found else []
-    processor = (record.get("machine") or {}).get("processor")
+    device = record.get("device") or ""
+    if device == "cpu":
+        device += f" ({(record.get('machine') or {}).get('processor') or 'unnamed'})"
     facts = [
-        (record.get("model") or {}).get("label", "no model"),
+        f"{len(folders)} runs" if len(folders) > 1 else "",
+        (record.get("model") or {}).get("label"),
         record.get("protocol"),
         ", ".join(tokens),
         f"read in {', '.join(precisions)}" if precisions else "",
-        f"{record.get('device')}{f' ({processor})' if processor else ''}",
+        device,
         f"{(record.get('wall_seconds') or 0) / 60:.0f} min",
         f"{(record.get('finished') or '')[:10]}, "
         f"commit {((record.get('git') or {}).get('commit') or 'unknown')[:10]}",
@@ -121,16 +137,24 @@ def provenance(record: dict, notebook: str) -> str:
     return f"<sub>{'; '.join(fact for fact in facts if fact)}.</sub>"
 
 
-def read_table(notebook: str, file: str, where: str, parameters: dict) -> pd.DataFrame:
-    """Rows of a record's table; ``{name}`` in the query is a parameter of the notebook."""
-    frame = pd.read_csv(RECORDS / notebook / f"{file}.csv")
-    return frame.query(where.format(**parameters)) if where else frame
+def read_table(name: str, file: str, where: str) -> pd.DataFrame:
+    """Rows of a table of a section's records, with the parameters of the run as columns too.
+
+    In the query ``{name}`` is a parameter as well.
+    """
+    parts = []
+    for folder in run_folders(name):
+        used = read_record(folder)["parameters"]
+        frame = pd.read_csv(folder / f"{file}.csv")
+        plain = {k: v for k, v in used.items() if k not in frame and not isinstance(v, list | dict)}
+        frame = frame.assign(**plain)
+        parts.append(frame.query(where.format(**used)) if where else frame)
+    return pd.concat(parts, ignore_index=True)
 
 
-def table_lines(spec: dict, record: dict) -> list[str]:
+def table_lines(spec: dict, name: str) -> list[str]:
     """A table in Markdown: means per row (and, if it is spread sideways, per column)."""
-    notebook = record["notebook"]
-    frame = read_table(notebook, spec["file"], spec.get("where", ""), record["parameters"])
+    frame = read_table(name, spec["file"], spec.get("where", ""))
     rows, across = spec["rows"], spec.get("across", [])
     how = {
         name: "mean" if is_numeric_dtype(column) and not is_bool_dtype(column) else "first"
@@ -140,9 +164,9 @@ def table_lines(spec: dict, record: dict) -> list[str]:
     lines: dict[tuple, dict[str, str]] = {}
     for values in means.reset_index().to_dict("records"):
         place = " · ".join(label(values[name]) for name in across)
-        for name, template in spec["cells"].items():
+        for head, template in spec["cells"].items():
             line = lines.setdefault(tuple(label(values[row]) for row in rows), {})
-            line[" ".join(filter(None, (name, place)))] = filled(template, values)
+            line[" ".join(filter(None, (head, place)))] = filled(template, values)
     heads = list(dict.fromkeys(head for line in lines.values() for head in line))
     body = [[*key, *(line.get(head, "") for head in heads)] for key, line in lines.items()]
     ruled = [[*rows, *heads], ["---"] * (len(rows) + len(heads)), *body]
@@ -170,8 +194,7 @@ def claim_row(claim: dict) -> str:
 def judged(claim: dict) -> tuple[str, str]:
     """What was measured for a claim, and whether it holds."""
     try:
-        record = read_record(RECORDS / claim["notebook"])
-        found = np.array([*intervals(claim, record)])
+        found = np.array([*intervals(claim)])
     except (ValueError, OSError, KeyError, pd.errors.UndefinedVariableError):
         found = np.empty((0, 3))
     if not len(found):
@@ -192,14 +215,13 @@ def judged(claim: dict) -> tuple[str, str]:
     return filled(f"{text} (`{claim['notebook'][:2]}`)", {}), verdict
 
 
-def intervals(claim: dict, record: dict) -> Iterator[tuple[float, float, float]]:
+def intervals(claim: dict) -> Iterator[tuple[float, float, float]]:
     """Value and 95 % interval of every comparison that a claim is about.
 
     With ``difference`` (three columns) each row is one; with ``along`` (a column) each row and the
     one before it; else the rows of ``first`` and of ``second``: logarithms of ratios.
     """
-    where, parameters = claim.get("rows", ""), record["parameters"]
-    frame = read_table(claim["notebook"], claim["table"], where, parameters)
+    frame = read_table(claim["notebook"], claim["table"], claim.get("rows", ""))
     if "difference" in claim:
         yield from frame[claim["difference"]].itertuples(index=False, name=None)
         return
@@ -207,7 +229,8 @@ def intervals(claim: dict, record: dict) -> Iterator[tuple[float, float, float]]
         levels = [group for _, group in frame.groupby(claim["along"])]
         pairs = [*zip(levels[1:], levels, strict=False)]
     else:
-        pairs = [tuple(frame.query(claim[k].format(**parameters)) for k in ("first", "second"))]
+        used = read_record(RECORDS / claim["notebook"])["parameters"]
+        pairs = [tuple(frame.query(claim[key].format(**used)) for key in ("first", "second"))]
     for first, second in pairs:
         if len(first) and len(second):
             yield log_ratio(first, second)

@@ -33,9 +33,12 @@ def test_figures_are_all_shown_and_all_there():
 
 def test_sections_are_notebooks():
     notebooks = {path.stem for path in ROOT.glob("notebooks/*.ipynb")}
-    used = [section["notebook"] for section in results_page.SECTIONS]
-    assert {*used} | {claim["notebook"] for claim in results_page.CLAIMS} <= notebooks
-    assert {path.name for path in results_page.RECORDS.glob("*_*")} <= {*used}
+    grids = {path.stem for path in ROOT.glob("notebooks/grids/*.yaml")}
+    sections = results_page.SECTIONS
+    assert {entry["notebook"] for entry in [*sections, *results_page.CLAIMS]} <= notebooks
+    assert {section["sweep"] for section in sections if "sweep" in section} <= grids
+    known = {results_page.name_of(section) for section in sections}
+    assert {path.name for path in results_page.RECORDS.glob("*_*")} <= known
 
 
 def test_readme_is_short_and_has_no_results():
@@ -84,11 +87,18 @@ def test_newest_run_makes_the_page(fresh):
     write_run(fresh / "c", "2026-01-03", {}, smoke=True)
     write_run(fresh / "d", "2026-01-03", {}, status="failed")
     write_run(fresh / "sweeps" / "e", "2026-01-04", {})
+    for name in "fg":
+        changes = {"notebook": "09_method_comparison", "parameters": {"domain_name": name}}
+        folder = fresh / "sweeps" / "tinyllama_methods" / name
+        write_run(folder, "2026-01-04", {}, **changes)
+        more = pd.DataFrame({"method": ["dense"], "text": "x/test", "recovered": True})
+        more.assign(perplexity=3, low=2, high=4).to_csv(folder / "recovered.csv", index=False)
     results_page.copy_runs(fresh)
     page = results_page.write_page()
     assert (fresh.parent / "slimgpt.png").is_file() and "](slimgpt.png)" in page
     assert "| uniform | 40.00 [38.00, 42.00] |" in page
-    assert "a model; windows; 512 test tokens; cpu; 2 min; 2026-01-02" in page
+    assert "a model; windows; 512 test tokens; cpu (unnamed); 2 min; 2026-01-02" in page
+    assert "2 runs; a model" in page and "| g | dense | 3.00 [2.00, 4.00] |" in page
     assert "(This run has no such table: left_out.)" in page
     verdicts = {
         claim["says"][:30]: results_page.judged(claim)

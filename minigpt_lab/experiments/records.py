@@ -145,8 +145,22 @@ def blank_record(notebook: Path, parameters: Mapping[str, object], started: floa
         "wall_seconds": round(time.time() - started, 1),
         "git": {"commit": commit, "dirty": bool(_git("status", "--porcelain")) if commit else None},
         "versions": {"python": platform.python_version(), **{p: version(p) for p in _PACKAGES}},
-        "machine": {"system": platform.system(), "cores": os.cpu_count()},
+        "machine": {
+            "system": platform.system(),
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+        },
     }
+
+
+def _processor() -> str:
+    """The processor's name; on Linux `platform` does not know it."""
+    try:
+        facts = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor()
+    found = re.search(r"model name\s*: (.*)", facts)
+    return found[1] if found else platform.processor()
 
 
 def _git(*arguments: str) -> str | None:
