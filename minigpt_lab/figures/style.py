@@ -52,6 +52,7 @@ VARIANT_STYLE: dict[str, Style] = {
     "random": ("#7F7F7F", "x"),
     "pruned": ("#D55E00", "s"),
     "recovered": ("#0072B2", "D"),
+    "dense, fine-tuned": ("#009E73", "^"),
 }
 PART_STYLE: dict[str, Style] = {  # colour, hatch
     "embeddings": ("#56B4E9", "///"),
