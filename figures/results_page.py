@@ -200,26 +200,24 @@ def judged(claim: dict) -> tuple[str, str]:
     if not len(found):
         return "–", "not measured"
     value, low, high = found.T
-    if "above" in claim:
-        holds, fails = low > claim["above"], high < claim["above"]
-        shown = [f"{v:+.3f} [{a:+.3f}, {b:+.3f}]" for v, a, b in found]
-        ends = f"{value.min():+.3f} to {value.max():+.3f}"
-    else:
-        bound = np.log(claim.get("below", 1.0))
-        holds, fails = high < bound, low > bound
-        shown = [f"× {v:.3f} [{a:.3f}, {b:.3f}]" for v, a, b in np.exp(found)]
-        ends = f"× {np.exp(value.min()):.3f} to {np.exp(value.max()):.3f}"
+    bound = claim.get("above", claim.get("below", 1.0))
+    holds, fails = (low > bound, high < bound) if "above" in claim else (high < bound, low > bound)
     verdict = "holds" if holds.all() else "does not hold" if fails.any() else "cannot be told"
-    counts = f"{holds.sum()} of {len(found)} hold, {fails.sum()} do not; {ends}"
-    text = shown[0] if len(found) == 1 else counts
-    return filled(f"{text} (`{claim['notebook'][:2]}`)", {}), verdict
+    number = "{:+.3f}" if "difference" in claim else "× {:.3f}"
+    if len(found) == 1:
+        text = f"{number} [{number}, {number}]".replace("[× ", "[").replace(", × ", ", ")
+        text = text.format(*found[0])
+    else:
+        ends = f"{number} to {number}".format(value.min(), value.max())
+        text = f"{holds.sum()} of {len(found)} hold, {fails.sum()} do not; {ends}"
+    return f"{text} (`{claim['notebook'][:2]}`)", verdict
 
 
 def intervals(claim: dict) -> Iterator[tuple[float, float, float]]:
     """Value and 95 % interval of every comparison that a claim is about.
 
     With ``difference`` (three columns) each row is one; with ``along`` (a column) each row and the
-    one before it; else the rows of ``first`` and of ``second``: logarithms of ratios.
+    one before it; else the rows of ``first`` and of ``second``: ratios of perplexities.
     """
     frame = read_table(claim["notebook"], claim["table"], claim.get("rows", ""))
     if "difference" in claim:
@@ -233,15 +231,15 @@ def intervals(claim: dict) -> Iterator[tuple[float, float, float]]:
         pairs = [tuple(frame.query(claim[key].format(**used)) for key in ("first", "second"))]
     for first, second in pairs:
         if len(first) and len(second):
-            yield log_ratio(first, second)
+            yield ratio(first, second)
 
 
-def log_ratio(first: pd.DataFrame, second: pd.DataFrame) -> tuple[float, float, float]:
-    r"""Logarithm of the ratio of two perplexities, and its 95 % interval over passages.
+def ratio(first: pd.DataFrame, second: pd.DataFrame) -> tuple[float, float, float]:
+    r"""Ratio of two perplexities, and its 95 % interval over passages.
 
     With :math:`D_i` the difference of the summed losses of passage *i* (means over calibration
-    samples) and :math:`n_i` its tokens, :math:`d = \sum D_i / \sum n_i`, with the standard error
-    of a ratio of sums, :math:`\sqrt{\sum (D_i - d n_i)^2} / \sum n_i`.
+    samples) and :math:`n_i` its tokens, it is :math:`e^d` with :math:`d = \sum D_i / \sum n_i`,
+    whose standard error is that of a ratio of sums, :math:`\sqrt{\sum (D_i - d n_i)^2} / \sum n_i`.
     """
     (loss, n), (other, n_other) = passages(first), passages(second)
     if not np.array_equal(n, n_other):
@@ -249,7 +247,7 @@ def log_ratio(first: pd.DataFrame, second: pd.DataFrame) -> tuple[float, float, 
     D = loss - other
     d = D.sum() / n.sum()
     error = 1.96 * np.sqrt(np.square(D - d * n).sum()) / n.sum() if len(n) > 1 else np.inf
-    return d, d - error, d + error
+    return np.exp(d), np.exp(d - error), np.exp(d + error)
 
 
 def passages(rows: pd.DataFrame) -> np.ndarray:
