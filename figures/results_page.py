@@ -120,6 +120,7 @@ def provenance(folders: list[Path]) -> str:
     frames = [pd.read_csv(path) for folder in folders for path in folder.glob("*.csv")]
     found = [frame["precision"].dropna() for frame in frames if "precision" in frame]
     precisions = sorted({*pd.concat(found)}) if found else []
+    unsaid = [precision for precision in precisions if precision not in record.get("protocol", "")]
     device = record.get("device") or ""
     if device == "cpu":
         device += f" ({(record.get('machine') or {}).get('processor') or 'unnamed'})"
@@ -128,7 +129,7 @@ def provenance(folders: list[Path]) -> str:
         (record.get("model") or {}).get("label"),
         record.get("protocol"),
         ", ".join(tokens),
-        f"read in {', '.join(precisions)}" if precisions else "",
+        f"read in {', '.join(unsaid)}" if unsaid else "",
         device,
         f"{(record.get('wall_seconds') or 0) / 60:.0f} min",
         f"{(record.get('finished') or '')[:10]}, "
