@@ -120,14 +120,15 @@ def provenance(folders: list[Path]) -> str:
     frames = [pd.read_csv(path) for folder in folders for path in folder.glob("*.csv")]
     found = [frame["precision"].dropna() for frame in frames if "precision" in frame]
     precisions = sorted({*pd.concat(found)}) if found else []
-    unsaid = [precision for precision in precisions if precision not in record.get("protocol", "")]
+    protocol = record.get("protocol") or ""
+    unsaid = [precision for precision in precisions if precision not in protocol]
     device = record.get("device") or ""
     if device == "cpu":
         device += f" ({(record.get('machine') or {}).get('processor') or 'unnamed'})"
     facts = [
         f"{len(folders)} runs" if len(folders) > 1 else "",
         (record.get("model") or {}).get("label"),
-        record.get("protocol"),
+        protocol,
         ", ".join(tokens),
         f"read in {', '.join(unsaid)}" if unsaid else "",
         device,
