@@ -44,6 +44,7 @@ from .evaluation import (
     generate,
     perplexity,
     position_bias,
+    write_answers,
 )
 from .exercises import check
 from .models import (
@@ -136,4 +137,5 @@ __all__ = [
     "trim_tokenizer",
     "weight_compensated",
     "widgets",
+    "write_answers",
 ]

@@ -39,11 +39,12 @@ class Answers:
         ``text``, ``is_answer``, ``picked``, ``score``, ``nll`` and ``tokens`` (summed negative
         log-likelihood of the choice's tokens, nats, and their number), ``whole_nll`` and
         ``whole_tokens`` (the same of question and choice; the first token has no likelihood),
-        ``truncated`` (tokens removed from the front of the prompt).
+        ``truncated`` (tokens removed from the front of the prompt). Of `write_answers` it has
+        ``written``, the text, instead of scores; where it is none of the choices, none is picked.
     questions : tuple of Question
         The questions, in order.
     score, style : str
-        Score of a choice, and style of the prompt.
+        Score of a choice, and style of the prompt; ``"match"`` and ``"written"`` of written ones.
     precision : str
         Type that the model was read in.
     """
@@ -81,7 +82,9 @@ class Answers:
 
     @property
     def chance(self) -> float:
-        """Accuracy of a guess: the mean of one over the number of choices."""
+        """Accuracy of a guess: the mean of one over the number of choices; 0 of written ones."""
+        if self.style == "written":
+            return 0.0
         return float(np.mean([1 / len(question.choices) for question in self.questions]))
 
     def __float__(self) -> float:
@@ -94,13 +97,19 @@ class Answers:
         )
 
     def sheet(self) -> pd.DataFrame:
-        """One row per question: ``question, answer, picked, right``, as texts and a flag."""
-        chosen = self.frame[self.frame["picked"]]
+        """One row per question: ``question, answer, picked, right``, as texts and a flag.
+
+        Of written answers ``picked`` is the text that the model wrote.
+        """
+        if self.style == "written":
+            chosen = self.frame.groupby("question")["written"].first()
+        else:
+            chosen = self.frame.loc[self.frame["picked"], "text"]
         return pd.DataFrame(
             {
                 "question": [question.question for question in self.questions],
                 "answer": [question.choices[question.answer] for question in self.questions],
-                "picked": chosen["text"].to_numpy(),
+                "picked": chosen.to_numpy(),
                 "right": self.correct,
             }
         )
@@ -160,12 +169,12 @@ class Comparison:
         )
 
 
-_QUESTIONS = ListOf(Instance(Question), least=1)
-_QUESTIONS.remedy = "pass e.g. domain.questions (a short test part may yield none)"
+QUESTIONS = ListOf(Instance(Question), least=1)
+QUESTIONS.remedy = "pass e.g. domain.questions (a short test part may yield none)"
 _ASKED = {
     "model": Model(),
     "tokenizer": Tokenizer(),
-    "questions": _QUESTIONS,
+    "questions": QUESTIONS,
     "score": OneOf(SCORES),
     "style": OneOf(STYLES),
 }
@@ -251,9 +260,14 @@ def answer_questions(
     return Answers(pd.DataFrame(rows), tuple(questions), score, style, dtype)
 
 
+def prompt_of(question: Question) -> str:
+    """What is read before an answer: the question, after its context."""
+    return f"{question.context}\n{question.question}" if question.context else question.question
+
+
 def _texts(question: Question, style: str) -> tuple[str, list[str]]:
     """The prompt, and what follows it (after a space) for every choice."""
-    prompt = f"{question.context}\n{question.question}" if question.context else question.question
+    prompt = prompt_of(question)
     if style == "cloze":
         return prompt, list(question.choices)
     letters = string.ascii_uppercase[: len(question.choices)]

@@ -1,15 +1,30 @@
-"""Greedy continuation of a prompt."""
+"""Greedy continuation of prompts: of one, and of questions that a model answers in writing."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+import numpy as np
+import pandas as pd
 import torch
+from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..checks import Integer, InvalidArgument, Model, Text, Tokenizer, checked, safe_contextmanager
-from ..domains import token_ids, window_prefix
-from ..models import check_token_ids, inference, tokenizer_for
+from ..checks import (
+    Flag,
+    Integer,
+    InvalidArgument,
+    Model,
+    Text,
+    Tokenizer,
+    checked,
+    safe_contextmanager,
+)
+from ..domains import Question, split_words, token_ids, window_prefix
+from ..models import PRECISION, check_token_ids, inference, tokenizer_for
+from .answers import QUESTIONS, Answers, prompt_of
+from .continuations import longest
+from .windows import finite_or_float32
 
 
 @checked(model=Model(), tokenizer=Tokenizer(), prompt=Text(), max_new_tokens=Integer(1))
@@ -48,10 +63,10 @@ def generate(
         )
     ids = torch.tensor([window_prefix(tokenizer) + text])
     length = ids.shape[1] + max_new_tokens
-    longest = getattr(model.config, "max_position_embeddings", None) or length
-    if length > longest:
+    limit = getattr(model.config, "max_position_embeddings", None) or length
+    if length > limit:
         raise InvalidArgument(
-            f"prompt and continuation would be {length} tokens, this model takes {longest}; "
+            f"prompt and continuation would be {length} tokens, this model takes {limit}; "
             "shorten one of them"
         )
     check_token_ids(model, ids)
@@ -66,6 +81,136 @@ def generate(
     if whole.startswith(before):
         return whole.removeprefix(before)
     return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+@checked(
+    model=Model(),
+    tokenizer=Tokenizer(),
+    questions=QUESTIONS,
+    max_new_tokens=Integer(1),
+    batch_size=Integer(1),
+    precision=PRECISION,
+    progress=Flag(),
+)
+def write_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    *,
+    max_new_tokens: int = 8,
+    batch_size: int = 16,
+    precision: str = "auto",
+    progress: bool = True,
+) -> Answers:
+    """Answer questions by writing: the choice whose words the greedy continuation begins with.
+
+    The choices are not shown, so this is harder than choosing among them (`answer_questions`), and
+    a pruned model may pass the one and fail the other. Case, punctuation and space are ignored. A
+    text that begins with no choice, or with words that two choices share, is a wrong answer.
+
+    Parameters
+    ----------
+    model, tokenizer, questions
+        As for `answer_questions`.
+    max_new_tokens : int
+        Tokens written; a choice of more cannot be met.
+    batch_size : int
+        Questions that are continued together.
+    precision, progress
+        As for `answer_questions`.
+
+    Returns
+    -------
+    Answers
+        Of style ``"written"``, for `compare_answers` and `compare`; its chance is 0.
+
+    Raises
+    ------
+    ValueError
+        If there are no questions, a question has no tokens, the model takes no more than
+        `max_new_tokens`, tokenizer and model do not belong together, or the model gives NaN.
+    """
+    tokenizer = tokenizer_for(model, tokenizer)
+    prefix, room = window_prefix(tokenizer), longest(model, None) - max_new_tokens
+    if room <= len(prefix):
+        raise InvalidArgument(
+            f"max_new_tokens is {max_new_tokens}, of {longest(model, None)} tokens that this model "
+            "takes: none is left for a question"
+        )
+    prompts, truncated = [], []
+    for number, question in enumerate(questions):
+        ids = token_ids(prompt_of(question), tokenizer)
+        if not ids:
+            raise ValueError(f"question {number} ({question!s}) has no tokens in this tokenizer")
+        prompts.append(prefix + ids[-(room - len(prefix)) :])
+        truncated.append(len(prefix) + len(ids) - len(prompts[-1]))
+    order = np.argsort([-len(ids) for ids in prompts], kind="stable")  # little padding
+    groups = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    written = [""] * len(prompts)
+
+    def read(precision: str) -> np.ndarray:
+        logits = np.zeros(len(prompts))  # the highest of the first token: NaN if any is
+        with inference(model, precision), _greedy(model, max_new_tokens):
+            for group in tqdm(groups, desc="writing", unit="batch", disable=not progress):
+                texts, logits[group] = _continued(model, tokenizer, [prompts[i] for i in group])
+                for number, text in zip(group, texts, strict=True):
+                    written[number] = text
+        return logits
+
+    _, dtype = finite_or_float32(
+        read, [model], precision, lambda i: f"question {i} ({questions[i]!s})"
+    )
+    rows = []
+    for number, (question, text) in enumerate(zip(questions, written, strict=True)):
+        picked = _choice_written(text, question.choices)
+        rows += [
+            {
+                "question": number,
+                "source": question.source,
+                "choice": choice,
+                "text": question.choices[choice],
+                "is_answer": choice == question.answer,
+                "written": text,
+                "truncated": truncated[number],
+                "picked": choice == picked,
+            }
+            for choice in range(len(question.choices))
+        ]
+    return Answers(pd.DataFrame(rows), tuple(questions), "match", "written", dtype)
+
+
+def _continued(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]
+) -> tuple[list[str], np.ndarray]:
+    """Continuations of rows of tokens, and the highest logit of the first token of each.
+
+    Padding stands at the left, so that all are continued at the same place; the mask hides it, and
+    positions are counted from the mask.
+    """
+    length = max(map(len, prompts))
+    ids = torch.tensor([[0] * (length - len(row)) + row for row in prompts])  # [batch, token]
+    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in prompts])
+    check_token_ids(model, ids)
+    output = model.generate(
+        input_ids=ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        generation_config=model.generation_config,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    texts = tokenizer.batch_decode(output.sequences[:, length:], skip_special_tokens=True)
+    return texts, output.logits[0].amax(-1).float().cpu().numpy()
+
+
+def _choice_written(text: str, choices: Sequence[str]) -> int | None:
+    """Index of the choice whose words a text begins with, the longest; None if not exactly one."""
+    words, found = split_words(text.casefold()), {}
+    for index, choice in enumerate(choices):
+        wanted = split_words(choice.casefold())
+        if wanted and words[: len(wanted)] == wanted:
+            found.setdefault(len(wanted), []).append(index)
+    best = found[max(found)] if found else []
+    return best[0] if len(best) == 1 else None
 
 
 @safe_contextmanager

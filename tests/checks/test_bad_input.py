@@ -161,6 +161,10 @@ def calls(t: dict) -> dict[str, dict]:
         },
         "excerpt": {"text": test, "tokenizer": t["tokenizer"], "max_tokens": 64,
                     "max_characters": 100},
+        "write_answers": {
+            **pair, "questions": t["questions"], "max_new_tokens": 2, "batch_size": 2,
+            "precision": "auto", "progress": False,
+        },
         "generate": {**pair, "prompt": "The court", "max_new_tokens": 2},
         "gradient_cosine": {**read, "sites": ("ffn",), "eps": 1e-3,
                             "gradient_checkpointing": False, "n_directions": 1,

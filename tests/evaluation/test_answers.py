@@ -11,6 +11,7 @@ import torch
 from helpers import random_model, random_plan
 
 import minigpt_lab as lab
+from minigpt_lab.domains import split_words
 from minigpt_lab.evaluation import answers, continuations
 from minigpt_lab.evaluation.answers import Answers, _newcombe
 from minigpt_lab.evaluation.continuations import branch_losses, longest, pack
@@ -258,3 +259,47 @@ def test_mcnemar_and_the_paired_interval():
 def test_only_the_same_questions_are_compared():
     with pytest.raises(ValueError, match="different questions .2 and 3, the first .* number 2"):
         lab.compare_answers(answered([True] * 2), answered([True] * 3))
+
+
+def test_written_together_or_one_by_one(model, few):
+    words = model.generation_config
+    found = [lab.write_answers(model, few, ITEMS, batch_size=size) for size in (1, 3)]
+    assert found[0].frame.equals(found[1].frame)
+    assert len(set(found[0].frame["written"])) > 1
+    assert model.generation_config is words
+
+
+def test_the_choice_that_was_written(tiny):
+    model, tokenizer = tiny
+    prompts = ["The court", "It is said that the judge of the case", "A lawyer may"]
+    texts = [lab.generate(model, tokenizer, prompt, max_new_tokens=8) for prompt in prompts]
+    first, second, third = (split_words(text) for text in texts)
+    asked = (
+        lab.Question(prompts[0], ("xylophone", f"{first[0].upper()}!"), 1),
+        lab.Question(prompts[1], (" ".join(second[:2]), second[0], "xylophone"), 1),
+        lab.Question(prompts[2], ("xylophone", third[0][:1] + "xyz"), 0),
+    )
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    given = lab.write_answers(model, tokenizer, asked, precision="float32")
+    assert all(value.equal(before[name]) for name, value in model.state_dict().items())
+    assert [*given.correct] == [True, False, False]  # the longer choice was written; none was
+    assert [*given.frame.groupby("question")["picked"].sum()] == [1, 1, 0]
+    assert [text.strip() for text in given.sheet()["picked"]] == [text.strip() for text in texts]
+    assert given.accuracy == pytest.approx(1 / 3) and given.chance == 0 and given.low > 0
+    chosen = lab.answer_questions(model, tokenizer, asked, precision="float32")
+    assert lab.compare({"chosen": chosen, "written": given})["unit"][0] == "accuracy"
+    assert lab.compare_answers(given, given).p == 1
+    shared = (lab.Question(prompts[0], (first[0], f"{first[0]}."), 0),)
+    assert not lab.write_answers(model, tokenizer, shared).correct.any()
+
+
+def test_what_cannot_be_written_is_refused(tiny, few):
+    model, tokenizer = tiny
+    with pytest.raises(ValueError, match="max_new_tokens is 256, of 256 tokens .* none is left"):
+        lab.write_answers(model, tokenizer, ITEMS, max_new_tokens=256)
+    long = (lab.Question("The court held. " * 200, ("a", "b"), 0),)
+    assert lab.write_answers(model, tokenizer, long).frame["truncated"].min() > 0
+    broken = random_model("llama")
+    broken.lm_head.weight.data[3] = float("nan")
+    with pytest.raises(ValueError, match="NaN on question 0"):
+        lab.write_answers(broken, few, ITEMS)
