@@ -80,6 +80,11 @@ class Question:
     def __str__(self) -> str:
         return repr(self.question if len(self.question) <= 60 else f"{self.question[:57]}...")
 
+    @property
+    def prompt(self) -> str:
+        """What is read before an answer: the question, after its context."""
+        return f"{self.context}\n{self.question}" if self.context else self.question
+
     def rotated(self, k: int) -> Question:
         """The same question with its choices moved `k` places on, the last ones to the front."""
         n, k = len(self.choices), Integer()("k", k)

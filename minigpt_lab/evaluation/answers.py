@@ -83,9 +83,8 @@ class Answers:
     @property
     def chance(self) -> float:
         """Accuracy of a guess: the mean of one over the number of choices; 0 of written ones."""
-        if self.style == "written":
-            return 0.0
-        return float(np.mean([1 / len(question.choices) for question in self.questions]))
+        guesses = [1 / len(question.choices) for question in self.questions]
+        return 0.0 if self.style == "written" else float(np.mean(guesses))
 
     def __float__(self) -> float:
         return self.accuracy
@@ -97,19 +96,13 @@ class Answers:
         )
 
     def sheet(self) -> pd.DataFrame:
-        """One row per question: ``question, answer, picked, right``, as texts and a flag.
-
-        Of written answers ``picked`` is the text that the model wrote.
-        """
-        if self.style == "written":
-            chosen = self.frame.groupby("question")["written"].first()
-        else:
-            chosen = self.frame.loc[self.frame["picked"], "text"]
+        """One row per question: ``question, answer, picked`` (or written) ``, right``."""
+        rows, shown = ("is_answer", "written") if self.style == "written" else ("picked", "text")
         return pd.DataFrame(
             {
                 "question": [question.question for question in self.questions],
                 "answer": [question.choices[question.answer] for question in self.questions],
-                "picked": chosen.to_numpy(),
+                "picked": self.frame.loc[self.frame[rows], shown].to_numpy(),
                 "right": self.correct,
             }
         )
@@ -260,21 +253,15 @@ def answer_questions(
     return Answers(pd.DataFrame(rows), tuple(questions), score, style, dtype)
 
 
-def prompt_of(question: Question) -> str:
-    """What is read before an answer: the question, after its context."""
-    return f"{question.context}\n{question.question}" if question.context else question.question
-
-
 def _texts(question: Question, style: str) -> tuple[str, list[str]]:
     """The prompt, and what follows it (after a space) for every choice."""
-    prompt = prompt_of(question)
     if style == "cloze":
-        return prompt, list(question.choices)
+        return question.prompt, list(question.choices)
     letters = string.ascii_uppercase[: len(question.choices)]
     if len(letters) < len(question.choices):
         raise ValueError(f"{question!s} has {len(question.choices)} choices, more than letters")
     listed = [f"{x}. {choice}" for x, choice in zip(letters, question.choices, strict=True)]
-    return "\n".join([prompt, *listed, "Answer:"]), list(letters)
+    return "\n".join([question.prompt, *listed, "Answer:"]), list(letters)
 
 
 def _rows(

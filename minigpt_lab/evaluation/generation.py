@@ -22,8 +22,7 @@ from ..checks import (
 )
 from ..domains import Question, split_words, token_ids, window_prefix
 from ..models import PRECISION, check_token_ids, inference, tokenizer_for
-from .answers import QUESTIONS, Answers, prompt_of
-from .continuations import longest
+from .answers import QUESTIONS, Answers
 from .windows import finite_or_float32
 
 
@@ -63,7 +62,7 @@ def generate(
         )
     ids = torch.tensor([window_prefix(tokenizer) + text])
     length = ids.shape[1] + max_new_tokens
-    limit = getattr(model.config, "max_position_embeddings", None) or length
+    limit = _longest(model)
     if length > limit:
         raise InvalidArgument(
             f"prompt and continuation would be {length} tokens, this model takes {limit}; "
@@ -73,7 +72,8 @@ def generate(
     ids = ids.to(model.device)
     with inference(model), _greedy(model, max_new_tokens):
         settings = {"generation_config": model.generation_config}
-        output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
+        mask = torch.ones_like(ids)
+        output = model.generate(input_ids=ids, attention_mask=mask, **settings).sequences
     # A continuation alone may be decoded otherwise (without its first space): decode both.
     before, whole = (
         tokenizer.decode(tokens, skip_special_tokens=True) for tokens in (ids[0], output[0])
@@ -131,19 +131,20 @@ def write_answers(
         `max_new_tokens`, tokenizer and model do not belong together, or the model gives NaN.
     """
     tokenizer = tokenizer_for(model, tokenizer)
-    prefix, room = window_prefix(tokenizer), longest(model, None) - max_new_tokens
-    if room <= len(prefix):
+    prefix, limit = window_prefix(tokenizer), _longest(model)
+    room = limit - max_new_tokens - len(prefix)  # for the question
+    if room < 1:
         raise InvalidArgument(
-            f"max_new_tokens is {max_new_tokens}, of {longest(model, None)} tokens that this model "
-            "takes: none is left for a question"
+            f"max_new_tokens is {max_new_tokens}, of {limit} tokens that this model takes: none is "
+            "left for a question"
         )
     prompts, truncated = [], []
     for number, question in enumerate(questions):
-        ids = token_ids(prompt_of(question), tokenizer)
+        ids = token_ids(question.prompt, tokenizer)
         if not ids:
             raise ValueError(f"question {number} ({question!s}) has no tokens in this tokenizer")
-        prompts.append(prefix + ids[-(room - len(prefix)) :])
-        truncated.append(len(prefix) + len(ids) - len(prompts[-1]))
+        prompts.append(prefix + ids[-room:])
+        truncated.append(max(0, len(ids) - room))
     order = np.argsort([-len(ids) for ids in prompts], kind="stable")  # little padding
     groups = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     written = [""] * len(prompts)
@@ -179,6 +180,11 @@ def write_answers(
     return Answers(pd.DataFrame(rows), tuple(questions), "match", "written", dtype)
 
 
+def _longest(model: PreTrainedModel) -> int:
+    """Most tokens of prompt and continuation."""
+    return getattr(model.config, "max_position_embeddings", None) or 1 << 30
+
+
 def _continued(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]
 ) -> tuple[list[str], np.ndarray]:
@@ -195,8 +201,6 @@ def _continued(
         input_ids=ids.to(model.device),
         attention_mask=mask.to(model.device),
         generation_config=model.generation_config,
-        return_dict_in_generate=True,
-        output_logits=True,
     )
     texts = tokenizer.batch_decode(output.sequences[:, length:], skip_special_tokens=True)
     return texts, output.logits[0].amax(-1).float().cpu().numpy()
@@ -226,6 +230,8 @@ def _greedy(model: PreTrainedModel, max_new_tokens: int) -> Iterator[None]:
         max_new_tokens=max_new_tokens,
         eos_token_id=end,
         pad_token_id=next(iter(ends), None) or 0,
+        return_dict_in_generate=True,
+        output_logits=True,
     )
     try:
         yield
