@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from numbers import Real
 
@@ -38,10 +38,13 @@ def _shown(value: object) -> str:
 
 def suggest(name: str, known: Sequence[str]) -> str:
     """``"did you mean …?"`` with the most similar known names, or the list of all of them."""
-    similar = get_close_matches(name, known, n=3, cutoff=0.5)
-    if similar:
-        return f"did you mean {' or '.join(map(repr, similar))}?"
-    return f"known: {', '.join(known)}"
+    return did_you_mean(name, known) or f"known: {', '.join(known)}"
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """``"did you mean …?"`` with the most similar known names; empty if none is similar."""
+    similar = get_close_matches(name, [*known], n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(map(repr, similar))}?" if similar else ""
 
 
 def first_line(error: BaseException) -> str:

@@ -28,17 +28,14 @@ class Model(Instance):
 
     def __init__(self, lock: bool = True):
         super().__init__(PreTrainedModel, "lab.load_model returns a model and its tokenizer")
+        self.expected += " with weights of float32, bfloat16, float16 or float64"
         self.locks = lock
 
     def _convert(self, name, value):
         model = super()._convert(name, value)
-        odd = {p.dtype for p in model.parameters() if p.dtype not in COMPUTE_DTYPES}
-        if odd:
-            kinds = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in odd))
-            raise InvalidArgument(
-                f"{name} has weights of type {kinds}; expected float32, bfloat16, float16 or "
-                "float64 (it is quantised); load the checkpoint it was made from, or dequantise it"
-            )
+        odd = {str(p.dtype) for p in model.parameters() if p.dtype not in COMPUTE_DTYPES}
+        kinds = ", ".join(sorted(odd))
+        require(not odd, f"its weights are {kinds}; dequantise it, or load what it was made from")
         return model
 
 
@@ -86,14 +83,10 @@ class Dtype(Check):
 class Texts(Check):
     """A part of a domain, a string, or several; never a whole domain."""
 
-    expected = "texts: a Part such as domain.test, a string, or a list of strings"
+    expected = "texts: a Part, a string, or a list of strings"
+    remedy = "of a domain, pass one of its parts, e.g. domain.test"
 
     def _convert(self, name, value):
-        if hasattr(value, "calibration"):
-            raise InvalidArgument(
-                f"{name} is the Domain {value.name!r}; expected one part; pass one of its parts, "
-                "e.g. domain.test"
-            )
         if isinstance(value, str):
             return well_formed(value)
         not_texts = bytes | Mapping | Set | torch.Tensor | pd.DataFrame  # a set has no order
@@ -133,14 +126,11 @@ class Batches(Check):
     remedy = "lab.tokenize(domain.calibration, tokenizer) gives it"
 
     def _convert(self, name, value):
-        if isinstance(value, Mapping):
-            raise invalid(name, value, self.expected, "put it into a list")
+        require(not isinstance(value, Mapping), "put it into a list")
         not_batches = isinstance(value, str | bytes | torch.Tensor | np.ndarray)
         require(isinstance(value, Iterable) and not not_batches)
-        require(not hasattr(value, "calibration"))  # a domain
         batches = value if isinstance(value, Sequence) else list(value)
-        if not len(batches):
-            raise invalid(name, value, "at least one batch (there are no tokens)", self.remedy)
+        require(len(batches) > 0, f"it holds no tokens; {self.remedy}")
         for i, batch in enumerate(batches):
             check_batch(f"{name}[{i}]", batch)
         return batches

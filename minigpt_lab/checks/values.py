@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import operator
 import os
+import sys
 from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any
@@ -13,19 +15,19 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .messages import invalid, suggest
+from .messages import InvalidArgument, did_you_mean, invalid
 from .paths import UnusablePath, to_path
 from .python_values import to_python, well_formed
 
 
 class Mismatch(Exception):
-    """A value is not what its check expects."""
+    """A value is not what its check expects; its message, if any, is what to do about this one."""
 
 
-def require(allowed: bool) -> None:
+def require(allowed: bool, remedy: str = "") -> None:
     """Raise `Mismatch` unless the value is allowed."""
     if not allowed:
-        raise Mismatch
+        raise Mismatch(remedy)
 
 
 class Check:
@@ -36,7 +38,7 @@ class Check:
     expected : str
         What is allowed, in words, for the error.
     remedy : str
-        What to do instead, where `expected` does not tell.
+        What to do instead, where neither `expected` nor the `Mismatch` tells.
     locks : bool
         Whether a call locks the value (a model) for its thread.
     """
@@ -55,8 +57,8 @@ class Check:
         """
         try:
             return self._convert(name, value)
-        except Mismatch:
-            raise invalid(name, value, self.expected, self.remedy) from None
+        except Mismatch as mismatch:
+            raise invalid(name, value, self.expected, str(mismatch) or self.remedy) from None
 
     def _convert(self, name: str, value: object) -> Any:
         """Return the converted value.
@@ -66,7 +68,7 @@ class Check:
         Mismatch
             If it is not what is expected.
         InvalidArgument
-            If it is not, and the check can say more than that.
+            If an item in it is not.
         """
         raise NotImplementedError
 
@@ -75,25 +77,23 @@ class Check:
 
 
 class AnyOf(Check):
-    """One of several checks; the first that allows the value converts it."""
+    """One of several checks; the first that allows the value converts it.
+
+    None is tried first: the last check says what is wrong with a value that none of them allows.
+    """
 
     def __init__(self, *checks: Check):
-        self.checks = checks
+        self.checks = sorted(checks, key=lambda check: not isinstance(check, Nothing))
         self.expected = " or ".join(check.expected for check in checks)
         self.remedy = next((check.remedy for check in checks if check.remedy), "")
         self.locks = any(check.locks for check in checks)
 
     def _convert(self, name, value):
-        details = []
-        for check in self.checks:
-            try:
+        *others, last = self.checks
+        for check in others:
+            with contextlib.suppress(Mismatch, InvalidArgument):
                 return check._convert(name, value)
-            except Mismatch:
-                continue
-            except ValueError as error:
-                details.append(error)
-        alone = sum(not isinstance(check, Nothing) for check in self.checks) == 1
-        raise details[0] if details and alone else Mismatch  # of several, all are named
+        return last._convert(name, value)
 
 
 class Nothing(Check):
@@ -131,18 +131,11 @@ class Number(Check):
         self.expected = f"a {self.kind} {limits}".strip()
 
     def _convert(self, name, value):
-        value = self._number(to_python(value))
-        require(math.isfinite(value) or value in self.infinite)
-        require(all(within(value, bound) for _, bound, within in self.bounds))
-        return value
-
-    def _number(self, value: Any) -> int | float:
+        value = to_python(value)
         require(isinstance(value, Real) and not isinstance(value, bool))
-        try:
-            as_float = float(value)
-        except OverflowError:
-            raise Mismatch from None
-        return int(value) if isinstance(value, Integral) else as_float
+        require(abs(value) <= sys.float_info.max or value in self.infinite)  # and no NaN
+        require(all(within(value, bound) for _, bound, within in self.bounds))
+        return int(value) if isinstance(value, Integral) else float(value)
 
 
 class Integer(Number):
@@ -153,9 +146,9 @@ class Integer(Number):
     def __init__(self, low=None, high=None):
         super().__init__(low, high)
 
-    def _number(self, value):
-        value = super()._number(value)
-        require(isinstance(value, int) or value.is_integer())
+    def _convert(self, name, value):
+        value = super()._convert(name, value)
+        require(value == int(value))
         return int(value)
 
 
@@ -189,9 +182,7 @@ class OneOf(Check):
 
     def _convert(self, name, value):
         require(isinstance(value, str))
-        if value not in self.choices:
-            hint = suggest(value, [*self.choices])
-            raise invalid(name, value, self.expected, hint if hint.startswith("did") else "")
+        require(value in self.choices, did_you_mean(value, self.choices))
         return value
 
 
