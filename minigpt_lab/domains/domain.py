@@ -297,12 +297,12 @@ def _build(
         notes = [*notes, again]
     if notes:
         warnings.warn(f"domain {name!r}: {'; '.join(notes)}", stacklevel=4)
-    facts = {"licence": "", "attribution": "", **facts, **_parts(name, deal(blocks))}
-    facts |= {"question_sources": tuple(question_sources), "notes": tuple(notes or ())}
-    return Domain(name, title or name, **facts, dropped=dropped)
+    others: dict[str, Any] = {"licence": "", "attribution": "", **facts}
+    others |= {"question_sources": tuple(question_sources), "notes": tuple(notes or ())}
+    return Domain(name, title or name, **others, **_parts(name, deal(blocks)), dropped=dropped)
 
 
-def _parts(name: str, passages: Mapping[str, Sequence[str]]) -> dict[str, Part]:
+def _parts(name: str, passages: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     return {part: Part(name, part, tuple(passages[part])) for part in PARTS}
 
 

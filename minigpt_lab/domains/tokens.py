@@ -46,7 +46,7 @@ class Batches(list):
 
 
 @checked(text=Texts(), tokenizer=Tokenizer())
-def count_tokens(text: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+def count_tokens(text: Sequence[str] | str, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     """Count every token in running text, ``[vocabulary]``; needs no model.
 
     For `contextual_plan`, which should know more of a domain's words than a short pass sees.

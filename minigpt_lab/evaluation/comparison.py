@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import combinations, pairwise
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from ..checks import Integer, Number, OneOf, Text, checked, invalid
+from ..checks import DictOf, Integer, Number, OneOf, Text, checked, invalid
 from .answers import Answers, compare_answers
 from .language import Perplexity
 from .predictions import Divergence
@@ -18,6 +19,7 @@ _PAIRS = ("all", "neighbours")
 
 
 @checked(
+    results=DictOf(Text()),
     pairs=OneOf(_PAIRS),
     reference=Text() | None,
     level=Number(above=0, below=1),
@@ -68,8 +70,8 @@ def compare(
         If two results are of different texts, questions, protocols or precisions, there are fewer
         than two, or `reference` is none of them.
     """
-    results = {name: _paired(name, result) for name, result in results.items()}
-    if len(results) < 2 or len({type(result) for result in results.values()}) > 1:
+    given = {name: _paired(name, result) for name, result in results.items()}
+    if len(given) < 2 or len({type(result) for result in given.values()}) > 1:
         raise ValueError(
             f"results are {', '.join(results) or 'none'}; expected two or more of one kind, from "
             "lab.perplexity, lab.divergence or lab.answer_questions"
@@ -77,8 +79,8 @@ def compare(
     if reference is not None and reference not in results:
         raise invalid("reference", reference, f"one of {', '.join(results)}")
     rows = []
-    for first, second in _chosen(results, pairs, reference):
-        one, other = results[first], results[second]
+    for first, second in _chosen(given, pairs, reference):
+        one, other = given[first], given[second]
         if isinstance(one, Answers):
             row = _answers_row(one, other)
         else:
@@ -90,7 +92,7 @@ def compare(
     return table
 
 
-def _paired(name: str, result: object) -> Perplexity | Answers:
+def _paired(name: str, result: object) -> Any:
     """A result that can be compared; of a divergence, the model's perplexity."""
     if isinstance(result, Divergence):
         return result.model

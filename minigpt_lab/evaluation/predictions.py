@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -140,9 +141,15 @@ def divergence(
             "predictions cannot be compared token by token; compare bits per character instead "
             "(lab.perplexity, lab.compare)"
         )
-    budget = {"max_characters": max_characters, "max_tokens": max_tokens}
     texts = windowed(
-        model, tokenizer, text, seq_len=seq_len, stride=stride, batch_size=batch_size, **budget
+        model,
+        tokenizer,
+        text,
+        seq_len=seq_len,
+        stride=stride,
+        max_characters=max_characters,
+        max_tokens=max_tokens,
+        batch_size=batch_size,
     )
 
     def read(precision: str) -> np.ndarray:
@@ -159,7 +166,8 @@ def divergence(
         for column in (0, 1)
     ]
     numbers = (kl, low[0], high[0], agreement, low[1], high[1], ratio, low[2], high[2])
-    return Divergence(*map(float, numbers), *each, passages=table)
+    fields: list[Any] = [*map(float, numbers), *each, table]
+    return Divergence(*fields)
 
 
 def _ratios(sums: np.ndarray) -> np.ndarray:

@@ -68,7 +68,8 @@ class WindowedText:
         title, progress
             Of the progress bar, and whether it is shown.
         """
-        ids, values = self.running.ids, None
+        ids = self.running.ids
+        values = np.empty((0, 0))  # until the number of columns is known
         for step in tqdm(self.steps, desc=title, unit="batch", disable=not progress):
             rows = torch.tensor([self.prefix + ids[w.start : w.stop] for w in step])
             check_token_ids(models[0], rows)
@@ -79,7 +80,7 @@ class WindowedText:
             targets = rows[:, 1:].to(logits[models[0]].device)
             found = per_token([logits[model] for model in models], targets)
             found = found[:, max(len(self.prefix) - 1, 0) :].cpu().double().numpy()
-            if values is None:
+            if not len(values):
                 values = np.zeros((len(ids), found.shape[2]))
             for window, row in zip(step, found, strict=True):
                 first = window.start + (not self.prefix)  # the first token that has a value

@@ -44,15 +44,17 @@ def layer_losses(losses: pd.DataFrame, *, caption: str = "") -> Figure:
         Model, layer, calibration.
     """
     title = "What helps more: the choice, or compensation?"
+    # few heads, few points
     room = [min(max(units, 4), 8) for units in losses.groupby("site", sort=False)["units"].first()]
-    shape = {"size": (3.0, 3.5), "sharey": True, "width_ratios": room}  # few heads, few points
     ways = {True: ", compensated", False: ", not compensated"}
     losses = losses.assign(way=losses["choice"] + losses["compensated"].map(ways))
     styles = {}
     for choice, look in looks(losses["choice"], _CHOICES).items():
         styles[choice + ways[True]] = look
         styles[choice + ways[False]] = look | {"ls": "--", "mfc": "white"}
-    figure, panels = panel_row(losses, "site", caption, title, **shape)
+    figure, panels = panel_row(
+        losses, "site", caption, title, size=(3.0, 3.5), sharey=True, width_ratios=room
+    )
     for axis, site, part in panels:
         group_lines(axis, part, "share", "loss", styles, by="way")
         axis.set_title(f"{site}: {part['units'].iloc[0]:,} units")
@@ -141,8 +143,8 @@ def variant_dots(table: pd.DataFrame, *, caption: str = "", title: str = "") -> 
     """
     dense, pruned = table[table["variant"] == "dense"], table[table["variant"] != "dense"]
     variants, styles = list(pruned["variant"].unique()), looks(pruned["text"])
-    shape = {"size": (3.1, 1.3 + 0.34 * len(variants)), "sharey": True}
-    figure, panels = panel_row(pruned, "text", caption, title, **shape)
+    size = (3.1, 1.3 + 0.34 * len(variants))
+    figure, panels = panel_row(pruned, "text", caption, title, size=size, sharey=True)
     columns = ("perplexity", "low", "high")
     for axis, text, rows in panels:
         level = dense.loc[dense["text"] == text, "perplexity"].iloc[0]
@@ -170,8 +172,8 @@ def calibration_settings(table: pd.DataFrame, *, caption: str = "") -> Figure:
         Model, ratio, protocol.
     """
     title = "How much calibration text does it take?"
-    styles, shape = looks(table["text"]), {"size": (3.1, 3.4), "sharey": True}
-    figure, panels = panel_row(table, "setting", caption, title, **shape)
+    styles = looks(table["text"])
+    figure, panels = panel_row(table, "setting", caption, title, size=(3.1, 3.4), sharey=True)
     for axis, setting, part in panels:
         group_lines(axis, part, "value", "perplexity", styles, by="text")
         for text, level in part.groupby("text", sort=False)["dense"].first().items():

@@ -125,10 +125,10 @@ def activation_depth(
     width, height = 2.6 * max(columns, 2) + 1.2, 1.9 * rows + 2.2 * below + 0.6
     figure = new_figure(width, height, with_note(caption, note), title)
     grid = figure.add_gridspec(rows + below, columns, height_ratios=[1] * rows + [1.1] * below)
-    first = None
+    first = figure.add_subplot(grid[0, 0])
     for place, (name, look) in enumerate(styles.items()):
-        axis = figure.add_subplot(grid[divmod(place, columns)], sharex=first, sharey=first)
-        first = first or axis
+        at = grid[divmod(place, columns)]
+        axis = figure.add_subplot(at, sharex=first, sharey=first) if place else first
         _depth_bands(axis, bands.loc[name], look["color"])
         if below:
             axis.axhline(epsilon, color="black", ls="--", lw=1)

@@ -111,10 +111,9 @@ def log_ticks(low: float, high: float) -> tuple[list[float], list[str]]:
 
 def log_labels(axis: Axis, values: Iterable[float], *, n: int = 6, words="{x:g}") -> None:
     """Readable numbers on a log axis, whether `values` span a tenth of a decade or ten."""
-    values = np.asarray(list(values), dtype=float)
-    values = values[np.isfinite(values) & (values > 0)]
-    values = values if len(values) else np.ones(1)
-    low, high = values.min(), values.max()
+    numbers = np.asarray(list(values), dtype=float)
+    numbers = numbers[np.isfinite(numbers) & (numbers > 0)]
+    low, high = (numbers.min(), numbers.max()) if len(numbers) else (1, 1)
     if high > 10 * low:
         axis.set_ticks(*log_ticks(low / 1.2, high * 1.2))
     else:

@@ -215,8 +215,7 @@ def throughput(speeds: pd.DataFrame, *, caption: str = "") -> Figure:
     )
     caption = with_note(caption, f"batch {batch}, on {device}, n = {runs} runs each")
     title = "Does a smaller model run faster?"
-    shape = {"size": (3.1, 3.6), "sharex": True}
-    figure, panels = panel_row(speeds, "kind", caption, title, **shape)
+    figure, panels = panel_row(speeds, "kind", caption, title, size=(3.1, 3.6), sharex=True)
     styles = looks(speeds["variant"], VARIANT_STYLE)
     for axis, _, part in panels:
         for name, rows in part.groupby("variant", sort=False):

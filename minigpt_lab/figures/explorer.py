@@ -137,8 +137,8 @@ class ThresholdPicture:
         for name, star in self._stars.items():
             reading = readings.get(name)
             star.set_data(chosen[name][:1], [reading.value if reading else np.nan])
-        shares = (size.stored / size.dense, size.nonzero / size.dense)
-        shares += (size.layers_stored / size.layers_dense,)
+        shares = [size.stored / size.dense, size.nonzero / size.dense]
+        shares += [size.layers_stored / size.layers_dense]
         for bar, share in zip(self._sizes, shares, strict=False):
             bar.set_width(share)
 

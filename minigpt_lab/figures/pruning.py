@@ -189,9 +189,10 @@ def perplexity_dots(table: pd.DataFrame, *, caption: str = "") -> Figure:
     """
     variants, styles = list(table["variant"].unique()), looks(table["text"])
     title = "What does the model lose, inside and outside its domain?"
-    # one scale: a bit is a bit in every panel
-    shape = {"size": (2.9, 1.1 + 0.45 * len(variants)), "sharex": True, "sharey": True}
-    figure, panels = panel_row(table, "text", caption, title, beside=0.8, **shape)
+    size = (2.9, 1.1 + 0.45 * len(variants))
+    figure, panels = panel_row(
+        table, "text", caption, title, size=size, beside=0.8, sharex=True, sharey=True
+    )  # one scale: a bit is a bit in every panel
     for axis, text, rows in panels:
         columns = ("bits_per_character", "bits_low", "bits_high")
         rows = rows.set_index("variant").loc[variants]

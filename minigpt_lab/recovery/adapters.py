@@ -6,6 +6,7 @@ import contextlib
 import functools
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -172,7 +173,7 @@ def _with_adapters(model: PreTrainedModel, names: Sequence[str], **lora) -> nn.M
         warnings.simplefilter("ignore", FutureWarning)  # peft uses a deprecated name
         transposed = weight_axis(model.get_submodule(names[0]), "output") == 1
         config = LoraConfig(target_modules=list(names), fan_in_fan_out=transposed, **lora)
-        peft = get_peft_model(model, config)
+        peft: Any = get_peft_model(model, config)
     # Checkpoints without embeddings: peft asks the hub whether a pruned one has changed.
     peft.save_pretrained = functools.partial(peft.save_pretrained, save_embedding_layers=False)
     for name in names:

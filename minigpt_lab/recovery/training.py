@@ -18,6 +18,7 @@ from transformers import (
     PrinterCallback,
     Trainer,
     TrainerCallback,
+    TrainerControl,
     TrainerState,
 )
 from transformers.utils import logging
@@ -197,7 +198,7 @@ class RecoveryTrainer(Trainer):
         if not math.isfinite(metrics["eval_perplexity"]):
             raise FloatingPointError("the perplexity is not finite")
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(
+        self.control: TrainerControl = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
         if metrics["eval_perplexity"] > self.limit:

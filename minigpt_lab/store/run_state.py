@@ -59,7 +59,7 @@ class RunState:
         """
         facts = json.loads(json.dumps(facts))  # tuples become lists, as they did on disk
         self.facts |= facts
-        if self._begun_with is None:
+        if self._begun_with is None or self.path is None:
             return
         old = self._begun_with
         differing = [
@@ -75,4 +75,5 @@ class RunState:
 
     def write(self, **progress: object) -> None:
         """Replace the file by the facts so far and the progress."""
-        write_result({"facts": self.facts, "progress": progress}, self.path)
+        if self.path is not None:
+            write_result({"facts": self.facts, "progress": progress}, self.path)

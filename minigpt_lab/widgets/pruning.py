@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from typing import Any
 
 import ipywidgets
 import numpy as np
@@ -143,7 +144,8 @@ class ThresholdExplorer(Explorer):
         """Sizes, shares and readings, and the picture of the thresholds."""
         plan, domain, chosen = self.plan, self.domain.value, self.thresholds()
         size = plan.predicted_size(self.model)
-        marks, readings = dict(chosen), {}
+        marks: dict[str, Any] = dict(chosen)
+        readings = {}
         if self.relative:  # linear layers have an ε of their own in every place
             marks = {name: chosen[name] for name in chosen.keys() - self.share.keys()}
             if "activation" in chosen:

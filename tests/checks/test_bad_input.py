@@ -292,6 +292,10 @@ def study_calls(t: dict) -> dict[str, dict]:
         "methods.pruned_model": {"model": t["model"], "pruning": t["plan"]},
         "methods.method_scores": {**read, "statistics": t["statistics"], "methods": found,
                                   "sites": ("ffn",), "out_dir": None},
+        "methods.told_apart": {
+            "losses": [{(name, "ffn", 0.2, "law"): t["perplexity"] for name in "ab"}],
+            "sites": "ffn", "ratio": 0.2, "text": "law",
+        },
         "methods.slimgpt_runs": {"plans": plans, "batches": t["batches"], "variants": {"a": {}}},
     }  # fmt: skip
 
