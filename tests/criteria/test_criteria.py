@@ -273,7 +273,7 @@ def test_quantised_models_are_refused(model):
     linear = next(iter(Anatomy(model).linears()))[2]
     packed = torch.zeros(linear.weight.shape, dtype=torch.uint8)
     linear.weight = torch.nn.Parameter(packed, requires_grad=False)
-    with pytest.raises(ValueError, match="weights of type uint8"):
+    with pytest.raises(ValueError, match="its weights are torch.uint8"):
         lab.score(model, "magnitude")
 
 
