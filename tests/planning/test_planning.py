@@ -189,7 +189,7 @@ def test_a_plan_equals_its_json(tmp_path, model, statistics):
         ({"epsilon_linear": [0.1, "a"]}, "epsilon_linear_output is 'a'; expected a number"),
         ({"epsilon_embedding": True}, "epsilon_embedding is True; expected a number"),
         ({"quantile": [0.1]}, r"quantile is \[0.1\]; expected a number"),
-        ({"quantile": {"linear": "0.1"}}, rr"quantile\['linear'\] is '0.1'; expected a number"),
+        ({"quantile": {"linear": "0.1"}}, r"quantile\['linear'\] is '0.1'; expected a number"),
         ({"quantile": 1.0}, r"of at least 0 and below 1"),
         ({"quantile": {"heads": 0.1}}, r"a key of quantile is 'heads'; expected"),
         ({"quantile": 0.1, "epsilon_activation": 0.1}, "activation has two rules"),
