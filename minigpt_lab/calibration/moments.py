@@ -12,7 +12,7 @@ from ..checks import safe_contextmanager
 from ..models import weight_axis
 from .forward import watch
 
-_BLOCK = 256  # rows of activations summed at once
+_BLOCK = 256  # rows of activations summed at once on a CPU: they stay in its cache
 Key = tuple[str, str]  # (module name, "input" or "output")
 
 #: Rows of a table of `FeatureSums`: sums of |x|, x and x² over tokens, and of |x - bias| for
@@ -145,12 +145,13 @@ class FeatureSums:
         if key not in self.shifts:
             self.shifts[key] = x.float().mean(0)
         shift = self.shifts[key]
-        # a product with ones is the fastest sum; a block of rows stays in the processor's cache
-        ones = torch.ones(_BLOCK, dtype=torch.float32, device=x.device)
+        # a product with ones is the fastest sum
+        size = _BLOCK if x.device.type == "cpu" else len(x)
+        ones = torch.ones(size, dtype=torch.float32, device=x.device)
         absolute, total, square, *unbiased = sums = torch.zeros(
             self.sums[key].shape, dtype=torch.float32, device=x.device
         )
-        for block in x.split(_BLOCK):
+        for block in x.split(size):
             block, weights = block.float(), ones[: len(block)]
             absolute.addmv_((scratch := block.abs()).T, weights)
             torch.sub(block, shift, out=scratch)

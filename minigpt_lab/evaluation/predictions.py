@@ -17,7 +17,8 @@ from ..models import PRECISION, inference
 from .language import Perplexity, of_passages
 from .windows import finite_or_float32, resampled, windowed
 
-_BLOCK = 1 << 22  # logits turned into float32 at once
+#: Logits turned into float32 at once: on a CPU, in whose cache they stay, and elsewhere.
+_CPU_BLOCK, _GPU_BLOCK = 1 << 22, 1 << 28
 
 
 @dataclass(frozen=True, repr=False)
@@ -180,7 +181,8 @@ def _columns(logits: list[torch.Tensor], targets: torch.Tensor) -> torch.Tensor:
     """Both losses, KL and agreement of every token, ``[batch, token, 4]``."""
     q_logits, p_logits = (x.flatten(0, -2) for x in logits)  # [token, vocabulary]
     answers, columns = targets.flatten(), []
-    size = max(1, _BLOCK // q_logits.shape[1])
+    block = _CPU_BLOCK if q_logits.device.type == "cpu" else _GPU_BLOCK
+    size = max(1, block // q_logits.shape[1])
     for q, p, answer in zip(
         q_logits.split(size), p_logits.split(size), answers.split(size), strict=True
     ):
