@@ -14,7 +14,7 @@ from types import FrameType
 class _Deferred:
     """Ctrl-C, deferred while a `safe_contextmanager` is entered or left."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.contexts = 0  # open in the main thread
         self.pending = False
         self.previous: Callable = signal.default_int_handler

@@ -392,7 +392,7 @@ def test_a_broken_layer_is_named():
         ({"ratio": 0.2, "allocation": 3}, "allocation is 3; expected"),
         (
             {"counts": {"ffn": [1.5, 0, 0], "attention": [0, 0, 0]}},
-            "counts is .* each item a whole number of at least 0",
+            "counts.* is 1.5; expected a whole number of at least 0",
         ),
         ({"counts": [1, 2]}, r"counts is \[1, 2\]; expected .* a dictionary"),
         ({"ratio": 0.2, "dtype": torch.bfloat16}, "torch.float32 or torch.float64"),
