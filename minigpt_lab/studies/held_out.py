@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 
 import numpy as np
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
+from ..calibration import patched_forward
+from ..checks import safe_contextmanager
 from ..domains import Part, excerpt
 from ..evaluation import Divergence, Perplexity, divergence, perplexity
 from ..models import dtype_name, fingerprint, model_size, reading_dtype
@@ -47,6 +51,7 @@ class HeldOut:
         texts_hash = [content_hash(text) for text in self.texts]
         self.facts = [fingerprint(model), texts_hash, seq_len, precision]
         self.dense_size = model_size(model).stored
+        self._states: dict[tuple, torch.Tensor] = {}  # of the dense decoder
 
     def get(self, key: object, compute: Callable[[], dict]) -> dict:
         """Result of one variant, computed if it is not known under its key (plain data)."""
@@ -55,9 +60,11 @@ class HeldOut:
     def measure(self, model: PreTrainedModel) -> dict:
         """A model's stored parameters, and how well it predicts every text, as plain data."""
         protocol = {"seq_len": self.seq_len, "max_characters": None, "progress": False}
-        found = [
-            diverging(model, self.dense, self.tokenizer, text, **protocol) for text in self.texts
-        ]
+        with decoder_runs_once(self.dense, self._states):
+            found = [
+                diverging(model, self.dense, self.tokenizer, text, **protocol)
+                for text in self.texts
+            ]
         losses = [each.model if isinstance(each, Divergence) else each for each in found]
         return {
             "stored": model_size(model).stored,
@@ -95,6 +102,24 @@ def _short(passages: np.ndarray) -> list[list[float]]:
     return [
         [round(loss, 4), *map(int, count)] for loss, *count in zip(losses, *counts, strict=True)
     ]
+
+
+@safe_contextmanager
+def decoder_runs_once(model: PreTrainedModel, states: dict[tuple, torch.Tensor]) -> Iterator[None]:
+    """Within: windows that the decoder has read before have their last hidden states in `states`.
+
+    Only for a model whose weights do not change between the passes.
+    """
+
+    def forward(run: Callable, *args, **kwargs):
+        ids = args[0] if args else kwargs["input_ids"]
+        key = model.dtype, ids.shape, ids.cpu().numpy().tobytes()
+        if key not in states:
+            states[key] = run(*args, **kwargs)[0]  # [window, token, feature]
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=states[key])
+
+    with patched_forward([model.base_model], forward):
+        yield
 
 
 def diverging(
