@@ -31,7 +31,8 @@ HEADER = """\
 Written by `python3.11 tasks.py results-page` from the records in `figures/records`; do not edit.
 With `--from runs` it takes the newest runs of your own first. Intervals are 95 % (bootstrap over
 passages). Perplexities compare only under one protocol. The words are in the
-[glossary](../notebooks/README.md#glossary).
+[glossary](../notebooks/README.md#glossary). Where a section says "Not measured yet", the picture at
+the top of its notebook is of an older run, on less text: it shows the kind of figure, not a result.
 """
 CLAIMS_HEADER = """\
 ## What the papers say, and what is measured here

@@ -22,11 +22,11 @@ def test_page_is_what_its_records_say():
 
 
 def test_figures_are_all_shown_and_all_there():
-    pages = [ROOT / "README.md", results_page.README]
+    pages = [ROOT / "README.md", results_page.README, *ROOT.glob("notebooks/*.ipynb")]
     shown = {
         (page.parent / name).resolve()
         for page in pages
-        for name in re.findall(r"!\[.*?\]\((.+?)\)", page.read_text("utf-8"))
+        for name in re.findall(r"!\[[^]]*\]\(([^)]+\.png)\)", page.read_text("utf-8"))
     }
     assert shown == {*(ROOT / "figures").glob("*.png")}
 
