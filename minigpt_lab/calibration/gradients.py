@@ -74,7 +74,7 @@ def collect_gradients(
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        A supported causal language model; left as it was, its own gradients too.
+        A supported causal language model; unchanged afterwards, its own gradients too.
     batches : iterable of dict
         Calibration tokens; padding is left out.
     names : iterable of str

@@ -81,7 +81,7 @@ def collect_hessians(
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        A supported causal language model; left as it was.
+        A supported causal language model; unchanged afterwards.
     batches : iterable of dict
         Calibration tokens; padding is left out.
     names : iterable of str

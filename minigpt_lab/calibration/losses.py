@@ -10,7 +10,7 @@ from ..models import Anatomy
 from .forward import run_decoder, watch
 
 _BLOCK = 256  # tokens whose logits exist at once
-_CPU_LOGITS = 1 << 22  # logits turned into float32 at once: they stay in the processor's cache
+_CPU_LOGITS = 1 << 22  # logits converted to float32 at once: they fit into a processor's cache
 
 
 def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from ..checks import safe_contextmanager
 from ..models import weight_axis
 from .forward import watch
 
-_BLOCK = 256  # rows of activations summed at once on a CPU: they stay in its cache
+_BLOCK = 256  # rows of activations summed at once on a CPU: they fit into its cache
 Key = tuple[str, str]  # (module name, "input" or "output")
 
 #: Rows of a table of `FeatureSums`: sums of |x|, x and x² over tokens, and of |x - bias| for

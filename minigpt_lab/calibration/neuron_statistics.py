@@ -262,8 +262,8 @@ def collect_statistics(
 ) -> Statistics:
     """Mean absolute value, mean and second moment of every neuron, in one pass (Mini-GPTs §3).
 
-    Memory grows with the number of neurons, not of tokens. Padding is left out. The model is left
-    as it was found.
+    Memory grows with the number of neurons, not of tokens. Padding is not counted. The model is
+    unchanged afterwards.
 
     Parameters
     ----------

@@ -1,8 +1,8 @@
 """Gradients without backpropagation: two forward passes per random direction (SPSA).
 
-A direction *z* is never stored: it is drawn again from the seed wherever it is needed, one layer at
-a time, as in MeZO (arXiv 2305.17333). So a pass needs the memory of inference, and the estimate is
-kept as one number per direction.
+A direction *z* is never stored: it is generated again from the seed wherever it is needed, one
+layer at a time, as in MeZO (arXiv 2305.17333). So a pass needs the memory of inference, and the
+estimate is kept as one number per direction.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Estimate:
     weights: dict[str, torch.Tensor]
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        """The estimate for one layer, in float32; drawn anew at every call."""
+        """The estimate for one layer, in float32; generated anew at every call."""
         place = list(self.weights).index(name)
         g = torch.zeros_like(self.weights[name], dtype=torch.float32)
         for k, c in enumerate(self.coefficients):
@@ -101,7 +101,7 @@ def estimate_gradients(
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        A supported causal language model; left as it was, bit for bit.
+        A supported causal language model; unchanged afterwards, bit for bit.
     batches : iterable of dict
         Calibration tokens; padding is left out.
     names : iterable of str

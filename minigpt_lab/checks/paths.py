@@ -61,7 +61,7 @@ def _writable(
 ) -> Path:
     final = to_path(path)
     require_creatable(final)
-    seen = _look(final)
+    seen = _stat(final)
     slash = os.fspath(path).endswith(("/", os.sep)) and kind == "file"
     if slash or (seen and not is_kind(seen.st_mode)):
         raise UnusablePath(f"{path} is no {kind} and never replaced by one; choose another path")
@@ -70,8 +70,8 @@ def _writable(
     return final
 
 
-def _look(path: Path) -> os.stat_result | None:
-    """What is there, seen once: another process may replace or remove it between two looks."""
+def _stat(path: Path) -> os.stat_result | None:
+    """Stat of a path, None if there is none; read once, as another process may replace the file."""
     try:
         return path.stat()
     except OSError:
@@ -82,7 +82,7 @@ def _is_denied(path: Path, access: int, seen: os.stat_result) -> bool:
     """Whether access is denied to what was seen, which has not been replaced or removed since."""
     if os.access(path, access):
         return False
-    still = _look(path)
+    still = _stat(path)
     return still is not None and (still.st_ino, still.st_ctime) == (seen.st_ino, seen.st_ctime)
 
 
@@ -116,7 +116,7 @@ def require_creatable(final: Path) -> None:
                 f"{final} cannot be written ({os.strerror(error.errno or 0)}); choose another path"
             ) from error
     parent = next(folder for folder in final.absolute().parents if os.path.lexists(folder))
-    seen = _look(parent)
+    seen = _stat(parent)
     if seen and not stat.S_ISDIR(seen.st_mode):
         raise UnusablePath(f"{parent} is a file, so {final} cannot be in it; choose another path")
     if seen and _is_denied(parent, os.W_OK | os.X_OK, seen):

@@ -54,7 +54,7 @@ def _entries(value: object) -> dict | set | None:
 
 @safe_contextmanager
 def restore_on_exit(model) -> Iterator[Snapshot]:
-    """Lock a model, and restore its parts on leaving (see `Snapshot`)."""
+    """Lock a model, and restore its parts at the end (see `Snapshot`)."""
     with locked(model):
         before = Snapshot(model)
         try:

@@ -102,7 +102,7 @@ class Budgets:
         """Project parameters to remove, ``r [site]``, on those in range that reach the target.
 
         ``argmin_r' Σ_i (r'_i - r_i)² / s_i``, with *s* the sites' sizes, is
-        ``r'_i = clip(r_i + λ s_i, 0, largest_i)``. λ is found by bisection.
+        ``r'_i = clip(r_i + λ s_i, 0, largest_i)``. λ is computed by bisection.
         """
         low, high = -(removed / self.sizes).max(), ((self.largest - removed) / self.sizes).max()
         for _ in range(60):

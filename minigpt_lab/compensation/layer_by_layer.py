@@ -100,11 +100,11 @@ def slimgpt(
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        A supported causal language model; left as it is unless `inplace`.
+        A supported causal language model; not changed unless `inplace`.
     batches : iterable of dict
         Calibration tokens; padding is left out.
     ratio : float, optional
-        Share to remove; of what, says `ratio_of`.
+        Share to remove; `ratio_of` says of what.
     parameters : int, optional
         Largest number of stored parameters, not counting biases that ``bias="add"`` adds.
     counts : mapping, optional

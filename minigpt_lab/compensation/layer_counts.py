@@ -63,7 +63,7 @@ def require_counts(
 
 
 class SearchedCounts(dict):
-    """Site to the number of units to remove from every layer, as `search_counts` found them.
+    """Site to the number of units to remove from every layer, as `search_counts` returns it.
 
     ``lab.slimgpt(model, batches, counts=counts)`` prunes by them.
 

@@ -2,7 +2,7 @@
 
 The supernet of Týr-the-Pruner (arXiv 2503.09657): one pass over the calibration tokens gives every
 layer's heads and channels updated weights at each of several levels. Removed units are zero columns
-of the projection that reads them. So shapes stay the same, and to set a budget takes a few copies.
+of the projection that reads them. So no shape changes, and to set a budget takes a few copies.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class PrunableProjection:
 
     def set(self, level: int) -> None:
         """Set the model's projection to a level."""
-        # new Parameters instead of new values, so that the model's own stay untouched
+        # new Parameters instead of new values, so that the model's own are untouched
         for name, value in zip(("weight", "bias"), self.at(level), strict=False):
             setattr(self.module, name, nn.Parameter(value))
         self.current = level

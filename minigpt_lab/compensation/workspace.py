@@ -118,7 +118,7 @@ class Workspace:
         Raises
         ------
         OSError
-            If it cannot be written, e.g. because the disk is full: layers before it stay finished.
+            If it cannot be written, e.g. because the disk is full: earlier layers remain finished.
         """
         layer = len(self.finished)
         self.finished.append(dict(sites))

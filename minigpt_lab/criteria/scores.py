@@ -189,7 +189,7 @@ def score(
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        A supported causal language model; left as it was.
+        A supported causal language model; unchanged afterwards.
     criterion : str
         A key of `CRITERIA`.
     batches : iterable of dict, optional

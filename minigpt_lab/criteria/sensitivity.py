@@ -48,7 +48,7 @@ def sensitivity_scores(
     Parameters
     ----------
     gradient : {"zeroth-order", "backprop", "none"}
-        Source of g. ``"none"`` leaves the factor out: Wanda's score of coupled structures.
+        Source of g. ``"none"`` omits the factor: Wanda's score of coupled structures.
     reduce : {"max", "sum", "mean", "prod", "last"}
         Reduction over the structures of a unit.
     eps, n_directions, per_sample, seed

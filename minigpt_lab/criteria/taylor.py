@@ -37,8 +37,8 @@ def taylor_scores(
     As in the released code, features are rows of the projections that write a unit and columns of
     the one that reads it, and biases are left out.
 
-    Gradients are accumulated window by window, so memory stays at one window's. All windows weigh
-    the same, whatever their length; the paper has windows of one length only.
+    Gradients are accumulated window by window, so they take the memory of one window. All windows
+    weigh the same, whatever their length; the paper has windows of one length only.
 
     Parameters
     ----------

@@ -35,7 +35,7 @@ def cloze_questions(domain: Domain, *, n: int = 1000, seed: int = 0) -> Question
     n : int
         Most questions. The first come from different passages: any first few are a fair sample.
     seed : int
-        Of the choice of words.
+        Seed of the choice of words.
 
     Returns
     -------

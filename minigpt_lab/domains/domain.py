@@ -277,7 +277,7 @@ def _build(
 ) -> Domain:
     """A domain of documents; `notes` on a user's files (None: they are no files) become a warning.
 
-    Documents are split into passages; blocks of passages, which stay together, into parts.
+    Documents are split into passages; blocks of passages, which are kept together, into parts.
     """
     name = characters(name)
     if not name.strip():

@@ -46,7 +46,8 @@ def compare(
     Parameters
     ----------
     results : mapping
-        Names to what `perplexity`, `divergence` or `answer_questions` gave, all of one kind.
+        Names to results of `perplexity`, `divergence`, `answer_questions` or `write_answers`, all
+        of one kind.
     pairs : {"all", "neighbours"}
         Every pair, or those that stand beside each other from best to worst.
     reference : str, optional

@@ -219,7 +219,7 @@ def _choice_written(text: str, choices: Sequence[str]) -> int | None:
 
 @safe_contextmanager
 def _greedy(model: PreTrainedModel, max_new_tokens: int) -> Iterator[None]:
-    """Within: of the model's own generation settings only its end of text counts."""
+    """Within the block, only the end-of-text token of the model's generation settings is used."""
     own = model.generation_config  # None where someone removed it
     end = getattr(own, "eos_token_id", None)
     end = model.config.eos_token_id if end is None else end

@@ -133,7 +133,7 @@ def perplexity(
 ) -> Perplexity:
     """Perplexity of a model on text it was not fitted to.
 
-    Passages are joined by blank lines, encoded once and cut into windows; a token is scored once,
+    Passages are joined by blank lines, encoded once and split into windows; a token is scored once,
     in the first window that reaches it, given the tokens before it in that window. The first token
     of the text (and, with non-overlapping windows, of each window) has no context and is not
     scored, unless the tokenizer begins every text with a token of its own: then each window begins

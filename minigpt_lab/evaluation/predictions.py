@@ -1,4 +1,4 @@
-"""How far a model's predictions are from those of the model that it was made of."""
+"""Divergence of a model's predictions from a reference's, such as the dense model's."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..models import PRECISION, inference
 from .language import Perplexity, of_passages
 from .windows import finite_or_float32, resampled, windowed
 
-#: Logits turned into float32 at once: on a CPU, in whose cache they stay, and elsewhere.
+#: Logits converted to float32 at once: on a CPU (they fit into its cache), and elsewhere.
 _CPU_BLOCK, _GPU_BLOCK = 1 << 22, 1 << 28
 
 
@@ -31,7 +31,8 @@ class Divergence:
         Mean over tokens of ``KL(reference ‖ model)`` in nats, with its 95 % interval (percentile
         bootstrap over passages; NaN for a single passage).
     agreement, agreement_low, agreement_high : float
-        Share of tokens at which both find the same token the likeliest, with its 95 % interval.
+        Share of tokens for which both give the same token the highest probability, with its 95 %
+        interval.
     perplexity_ratio, perplexity_ratio_low, perplexity_ratio_high : float
         The model's perplexity over the reference's, with the interval of the paired ratio.
     model, reference : Perplexity
@@ -118,7 +119,7 @@ def divergence(
     Parameters
     ----------
     model, reference : transformers.PreTrainedModel
-        E.g. a pruned model and the dense one, with the same vocabulary; both stay in memory.
+        E.g. a pruned model and the dense one, with the same vocabulary; both are in memory.
     tokenizer, text, seq_len, stride, max_characters, max_tokens, batch_size, precision
         As for `perplexity`.
     n_bootstrap, seed : int

@@ -1,4 +1,4 @@
-"""Held-out text in windows, and what models say of every token of it."""
+"""Held-out text in windows, values of every token of it, and sums and intervals by passage."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Window:
 
 @dataclass(frozen=True)
 class WindowedText:
-    """Running text cut into windows, in steps of several.
+    """Running text in windows; a step reads several of them at once.
 
     Parameters
     ----------
@@ -200,7 +200,7 @@ def resampled(table: np.ndarray, ratios: Callable, n_bootstrap: int, seed: int) 
     ratios : callable
         From sums ``[column, sample]`` to ratios ``[ratio, sample]``.
     n_bootstrap, seed : int
-        Resamples, and their seed: the same passages are drawn for tables of the same length.
+        Resamples, and their seed: tables of the same length are resampled alike.
     """
     if len(table) == 1:
         return np.full((2, len(ratios(table.T))), np.nan)

@@ -144,7 +144,7 @@ def price_as_a_factor(table: pd.DataFrame, cut: str, text: str) -> Answer:
 
 @exercise("set")
 def common_core(plans: Mapping[tuple[str, int], PruningPlan], domains: Sequence[str]) -> Answer:
-    """Channels of the first layer that the first draws of all domains keep."""
+    """Channels of the first layer that the plans of all domains' first samples keep."""
     kept = {cut: {*plan.keep["ffn"][0]} for (cut, draw), plan in plans.items() if draw == 0}
     own: list[set] = [kept[name] for name in domains]
     every = set.intersection(*kept.values())

@@ -39,7 +39,7 @@ def layer_losses(losses: pd.DataFrame, *, caption: str = "") -> Figure:
     ----------
     losses : pandas.DataFrame
         From `minigpt_lab.studies.layer_losses`: columns ``site, units, share, choice, compensated,
-        loss``; several draws are dots, and their mean is the line.
+        loss``; several rows at one share (seeds) are dots, and their mean is the line.
     caption : str
         Model, layer, calibration.
     """

@@ -175,7 +175,7 @@ def overlap_matrix(
     Parameters
     ----------
     overlap : pandas.DataFrame
-        Columns ``domain, other, jaccard, chance``; the diagonal compares two draws of one domain.
+        Columns ``domain, other, jaccard, chance``; the diagonal compares two samples of one domain.
     caption : str
         Model, tokens, rule.
     title : str
@@ -188,7 +188,7 @@ def overlap_matrix(
     if np.ptp(chance.to_numpy()) > 0.01:  # an absolute ε gives each pair a level of its own
         words, note = words + chance.map("\n({:.2f})".format), "in brackets: by chance"
     if (np.diag(table) < 1).any():  # else a set is compared with itself
-        about = "diagonal: two draws of one domain, the most that noise allows"
+        about = "diagonal: two samples of one domain, the most that noise allows"
         caption = with_note(caption, about)
     if table.isna().any(axis=None):
         caption = with_note(caption, "empty: no neuron is unused there; choose a larger ε")

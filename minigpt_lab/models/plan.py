@@ -192,7 +192,7 @@ class PruningPlan:
         for name, values in self.shift.items():  # a layer without a bias gets one
             outputs = kept[name]["bias"] = kept[name]["output"]
             nonzero[name]["bias"] |= outputs & (np.array(values) != 0)
-        # 2. All other parameters of the model stay, but for the rows of removed tokens.
+        # 2. All other parameters of the model are kept, but for the rows of removed tokens.
         removed = count_weights(present) - count_weights(kept)
         tokens = 0 if self.vocabulary is None else self.vocabulary_size - len(self.vocabulary)
         stored = dense - removed - tokens * token_parameters(model)

@@ -42,14 +42,14 @@ def label(model: PreTrainedModel) -> str:
 
 @safe_contextmanager
 def inference(model: nn.Module, precision: str | None = None) -> Iterator[nn.Module]:
-    """Evaluation mode without gradients, on a locked model that is restored on leaving.
+    """Evaluation mode without gradients, on a locked model that is restored at the end.
 
     Parameters
     ----------
     model : torch.nn.Module
         Any model.
     precision : {"auto", "bfloat16", "float32"}, optional
-        Within, the weights have this type (see `reading_dtype`); by default they stay as stored.
+        Within, the weights have this type (see `reading_dtype`); by default they are as stored.
     """
     with locked(model), contextlib.ExitStack() as undo:
         training = {module: module.training for module in model.modules()}

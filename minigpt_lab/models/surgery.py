@@ -34,11 +34,11 @@ Slice = tuple[torch.Tensor, int, np.ndarray]  # a tensor, and the indices along 
 @checked(plan=_PLAN, model=Model(lock=False))
 @safe_contextmanager
 def masked(model: PreTrainedModel, plan: PruningPlan) -> Iterator[PreTrainedModel]:
-    """Zero everything that a plan prunes; on leaving, every weight is restored bit for bit.
+    """Zero everything that a plan prunes; then restore every weight, bit for bit.
 
     The tensors that a plan changes are put aside, untouched, and the model computes with zeroed
-    copies of them, so memory holds these tensors twice. Changes to the copies are lost on leaving:
-    train a shrunk model, not a masked one.
+    copies of them, so memory holds these tensors twice. Changes to the copies are discarded at the
+    end: train a shrunk model, not a masked one.
 
     Removed tokens get a logit of minus infinity. From zeroed rows alone they would get a logit of
     0, which can be likely (the reference code of Mini-GPTs leaves it there).
@@ -61,8 +61,8 @@ def masked(model: PreTrainedModel, plan: PruningPlan) -> Iterator[PreTrainedMode
     ValueError, TypeError
         If the plan does not fit the model, or is none.
     RuntimeError
-        On leaving, if a mask that was put on later has not been left yet; all masks down to this
-        one are then taken off.
+        At the end of the block, if the block of a later mask has not ended; all masks down to this
+        one are then removed.
     """
     with locked(model):
         undo, masks = contextlib.ExitStack(), _masks.setdefault(model, [])

@@ -1,4 +1,4 @@
-"""A model made ready to train, all weights or LoRA adapters; either way, zeros stay zero."""
+"""A model made ready to train, all weights or LoRA adapters; either way, zeros are kept."""
 
 from __future__ import annotations
 

@@ -126,10 +126,10 @@ def recover(
     """Fine-tune a pruned model, in place, until it is as good as the dense one or stops improving.
 
     Packed windows, AdamW, gradient clipping at 1, linear warm-up, products in bfloat16 where the
-    device is fast at it. Weights that are zero stay zero (with LoRA: rows and columns of zeros).
+    device is fast at it. Zero weights are kept at zero (with LoRA: rows and columns of zeros).
     The best state by validation perplexity is restored at the end, also after interruption,
     divergence or early stopping; if nothing was better than the start, the model is unchanged. An
-    exception leaves it as it was, bit for bit.
+    exception restores it, bit for bit.
 
     Weights stored in bfloat16 or float16 are trained as float32 and rounded at the end; every
     evaluation measures the model as it would be returned: adapters merged, weights rounded.

@@ -70,7 +70,7 @@ def slimgpt_variants(
     Parameters
     ----------
     model, tokenizer
-        The dense pair; left as it is.
+        The dense pair; not changed.
     variants : mapping
         Name to the arguments of `slimgpt`, as plain data. ``batches`` among them are a variant's
         own calibration tokens.

@@ -137,7 +137,7 @@ def threshold_sweep(
         One row per point: ``component, method, epsilon, seed, stored, nonzero, stored_ratio,
         nonzero_ratio, layer_ratio, perplexity, low, high, tokens, bits_per_character,
         perplexity_ratio`` (per character against dense, as a perplexity of the dense tokens). All
-        points are measured on the same text, cut with the dense model's tokens.
+        points are measured on the same text, shortened by the dense model's tokens.
 
     Raises
     ------

@@ -25,7 +25,7 @@ class HeldOut:
     Parameters
     ----------
     model, tokenizer
-        The dense pair; its tokens cut the texts, its predictions are the reference.
+        The dense pair; the texts are shortened by its tokens, its predictions are the reference.
     texts : sequence of Part
         Held out.
     max_tokens, seq_len : int
@@ -106,7 +106,7 @@ def _short(passages: np.ndarray) -> list[list[float]]:
 
 @safe_contextmanager
 def decoder_runs_once(model: PreTrainedModel, states: dict[tuple, torch.Tensor]) -> Iterator[None]:
-    """Within: windows that the decoder has read before have their last hidden states in `states`.
+    """Within the block, the decoder runs once per window; `states` keeps its last hidden states.
 
     Only for a model whose weights do not change between the passes.
     """

@@ -79,7 +79,7 @@ def domain_plans(
     Returns
     -------
     dict
-        ``(cut, sample)`` to plan; a cut is a domain's name or one of `CONTROLS`. The mix has the
+        ``(name, sample)`` to plan; the name is a domain's or one of `CONTROLS`. The mix has the
         tokens of all domains; the smallest weights are the same in every sample: there is one.
 
     Raises
@@ -125,12 +125,12 @@ def domain_plans(
 
 @checked(plans=DictOf(Instance(tuple), Instance(PruningPlan)))
 def kept_overlap(plans: Plans) -> pd.DataFrame:
-    """Jaccard overlap of the units that two plans keep; a cut with itself: between its samples.
+    """Jaccard overlap of the units that two plans keep; of one domain: between its samples.
 
     Returns
     -------
     pandas.DataFrame
-        As `set_overlap` gives it; cuts with a single sample are left out.
+        As `set_overlap` gives it; a domain or control with one sample has no row.
     """
     kept: dict[str, list] = {}
     for (cut, _), plan in plans.items():
@@ -175,8 +175,8 @@ def domain_matrix(
     max_tokens, seq_len : int
         Tokens of test text per domain, and per window (no overlap).
     recovery_tokens : int
-        If positive, every cut's first pruned model (and the dense one, as a control) is also
-        fine-tuned on so many tokens.
+        If positive, the first pruned model of every domain and control (and the dense one) is also
+        fine-tuned on this number of tokens.
     recover_on : {"mix", "own"}
         ``"mix"``: all on the same text, every domain's train part in equal shares, so that only the
         plan can make the difference. ``"own"``: a domain's model on that domain, as Mini-GPTs does;
@@ -191,12 +191,13 @@ def domain_matrix(
     Returns
     -------
     pandas.DataFrame
-        One row per ``recovered, cut, text``; ``perplexity`` (geometric mean over draws),
-        ``lowest, highest`` (over draws), ``kl`` (from the dense model), ``draws, stored, tokens,
+        One row per ``recovered, cut`` (the domain or control that the model was pruned for) and
+        ``text``; ``perplexity`` (geometric mean over samples), ``lowest, highest`` (over samples),
+        ``kl`` (from the dense model), ``draws`` (number of samples), ``stored, tokens,
         bits_per_character``, and ``difference, difference_low, difference_high``: log perplexity
-        minus that of the text's own cut, nats per token, positive where the own cut is better; 95 %
-        bootstrap over passages (paired) and draws. ``attrs["verdict"]`` says in words how often the
-        diagonal wins, ``attrs["wins"]`` in numbers.
+        minus that of the text's own model, nats per token, positive where the own model is better;
+        95 % bootstrap over passages (paired) and samples. ``attrs["verdict"]`` says in words how
+        often the diagonal wins, ``attrs["wins"]`` in numbers.
 
     Raises
     ------
@@ -264,7 +265,7 @@ def mixed(domains: Sequence[Domain]) -> Domain:
 
 
 def _compared(cells: pd.DataFrame, seed: int) -> pd.DataFrame:
-    """Means over samples, and differences to the text's own cut with their intervals."""
+    """Means over samples, and differences to the text's own model with their intervals."""
     rng = np.random.default_rng(seed)
     grouped = {key: group for key, group in cells.groupby(["recovered", "cut", "text"], sort=False)}
     rows = []
@@ -272,7 +273,7 @@ def _compared(cells: pd.DataFrame, seed: int) -> pd.DataFrame:
         # each [sample, passage]
         losses, tokens, characters = np.stack(group["passages"]).transpose(2, 0, 1)
         own = np.stack(grouped[recovered, text, text]["passages"])[..., 0]
-        # a cut of one sample stands against each of the other's
+        # a single sample is compared with each of the other's
         difference, low, high = _interval(losses - own, tokens[0], rng)
         logs = losses.sum(1) / tokens.sum(1)
         rows.append(

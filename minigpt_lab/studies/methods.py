@@ -110,7 +110,7 @@ def method_scores(
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        A supported causal language model; left as it was.
+        A supported causal language model; unchanged afterwards.
     batches : list of dict
         Calibration tokens, for methods that need more than statistics.
     statistics : Statistics
@@ -324,7 +324,7 @@ def told_apart(
     losses : sequence of mapping
         From `method_comparison`, one per calibration sample.
     sites, ratio, text
-        Which of the cells.
+        The cells to compare.
 
     Returns
     -------

@@ -33,7 +33,7 @@ def layer_problems(
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        A supported causal language model; left as it is.
+        A supported causal language model; not changed.
     batches : sequence of dict
         Calibration tokens.
     layer : int
@@ -65,8 +65,9 @@ def layer_losses(problems: Mapping[str, Problem], ratios: Sequence[float]) -> pd
     Returns
     -------
     pandas.DataFrame
-        Columns ``site, units, leave, share, choice`` (SlimGPT, random), ``draw, compensated, loss``
-        (relative to ``tr(W H Wᵀ)``, that of removing everything).
+        Columns ``site, units, leave`` (number of removed units), ``share`` (of them), ``choice``
+        (SlimGPT, random), ``draw`` (seed of the random choice), ``compensated, loss`` (relative
+        to ``tr(W H Wᵀ)``, that of removing everything).
     """
     rows, solver = [], Solver()
     for site, problem in problems.items():

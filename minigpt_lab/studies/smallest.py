@@ -54,13 +54,14 @@ def smallest_within(
 ) -> tuple[PreTrainedModel, PruningPlan, pd.DataFrame]:
     """Prune as much as the perplexity on a domain's validation part allows.
 
-    Bisection on the ratio, one `slimgpt` for each: as if perplexity grew with it. What is returned
-    was measured, whatever the curve looks like. The test part stays unseen.
+    Bisection on the ratio, with one run of `slimgpt` for each; it assumes that perplexity grows
+    with the ratio. The returned model has been measured, so it is within the limit even where this
+    is not so. The test part is not read.
 
     Parameters
     ----------
     model, tokenizer
-        A pair; left as it is.
+        A pair; not changed.
     domain : Domain
         Its validation part judges.
     batches : iterable of dict
@@ -70,7 +71,7 @@ def smallest_within(
     most : float
         Largest ratio.
     tolerance : float
-        Stop when the ratio is known so well.
+        Stop when the ratio is known to this precision.
     seq_len, max_tokens : int
         Tokens per window, and of the validation part.
     out_dir : str or path, optional
@@ -92,8 +93,8 @@ def smallest_within(
     Raises
     ------
     ValueError
-        If a number is out of range, a ratio cannot be met, or an
-        argument of `slimgpt` that is chosen here is given.
+        If a number is out of range, a ratio cannot be met, or an argument of `slimgpt` is given
+        that is chosen here.
     """
     Number(above=0, below=most)("tolerance", tolerance)
     if taken := sorted({"ratio", "parameters", "counts", "inplace"} & set(options)):
