@@ -249,7 +249,7 @@ def ratio(first: pd.DataFrame, second: pd.DataFrame) -> tuple[float, float, floa
         raise ValueError("the two were not measured on the same passages")
     D = loss - other
     d = D.sum() / n.sum()
-    error = 1.96 * np.sqrt(np.square(D - d * n).sum()) / n.sum() if len(n) > 1 else np.inf
+    error = 1.96 * np.sqrt(np.square(D - d * n).sum()) / n.sum() if (n > 0).sum() > 1 else np.inf
     return np.exp(d), np.exp(d - error), np.exp(d + error)
 
 

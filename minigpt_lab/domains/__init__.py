@@ -5,5 +5,5 @@ from .domain import Domain, domain_names, load_domain, load_domains, make_domain
 from .parts import Part, check_disjoint
 from .passages import split_words
 from .questions import Question
-from .running import RunningText, encode, running_text, token_ids, window_prefix
+from .running import SEPARATOR, RunningText, encode, running_text, token_ids, window_prefix
 from .tokens import count_tokens, excerpt, tokenize, unpadded

@@ -61,8 +61,8 @@ def compare(
     -------
     pandas.DataFrame
         One row per pair: ``first, second``, ``difference`` (second less first), ``low, high`` (95 %
-        interval: bootstrap over passages; Newcombe's for answers), ``p`` (passages' differences
-        with random signs; exact McNemar for answers), ``p_holm`` (corrected for all rows; Holm
+        interval: bootstrap over passages; Newcombe's for answers), ``p`` (each passage's results
+        exchanged at random; exact McNemar for answers), ``p_holm`` (corrected for all rows; Holm
         1979), ``differ`` (whether that is below `level`), ``unit``.
 
     Raises
@@ -126,20 +126,31 @@ def _loss_row(
     for what in ("text", "content", "seq_len", "stride", "chunked", "precision"):
         require_same(what, getattr(first, what), getattr(second, what))
     same_tokens = np.array_equal(first.passages[:, 1], second.passages[:, 1])
-    # D_i: difference of a passage's losses; n_i: its tokens, or its characters
-    D, n = second.passages[:, 0] - first.passages[:, 0], first.passages[:, 1 if same_tokens else 2]
-    table = np.stack([D, n], axis=1)  # [passage, 2]
-    low, high = resampled(table, lambda sums: (sums[0] / sums[1])[None], n_bootstrap, seed)[:, 0]
-    # With no difference between the models, the sign of every D_i is as likely + as -.
-    signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=(n_permutations, len(D)))
-    extreme = np.abs(signs @ D) >= np.abs(D.sum()) - 1e-12
+    columns = [0, 1 if same_tokens else 2]  # loss, and tokens or characters
+    table = np.hstack([first.passages[:, columns], second.passages[:, columns]])  # [passage, 4]
+    low, high = resampled(table, _difference, n_bootstrap, seed)[:, 0]
+    # With no difference between the models, each passage's two results may as well be exchanged.
+    exchanged = table[:, [2, 3, 0, 1]]
+    mean, half = (table + exchanged) / 2, (table - exchanged) / 2
+    signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=(n_permutations, len(table)))
+    found = _difference(mean.sum(0)[:, None] + (signs @ half).T)[0]  # [permutation]
+    difference = float(_difference(table.sum(0))[0])
+    # Sums in another order are not equal to the last bit: what is within rounding counts as a tie.
+    rounding = 1e-12 * table[:, [0, 2]].sum() / table[:, 1].sum()
+    extreme = np.abs(found) >= abs(difference) - rounding
     return {
-        "difference": float(D.sum() / n.sum()),
+        "difference": difference,
         "low": float(low),
         "high": float(high),
         "p": float((1 + extreme.sum()) / (1 + n_permutations)),
         "unit": "nats per token" if same_tokens else "nats per character",
     }
+
+
+def _difference(sums: np.ndarray) -> np.ndarray:
+    """Second mean loss less the first, of sums: loss and tokens (characters) of both ``[4, …]``."""
+    loss, n, loss_second, n_second = sums
+    return (loss_second / n_second - loss / n)[None]
 
 
 def holm(p: np.ndarray) -> np.ndarray:

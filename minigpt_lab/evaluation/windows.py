@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checks import InvalidArgument
-from ..domains import Part, RunningText, excerpt, running_text, window_prefix
+from ..domains import SEPARATOR, Part, RunningText, excerpt, running_text, window_prefix
 from ..models import check_token_ids, dtype_name, reading_dtype, tokenizer_for
 from ..store import content_hash
 
@@ -42,7 +42,7 @@ class WindowedText:
     steps : list of list of Window
         Windows of one length that are read together.
     name, content : str
-        Name of the text, and SHA-256 of its passages.
+        Name of the text, and SHA-256 of the passages (where a limit cuts them, of what is left).
     """
 
     running: RunningText
@@ -134,11 +134,13 @@ def windowed(
     # 1. Text to tokens, each window with what the tokenizer puts before a text.
     budget = {"max_tokens": None if chunked else max_tokens, "max_characters": max_characters}
     passages = excerpt(text, tokenizer, **budget)
+    content = list(passages)
     tokenizer = tokenizer_for(model, tokenizer)
     prefix = window_prefix(tokenizer)
     if chunked:
         limit = None if max_tokens is None else max(0, max_tokens - len(prefix))
         running = _prefixed(running_text(passages, tokenizer, limit), prefix)
+        content = [SEPARATOR.join(passages)[: running.characters.sum()]]  # up to the limit
         prefix = []
     else:
         running = running_text(passages, tokenizer)
@@ -156,7 +158,7 @@ def windowed(
     steps = [full[i : i + size] for i in range(0, len(full), size)]
     if not chunked:
         steps += [[window] for window in windows[len(full) :]]
-    return WindowedText(running, prefix, steps, name, content_hash(list(passages)))
+    return WindowedText(running, prefix, steps, name, content_hash(content))
 
 
 def _prefixed(running: RunningText, prefix: list[int]) -> RunningText:
@@ -191,7 +193,8 @@ def _windows_per_step(model: PreTrainedModel, seq_len: int) -> int:
 def resampled(table: np.ndarray, ratios: Callable, n_bootstrap: int, seed: int) -> np.ndarray:
     """95 % intervals of ratios of sums over passages, ``[low and high, ratio]``.
 
-    Percentile bootstrap over passages; NaN for a single one, which says nothing about others.
+    Percentile bootstrap over passages, those without a token left out; NaN for a single one, which
+    says nothing about others.
 
     Parameters
     ----------
@@ -202,6 +205,7 @@ def resampled(table: np.ndarray, ratios: Callable, n_bootstrap: int, seed: int) 
     n_bootstrap, seed : int
         Resamples, and their seed: tables of the same length are resampled alike.
     """
+    table = table[table.any(1)]
     if len(table) == 1:
         return np.full((2, len(ratios(table.T))), np.nan)
     samples = np.random.default_rng(seed).integers(len(table), size=(n_bootstrap, len(table)))

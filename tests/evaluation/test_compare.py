@@ -123,3 +123,48 @@ def test_different_tokenizers_are_compared_per_character(losses):
     row = lab.compare({"a": made(first, tokens), "b": other}).iloc[0]
     assert row["unit"] == "nats per character"
     assert row["difference"] == pytest.approx((second - first).sum() / (4 * tokens).sum())
+
+
+def test_signs_that_undo_nothing_count_as_ties():
+    """Six passages that all differ one way: p is 2 / 2⁶, in whatever order sums are rounded."""
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        tokens = rng.integers(5_000, 20_000, size=6).astype(float)
+        first = 3 * tokens + rng.normal(size=6)
+        second = first + rng.uniform(0.5, 2, size=6) * tokens
+        results = {"a": made(first, tokens), "b": made(second, tokens)}
+        row = lab.compare(results, n_bootstrap=1).iloc[0]
+        assert row["p"] == pytest.approx(2 / 2**6, rel=0.3)
+
+
+def test_per_character_each_loss_is_over_its_own_characters(losses):
+    """A tokenizer whose windows leave out more characters does not look better for it."""
+    tokens, first, _ = losses
+    coarse = made(first, tokens)
+    fine = dataclasses.replace(coarse, passages=0.9 * coarse.passages)  # reads a tenth less
+    row = lab.compare({"a": coarse, "b": fine}).iloc[0]
+    assert row["unit"] == "nats per character"
+    assert row["difference"] == pytest.approx(0, abs=1e-9) and not row["differ"]
+
+
+def test_passages_without_a_token_say_nothing(losses, tiny, tiny_domain):
+    tokens, first, second = losses
+    short = [np.pad(values[:3], (0, 4)) for values in (first, second, tokens)]
+    results = {"a": made(short[0], short[2]), "b": made(short[1], short[2])}
+    row = lab.compare(results).iloc[0]
+    assert row["low"] < row["difference"] < row["high"]
+    model, tokenizer = tiny
+    texts = [tiny_domain.test[0], tiny_domain.test[1][:40], tiny_domain.test[2][:30]]
+    found = lab.perplexity(model, tokenizer, texts, seq_len=64, chunked=True, progress=False)
+    assert found.passages[:, 1].tolist() == [126, 0, 0]  # the rest is in the last, shorter window
+    assert np.isnan([found.low, found.high]).all()  # as of a single passage
+
+
+def test_whole_windows_of_other_lengths_of_one_text_are_not_compared(tiny, tiny_domain):
+    text, how = [" ".join(tiny_domain.test[:6])], {"seq_len": 64, "chunked": True}
+    a, b, same = (
+        lab.perplexity(*tiny, text, max_tokens=n, progress=False, **how) for n in (128, 512, 128)
+    )
+    assert lab.compare({"a": a, "same": same})["p"].item() == 1
+    with pytest.raises(ValueError, match="differ in content"):
+        lab.compare({"a": a, "b": b})
