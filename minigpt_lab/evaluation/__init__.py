@@ -6,5 +6,5 @@ from .comparison import compare
 from .costs import efficiency, peak_memory, timed
 from .generation import generate, write_answers
 from .language import Perplexity, perplexity
-from .predictions import Divergence, divergence
+from .predictions import Divergence, divergence, same_vocabulary
 from .presets import PERPLEXITY_PRESETS

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checks import Flag, Integer, Model, Texts, Tokenizer, checked
 from ..domains import Part
-from ..models import PRECISION, inference
+from ..models import PRECISION, TrimmedVocabulary, inference
 from .language import Perplexity, of_passages
 from .windows import finite_or_float32, resampled, windowed
 
@@ -136,12 +136,12 @@ def divergence(
     ValueError
         If the vocabularies differ, the text is too short, or a model answers with NaN.
     """
-    sizes = [each.get_output_embeddings().weight.shape[0] for each in (model, reference)]
-    if sizes[0] != sizes[1]:
+    if not same_vocabulary(model, reference):
+        sizes = [each.get_output_embeddings().weight.shape[0] for each in (model, reference)]
         raise ValueError(
-            f"the model predicts {sizes[0]:,} tokens, the reference {sizes[1]:,}: their "
-            "predictions cannot be compared token by token; compare bits per character instead "
-            "(lab.perplexity, lab.compare)"
+            f"the model predicts {sizes[0]:,} tokens, the reference {sizes[1]:,}, not the same "
+            "ones: their predictions cannot be compared token by token; compare bits per character "
+            "instead (lab.perplexity, lab.compare)"
         )
     texts = windowed(
         model,
@@ -170,6 +170,12 @@ def divergence(
     numbers = (kl, low[0], high[0], agreement, low[1], high[1], ratio, low[2], high[2])
     fields: list[Any] = [*map(float, numbers), *each, table]
     return Divergence(*fields)
+
+
+def same_vocabulary(model: PreTrainedModel, other: PreTrainedModel) -> bool:
+    """Whether both predict the same tokens of one tokenizer: trimmed alike, masked alike."""
+    rows = {each.get_output_embeddings().weight.shape[0] for each in (model, other)}
+    return len(rows) == 1 and TrimmedVocabulary.of(model) == TrimmedVocabulary.of(other)
 
 
 def _ratios(sums: np.ndarray) -> np.ndarray:

@@ -21,6 +21,7 @@ from .saving import save_model
 from .sizes import Size, dense_counts, describe, layer_parameters, model_size, token_parameters
 from .surgery import masked, refuse_masked, shrink
 from .vocabulary import (
+    TrimmedVocabulary,
     close_over_merges,
     merge_table,
     protected_tokens,

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from ..calibration import patched_forward
 from ..checks import safe_contextmanager
 from ..domains import Part, excerpt
-from ..evaluation import Divergence, Perplexity, divergence, perplexity
+from ..evaluation import Divergence, Perplexity, divergence, perplexity, same_vocabulary
 from ..models import dtype_name, fingerprint, model_size, reading_dtype
 from ..store import ResultCache, content_hash
 
@@ -126,10 +126,6 @@ def diverging(
     model: PreTrainedModel, dense: PreTrainedModel | None, tokenizer, text: Part, **protocol
 ) -> Divergence | Perplexity:
     """Divergence from a dense model; the perplexity alone without one of the same vocabulary."""
-    vocabularies = {
-        None if each is None else each.get_output_embeddings().weight.shape[0]
-        for each in (model, dense)
-    }
-    if len(vocabularies) == 1:
+    if dense is not None and same_vocabulary(model, dense):
         return divergence(model, dense, tokenizer, text, **protocol)
     return perplexity(model, tokenizer, text, **protocol)

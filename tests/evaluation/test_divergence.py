@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -63,3 +64,21 @@ def test_vocabularies_that_differ_are_refused(tiny, tiny_domain, tiny_statistics
     small = lab.shrink(model, plan)
     with pytest.raises(ValueError, match="cannot be compared token by token"):
         lab.divergence(small, model, tokenizer, tiny_domain.test)
+
+
+def test_as_many_other_tokens_are_refused(tiny, tiny_domain, tiny_statistics):
+    """Under a mask, and of two trims of one size, a text has other tokens than the reference's."""
+    model, tokenizer = tiny
+    plan = lab.contextual_plan(model, tiny_statistics, epsilon_embedding=0)
+    subject, refused = copy.deepcopy(model), pytest.raises(ValueError, match="not the same ones")
+    with lab.masked(subject, plan), refused:
+        lab.divergence(subject, model, tokenizer, tiny_domain.test)
+    first, second = (lab.shrink(model, plan) for _ in range(2))
+    how = {"seq_len": 64, "max_tokens": 200, "progress": False}
+    assert lab.divergence(first, second, tokenizer, tiny_domain.test, **how).kl == 0
+    rows = [*range(first.trimmed_vocabulary.size)][-len(plan.vocabulary) :]
+    second.trimmed_vocabulary = dataclasses.replace(
+        second.trimmed_vocabulary, rows=tuple(rows), allowed=tuple(rows)
+    )
+    with pytest.raises(ValueError, match="not the same ones"):
+        lab.divergence(first, second, tokenizer, tiny_domain.test, **how)
