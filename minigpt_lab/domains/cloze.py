@@ -58,7 +58,7 @@ def cloze_questions(domain: Domain, *, n: int = 1000, seed: int = 0) -> Question
     for passage in domain.test:
         blanks = list(_blanks(passage))
         random.Random(f"{seed}\n{passage}").shuffle(blanks)
-        found = 0
+        asked = 0  # questions on this passage so far
         for before, word in blanks:
             heard = [*split_words(before.lower())[1 - SHINGLE :], word]
             if count_words(before) < PROMPT_WORDS or tuple(heard) in known:
@@ -68,8 +68,8 @@ def cloze_questions(domain: Domain, *, n: int = 1000, seed: int = 0) -> Question
             if choices:
                 source = f"cloze on {domain.name}"
                 item = Question(before, choices, choices.index(word), source, domain.licence)
-                placed.append((found, rng.random(), item))
-                found += 1
+                placed.append((asked, rng.random(), item))
+                asked += 1
     placed.sort(key=lambda entry: entry[:2])
     return Questions(item for _, _, item in placed[:n])
 
@@ -80,19 +80,19 @@ def _last(before: str) -> str:
 
 
 def _runs(words: list[str]) -> Iterator[tuple[str, ...]]:
-    """Every `SHINGLE` words that stand in a row."""
+    """Every `SHINGLE` words that follow one another."""
     return zip(*(words[i:] for i in range(SHINGLE)), strict=False)
 
 
 def _blanks(passage: str) -> Iterator[tuple[str, str]]:
     """Text before the last word of each clause, and that word."""
-    for found in _CLAUSE_END.finditer(passage):
-        if found[0].islower():
-            yield passage[: found.start() - 1], found[0]
+    for match in _CLAUSE_END.finditer(passage):
+        if match[0].islower():
+            yield passage[: match.start() - 1], match[0]
 
 
 def _choices(before: str, word: str, ranked: list[str], rng: random.Random) -> tuple[str, ...]:
-    """The word among three of its pool, near in frequency; () where there are not three."""
+    """The word and three others of its pool, near in frequency, shuffled; () if there are fewer."""
     shown = {each.lower() for each in split_words(before)}
     chosen, place = [word], ranked.index(word)
 

@@ -78,11 +78,11 @@ class WindowedText:
                 for model in dict.fromkeys(models)
             }
             targets = rows[:, 1:].to(logits[models[0]].device)
-            found = per_token([logits[model] for model in models], targets)
-            found = found[:, max(len(self.prefix) - 1, 0) :].cpu().double().numpy()
+            new_values = per_token([logits[model] for model in models], targets)
+            new_values = new_values[:, max(len(self.prefix) - 1, 0) :].cpu().double().numpy()
             if not len(values):
-                values = np.zeros((len(ids), found.shape[2]))
-            for window, row in zip(step, found, strict=True):
+                values = np.zeros((len(ids), new_values.shape[2]))
+            for window, row in zip(step, new_values, strict=True):
                 first = window.start + (not self.prefix)  # the first token that has a value
                 new = slice(max(first, window.fresh), window.stop)
                 values[new] = row[new.start - first :]
