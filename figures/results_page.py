@@ -255,6 +255,8 @@ def ratio(first: pd.DataFrame, second: pd.DataFrame) -> tuple[float, float, floa
 
 def passages(rows: pd.DataFrame) -> np.ndarray:
     """Loss and tokens of every passage, means over the rows: ``[2, passage]``."""
+    if rows["passages"].isna().any():
+        raise ValueError("a row was measured without its passages")
     pairs = [[pair.split("/") for pair in text.split()] for text in rows["passages"]]
     return np.array(pairs, dtype=float).mean(0).T
 

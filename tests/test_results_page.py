@@ -7,6 +7,7 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -121,3 +122,11 @@ def test_without_records_nothing_is_claimed(fresh):
 def test_numbers_that_are_missing_leave_nothing_behind():
     row = {"p": float("nan"), "low": float("nan")}
     assert results_page.filled("1.2 [{low:+.1f}, {low:+.1f}] {p:.1%}", row) == "1.2 –"
+
+
+def test_no_interval_of_a_single_passage_and_none_without_passages():
+    first, second = (pd.DataFrame({"passages": [f"{nats}/10 0.0/0"]}) for nats in (20.0, 30.0))
+    value, low, high = results_page.ratio(first, second)
+    assert value == pytest.approx(np.exp(-1)) and (low, high) == (0, np.inf)
+    with pytest.raises(ValueError, match="without its passages"):
+        results_page.ratio(first, pd.DataFrame({"passages": ["20.0/10 0.0/0", None]}))

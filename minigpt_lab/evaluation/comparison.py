@@ -108,8 +108,14 @@ def _chosen(results: Mapping, pairs: str, reference: str | None) -> list[tuple[s
         return [(reference, name) for name in results if name != reference]
     if pairs == "all":
         return [*combinations(results, 2)]
-    sign = -1 if isinstance(next(iter(results.values())), Answers) else 1
-    return [*pairwise(sorted(results, key=lambda name: sign * float(results[name])))]
+
+    def badness(name: str) -> float:
+        if isinstance(found := results[name], Answers):
+            return -found.accuracy
+        loss, _, characters = found.passages.sum(0)
+        return loss / characters  # the order of perplexities, but under different tokenizers too
+
+    return [*pairwise(sorted(results, key=badness))]
 
 
 def _answers_row(first: Answers, second: Answers) -> dict:

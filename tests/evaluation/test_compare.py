@@ -168,3 +168,14 @@ def test_whole_windows_of_other_lengths_of_one_text_are_not_compared(tiny, tiny_
     assert lab.compare({"a": a, "same": same})["p"].item() == 1
     with pytest.raises(ValueError, match="differ in content"):
         lab.compare({"a": a, "b": b})
+
+
+def test_neighbours_under_different_tokenizers_are_ordered_per_character(losses):
+    tokens, first, _ = losses
+    coarse, fine = made(first, tokens), made(1.1 * first, 2 * tokens)
+    table = np.stack([1.1 * first, 2 * tokens, 4 * tokens], axis=1)  # low per token, not per letter
+    results = {"worst": dataclasses.replace(fine, passages=table), "middle": coarse}
+    results["best"] = made(0.9 * first, tokens)
+    found = lab.compare(results, pairs="neighbours", n_bootstrap=1, n_permutations=9)
+    assert found["first"].tolist() == ["best", "middle"]
+    assert found["second"].tolist() == ["middle", "worst"]
