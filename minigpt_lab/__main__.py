@@ -61,7 +61,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="minigpt_lab", description=__doc__.split(":")[0])
+    parser = _Parser(
+        prog="minigpt_lab", description="Run notebooks as experiments, and sweeps of them."
+    )
     tasks = parser.add_subparsers(dest="task", required=True)
     run = tasks.add_parser("run", help="run a notebook and print what it measured", add_help=False)
     run.add_argument("notebook", nargs="?", help=f"default: {DEFAULT}")
