@@ -250,7 +250,7 @@ def finite_or_float32(
         values = read(attempt)
         bad = np.flatnonzero(np.isnan(values).reshape(len(values), -1).any(1))
         if not len(bad):
-            return values, dtypes[0] if attempt == precision else "float32"
+            return values, dtype_name(reading_dtype(models[0], attempt))
         if dtypes[0] in ("float32", "float64"):
             break
         warnings.warn(
