@@ -254,6 +254,8 @@ KILLED = """
 import os, random, signal, sys, time
 import torch
 import minigpt_lab as lab
+from transformers.models.llama import modeling_llama, tokenization_llama
+lab.load_model, lab.save_model  # imported here, once, and not by every child
 folder, home = sys.argv[1], os.path.dirname(sys.argv[1])
 
 
