@@ -150,6 +150,10 @@ def method_curves(table: pd.DataFrame, *, caption: str = "") -> Figure:
         row[0].set_ylim(level / 1.25, 1.25 * max(shown))
     for axis in axes[-1]:
         axis.set_xlabel("stored parameters (millions)")
+        axis.ticklabel_format(axis="x", useOffset=False)
+        low, high = axis.get_xlim()
+        if high - low < 0.02 * high:  # all of about one size
+            axis.set_xlim(0.95 * low, 1.05 * high)
     side_legend(figure)
     return figure
 

@@ -6,6 +6,7 @@ A method is a criterion with its options, with or without bias compensation; `sl
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -291,13 +292,16 @@ def method_comparison(
     def measured(pruning: Pruning | None, train: Domain | None) -> dict:
         pruned = pruned_model(model, pruning) if pruning else model
         if train:
+            pruned = pruned if pruning else copy.deepcopy(model)
             recover(pruned, tokenizer, train, **settings)
         return held_out.measure(pruned)
 
     rows, losses = [], {}
-    cells = {("dense", "none", 0.0): None, **plans}
-    for (name, kind, ratio), pruning in tqdm(cells.items(), desc="comparison", unit="cell"):
-        train = recover_on if pruning else None
+    dense = ("dense", "none", 0.0)
+    cells = [(dense, None, None), *((cell, plan, recover_on) for cell, plan in plans.items())]
+    if recover_on is not None:
+        cells.insert(1, (dense, None, recover_on))
+    for (name, kind, ratio), pruning, train in tqdm(cells, desc="comparison", unit="cell"):
         key = [pruning and _cache_key(pruning)]
         key += [content_hash(train.train), settings] if train else []
         result = held_out.get(key, partial(measured, pruning, train))

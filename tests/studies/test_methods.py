@@ -90,9 +90,14 @@ def test_recovered_cells_are_others(compared, tiny, tiny_domain):
         recover_on=tiny_domain,
         recovery=recovery,
     )
-    assert list(after["recovered"]) == [False, True]
+    assert list(after["method"]) == ["dense", "dense", "random"]
+    assert list(after["recovered"]) == [False, True, True]
+    dense, control = after["perplexity"].iloc[:2]
+    assert control != dense  # a copy is trained, not the model itself
+    expected = table.query("method == 'dense'")["perplexity"].iloc[0]
+    assert dense == pytest.approx(expected)
     before = table.query("method == 'random' and sites == 'ffn' and ratio == 0.5").iloc[0]
-    assert after["perplexity"].iloc[1] < before["perplexity"]
+    assert after["perplexity"].iloc[2] < before["perplexity"]
     assert after["perplexity"].iloc[0] == table["perplexity"].iloc[0]  # dense
 
 
