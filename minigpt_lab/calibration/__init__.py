@@ -4,7 +4,7 @@ from .forward import patched_forward, run_decoder, watch
 from .gradients import collect_gradients
 from .hessians import DAMPING_MODES, Hessians, Indefinite, collect_hessians, damped_inverse, refit
 from .layer_runner import LayerRunner, catch_inputs
-from .losses import token_losses
+from .losses import logit_blocks, token_losses
 from .moments import FeatureSums, Moments
 from .neuron_statistics import Statistics, collect_statistics, tokens_hash
 from .spsa import estimate_gradients, gradient_cosine, scored_weights

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch.nn import functional
 from transformers import PreTrainedModel
@@ -10,13 +12,14 @@ from ..models import Anatomy
 from .forward import run_decoder, watch
 
 _BLOCK = 256  # tokens whose logits exist at once
-_CPU_LOGITS = 1 << 22  # logits converted to float32 at once: they fit into a processor's cache
+#: Logits converted to float32 at once: on a CPU (they fit into its cache), and elsewhere.
+_CPU_LOGITS, _GPU_LOGITS = 1 << 22, 1 << 28
 
 
 def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """``-log p(target)`` of every token, in float32.
 
-    On a CPU the logits are turned into float32 a few tokens at a time.
+    The logits are converted to float32 a few tokens at a time.
 
     Parameters
     ----------
@@ -27,12 +30,18 @@ def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """
     # flat: twice as fast as with the classes in the middle
     flat, answers = logits.flatten(0, -2), targets.flatten()  # [token, vocabulary], [token]
-    size = max(1, _CPU_LOGITS // flat.shape[1]) if flat.device.type == "cpu" else len(flat)
     losses = [
         functional.cross_entropy(block.float(), answer, reduction="none")
-        for block, answer in zip(flat.split(size), answers.split(size), strict=True)
+        for block, answer in logit_blocks(flat, answers)
     ]
     return torch.cat(losses).view(targets.shape)
+
+
+def logit_blocks(logits: torch.Tensor, *others: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Split logits ``[token, vocabulary]``, and tensors as long, into blocks of a few tokens."""
+    limit = _CPU_LOGITS if logits.device.type == "cpu" else _GPU_LOGITS
+    size = max(1, limit // logits.shape[1])
+    return zip(*(tensor.split(size) for tensor in (logits, *others)), strict=True)
 
 
 def window_losses(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..calibration import DAMPING_MODES
 from ..checks import Flag, Integer, Number, OneOf, check_fields, invalid, suggest
+from ..models import dtype_name
 from .saliencies import SALIENCIES
 
 
@@ -76,7 +77,7 @@ class Solver:
 
     def to_dict(self) -> dict[str, object]:
         """The settings as plain data."""
-        return {**asdict(self), "dtype": str(self.dtype).removeprefix("torch.")}
+        return {**asdict(self), "dtype": dtype_name(self.dtype)}
 
     def updates_bias(self, module: nn.Module) -> bool:
         """Whether a projection's bias compensates for the mean of the removed inputs."""

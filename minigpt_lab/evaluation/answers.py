@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from hashlib import sha256
 from math import sqrt
 
@@ -17,7 +17,8 @@ from ..checks import Flag, Instance, Integer, ListOf, Model, OneOf, Tokenizer, c
 from ..domains import Question
 from ..models import PRECISION, inference, tokenizer_for
 from .continuations import Packed, branch_losses, first_difference, longest, pack
-from .windows import finite_or_float32, require_same
+from .results import OneRow
+from .windows import by_length, finite_or_float32, require_same
 
 #: Each score of a choice, from its row in `Answers.frame`; the lowest wins, the highest logprob.
 SCORES = {
@@ -29,7 +30,7 @@ STYLES = ("cloze", "letters")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Answers:
+class Answers(OneRow):
     """A model's answers, with everything needed to compare them.
 
     Parameters
@@ -113,16 +114,9 @@ class Answers:
         protocol = {name: getattr(self, name) for name in ("score", "style", "precision")}
         return {"accuracy": self.accuracy, **interval, **protocol}
 
-    def to_frame(self) -> pd.DataFrame:
-        """The numbers as a table of one row."""
-        return pd.DataFrame([self.row()])
-
-    def _repr_html_(self) -> str:
-        return self.to_frame().to_html(index=False)
-
 
 @dataclass(frozen=True, repr=False)
-class Comparison:
+class Comparison(OneRow):
     """Two models on the same questions.
 
     Parameters
@@ -146,13 +140,6 @@ class Comparison:
     second_only: int
     p: float
     items: int
-
-    def to_frame(self) -> pd.DataFrame:
-        """The numbers as a table of one row."""
-        return pd.DataFrame([asdict(self)])
-
-    def _repr_html_(self) -> str:
-        return self.to_frame().to_html(index=False)
 
     def __repr__(self) -> str:
         return (
@@ -232,9 +219,7 @@ def answer_questions(
             packed.append(pack(prompt, continuations, tokenizer, limit))
         except ValueError as error:
             raise ValueError(f"question {number} ({question!s}): {error}") from error
-    order = np.argsort([-len(entry.ids) for entry in packed], kind="stable")  # little padding
-    groups = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-
+    groups = by_length([len(entry.ids) for entry in packed], batch_size)
     losses: dict[int, np.ndarray] = {}
 
     def read(precision: str) -> np.ndarray:

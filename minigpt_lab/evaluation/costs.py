@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checks import Integer, Model, Tokenizer, checked, safe_contextmanager
-from ..models import inference, label, model_size
+from ..models import dtype_name, inference, label, model_size
 
 
 @checked(
@@ -100,7 +100,7 @@ def efficiency(
             **counts,
             "repeats": repeats,
             "device": str(subject.device),
-            "dtype": str(subject.dtype).removeprefix("torch."),
+            "dtype": dtype_name(subject.dtype),
         }
         for name, subject in models.items()
     ]

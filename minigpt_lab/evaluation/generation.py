@@ -23,7 +23,7 @@ from ..checks import (
 from ..domains import Question, split_words, token_ids, window_prefix
 from ..models import PRECISION, check_token_ids, inference, tokenizer_for
 from .answers import QUESTIONS, Answers
-from .windows import finite_or_float32
+from .windows import by_length, finite_or_float32
 
 
 @checked(model=Model(), tokenizer=Tokenizer(), prompt=Text(), max_new_tokens=Integer(1))
@@ -145,8 +145,7 @@ def write_answers(
             raise ValueError(f"question {number} ({question!s}) has no tokens in this tokenizer")
         prompts.append(prefix + ids[-room:])
         truncated.append(max(0, len(ids) - room))
-    order = np.argsort([-len(ids) for ids in prompts], kind="stable")  # little padding
-    groups = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    groups = by_length([len(ids) for ids in prompts], batch_size)
     written = [""] * len(prompts)
 
     def read(precision: str) -> np.ndarray:

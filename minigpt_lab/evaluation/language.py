@@ -7,19 +7,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import pandas as pd
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..calibration import token_losses
 from ..checks import Flag, Integer, Model, Texts, Tokenizer, checked
 from ..domains import Part
-from ..models import PRECISION, inference
-from .windows import WindowedText, finite_or_float32, resampled, windowed
+from ..models import PRECISION
+from .results import OneRow
+from .windows import WindowedText, resampled, windowed
 
 
 @dataclass(frozen=True, repr=False)
-class Perplexity:
+class Perplexity(OneRow):
     """A perplexity with everything needed to compare it.
 
     Parameters
@@ -83,10 +83,6 @@ class Perplexity:
         )
         return {"perplexity": self.value, **{name: getattr(self, name) for name in names.split()}}
 
-    def to_frame(self) -> pd.DataFrame:
-        """The numbers as a table of one row."""
-        return pd.DataFrame([self.row()])
-
     def __float__(self) -> float:
         return self.value
 
@@ -95,9 +91,6 @@ class Perplexity:
             f"perplexity {self.value:.2f} [{self.low:.2f}, {self.high:.2f}] on {self.text} "
             f"({self.protocol}), {self.bits_per_character:.3f} bits per character"
         )
-
-    def _repr_html_(self) -> str:
-        return self.to_frame().to_html(index=False)
 
 
 @checked(
@@ -191,15 +184,9 @@ def perplexity(
         batch_size=batch_size,
     )
 
-    def read(precision: str) -> np.ndarray:
-        with inference(model, precision):
-            return texts.read([model], _losses, "perplexity", progress)
-
-    losses, dtype = finite_or_float32(read, [model], precision, lambda _: texts.name)
+    table, dtype = texts.passage_sums([model], _losses, precision, "perplexity", progress)
     protocol = {"seq_len": seq_len, "stride": stride or seq_len, "chunked": chunked}
-    return of_passages(
-        texts.passage_sums(losses), texts, n_bootstrap, seed, precision=dtype, **protocol
-    )
+    return of_passages(table, texts, n_bootstrap, seed, precision=dtype, **protocol)
 
 
 def _losses(logits: list[torch.Tensor], targets: torch.Tensor) -> torch.Tensor:

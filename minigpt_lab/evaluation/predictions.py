@@ -7,22 +7,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..calibration import logit_blocks
 from ..checks import Flag, Integer, Model, Texts, Tokenizer, checked
 from ..domains import Part
-from ..models import PRECISION, TrimmedVocabulary, inference
+from ..models import PRECISION, TrimmedVocabulary
 from .language import Perplexity, of_passages
-from .windows import finite_or_float32, resampled, windowed
-
-#: Logits converted to float32 at once: on a CPU (they fit into its cache), and elsewhere.
-_CPU_BLOCK, _GPU_BLOCK = 1 << 22, 1 << 28
+from .results import OneRow
+from .windows import resampled, windowed
 
 
 @dataclass(frozen=True, repr=False)
-class Divergence:
+class Divergence(OneRow):
     """Predictions of a model against those of a reference, on the same tokens.
 
     Parameters
@@ -65,19 +63,12 @@ class Divergence:
         names = [f"{name}{end}" for name in ("kl", "agreement") for end in ends]
         return {**self.model.row(), **{name: getattr(self, name) for name in names}}
 
-    def to_frame(self) -> pd.DataFrame:
-        """The numbers as a table of one row."""
-        return pd.DataFrame([self.row()])
-
     def __repr__(self) -> str:
         return (
             f"KL {self.kl:.4f} [{self.kl_low:.4f}, {self.kl_high:.4f}] nats per token, same top "
             f"token {self.agreement:.1%}, perplexity {self.model.value:.2f} against "
             f"{self.reference.value:.2f} on {self.model.text} ({self.protocol})"
         )
-
-    def _repr_html_(self) -> str:
-        return self.to_frame().to_html(index=False)
 
 
 @checked(
@@ -154,12 +145,9 @@ def divergence(
         batch_size=batch_size,
     )
 
-    def read(precision: str) -> np.ndarray:
-        with inference(model, precision), inference(reference, precision):
-            return texts.read([model, reference], _columns, "divergence", progress)
-
-    values, dtype = finite_or_float32(read, [model, reference], precision, lambda _: texts.name)
-    table = texts.passage_sums(values)  # [passage, 6]
+    table, dtype = texts.passage_sums(
+        [model, reference], _columns, precision, "divergence", progress
+    )  # [passage, 6]
     kl, agreement, ratio = _ratios(table.sum(0))
     low, high = resampled(table, _ratios, n_bootstrap, seed).tolist()
     protocol = {"seq_len": seq_len, "stride": stride or seq_len, "precision": dtype}
@@ -187,12 +175,8 @@ def _ratios(sums: np.ndarray) -> np.ndarray:
 def _columns(logits: list[torch.Tensor], targets: torch.Tensor) -> torch.Tensor:
     """Both losses, KL and agreement of every token, ``[batch, token, 4]``."""
     q_logits, p_logits = (x.flatten(0, -2) for x in logits)  # [token, vocabulary]
-    answers, columns = targets.flatten(), []
-    block = _CPU_BLOCK if q_logits.device.type == "cpu" else _GPU_BLOCK
-    size = max(1, block // q_logits.shape[1])
-    for q, p, answer in zip(
-        q_logits.split(size), p_logits.split(size), answers.split(size), strict=True
-    ):
+    columns = []
+    for q, p, answer in logit_blocks(q_logits, p_logits, targets.flatten()):
         p = p.to(q.device)
         log_q, log_p = q.float().log_softmax(-1), p.float().log_softmax(-1)
         at_answer = [-x.gather(1, answer[:, None])[:, 0] for x in (log_q, log_p)]

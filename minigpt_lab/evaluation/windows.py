@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -11,9 +12,9 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..checks import InvalidArgument
+from ..checks import InvalidArgument, safe_contextmanager
 from ..domains import SEPARATOR, Part, RunningText, excerpt, running_text, window_prefix
-from ..models import check_token_ids, dtype_name, reading_dtype, tokenizer_for
+from ..models import check_token_ids, dtype_name, inference, reading_dtype, tokenizer_for
 from ..store import content_hash
 
 #: Bytes that the logits of one step may take, as float32: on a CPU, and elsewhere.
@@ -51,12 +52,15 @@ class WindowedText:
     name: str
     content: str
 
-    def read(
-        self, models: Sequence[PreTrainedModel], per_token: Callable, title: str, progress: bool
-    ) -> np.ndarray:
-        """Values of every token, each in the first window that reaches it, ``[token, column]``.
-
-        A token without one before it in its window has no value: 0.
+    def passage_sums(
+        self,
+        models: Sequence[PreTrainedModel],
+        per_token: Callable,
+        precision: str,
+        title: str,
+        progress: bool,
+    ) -> tuple[np.ndarray, str]:
+        """Read the text, and sum what models say of its tokens by passage.
 
         Parameters
         ----------
@@ -65,8 +69,36 @@ class WindowedText:
         per_token : callable
             From logits ``[batch, token, vocabulary]``, one tensor per model, and the tokens that
             they predict ``[batch, token]`` to values ``[batch, token, column]``.
+        precision : {"auto", "bfloat16", "float32"}
+            See `finite_or_float32`.
         title, progress
             Of the progress bar, and whether it is shown.
+
+        Returns
+        -------
+        sums : numpy.ndarray
+            Of every column, tokens scored and their characters, ``[passage, column + 2]``.
+        precision : str
+            Type that the models were read in.
+        """
+
+        def read(precision: str) -> np.ndarray:
+            with _reading(models, precision):
+                return self._values(models, per_token, title, progress)
+
+        values, dtype = finite_or_float32(read, models, precision, lambda _: self.name)
+        scored, characters = self.scored, self.running.characters
+        passage, count = self.running.passage[scored], self.running.passage[-1] + 1
+        columns = [*values.T, np.ones(len(values)), characters]
+        sums = [np.bincount(passage, weights=column[scored], minlength=count) for column in columns]
+        return np.stack(sums, axis=1), dtype
+
+    def _values(
+        self, models: Sequence[PreTrainedModel], per_token: Callable, title: str, progress: bool
+    ) -> np.ndarray:
+        """Values of every token, each in the first window that reaches it, ``[token, column]``.
+
+        A token without one before it in its window has no value: 0.
         """
         ids = self.running.ids
         values = np.empty((0, 0))  # until the number of columns is known
@@ -96,13 +128,14 @@ class WindowedText:
             scored[max(window.start + (not self.prefix), window.fresh) : window.stop] = True
         return scored
 
-    def passage_sums(self, values: np.ndarray) -> np.ndarray:
-        """Sums of every column, tokens scored and their characters, ``[passage, column + 2]``."""
-        scored, characters = self.scored, self.running.characters
-        passage, count = self.running.passage[scored], self.running.passage[-1] + 1
-        columns = [*values.T, np.ones(len(values)), characters]
-        sums = [np.bincount(passage, weights=column[scored], minlength=count) for column in columns]
-        return np.stack(sums, axis=1)
+
+@safe_contextmanager
+def _reading(models: Sequence[PreTrainedModel], precision: str) -> Iterator[None]:
+    """Within the block, models are read in a precision; see `inference`."""
+    with contextlib.ExitStack() as undo:
+        for model in models:
+            undo.enter_context(inference(model, precision))
+        yield
 
 
 def windowed(
@@ -258,6 +291,12 @@ def finite_or_float32(
             stacklevel=3,
         )
     raise ValueError(f"the model gives NaN on {name(bad[0])}: check its weights, dtype")
+
+
+def by_length(lengths: Sequence[int], batch_size: int) -> list[np.ndarray]:
+    """Indices in batches, the longest first: items of a batch need little padding."""
+    order = np.argsort([-length for length in lengths], kind="stable")
+    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 
 def require_same(what: str, first: object, second: object) -> None:

@@ -7,14 +7,7 @@ from .feature_masks import Masks, all_features, without_features
 from .layers import add_bias
 from .offloading import execution_device, is_offloaded, materialized
 from .plan import PruningPlan, keep_all
-from .precision import (
-    PRECISION,
-    PRECISIONS,
-    dtype_name,
-    has_fast_bfloat16,
-    product_dtype,
-    reading_dtype,
-)
+from .precision import PRECISION, dtype_name, has_fast_bfloat16, product_dtype, reading_dtype
 from .resizing import rebuild_layer, set_units, update_config
 from .runtime import check_token_ids, fingerprint, inference, label, require_weights, seeded
 from .saving import save_model

@@ -148,7 +148,7 @@ def threshold_sweep(
         raise ValueError(f"epsilons is {dict(epsilons)}; expected at least one threshold")
     path = out_dir and Path(out_dir) / "sweep.json"
     held_out = HeldOut(model, tokenizer, [text], max_tokens=max_tokens, seq_len=seq_len, path=path)
-    (dense,) = held_out.get(None, lambda: held_out.measure(model))["rows"]
+    (dense,) = held_out.rows(held_out.get(None, lambda: held_out.measure(model)))
     subject = copy.deepcopy(model)  # the dense model beside it is the reference
 
     def measured(plan: PruningPlan) -> dict:
@@ -159,7 +159,7 @@ def threshold_sweep(
     plans = list(_plans(model, statistics, epsilons, controls, token_counts, seeds))
     for facts, plan in tqdm(plans, desc="sweep", unit="point"):
         key = [plan.keep, plan.zero, plan.vocabulary]
-        (row,) = held_out.get(key, partial(measured, plan))["rows"]
+        (row,) = held_out.rows(held_out.get(key, partial(measured, plan)))
         size = plan.predicted_size(model).to_frame().iloc[0].to_dict()
         # token counts differ once tokens are removed: compare per character, on the scale of the
         # dense model's tokens

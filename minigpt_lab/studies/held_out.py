@@ -18,6 +18,9 @@ from ..evaluation import Divergence, Perplexity, divergence, perplexity, same_vo
 from ..models import dtype_name, fingerprint, model_size, reading_dtype
 from ..store import ResultCache, content_hash
 
+#: Columns of a table row that only a `Divergence` fills.
+NO_DIVERGENCE = {"kl": None, "agreement": None}
+
 
 class HeldOut:
     """Excerpts of the same length, the same for all variants; finished results are kept.
@@ -65,17 +68,25 @@ class HeldOut:
                 diverging(model, self.dense, self.tokenizer, text, **protocol)
                 for text in self.texts
             ]
-        losses = [each.model if isinstance(each, Divergence) else each for each in found]
+        losses = [losses_of(each) for each in found]
         return {
             "stored": model_size(model).stored,
-            "rows": [row_of(each) for each in found],
+            "rows": [{**NO_DIVERGENCE, **each.row()} for each in found],
             "losses": [asdict(each) | {"passages": _short(each.passages)} for each in losses],
         }
 
     def table_rows(self, result: dict, **facts) -> list[dict]:
         """Rows of a table, one per text: facts of the variant, its size, its numbers."""
         size = {"stored": result["stored"], "removed": 1 - result["stored"] / self.dense_size}
-        return [{**facts, **size, **row} for row in result["rows"]]
+        return [{**facts, **size, **row} for row in self.rows(result)]
+
+    def rows(self, result: dict) -> list[dict]:
+        """A row of numbers per text, as those of `row_of`."""
+        losses = self.perplexities(result)
+        return [
+            {**row, "passages": passages_text(loss)}
+            for row, loss in zip(result["rows"], losses, strict=True)
+        ]
 
     def perplexities(self, result: dict) -> list[Perplexity]:
         """Its perplexity on every text, for `lab.compare`."""
@@ -86,14 +97,21 @@ class HeldOut:
 
 
 def row_of(found: Divergence | Perplexity) -> dict:
-    """A row of a table; without a divergence those columns are None.
+    """A row of a table; without a divergence those columns are None."""
+    return {**NO_DIVERGENCE, **found.row(), "passages": passages_text(losses_of(found))}
 
-    ``passages`` has the summed loss and the tokens of each, ``"41.3021/12 …"``: with them a table
-    is enough for paired comparisons.
+
+def losses_of(found: Divergence | Perplexity) -> Perplexity:
+    """The model's perplexity."""
+    return found.model if isinstance(found, Divergence) else found
+
+
+def passages_text(loss: Perplexity) -> str:
+    """Summed loss and tokens of each passage, ``"41.3021/12 …"``.
+
+    With them a table is enough for paired comparisons.
     """
-    losses = found.model if isinstance(found, Divergence) else found
-    passages = " ".join(f"{nats:.4f}/{tokens:.0f}" for nats, tokens, _ in losses.passages)
-    return {"kl": None, "agreement": None, **found.row(), "passages": passages}
+    return " ".join(f"{nats:.4f}/{tokens:.0f}" for nats, tokens, _ in loss.passages)
 
 
 def _short(passages: np.ndarray) -> list[list[float]]:

@@ -354,10 +354,8 @@ def told_apart(
 
 
 def _mean(losses: Sequence[Perplexity]) -> Perplexity:
-    """One perplexity of mean losses per passage."""
-    passages = np.mean([loss.passages for loss in losses], axis=0)
-    value = float(np.exp(passages[:, 0].sum() / passages[:, 1].sum()))
-    return replace(losses[0], passages=passages, value=value)
+    """One perplexity whose `passages` are means; its other numbers are those of the first."""
+    return replace(losses[0], passages=np.mean([loss.passages for loss in losses], axis=0))
 
 
 @checked(plans=_PLANS, sites=OneOf(KINDS), ratio=Number(0, below=1))
