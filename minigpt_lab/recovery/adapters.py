@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from ..checks import GLOBAL_STATE, Snapshot, locked, restore_on_exit, safe_contextmanager, suggest
 from ..models import Anatomy, weight_axis
@@ -129,7 +129,9 @@ def trainable(
             if names is None:
                 module, sources = model, _replace_by_copies(model)
                 _keep_zeros(sources.values())
-                # Checkpoints have the names in memory: the Trainer reads no others.
+                # Checkpoints have no generation settings, which transformers may refuse to save,
+                # and the names in memory: the Trainer reads no others.
+                model.generation_config = GenerationConfig()
                 model.save_pretrained = functools.partial(
                     model.save_pretrained, save_original_format=False
                 )

@@ -14,6 +14,7 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers import (
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
@@ -79,7 +80,7 @@ class RecoveryTrainer(Trainer):
         self.limit = math.inf
 
     def run(
-        self, folder: Path, facts: dict, stop_at: float | None, progress: bool
+        self, folder: Path, facts: dict, stop_at: float | PreTrainedModel | None, progress: bool
     ) -> tuple[str, dict]:
         """Train, or resume, and load the best state.
 
@@ -89,8 +90,8 @@ class RecoveryTrainer(Trainer):
             Of the checkpoints.
         facts : dict
             What identifies the run: another one in the same folder is refused.
-        stop_at : float, optional
-            Perplexity at which nothing is left to do.
+        stop_at : float or transformers.PreTrainedModel, optional
+            Perplexity at which nothing is left to do, or a model that has it.
         progress : bool
             Show a progress bar.
 
@@ -99,7 +100,7 @@ class RecoveryTrainer(Trainer):
         why : str
             Why it ended.
         start : dict
-            Metrics before training.
+            Metrics before training, and the perplexity to stop at.
         """
         first = self.is_world_process_zero()
         self.began, state = time.time(), None
@@ -108,12 +109,17 @@ class RecoveryTrainer(Trainer):
         checkpoint = self._agree(last_complete(folder) if first else None)
         if start is None:
             start = self._agree(self._measure())
+            if isinstance(stop_at, PreTrainedModel):
+                stop_at = self._agree(self._perplexity(stop_at, self.texts["perplexity"]))
+            start["stop_at"] = stop_at
             if first:
                 run.write(start=start)
         if checkpoint is not None:
             state = TrainerState.load_from_json(str(checkpoint / STATE))
             self.began -= max(row.get("eval_seconds", 0.0) for row in state.log_history)
-        if stop_at is not None and start["eval_perplexity"] <= stop_at:
+        level = start["stop_at"]
+        self.add_callback(RecoveryCallback(level))
+        if level is not None and start["eval_perplexity"] <= level:
             self.subject.improved = False
             return "recovered", start
         vocabulary = self.subject.model.get_input_embeddings().weight.shape[0]
@@ -170,17 +176,20 @@ class RecoveryTrainer(Trainer):
         overflow = np.errstate(over="ignore", invalid="ignore")  # of a model that diverges
         with self.subject.merged() as model, overflow:
             metrics = {
-                f"eval_{name}": perplexity(
-                    model,
-                    self.words,
-                    text,
-                    seq_len=self.seq_len,
-                    precision=self.precision,
-                    progress=False,
-                ).value
-                for name, text in self.texts.items()
+                f"eval_{name}": self._perplexity(model, text) for name, text in self.texts.items()
             }
         return {**metrics, "eval_seconds": time.time() - self.began}
+
+    def _perplexity(self, model: PreTrainedModel, text: Sequence[str]) -> float:
+        return perplexity(
+            model,
+            self.words,
+            text,
+            seq_len=self.seq_len,
+            max_characters=None,
+            precision=self.precision,
+            progress=False,
+        ).value
 
     def evaluate(self, *_args, **_options) -> dict[str, float]:
         """Measure, log and pass on to the callbacks.

@@ -132,15 +132,17 @@ def test_interrupting_keeps_what_was_reached(mini, tiny, tiny_domain):
 
 
 @pytest.mark.slow
-def test_a_killed_run_resumes_to_the_same_curve(tmp_path, pruned, tiny):
+@pytest.mark.parametrize("options", ["", "teacher=dense, loss='mix', teacher_samples=8, "])
+def test_a_killed_run_resumes_to_the_same_curve(tmp_path, pruned, tiny, options):
     lab.save_model(pruned, tiny[1], tmp_path / "mini")
     script = tmp_path / "run.py"
     script.write_text(f"""
 import sys
 import minigpt_lab as lab
+dense, _ = lab.load_model("tiny-llama", device="cpu")
 model, tokenizer = lab.load_model({str(tmp_path / "mini")!r}, device="cpu")
 history = lab.recover(model, tokenizer, lab.load_domain("tiny-law"), epochs=3, learning_rate=1e-3,
-                      out_dir=sys.argv[1], **{SMALL!r})
+                      {options}out_dir=sys.argv[1], **{SMALL!r})
 history.drop(columns="seconds").to_csv(sys.argv[2], index=False)
 """)
 
@@ -303,11 +305,12 @@ def test_two_processes_train_one_model(tmp_path, pruned, tiny):
 import os, sys, torch
 import minigpt_lab as lab
 rank, domain = os.environ["RANK"], lab.load_domain("tiny-law")
-for method, rate in (("full", 1e-3), ("lora", 5e-3)):
+distil = {{"teacher": lab.load_model("tiny-llama", device="cpu")[0], "loss": "mix"}}
+for method, rate, options in (("full", 1e-3, distil), ("lora", 5e-3, {{}})):
     model, tokenizer = lab.load_model({str(tmp_path / "mini")!r}, device="cpu")
     zero = {{name: p == 0 for name, p in model.named_parameters()}}
     history = lab.recover(model, tokenizer, domain, method=method, learning_rate=rate, patience=2,
-                          out_dir=f"{{sys.argv[1]}}/{{method}}", **{SMALL!r})
+                          **options, out_dir=f"{{sys.argv[1]}}/{{method}}", **{SMALL!r})
     assert all((model.get_parameter(name)[mask] == 0).all() for name, mask in zero.items())
     torch.save((history, history.attrs, model.state_dict()), f"{{sys.argv[1]}}/{{method}}-{{rank}}")
 try:
