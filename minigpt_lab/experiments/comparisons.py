@@ -142,9 +142,9 @@ def _is_inside(domains: pd.Series, parameters: dict) -> pd.Series:
 
 def _method(variant: str, regimes: dict) -> str:
     """The method behind a variant of any size; `regimes` are the sizes of notebook 04."""
-    regime, _, trained = variant.partition(", ")
-    if regime in regimes:
-        return f"recovered, {trained}" if trained else "pruned"
+    regime, *how = variant.split(", ")
+    if regime in regimes:  # how it was pruned, and the loss it was trained with
+        return ", ".join(["recovered" if len(how) > 1 else "pruned", *how])
     return {"shrunk": "pruned"}.get(variant, variant)
 
 

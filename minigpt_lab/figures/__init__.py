@@ -21,6 +21,7 @@ from .evaluation import (
     domain_heatmap,
     perplexity_and_accuracy,
     recovery_curves,
+    restore_or_adapt,
 )
 from .explorer import ThresholdPicture
 from .pruning import budget_bars, perplexity_dots, pruning_heatmap, threshold_sweep

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import cycle
 
 import numpy as np
 import pandas as pd
@@ -25,7 +26,17 @@ from .axes import (
 from .frames import draws_frame
 from .style import VARIANT_STYLE, Style, looks, new_figure, with_note
 
-_TRAINING: dict[str, Style] = {"full": ("#009E73", "^"), "lora": ("#CC79A7", "v")}
+#: A colour per way to prune, darker where a teacher has a part in it; a marker per loss.
+_LOSSES = {"label": "^", "kl": "v", "mix": "D"}
+_PRUNERS = {
+    "contextual": ("#E69F00", "#8C5A00", "#C27800"),
+    "slimgpt": ("#56B4E9", "#003F66", "#0072B2"),
+}
+_TRAINING: dict[str, Style] = {
+    f"{pruner}, {loss}": (tint, marker)
+    for pruner, tints in _PRUNERS.items()
+    for tint, (loss, marker) in zip(tints, _LOSSES.items(), strict=True)
+}
 _TEXTS = {  # of the domain, of the other text: column, line and marker, line of the dense level
     "perplexity": ({"ls": "-"}, "--"),
     "other_perplexity": ({"ls": ":", "mfc": "white"}, (0, (1, 2))),
@@ -34,7 +45,11 @@ _TEXTS = {  # of the domain, of the other text: column, line and marker, line of
 
 @draws_frame(names="regime method", numbers="tokens perplexity other_perplexity")
 def recovery_curves(
-    histories: pd.DataFrame, *, dense: Mapping[str, float], caption: str = ""
+    histories: pd.DataFrame,
+    *,
+    dense: Mapping[str, float],
+    tuned: Mapping[str, float] | None = None,
+    caption: str = "",
 ) -> Figure:
     """Held-out perplexity against tokens trained on, a panel per regime, a colour per method.
 
@@ -48,6 +63,8 @@ def recovery_curves(
         Several rows at one point (seeds) are dots, and their mean is the line.
     dense : mapping
         Name of the domain and of the other one to the dense model's perplexity, in this order.
+    tuned : mapping, optional
+        The same of the dense model fine-tuned on the domain.
     caption : str
         Model, text, protocol.
     """
@@ -63,8 +80,12 @@ def recovery_curves(
                 _mark_curves(axis, curves, styles, own_level)
         for (name, level), (_, line) in zip(dense.items(), _TEXTS.values(), strict=True):
             axis.axhline(level, color="black", lw=1, ls=line, label=f"dense on {name}")
+            if tuned is not None:
+                label = f"dense, fine-tuned, on {name}"
+                axis.axhline(tuned[name], color="tab:green", lw=1, ls=line, label=label)
         axis.set(yscale="log", xlabel="tokens trained on (0: pruned, not tuned)")
-        log_labels(axis.yaxis, [*part[[*_TEXTS]].to_numpy().ravel(), *dense.values()])
+        levels = [*dense.values(), *(tuned or {}).values()]
+        log_labels(axis.yaxis, [*part[[*_TEXTS]].to_numpy().ravel(), *levels])
         axis.xaxis.set_major_locator(MaxNLocator(4))
         axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     figure.axes[0].set_ylabel("validation perplexity")
@@ -84,6 +105,57 @@ def _mark_curves(axis: Axes, curves: dict[str, pd.DataFrame], styles: dict, leve
         axis.plot(points.idxmin(), points.min(), "o", ms=11, mfc="none", mec=tint, mew=1.4)
         reached = points[points <= level].head(1)
         axis.plot(reached.index, reached, "*", ms=15, color=tint, mec="black")
+
+
+@draws_frame(names="text variant", numbers="perplexity")
+def restore_or_adapt(table: pd.DataFrame, *, domain: str, other: str, caption: str = "") -> Figure:
+    """Perplexity of the domain against that of another text, relative to the dense model's.
+
+    A line leads from each pruned model (``"mild, slimgpt"``) to what a loss made of it
+    (``"mild, slimgpt, kl"``).
+
+    Parameters
+    ----------
+    table : pandas.DataFrame
+        Columns ``text, variant, perplexity``; the variants include ``"dense"``.
+    domain, other : str
+        Texts of the two axes.
+    caption : str
+        Model, text, protocol.
+    """
+    title = "Does training restore the dense model, or adapt to the domain?"
+    figure = new_figure(8.4, 5.2, caption, title)
+    axis = figure.subplots()
+    places = table.pivot(index="variant", columns="text", values="perplexity")
+    places = (places / places.loc["dense"])[[str(domain), str(other)]]
+    axis.plot(1, 1, "*", color="black", ms=13)
+    keys = [key("dense", color="black", marker="*", ls="", ms=11)]
+    tuned = [name for name in places.index if name.startswith("dense, ")]
+    for name in tuned:
+        axis.plot(*places.loc[name], "P", color="tab:green", ms=9)
+        keys.append(key("dense, fine-tuned", color="tab:green", marker="P", ls="", ms=8))
+    trained = [name for name in places.index if name.count(", ") == 2]
+    styles = looks(sorted({name.split(", ", 1)[1] for name in trained}), _TRAINING)
+    regimes = dict(zip(dict.fromkeys(n.split(", ")[0] for n in trained), cycle(["-", "--", ":"])))
+    for name in trained:
+        regime, how = name.split(", ", 1)
+        before, look = places.loc[name.rpartition(", ")[0]], styles[how]
+        line = {"color": look["color"], "lw": 1.2, "ls": regimes[regime]}
+        axis.plot(*zip(before, places.loc[name], strict=True), **line)
+        axis.plot(*before, "o", color=look["color"], mfc="white")
+        axis.plot(*places.loc[name], look["marker"], color=look["color"], ms=8)
+    keys += [key(name, **{**look, "ls": ""}) for name, look in styles.items()]
+    keys.append(key("pruned, not trained", color="gray", marker="o", mfc="white", ls=""))
+    keys += [key(name, color="gray", ls=line) for name, line in regimes.items()]
+    for line in (axis.axvline, axis.axhline):
+        line(1, color="black", lw=0.8, ls="--", zorder=0)
+    axis.set(xscale="log", yscale="log")
+    axis.set_xlabel(f"perplexity on {domain} / dense")
+    axis.set_ylabel(f"perplexity on {other} / dense")
+    log_labels(axis.xaxis, places[str(domain)], words="× {x:g}")
+    log_labels(axis.yaxis, places[str(other)], words="× {x:g}")
+    side_legend(figure, *keys)
+    return figure
 
 
 @draws_frame(names="domain variant", numbers="accuracy chance items low high")

@@ -59,7 +59,8 @@ def test_measurements_are_on_the_scale_of_the_dense_tokens(runs):
 
 
 def test_methods_have_one_name_whatever_the_size(tmp_path):
-    table = {"text": "law/test", "variant": ["dense", "mild", "mild, full"], "stored": [9, 8, 8],
+    variants = ["dense", "mild, slimgpt", "mild, slimgpt, kl"]
+    table = {"text": "law/test", "variant": variants, "stored": [9, 8, 8],
              "perplexity": [1.0, 3.0, 2.0]}  # fmt: skip
     run(tmp_path / "recovery", table, stored_ratios={"mild": 0.9})
     answers = {"domain": ["law", "games"] * 2, "variant": ["dense"] * 2 + ["random"] * 2,
@@ -67,7 +68,7 @@ def test_methods_have_one_name_whatever_the_size(tmp_path):
                "low": 0.4, "high": 0.6}  # fmt: skip
     run(tmp_path / "answers", answers, domain_name=None, test_tokens=512)
     found = comparisons.measurements(tmp_path)
-    assert set(found["method"]) == {"dense", "pruned", "recovered, full", "random"}
+    assert set(found["method"]) == {"dense", "pruned, slimgpt", "recovered, slimgpt, kl", "random"}
     assert found["low"].isna().all() and found["inside"].all()
     assert set(found["text"]) == {"law/test", "games/test"}
 

@@ -17,7 +17,7 @@ WRONG = [
     ("02", "epsilon_linear", 0.1, "a list"),
     ("02", "epsilon_linear", ["a"], "a number"),
     ("03", "seq_len", 64.5, "a whole number"),
-    ("04", "learning_rates", 1e-3, "a dictionary"),
+    ("04", "losses", "label", "a dictionary"),
     ("03", "seq_len", True, "a whole number"),
     ("03", "seq_len", None, "a whole number"),
     ("03", "quantile_activation", "0.1", "a number or None"),

@@ -348,7 +348,7 @@ def histories():
     rows = [
         [regime, method, tokens, 30 - tokens / 100 - 5 * (regime == "mild"), 40 + tokens / 100]
         for regime in ("mild", "aggressive")
-        for method in ("full", "lora")
+        for method in ("slimgpt, label", "slimgpt, kl")
         for tokens in (0, 512, 1024)
     ]
     return pd.DataFrame(
@@ -371,11 +371,39 @@ def test_recovery_curves_mark_where_dense_was_reached(histories):
     levels = [set(line.get_ydata()) for line in mild.lines if len(line.get_xdata()) == 2]
     assert {18.0} in levels and {35.0} in levels
     words = {text.get_text() for text in figure.legends[0].get_texts()}
-    assert {"full", "lora", "on law", "dense on games", "best checkpoint"} <= words
+    assert {"slimgpt, label", "slimgpt, kl", "on law", "dense on games", "best checkpoint"} <= words
     hollow = [
         line for line in mild.lines if line.get_linestyle() == ":" and line.get_marker() in "^v"
     ]
     assert len(hollow) == 2 and all(line.get_markerfacecolor() == "white" for line in hollow)
+
+
+def test_recovery_curves_show_the_level_of_the_fine_tuned_dense_model(histories):
+    tuned = {"law": 12.0, "games": 33.0}
+    figure = figures.recovery_curves(histories, dense={"law": 18.0, "games": 35.0}, tuned=tuned)
+    for axis in figure.axes:
+        levels = [line.get_ydata()[0] for line in axis.lines if line.get_color() == "tab:green"]
+        assert levels == [12.0, 33.0]
+
+
+def test_restoring_and_adapting_are_directions():
+    variants = {"dense": (10, 20), "dense, label": (8, 22), "mild, slimgpt": (20, 60),
+                "mild, slimgpt, kl": (15, 40), "mild, slimgpt, label": (12, 70)}  # fmt: skip
+    rows = [
+        (text, name, value[i])
+        for name, value in variants.items()
+        for i, text in ((0, "a"), (1, "b"))
+    ]
+    table = pd.DataFrame(rows, columns=["text", "variant", "perplexity"])
+    axis = figures.restore_or_adapt(table, domain="a", other="b").axes[0]
+    arrows = {
+        tuple(np.round([*line.get_xdata(), *line.get_ydata()], 6))
+        for line in axis.lines
+        if len(line.get_xdata()) == 2 and line.get_color() != "black"
+    }
+    assert arrows == {(2.0, 1.5, 3.0, 2.0), (2.0, 1.2, 3.0, 3.5)}
+    marked = {line.get_marker(): (line.get_xdata()[0], line.get_ydata()[0]) for line in axis.lines}
+    assert marked["P"] == (0.8, 1.1) and marked["v"] == (1.5, 2.0) and marked["^"] == (1.2, 3.5)
 
 
 def test_recovery_of_several_seeds_has_dots_and_new_methods_a_look(histories):
@@ -385,7 +413,7 @@ def test_recovery_of_several_seeds_has_dots_and_new_methods_a_look(histories):
     dots = [line for line in axis.lines if line.get_label() == "one seed"]
     assert [len(line.get_ydata()) for line in dots] == [6] * 4  # two methods on two texts
     assert axis.lines[0].get_ydata()[0] == histories["perplexity"][0] + 1  # the mean
-    figures.recovery_curves(histories.replace("lora", "prefix"), dense=dense)
+    figures.recovery_curves(histories.replace("slimgpt, kl", "prefix"), dense=dense)
 
 
 def test_answers_stand_beside_chance():

@@ -62,6 +62,11 @@ def drawable() -> dict[str, tuple[pd.DataFrame, dict]]:
                 perplexity=[30.0, 20, 30, 21], other_perplexity=40.0
             ), {"dense": {"law": 18.0, "games": 35.0}}
         ),
+        "restore_or_adapt": (
+            rows(text=TEXTS, variant=["dense", "mild, slimgpt", "mild, slimgpt, kl"]).assign(
+                perplexity=[10.0, 20, 15, 11, 21, 16]
+            ), {"domain": TEXTS[0], "other": TEXTS[1]}
+        ),
         "answer_dots": (
             rows(domain=DOMAINS, variant=["dense", "cut"]).assign(
                 accuracy=0.3, chance=0.25, **accuracy
