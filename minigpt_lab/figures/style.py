@@ -51,7 +51,9 @@ VARIANT_STYLE: dict[str, Style] = {
     "dense": ("#000000", "o"),
     "random": ("#7F7F7F", "x"),
     "pruned": ("#D55E00", "s"),
-    "recovered": ("#0072B2", "D"),
+    "recovered, label": ("#0072B2", "D"),
+    "recovered, kl": ("#56B4E9", "P"),
+    "recovered, mix": ("#CC79A7", "v"),
     "dense, fine-tuned": ("#009E73", "^"),
 }
 PART_STYLE: dict[str, Style] = {  # colour, hatch
