@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """Every task of the project, with nothing but Python 3.11: ``python3.11 tasks.py run``.
 
+make  install, then make a small model for a domain: --domain my_texts/ --size 0.5
 run   install, then execute notebook 03 on SmolLM2-135M and the medical domain
 test  install, then run the whole test suite; with --fast what is not marked slow (three minutes)
 lab   install, then open JupyterLab on notebooks/
@@ -129,7 +130,7 @@ def test(arguments: list[str]) -> int:
 
 
 TASKS = {
-    **{task: partial(kit, task) for task in ("run", "sweep", "results", "report")},
+    **{task: partial(kit, task) for task in ("make", "run", "sweep", "results", "report")},
     "test": test,
     "lab": lambda rest: python("-m", "jupyter", "lab", "notebooks", *rest),
     "tiny": lambda rest: python("data/models/train.py", *rest),

@@ -62,6 +62,7 @@ from .models import (
     trim_tokenizer,
 )
 from .planning import contextual_plan, plan_from_scores
+from .recipes import Mini, make_mini
 from .recovery import RECOVERY_PRESETS, recover
 from .store import SourceUnavailable
 from .studies import domain_matrix, domain_plans, smallest_within
@@ -79,6 +80,7 @@ __all__ = [
     "Divergence",
     "Domain",
     "Hessians",
+    "Mini",
     "Part",
     "Perplexity",
     "PruningPlan",
@@ -119,6 +121,7 @@ __all__ = [
     "load_domains",
     "load_model",
     "make_domain",
+    "make_mini",
     "masked",
     "model_size",
     "perplexity",

@@ -1,4 +1,4 @@
-"""The command line: ``python -m minigpt_lab run | sweep | results | report``."""
+"""The command line: ``python -m minigpt_lab make | run | sweep | results | report``."""
 
 from __future__ import annotations
 
@@ -74,6 +74,17 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--once", action="store_true", help="do nothing if --out holds a finished run")
     run.add_argument("-h", "--help", action="store_true", help="of a NOTEBOOK: its parameters")
     run.set_defaults(do=_run, parser=run)
+    make = tasks.add_parser("make", help="make a small model for a domain, and measure its loss")
+    make.add_argument(
+        "--model", default="smollm2-135m", help="name or folder; default: %(default)s"
+    )
+    make.add_argument("--domain", required=True, help="name, folder of texts, file, or hub dataset")
+    make.add_argument("--size", type=float, help="share of the parameters to keep, e.g. 0.5")
+    make.add_argument("--increase", type=float, help="instead: how much perplexity may grow")
+    make.add_argument("--general", type=float, default=0.3, help="share of general text (0.3)")
+    make.add_argument("--minutes", type=float, default=60, help="time for all of it (60)")
+    make.add_argument("--out", help="folder, continued if it exists; default: runs/mini/DOMAIN")
+    make.set_defaults(do=_make)
     sweep = tasks.add_parser("sweep", help="run what is missing of a grid of parameters")
     sweep.add_argument("grid", help="YAML file, see notebooks/grids/")
     sweep.add_argument("--out", help="sweep folder; default: runs/sweeps/GRID")
@@ -135,6 +146,29 @@ def _run(arguments: argparse.Namespace) -> None:
     for path in sorted(folder.iterdir()):
         if path.suffix in (".ipynb", ".png", ".json") or path.is_dir():
             print(path)
+
+
+def _make(arguments: argparse.Namespace) -> None:
+    from .domains import load_domain
+    from .models import load_model
+    from .recipes import make_mini
+
+    model, tokenizer = load_model(arguments.model)
+    domain = load_domain(arguments.domain)
+    mini = make_mini(
+        model,
+        tokenizer,
+        domain,
+        size=arguments.size,
+        increase=arguments.increase,
+        general=arguments.general,
+        minutes=arguments.minutes,
+        out_dir=arguments.out or f"runs/mini/{domain.name}",
+    )
+    columns = ["text", "variant", "stored", "perplexity", "bits_per_character"]
+    print()
+    _print_table(mini.table[columns].sort_values("text", kind="stable"))
+    print(f"\n{mini!r}")
 
 
 def _sweep(arguments: argparse.Namespace) -> int:

@@ -14,7 +14,14 @@ from .activations import (
     magnitude_scatter,
     overlap_matrix,
 )
-from .comparison import cosine_curve, influence_bars, method_curves, pareto_front, throughput
+from .comparison import (
+    cosine_curve,
+    influence_bars,
+    method_curves,
+    pareto_front,
+    size_and_loss,
+    throughput,
+)
 from .evaluation import (
     answer_differences,
     answer_dots,

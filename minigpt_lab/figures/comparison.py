@@ -72,6 +72,34 @@ def pareto_front(table: pd.DataFrame, *, size: str = "stored", caption: str = ""
     return figure
 
 
+@draws_frame(names="text variant", numbers="bytes bits_per_character bits_low bits_high")
+def size_and_loss(table: pd.DataFrame, *, caption: str = "") -> Figure:
+    """Bytes of the weights against bits per character, a panel per text, a point per variant.
+
+    Parameters
+    ----------
+    table : pandas.DataFrame
+        Columns ``text, variant, bytes, bits_per_character, bits_low, bits_high`` (95 %).
+    caption : str
+        Model, text, protocol.
+    """
+    title = "How small, and at what loss?"
+    figure, panels = panel_row(table, "text", caption, title, size=(3.8, 3.8), sharex=True)
+    styles = looks(table["variant"], VARIANT_STYLE)
+    for axis, _, rows in panels:
+        for row in rows.to_dict("records"):
+            value, look = row["bits_per_character"], styles[row["variant"]]
+            spread = [[value - row["bits_low"]], [row["bits_high"] - value]]
+            axis.errorbar(row["bytes"] / 1e6, value, np.nan_to_num(spread), lw=1, ms=8, **look)
+        axis.set(xscale="log", yscale="log", xlabel="weights in MB")
+        log_labels(axis.xaxis, rows["bytes"] / 1e6, n=4)
+        log_labels(axis.yaxis, rows["bits_per_character"])
+        axis.margins(0.12)
+    figure.axes[0].set_ylabel("bits per character (lower is better)")
+    side_legend(figure, *(key(name, **{**look, "ls": ""}) for name, look in styles.items()))
+    return figure
+
+
 def _front_panel(
     axis: Axes, rows: pd.DataFrame, size: str, domains: dict[str, dict], methods: dict[str, dict]
 ) -> None:

@@ -173,6 +173,12 @@ def calls(t: dict) -> dict[str, dict]:
         "load_domain": {"name_or_path": "tiny-law", "column": None, "online": False},
         "load_domains": {"names_or_paths": ["tiny-law"]},
         "load_model": {"name_or_path": "tiny-llama", "dtype": "auto", "device": "cpu"},
+        "make_mini": {
+            **pair, "domain": t["domain"], "size": 0.9, "increase": None, "general": 0.3,
+            "general_domain": t["domain"], "vocabulary": False, "minutes": 1e-3,
+            "calibration_tokens": 256, "seq_len": 32, "out_dir": None, "seed": 0,
+            "progress": False,
+        },
         "make_domain": {"name": "mine", "documents": list(test) * 1, "title": "", "licence": "",
                         "attribution": "", "question_sources": ()},
         "model_size": {"model": t["model"], "dense": None},
@@ -195,7 +201,9 @@ def calls(t: dict) -> dict[str, dict]:
             "gradient_accumulation_steps": 1, "warmup_ratio": 0.0, "warmup_steps": None,
             "gradient_checkpointing": False, "r": 2, "lora_alpha": 2, "lora_dropout": 0.0,
             "target_modules": ["q_proj"], "out_dir": None, "precision": "auto", "seed": 0,
-            "progress": False,
+            "progress": False, "teacher": None, "loss": "label", "temperature": 1.0, "mix": 0.5,
+            "teacher_samples": None, "general": None, "generality": 0.3,
+            "lr_scheduler_type": "cosine",
         },
         "save_model": {**pair, "path": t["folder"] / "saved", "portable": False},
         "search_counts": {

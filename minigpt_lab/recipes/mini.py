@@ -1,0 +1,379 @@
+"""From a model and a domain to a mini-GPT: trim, prune, recover, measure, save."""
+
+from __future__ import annotations
+
+import copy
+import os
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.figure import Figure
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..calibration import collect_statistics
+from ..checks import Flag, Instance, Integer, Location, Model, Number, Tokenizer, checked
+from ..compensation import slimgpt
+from ..criteria import score
+from ..domains import Domain, Part, count_tokens, load_domain, tokenize
+from ..evaluation import perplexity
+from ..figures import caption_for, size_and_loss
+from ..models import fingerprint, load_model, model_size, save_model, shrink, tokenizer_for
+from ..planning import contextual_plan, one_target, plan_from_scores
+from ..recovery import recover
+from ..store import RunState, content_hash, make_folder
+from ..studies import HeldOut, smallest_within
+
+#: Share of the minutes for measuring, and the most tokens of a text that are read.
+_MEASURING, _TEST_TOKENS = 0.15, 65_536
+#: Tokens of the two trial runs that tell how fast this machine trains.
+_TRIAL = 2_048
+_STEPS = ("trim the vocabulary", "prune", "recover", "train the control", "measure", "save")
+
+
+@dataclass(frozen=True, repr=False)
+class Mini:
+    """A mini-GPT, and what it lost.
+
+    Parameters
+    ----------
+    model, tokenizer
+        The pair.
+    table : pandas.DataFrame
+        One row per variant (``dense``, ``dense, fine-tuned``, ``random``, ``pruned``, ``mini``) and
+        text: ``stored, bytes, perplexity, low, high, bits_per_character, …``.
+    folder : pathlib.Path
+        Loads with `load_model`.
+    protocol : str
+        How the table was measured.
+    """
+
+    model: PreTrainedModel = field(compare=False)
+    tokenizer: PreTrainedTokenizerBase = field(compare=False)
+    table: pd.DataFrame = field(compare=False)
+    folder: Path
+    protocol: str
+
+    @property
+    def card(self) -> str:
+        """The model card in the folder."""
+        return (self.folder / "README.md").read_text(encoding="utf-8")
+
+    def to_frame(self) -> pd.DataFrame:
+        """The table."""
+        return self.table
+
+    def figure(self) -> Figure:
+        """Size on disk against bits per character, a point per variant and text."""
+        return size_and_loss(self.table, caption=caption_for(self.model, self.protocol))
+
+    def __repr__(self) -> str:
+        own = self.table[self.table["variant"].isin(["dense", "mini"])]
+        own = own[own["text"] == own["text"].iloc[0]].set_index("variant")
+        bits = own["bits_per_character"]
+        return (
+            f"mini-GPT of {own['stored']['mini']:,} parameters "
+            f"({own['stored']['mini'] / own['stored']['dense']:.1%} of the dense model's), "
+            f"{bits['mini']:.3f} bits per character on {own['text'].iloc[0]} "
+            f"(dense {bits['dense']:.3f}), in {self.folder}"
+        )
+
+    def _repr_html_(self) -> str:
+        columns = ["variant", "text", "stored", "bytes", "perplexity", "bits_per_character"]
+        return f"<p>{self!r}</p>" + self.table[columns].to_html(index=False)
+
+
+_DOMAIN = Instance(Domain, "lab.load_domain gives one, also for a folder of text files")
+
+
+@checked(
+    model=Model(),
+    tokenizer=Tokenizer(),
+    domain=_DOMAIN,
+    size=Number(above=0, below=1) | None,
+    increase=Number(above=0) | None,
+    general=Number(0, below=1),
+    general_domain=_DOMAIN | None,
+    vocabulary=Flag(),
+    minutes=Number(above=0),
+    calibration_tokens=Integer(256),
+    seq_len=Integer(16),
+    out_dir=Location() | None,
+    seed=Integer(0, 2**32 - 1),
+    progress=Flag(),
+)
+def make_mini(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    domain: Domain,
+    *,
+    size: float | None = None,
+    increase: float | None = None,
+    general: float = 0.3,
+    general_domain: Domain | None = None,
+    vocabulary: bool = True,
+    minutes: float = 60,
+    calibration_tokens: int = 16_384,
+    seq_len: int = 256,
+    out_dir: str | os.PathLike | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Mini:
+    """Make the smallest good model for a domain, save it, and measure what it lost.
+
+    The vocabulary is trimmed to the domain's tokens, `slimgpt` prunes heads and FFN channels, and
+    `recover` trains what is left on the domain's text and on general text, half on labels and half
+    on the dense model's predictions. Beside it stand the dense model, the dense model fine-tuned
+    on as many tokens, and a model of the same size pruned at random. All are measured on the test
+    part and on general text.
+
+    Parameters
+    ----------
+    model, tokenizer
+        A dense pair; not changed.
+    domain : Domain
+        Trains on its train part; its test part is only measured.
+    size : float, optional
+        Share of the dense model's stored parameters to keep, vocabulary included.
+    increase : float, optional
+        Instead: prune as much as lets the validation perplexity grow by this share, before
+        recovery (see `smallest_within`), however long the search takes. Exactly one of the two.
+    general : float
+        Share of general text in the training; 0 for none.
+    general_domain : Domain, optional
+        By default ``load_domain("general")``.
+    vocabulary : bool
+        Trim the vocabulary; compare bits per character then, not perplexities.
+    minutes : float
+        Time for all of it on this machine, as far as two short trials can tell: what pruning leaves
+        is spent on training, `recover` and the control on equally many tokens, but no more than
+        four passes over the train part.
+    calibration_tokens, seq_len : int
+        Tokens that `slimgpt` reads; tokens per window.
+    out_dir : str or path, optional
+        Folder for the model (``model/``), its card, ``table.csv`` and the state of every step: the
+        same call goes on at the step in which it was stopped. By default a temporary folder.
+    seed : int
+        Of training, and of the random control.
+    progress : bool
+        Show the step, and the minutes gone and to go.
+
+    Returns
+    -------
+    Mini
+
+    Raises
+    ------
+    ValueError
+        If both or neither of `size` and `increase` are given, the minutes do not suffice for one
+        update, a text is too short, the trimmed vocabulary alone exceeds the size, or `out_dir`
+        holds another run.
+    """
+    one_target(size=size, increase=increase)
+    general_domain = load_domain("general") if general_domain is None else general_domain
+    tokenize(domain.train, tokenizer, seq_len=seq_len)  # a text too short is found here
+    folder = Path(out_dir or tempfile.mkdtemp(prefix="mini-"))
+    make_folder(folder)
+    facts = {"size": size, "increase": increase, "general": general, "vocabulary": vocabulary}
+    facts |= {"calibration_tokens": calibration_tokens, "seq_len": seq_len, "seed": seed}
+    facts |= {"model": fingerprint(model)[:16], "minutes": minutes}
+    facts |= {"domain": _digest(domain), "general_domain": _digest(general_domain)}
+    with tqdm(total=len(_STEPS), unit="step", disable=not progress) as bar:
+        run = _Run(folder, facts, minutes, bar)
+
+        # 1. The vocabulary: tokens that the domain's calibration and train part use.
+        run.enter("trim the vocabulary")
+        run.measure_speed(model, tokenizer, domain, seq_len, calibration_tokens)
+        trimmed = _trimmed(model, tokenizer, domain, seq_len) if vocabulary else model
+        words = tokenizer_for(trimmed, tokenizer)
+        batches = tokenize(
+            domain.calibration, words, seq_len=seq_len, max_tokens=calibration_tokens
+        )
+
+        # 2. Heads and channels.
+        run.enter("prune")
+        if (folder / "pruned").is_dir():
+            pruned = load_model(folder / "pruned", device=model.device)[0]
+        else:
+            if increase is not None:
+                how = {"increase": increase, "seq_len": seq_len, "out_dir": folder / "search"}
+                pruned = smallest_within(
+                    trimmed, words, domain, batches=batches, progress=False, **how
+                )[0]
+            else:
+                target = round(size * model_size(model).stored)
+                pruned = _pruned(trimmed, batches, target, folder / "pruning")
+            save_model(pruned, words, folder / "pruned")
+
+        # 3. Training, on as many tokens as the time allows.
+        mixed_in = {"general": general_domain, "generality": general} if general else {}
+        options = run.training(domain, words, general, seq_len) | mixed_in
+        options |= {"seq_len": seq_len, "seed": seed, "progress": False}
+        options |= {"other": general_domain}
+        run.enter("recover")
+        mini, control = copy.deepcopy(pruned), copy.deepcopy(model)
+        distil = {"teacher": model, "loss": "mix"}
+        recover(mini, words, domain, out_dir=folder / "recovery", **distil, **options)
+        run.enter("train the control")
+        recover(control, tokenizer, domain, out_dir=folder / "control", **options)
+
+        # 4. What was lost, on text that nothing was chosen on.
+        run.enter("measure")
+        variants = {"dense": model, "dense, fine-tuned": control, "pruned": pruned, "mini": mini}
+        variants["random"] = _random(trimmed, model_size(pruned).stored, seed)
+        texts = [domain.test, general_domain.test]
+        table, protocol = run.measured(variants, model, tokenizer, texts, seq_len)
+
+        # 5. The model with its card, and the table.
+        run.enter("save")
+        path = save_model(mini, words, folder / "model")
+        table.to_csv(folder / "table.csv", index=False)
+        run.enter("")
+    return Mini(mini, words, table, path, protocol)
+
+
+def _digest(domain: Domain) -> str:
+    """Hash of all passages of a domain."""
+    return content_hash([text for part in domain.parts.values() for text in part])[:16]
+
+
+def _trimmed(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, domain: Domain, seq_len: int
+) -> PreTrainedModel:
+    """The model with only the tokens that the domain's calibration and train part use."""
+    batches = tokenize(domain.calibration, tokenizer, seq_len=seq_len, max_tokens=2 * seq_len)
+    counts = sum(count_tokens(part, tokenizer) for part in (domain.calibration, domain.train))
+    plan = contextual_plan(
+        model,
+        collect_statistics(model, batches, progress=False),
+        epsilon_embedding=0.0,
+        token_counts=counts,
+        tokenizer=tokenizer,
+    )
+    return shrink(model, plan)
+
+
+def _pruned(model: PreTrainedModel, batches, parameters: int, out_dir: Path) -> PreTrainedModel:
+    """The model at a size; a copy if it is small enough already."""
+    if model_size(model).stored <= parameters:
+        return copy.deepcopy(model)
+    return slimgpt(model, batches, parameters=parameters, out_dir=out_dir, progress=False)[0]
+
+
+def _random(model: PreTrainedModel, parameters: int, seed: int) -> PreTrainedModel:
+    """The control: as many parameters, units chosen at random."""
+    if model_size(model).stored <= parameters:
+        return copy.deepcopy(model)
+    scores = score(model, "random", seed=seed)
+    return shrink(model, plan_from_scores(model, scores, parameters=parameters))
+
+
+class _Run:
+    """State of a call in its folder: what it was begun with, the time gone, the tokens to train on.
+
+    Parameters
+    ----------
+    folder : pathlib.Path
+        Of the call.
+    facts : mapping
+        What its result depends on.
+    minutes : float
+        Time for all of it.
+    bar : tqdm.tqdm
+        Shows the step.
+    """
+
+    def __init__(self, folder: Path, facts: Mapping[str, object], minutes: float, bar: tqdm):
+        self.folder, self.bar, self.seconds, self.step = folder, bar, 60 * minutes, ""
+        self.state = RunState(folder / "state.json")
+        self.state.require(facts)
+        self.known = dict(self.state.progress or {})
+        self.began = time.monotonic() - self.known.get("seconds", 0.0)
+
+    def enter(self, step: str) -> None:
+        """Show the next step, and keep the time gone."""
+        gone = time.monotonic() - self.began
+        self.known["seconds"] = gone
+        self.state.write(**self.known)
+        self.bar.update(bool(self.step))
+        self.step = step
+        self.bar.set_description_str(step or "done", refresh=False)
+        self.bar.set_postfix_str(f"{gone / 60:.0f} of {self.seconds / 60:.0f} min")
+
+    def measure_speed(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        domain: Domain,
+        seq_len: int,
+        calibration_tokens: int,
+    ) -> None:
+        """Seconds per token of reading and of training, by two short trials.
+
+        Raises
+        ------
+        ValueError
+            If the minutes do not suffice for one pass over a few windows.
+        """
+        if "training" not in self.known:
+            options = {"seq_len": seq_len, "progress": False}
+            began = time.monotonic()
+            perplexity(model, tokenizer, domain.validation, max_tokens=_TRIAL, **options)
+            self.known["reading"] = (time.monotonic() - began) / _TRIAL
+            began = time.monotonic()
+            cut = {"max_tokens": max(_TRIAL, seq_len), "eval_characters": 512}
+            recover(copy.deepcopy(model), tokenizer, domain, **cut, **options)
+            self.known["training"] = (time.monotonic() - began) / _TRIAL
+        # Pruning reads the calibration text three times or so in float32, half as fast.
+        least = 6 * calibration_tokens * self.known["reading"] + 8 * _TRIAL * self._update
+        if least > self.seconds * (1 - _MEASURING):
+            raise ValueError(
+                f"minutes is {self.seconds / 60:g}, too few: pruning and a short training take "
+                f"about {least / 60 / (1 - _MEASURING):.1f} on this machine; give more, or fewer "
+                "calibration_tokens"
+            )
+
+    @property
+    def _update(self) -> float:
+        """Seconds for a token of the mini with its teacher, and of the control."""
+        return 2 * self.known["training"] + self.known["reading"]
+
+    def training(
+        self, domain: Domain, words: PreTrainedTokenizerBase, general: float, seq_len: int
+    ) -> dict:
+        """Arguments of `recover`: tokens and epochs for the time that is left, evaluations."""
+        if "tokens" not in self.known:
+            gone = time.monotonic() - self.began
+            left = self.seconds * (1 - _MEASURING) - gone
+            self.known["tokens"] = max(8 * _TRIAL, int(0.9 * left / self._update))
+            reading = self.seconds * _MEASURING / self.known["reading"]
+            self.known["test_tokens"] = max(_TRIAL, min(_TEST_TOKENS, int(reading / 12)))
+        tokens = self.known["tokens"]
+        windows = tokenize(domain.train, words, seq_len=seq_len)
+        whole = sum(batch["input_ids"].numel() for batch in windows) / (1 - general)
+        epochs = {"max_tokens": tokens} if tokens < whole else {"epochs": min(4, tokens / whole)}
+        return {**epochs, "eval_every": max(_TRIAL, tokens // 3), "eval_characters": 16_384}
+
+    def measured(
+        self,
+        variants: Mapping[str, PreTrainedModel],
+        dense: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        texts: Sequence[Part],
+        seq_len: int,
+    ) -> tuple[pd.DataFrame, str]:
+        """Every variant on every text, and the protocol."""
+        path, tokens = self.folder / "measured.json", self.known["test_tokens"]
+        held_out = HeldOut(dense, tokenizer, texts, max_tokens=tokens, seq_len=seq_len, path=path)
+        rows = []
+        for name, model in variants.items():
+            measure = partial(held_out.measure, model)
+            facts = {"variant": name, "bytes": sum(p.nbytes for p in model.parameters())}
+            rows += held_out.table_rows(held_out.get(fingerprint(model), measure), **facts)
+        table = pd.DataFrame(rows).drop(columns="passages")
+        return table, f"at most {tokens:,} tokens per text, windows of {seq_len}, no overlap"

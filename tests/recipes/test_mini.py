@@ -1,0 +1,157 @@
+"""`make_mini`: one call to a small model that reloads; it resumes, and refuses bad input."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import sys
+
+import pandas as pd
+import pytest
+import torch
+
+import minigpt_lab as lab
+from minigpt_lab import __main__ as command_line
+from minigpt_lab.recipes import mini
+
+HOW = {"minutes": 1, "seq_len": 64, "calibration_tokens": 512, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def general():
+    return lab.load_domain("tiny-games")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_tokens():
+    """Short trials, and so few tokens to train on that a test ends soon."""
+    real = mini._Run.training
+
+    def training(self, *arguments):
+        self.known = {"tokens": 2048, "test_tokens": 1024, **self.known}
+        return real(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mini, "_TRIAL", 256)
+        patch.setattr(mini._Run, "training", training)
+        yield
+
+
+@pytest.fixture(scope="module")
+def made(tiny, tiny_domain, general, few_tokens, tmp_path_factory):
+    folder, before = tmp_path_factory.mktemp("mini") / "run", copy.deepcopy(tiny[0].state_dict())
+    result = lab.make_mini(
+        *tiny, tiny_domain, size=0.6, general_domain=general, out_dir=folder, **HOW
+    )
+    assert all(torch.equal(value, before[name]) for name, value in tiny[0].state_dict().items())
+    return result
+
+
+def test_a_mini_has_its_size_and_reloads(made, tiny, tiny_domain):
+    dense = lab.model_size(tiny[0]).stored
+    assert 0.55 * dense < lab.model_size(made.model).stored <= 0.6 * dense
+    model, tokenizer = lab.load_model(made.folder, device="cpu")
+    text = lab.excerpt(tiny_domain.test, tiny[1], max_tokens=1024)
+    again = lab.perplexity(model, tokenizer, text, seq_len=64, max_characters=None)
+    row = made.table.query("variant == 'mini' and text == 'tiny-law/test'").iloc[0]
+    assert again.bits_per_character == pytest.approx(row["bits_per_character"], rel=1e-4)
+    assert row["stored"] == lab.model_size(model).stored
+    assert row["bytes"] == sum(p.nbytes for p in model.parameters())
+
+
+def test_the_table_has_every_control_on_both_texts(made):
+    table = made.to_frame()
+    assert set(table["text"]) == {"tiny-law/test", "tiny-games/test"} and len(table) == 10
+    own = table[table["text"] == "tiny-law/test"].set_index("variant")["bits_per_character"]
+    assert own["mini"] < own["pruned"] < own["random"]
+    assert own["dense, fine-tuned"] < own["dense"]
+    sizes = table.drop_duplicates("variant").set_index("variant")["stored"]
+    assert sizes["random"] == pytest.approx(sizes["mini"], rel=0.02)
+    pd.testing.assert_series_equal(
+        pd.read_csv(made.folder.parent / "table.csv")["perplexity"], table["perplexity"]
+    )
+    assert "bits per character on tiny-law/test (dense" in repr(made) and len(repr(made)) < 400
+    assert "<table" in made._repr_html_() and "passages" not in made._repr_html_()
+    points = [c for axis in made.figure().axes for c in axis.containers]
+    assert len(points) == 10
+
+
+@pytest.mark.slow
+def test_a_call_goes_on_where_it_was_stopped(tiny, tiny_domain, general, tmp_path, monkeypatch):
+    """At every step in turn; steps that are done are not done again."""
+    how = {**HOW, "size": 0.7, "general_domain": general, "out_dir": tmp_path / "run"}
+    calls = []
+
+    def counted(name, stop):
+        real, left = getattr(mini, name), [stop]
+
+        def call(*arguments, **options):
+            calls.append(name)
+            if left and left.pop():
+                raise KeyboardInterrupt
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(mini, name, call)
+
+    counted("slimgpt", True)
+    with pytest.raises(KeyboardInterrupt):
+        lab.make_mini(*tiny, tiny_domain, **how)
+    counted("_random", True)  # after pruning and both trainings
+    with pytest.raises(KeyboardInterrupt):
+        lab.make_mini(*tiny, tiny_domain, **how)
+    found = lab.make_mini(*tiny, tiny_domain, **how)
+    assert calls == ["slimgpt", "slimgpt", "_random", "_random"]
+    again = lab.make_mini(*tiny, tiny_domain, **how)
+    assert calls.count("slimgpt") == 2
+    pd.testing.assert_frame_equal(again.table, found.table)
+    same = map(torch.equal, again.model.state_dict().values(), found.model.state_dict().values())
+    assert all(same)
+    with pytest.raises(ValueError, match=r"holds a run with another size \(0.7, now 0.6\)"):
+        lab.make_mini(*tiny, tiny_domain, **{**how, "size": 0.6})
+
+
+def test_a_size_by_its_loss(tiny, tiny_domain, general, tmp_path):
+    how = {**HOW, "general_domain": general, "out_dir": tmp_path, "vocabulary": False}
+    found = lab.make_mini(*tiny, tiny_domain, increase=0.05, general=0, **how)
+    assert found.table["stored"].min() < lab.model_size(tiny[0]).stored
+    assert {"kl", "agreement"} <= set(found.table) and found.table["kl"].notna().all()
+
+
+def test_bad_input_is_refused_before_the_work(tiny, tiny_domain, general, tmp_path, monkeypatch):
+    monkeypatch.setattr(mini, "slimgpt", None)
+    how = {**HOW, "general_domain": general, "out_dir": tmp_path}
+    short = dataclasses.replace(tiny_domain, train=lab.Part("tiny-law", "train", ("A word.",)))
+    for domain, options, words in (
+        (tiny_domain, {}, "give exactly one of size, increase; got none"),
+        (tiny_domain, {"size": 0.5, "increase": 0.1}, "give exactly one of size, increase"),
+        (tiny_domain, {"size": 1.5}, "size is 1.5; expected a number above 0 and below 1"),
+        (tiny_domain, {"size": 0.5, "minutes": 0}, "minutes is 0; expected a number above 0"),
+        (tiny_domain, {"size": 0.5, "minutes": 1e-3}, "minutes is 0.001, too few: pruning and a"),
+        (tiny_domain, {"size": 0.5, "general": 1}, "general is 1; expected"),
+        (short, {"size": 0.5}, "tiny-law/train has .* less than one window"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            lab.make_mini(*tiny, domain, **{**how, **options})
+    with pytest.raises(TypeError, match="domain is 'law'; expected a Domain"):
+        lab.make_mini(*tiny, "law", size=0.5)
+
+
+@pytest.mark.slow
+def test_the_command_makes_one_of_a_folder_of_texts(tmp_path, monkeypatch, capsys, general):
+    monkeypatch.setattr(mini, "load_domain", lambda name: general)
+    texts = tmp_path / "my texts"
+    texts.mkdir()
+    passages = [text for part in lab.load_domain("tiny-law").parts.values() for text in part]
+    for number in range(8):
+        (texts / f"{number}.txt").write_text("\n\n".join(passages[number::8]))
+    out = tmp_path / "out"
+    command = f"make --model tiny-llama --size 0.7 --minutes 2 --out {out} --domain".split()
+    monkeypatch.setattr(sys, "argv", ["minigpt_lab", *command, str(texts)])
+    command_line.main()
+    printed = capsys.readouterr().out
+    assert "dense, fine-tuned" in printed and f"in {out / 'model'}" in printed
+    model, tokenizer = lab.load_model(out / "model", device="cpu")
+    assert lab.generate(model, tokenizer, "The court", max_new_tokens=3)
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--increase", "0.1"])
+    with pytest.raises(SystemExit, match="error: give exactly one of size, increase"):
+        command_line.main()
