@@ -47,6 +47,7 @@ from .evaluation import (
     write_answers,
 )
 from .exercises import check
+from .export import export_gguf, gguf_size, quantised
 from .models import (
     FAMILIES,
     PruningPlan,
@@ -113,8 +114,10 @@ __all__ = [
     "eliminate",
     "excerpt",
     "experiments",
+    "export_gguf",
     "figures",
     "generate",
+    "gguf_size",
     "gradient_cosine",
     "label",
     "load_domain",
@@ -127,6 +130,7 @@ __all__ = [
     "perplexity",
     "plan_from_scores",
     "position_bias",
+    "quantised",
     "recover",
     "save_model",
     "score",

@@ -48,7 +48,7 @@ def test_every_declared_package_is_used():
     files = [*ROOT.glob("minigpt_lab/**/*.py"), *ROOT.glob("notebooks/*.ipynb")]
     files += [ROOT / "tasks.py"]
     text = "\n".join(path.read_text() for path in files)
-    indirect = {"accelerate", "gguf"}  # transformers imports them to read the embedded model
+    indirect = {"accelerate"}  # transformers imports it to read the embedded model
     for package in {name(r) for r in PROJECT["dependencies"]} - indirect:
         module = {"pyyaml": "yaml", "jupyterlab": "jupyter"}.get(package, package.replace("-", "_"))
         assert re.search(rf"(import|from|-m\"?,?) *\"?{module}\b", text), package

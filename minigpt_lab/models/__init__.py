@@ -1,6 +1,6 @@
 """A model's structure: architectures, anatomy, sizes, plans, surgery, loading and saving."""
 
-from .anatomy import Anatomy, weight_axis
+from .anatomy import Anatomy, is_linear, weight_axis
 from .architectures import ALL_SITES, ATTENTION_UNITS, FAMILIES, SITES, Projection
 from .by_name import load_model
 from .feature_masks import Masks, all_features, without_features
@@ -12,7 +12,7 @@ from .resizing import rebuild_layer, set_units, update_config
 from .runtime import check_token_ids, fingerprint, inference, label, require_weights, seeded
 from .saving import save_model
 from .sizes import Size, dense_counts, describe, layer_parameters, model_size, token_parameters
-from .surgery import masked, refuse_masked, shrink
+from .surgery import is_masked, masked, refuse_masked, shrink
 from .vocabulary import (
     TrimmedVocabulary,
     close_over_merges,

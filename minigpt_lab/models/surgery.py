@@ -79,6 +79,11 @@ def masked(model: PreTrainedModel, plan: PruningPlan) -> Iterator[PreTrainedMode
             _unmask(undo, masks)
 
 
+def is_masked(model: PreTrainedModel) -> bool:
+    """Whether a mask is on a model: it is inside the block of `masked`."""
+    return bool(_masks.get(model))
+
+
 def refuse_masked(model: PreTrainedModel) -> None:
     """Refuse to change a model for good under a mask, whose end would undo a part of it.
 
@@ -87,7 +92,7 @@ def refuse_masked(model: PreTrainedModel) -> None:
     ValueError
         If a mask is on it.
     """
-    if _masks.get(model):
+    if is_masked(model):
         raise ValueError(
             "the model is under a mask, whose end would undo a part of the change; leave the "
             "with block first, or change shrink(model, plan)"

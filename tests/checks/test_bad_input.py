@@ -159,6 +159,8 @@ def calls(t: dict) -> dict[str, dict]:
             "saliency": "exact", "block_size": 1, "damping": 0.1, "damping_mode": "mean",
             "compensate": True,
         },
+        "export_gguf": {**pair, "path": t["folder"] / "mini.gguf", "kind": "F32",
+                        "embedding": "Q8_0"},
         "excerpt": {"text": test, "tokenizer": t["tokenizer"], "max_tokens": 64,
                     "max_characters": 100},
         "write_answers": {
@@ -166,6 +168,7 @@ def calls(t: dict) -> dict[str, dict]:
             "precision": "auto", "progress": False,
         },
         "generate": {**pair, "prompt": "The court", "max_new_tokens": 2},
+        "gguf_size": {**pair, "kind": "Q4_0", "embedding": None},
         "gradient_cosine": {**read, "sites": ("ffn",), "eps": 1e-3,
                             "gradient_checkpointing": False, "n_directions": 1,
                             "per_sample": False, "seed": 0},
@@ -194,6 +197,7 @@ def calls(t: dict) -> dict[str, dict]:
         },
         "position_bias": {**pair, "questions": t["questions"], "score": "logprob",
                           "style": "letters"},
+        "quantised": {"model": t["model"], "kind": "Q8_0", "embedding": None},
         "recover": {
             **pair, "domain": t["domain"], "method": "lora", "epochs": 0.1, "max_tokens": 32,
             "learning_rate": 1e-4, "stop_at": None, "other": None, "eval_every": 32,

@@ -1,0 +1,149 @@
+"""Weights rounded to the types of GGUF: which matrix gets which type, and the rounding itself."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..checks import Model, OneOf, checked
+from ..models import Anatomy, is_linear, is_masked, is_offloaded, weight_axis
+
+#: Types of weights, by llama.cpp's names. A block of 32 weights of a row has one scale in float16
+#: (and one minimum in Q4_1 and Q5_1): 8.5, 4.5, 5, 5.5 and 6 bits per weight for the last five.
+KINDS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
+
+#: What a row is stored in whose length is no multiple of the block.
+_FALLBACK = "F16"
+
+
+def block_size(kind: str) -> int:
+    """Number of weights in a row that share a scale; 1 for plain numbers."""
+    return GGML_QUANT_SIZES[GGMLQuantizationType[kind]][0] if kind[0] == "Q" else 1
+
+
+def encode(values: np.ndarray, kind: str) -> np.ndarray:
+    """Rows ``[…, width]`` of float32 as the file stores them.
+
+    Raises
+    ------
+    ValueError
+        If a value is too large for the type.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        encoded = quants.quantize(np.ascontiguousarray(values), GGMLQuantizationType[kind])
+    if not np.isfinite(decode(encoded, kind)).all():
+        raise ValueError(
+            f"weights up to {np.abs(values).max():.3g} are beyond the range of {kind}; choose kind "
+            "'BF16' or 'F32'"
+        )
+    return encoded
+
+
+def decode(encoded: np.ndarray, kind: str) -> np.ndarray:
+    """Rows ``[…, width]`` of float32 from what the file stores."""
+    return quants.dequantize(encoded, GGMLQuantizationType[kind])
+
+
+def padded_width(width: int, kind: str) -> int:
+    """A row's length in the file: the next multiple of the block."""
+    block = block_size(kind)
+    return -(-width // block) * block
+
+
+def matrix_kinds(model: PreTrainedModel, kind: str, embedding: str | None) -> dict[str, str]:
+    """Module name to the type of its weight, for all matrices that are rounded.
+
+    These are the linear layers and the token embedding; norms, biases and positions stay float32.
+    A weight that two modules share is listed once.
+    """
+    if embedding is None:
+        embedding = "Q8_0" if kind[:2] in ("Q4", "Q5") else kind
+    anatomy = Anatomy(model)
+    padded = {anatomy.name(i, anatomy.family.consumes["ffn"]) for i in range(len(anatomy.layers))}
+    tokens = (model.get_input_embeddings(), model.get_output_embeddings())
+    kinds, seen = {}, set()
+    for name, module in model.named_modules():
+        if not (is_linear(module) or module in tokens) or id(module.weight) in seen:
+            continue
+        seen.add(id(module.weight))
+        wanted = embedding if module in tokens else kind
+        fits = module.weight.shape[_input_axis(module)] % block_size(wanted) == 0
+        kinds[name] = wanted if fits or name in padded else _FALLBACK
+    return kinds
+
+
+def _input_axis(module: nn.Module) -> int:
+    return weight_axis(module, "input") if is_linear(module) else 1
+
+
+def input_rows(module: nn.Module) -> np.ndarray:
+    """A matrix as the file has it: float32 ``[output feature or token, input feature]``."""
+    weight = module.weight.detach().movedim(_input_axis(module), 1)
+    return weight.float().cpu().numpy()
+
+
+def refuse_masked_or_offloaded(model: PreTrainedModel, use: str) -> None:
+    """Refuse a model whose weights are not at hand as they are.
+
+    Raises
+    ------
+    ValueError
+        If it is under a mask, or its weights are offloaded.
+    """
+    if is_masked(model):
+        raise ValueError(
+            f"the model is under a mask, whose zeros {use} would keep for good; use shrink(model, "
+            "plan), or leave the with block first"
+        )
+    if is_offloaded(model):
+        raise ValueError(
+            f"the model's weights are offloaded; for {use} load it without (device_map=None)"
+        )
+
+
+@checked(model=Model(), kind=OneOf(KINDS), embedding=OneOf(KINDS) | None)
+@torch.no_grad()
+def quantised(
+    model: PreTrainedModel, kind: str, *, embedding: str | None = None
+) -> PreTrainedModel:
+    """Copy a model with its weights rounded to a GGUF type, to measure what the rounding costs.
+
+    The matrices that `export_gguf` would round have the values that llama.cpp reads from the file;
+    it then computes with rounded activations too, which changes the perplexity by less than 1 %.
+    Works for every family, also where llama.cpp has no graph.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        Not changed.
+    kind : {"F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"}
+        Type of the linear layers.
+    embedding : str, optional
+        Type of the token embedding and the output head; by default ``"Q8_0"`` where `kind` has 4 or
+        5 bits, as llama.cpp's own tool keeps them finer, else `kind`.
+
+    Returns
+    -------
+    transformers.PreTrainedModel
+        In float32: no smaller in memory.
+
+    Raises
+    ------
+    ValueError
+        If the model is under a mask or offloaded, or a weight is too large for float16.
+    """
+    refuse_masked_or_offloaded(model, "quantised")
+    rounded = copy.deepcopy(model).float()
+    for name, stored in matrix_kinds(rounded, kind, embedding).items():
+        module = rounded.get_submodule(name)
+        rows = input_rows(module)
+        width = rows.shape[1]
+        rows = np.pad(rows, ((0, 0), (0, padded_width(width, stored) - width)))
+        values = decode(encode(rows, stored), stored)[:, :width]
+        module.weight.copy_(torch.from_numpy(values).movedim(1, _input_axis(module)))
+    return rounded
