@@ -16,9 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..checks import Location, Model, OneOf, Tokenizer, checked, writable_file
 from ..models import label, tokenizer_for
 from ..store import atomic_write
+from .byte_pairs import tokenizer_fields
 from .graphs import FileTensor, ffn_widths, file_tensors, graph_of, hyperparameters
 from .rounding import KINDS, decode, encode, matrix_kinds, refuse_masked_or_offloaded
-from .tokenizer_fields import tokenizer_fields
 
 _ALIGNMENT = 32  # bytes; every tensor begins at a multiple
 
