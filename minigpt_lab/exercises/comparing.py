@@ -1,4 +1,4 @@
-"""Exercises of notebooks 07 to 10: comparing runs and methods, MINI-LLM, SlimGPT."""
+"""Exercises of notebooks 07 to 12: comparing runs and methods, MINI-LLM, SlimGPT, a mini-GPT."""
 
 from __future__ import annotations
 
@@ -132,3 +132,22 @@ def tokens_to_invert(model: PreTrainedModel) -> Answer:
         "one too few: each token adds one to the rank": channels - 1,
     }
     return Answer(channels, mistakes)
+
+
+# 12_your_own_mini
+
+
+@exercise("number")
+def bits_per_character(row: pd.Series) -> Answer:
+    """Bits per character from perplexity, tokens and characters."""
+    nats, rate = np.log(row["perplexity"]), row["tokens"] / row["characters"]
+    bits = nats / np.log(2)
+    mistakes = {
+        "nats; take the logarithm to base 2": nats * rate,
+        "bits per token; multiply by tokens per character": bits,
+        "multiplied by characters per token; a token's bits are shared by its characters": (
+            bits / rate
+        ),
+        "the perplexity itself per character; take its logarithm first": row["perplexity"] * rate,
+    }
+    return Answer(bits * rate, mistakes)

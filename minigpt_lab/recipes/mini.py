@@ -179,7 +179,8 @@ def make_mini(
     tokenize(domain.train, tokenizer, seq_len=seq_len)  # a text too short is found here
     folder = Path(out_dir or tempfile.mkdtemp(prefix="mini-"))
     make_folder(folder)
-    facts = {"size": size, "increase": increase, "general": general, "vocabulary": vocabulary}
+    facts: dict[str, object] = {"size": size, "increase": increase, "general": general}
+    facts |= {"vocabulary": vocabulary}
     facts |= {"calibration_tokens": calibration_tokens, "seq_len": seq_len, "seed": seed}
     facts |= {"model": fingerprint(model)[:16], "minutes": minutes}
     facts |= {"domain": _digest(domain), "general_domain": _digest(general_domain)}

@@ -162,3 +162,43 @@ class DistillationLoss:
             log_q1 = log_q if T == 1 else logits.log_softmax(-1)
             loss = loss + (1 - m) * functional.nll_loss(log_q1, targets, reduction="sum")
         return loss / (targets.numel() if num_items_in_batch is None else num_items_in_batch)
+
+
+def teacher_of(
+    model: PreTrainedModel,
+    words: PreTrainedTokenizerBase,
+    teacher: PreTrainedModel | None,
+    loss: str,
+    temperature: float,
+    samples: int | None,
+    stop_at: float | str | None,
+) -> Teacher | None:
+    """The teacher of a run, if there is one and the run uses it.
+
+    Parameters
+    ----------
+    model, words, teacher, loss, temperature, samples, stop_at
+        Those of `recover`; `words` is the model's own tokenizer.
+
+    Raises
+    ------
+    ValueError
+        If a teacher is missing or without use, or cannot teach this model.
+    """
+    wants = [f"loss={loss!r}"] * (loss != "label") + ["stop_at='teacher'"] * (stop_at == "teacher")
+    if teacher is None:
+        if wants:
+            raise InvalidArgument(f"{wants[0]} needs a teacher: pass the dense model")
+        return None
+    if not wants:
+        raise InvalidArgument(
+            "teacher is given, but loss='label' does not use it; set loss='kl' or 'mix', or leave "
+            "it out"
+        )
+    guide = Teacher(teacher, model, words, temperature, samples)
+    if stop_at == "teacher" and guide.rows is not None:
+        raise InvalidArgument(
+            "stop_at is 'teacher', whose perplexity counts other tokens than that of a model with "
+            "a trimmed vocabulary; give a number, or leave it out"
+        )
+    return guide

@@ -19,7 +19,6 @@ from transformers import (
     EarlyStoppingCallback,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    TrainerState,
     TrainingArguments,
 )
 
@@ -27,7 +26,6 @@ from ..checks import (
     Flag,
     Instance,
     Integer,
-    InvalidArgument,
     ListOf,
     Location,
     Model,
@@ -37,7 +35,7 @@ from ..checks import (
     Tokenizer,
     checked,
 )
-from ..domains import Domain, excerpt, tokenize
+from ..domains import Domain, excerpt
 from ..models import (
     PRECISION,
     dtype_name,
@@ -52,8 +50,9 @@ from ..models import (
 from ..store import content_hash
 from .adapters import adapter_targets, trainable
 from .checkpoints import run_folder
-from .distillation import LOSSES, DistillationLoss, Teacher
-from .training import RecoveryTrainer
+from .distillation import LOSSES, DistillationLoss, teacher_of
+from .texts import training_windows
+from .training import RecoveryTrainer, history_of
 
 #: Peak learning rate by method, unless one is given.
 LEARNING_RATES = {"full": 5e-5, "lora": 2e-4}
@@ -262,10 +261,10 @@ def recover(
     """
     _require_trainable(model, method, target_modules)
     words = tokenizer_for(model, tokenizer)
-    guide = _teacher(model, words, teacher, loss, temperature, teacher_samples, stop_at)
+    guide = teacher_of(model, words, teacher, loss, temperature, teacher_samples, stop_at)
 
     # 1. The texts, and what is trained.
-    windows = _windows(words, domain, general, generality, seq_len, max_tokens)
+    windows = training_windows(words, domain, general, generality, seq_len, max_tokens)
     other = other or general
     texts = {"perplexity": excerpt(domain.validation, max_characters=eval_characters)}
     if other is not None:
@@ -349,68 +348,7 @@ def recover(
         )
         level = guide.model if guide and stop_at == "teacher" else stop_at
         why, start = trainer.run(folder, facts, level, progress)
-        return _history(trainer.state, why, start)
-
-
-def _teacher(
-    model: PreTrainedModel,
-    words: PreTrainedTokenizerBase,
-    teacher: PreTrainedModel | None,
-    loss: str,
-    temperature: float,
-    samples: int | None,
-    stop_at: float | str | None,
-) -> Teacher | None:
-    """The teacher of a run, if it has one that it uses."""
-    wants = [f"loss={loss!r}"] * (loss != "label") + ["stop_at='teacher'"] * (stop_at == "teacher")
-    if teacher is None:
-        if wants:
-            raise InvalidArgument(f"{wants[0]} needs a teacher: pass the dense model")
-        return None
-    if not wants:
-        raise InvalidArgument(
-            "teacher is given, but loss='label' does not use it; set loss='kl' or 'mix', or leave "
-            "it out"
-        )
-    guide = Teacher(teacher, model, words, temperature, samples)
-    if stop_at == "teacher" and guide.rows is not None:
-        raise InvalidArgument(
-            "stop_at is 'teacher', whose perplexity counts other tokens than that of a model with "
-            "a trimmed vocabulary; give a number, or leave it out"
-        )
-    return guide
-
-
-def _windows(
-    words: PreTrainedTokenizerBase,
-    domain: Domain,
-    general: Domain | None,
-    generality: float,
-    seq_len: int,
-    max_tokens: int | None,
-) -> torch.Tensor:
-    """Training windows of a domain, and so many general ones that they are the share asked for."""
-    share = generality if general is not None else 0.0
-    own = None if max_tokens is None else round((1 - share) * max_tokens)
-    windows = _packed(domain, words, seq_len, own)
-    wanted = round(len(windows) * share / (1 - share))
-    if general is None or not wanted:
-        return windows
-    mixed_in = _packed(general, words, seq_len, wanted * seq_len)
-    if len(mixed_in) < wanted:
-        raise ValueError(
-            f"general.train fills {len(mixed_in):,} windows of {seq_len} tokens, and a share of "
-            f"{generality} of the training text is {wanted:,}; lower generality or max_tokens"
-        )
-    return torch.cat([windows, mixed_in])
-
-
-def _packed(
-    domain: Domain, words: PreTrainedTokenizerBase, seq_len: int, max_tokens: int | None
-) -> torch.Tensor:
-    """Windows of a train part, ``[window, token]``."""
-    batches = tokenize(domain.train, words, seq_len=seq_len, max_tokens=max_tokens)
-    return torch.cat([batch["input_ids"] for batch in batches])
+        return history_of(trainer.state, why, start)
 
 
 def _require_trainable(
@@ -450,33 +388,3 @@ def _arguments(folder: Path, device: str, **options) -> TrainingArguments:
         dataloader_pin_memory=device == "cuda",
         **options,
     )
-
-
-def _history(state: TrainerState, why: str, start: dict) -> pd.DataFrame:
-    """The evaluations as a table, with why and where it ended."""
-    stop_at = start.get("stop_at")
-    losses = {row["step"]: row["loss"] for row in state.log_history if "loss" in row}
-    rows = [
-        {
-            "step": row["step"],
-            "tokens": row.get("num_input_tokens_seen", 0),
-            "epoch": row.get("epoch", 0.0),
-            "train_loss": losses.get(row["step"]),
-            "perplexity": row["eval_perplexity"],
-            "other_perplexity": row.get("eval_other_perplexity"),
-            "seconds": row["eval_seconds"],
-        }
-        for row in [{**start, "step": 0}, *state.log_history]
-        if "eval_perplexity" in row
-    ]
-    history = pd.DataFrame(rows)
-    recovered = history[history["perplexity"] <= (stop_at if stop_at is not None else -1)]
-    if len(recovered):
-        why = "recovered"
-        history.attrs["recovery_tokens"] = int(recovered["tokens"].iloc[0])
-        history.attrs["recovery_epochs"] = float(recovered["epoch"].iloc[0])
-    elif why == "finished" and state.global_step < state.max_steps:
-        why = "patience"
-    best = history["perplexity"].idxmin()
-    history.attrs |= {"stopped": why, "best_step": int(history["step"][best])}
-    return history

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
@@ -213,6 +214,36 @@ class RecoveryTrainer(Trainer):
         if metrics["eval_perplexity"] > self.limit:
             raise FloatingPointError("the perplexity has diverged")
         return metrics
+
+
+def history_of(state: TrainerState, why: str, start: dict) -> pd.DataFrame:
+    """The evaluations as a table, with why and where it ended."""
+    stop_at = start.get("stop_at")
+    losses = {row["step"]: row["loss"] for row in state.log_history if "loss" in row}
+    rows = [
+        {
+            "step": row["step"],
+            "tokens": row.get("num_input_tokens_seen", 0),
+            "epoch": row.get("epoch", 0.0),
+            "train_loss": losses.get(row["step"]),
+            "perplexity": row["eval_perplexity"],
+            "other_perplexity": row.get("eval_other_perplexity"),
+            "seconds": row["eval_seconds"],
+        }
+        for row in [{**start, "step": 0}, *state.log_history]
+        if "eval_perplexity" in row
+    ]
+    history = pd.DataFrame(rows)
+    recovered = history[history["perplexity"] <= (stop_at if stop_at is not None else -1)]
+    if len(recovered):
+        why = "recovered"
+        history.attrs["recovery_tokens"] = int(recovered["tokens"].iloc[0])
+        history.attrs["recovery_epochs"] = float(recovered["epoch"].iloc[0])
+    elif why == "finished" and state.global_step < state.max_steps:
+        why = "patience"
+    best = history["perplexity"].idxmin()
+    history.attrs |= {"stopped": why, "best_step": int(history["step"][best])}
+    return history
 
 
 class RecoveryCallback(TrainerCallback):

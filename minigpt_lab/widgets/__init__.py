@@ -7,12 +7,14 @@ an explorer puts both on the page. Work that needs a model is a `ModelJob`, behi
 from .base import Chooser, Explorer
 from .jobs import ModelJob, perplexity_job
 from .pruning import ABSOLUTE, RELATIVE, RatioExplorer, ThresholdExplorer
+from .recipes import MiniForm
 
 __all__ = [
     "ABSOLUTE",
     "RELATIVE",
     "Chooser",
     "Explorer",
+    "MiniForm",
     "ModelJob",
     "RatioExplorer",
     "ThresholdExplorer",

@@ -10,8 +10,8 @@ import torch
 
 import minigpt_lab as lab
 from minigpt_lab.models import TrimmedVocabulary
-from minigpt_lab.recovery import finetuning
 from minigpt_lab.recovery.distillation import DistillationLoss, Teacher
+from minigpt_lab.recovery.texts import training_windows
 
 SMALL = {
     "seq_len": 64, "eval_every": 1024, "max_tokens": 4096, "eval_characters": 3000,
@@ -185,10 +185,10 @@ def test_general_text_takes_its_share_of_the_windows(mini, tiny, tiny_domain, mo
         (0.5, 1280, (10, 10)),
         (0.0, 640, (10, 0)),
     ):
-        found = finetuning._windows(tiny[1], tiny_domain, general, share, 64, tokens)
+        found = training_windows(tiny[1], tiny_domain, general, share, 64, tokens)
         assert torch.equal(found, torch.cat([own[: parts[0]], mixed_in[: parts[1]]]))
-    whole = finetuning._windows(tiny[1], tiny_domain, general, 0.1, 64, None)
-    alone = finetuning._windows(tiny[1], tiny_domain, None, 0.1, 64, None)
+    whole = training_windows(tiny[1], tiny_domain, general, 0.1, 64, None)
+    alone = training_windows(tiny[1], tiny_domain, None, 0.1, 64, None)
     assert len(whole) == len(alone) + round(len(alone) / 9)
     with pytest.raises(ValueError, match=r"a share of 0.9 .* lower generality or max_tokens"):
         lab.recover(mini, tiny[1], tiny_domain, general=general, generality=0.9, seq_len=64)

@@ -16,6 +16,7 @@ from minigpt_lab import figures
 from minigpt_lab.widgets.base import Chooser
 from minigpt_lab.widgets.jobs import ModelJob, perplexity_job
 from minigpt_lab.widgets.pruning import RELATIVE, RatioExplorer, ThresholdExplorer
+from minigpt_lab.widgets.recipes import MiniForm
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -237,3 +238,15 @@ def test_measuring_the_explorers_choice(explorer, tiny, tiny_domain):
     expected = lab.perplexity(mini, tokenizer, held_out, seq_len=64, max_characters=None)
     assert f"{expected.value:.2f}" in job.result.value and "64" in job.result.value
     assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_the_form_of_a_mini_says_what_is_kept(tiny):
+    form = MiniForm(tiny[0], domain="tiny-law", size=0.5, minutes=10)
+    dense = lab.model_size(tiny[0]).stored
+    assert f"at most {dense // 2:,} of {dense:,} parameters" in form.summary.value
+    form.size.value, form.minutes.value = 0.25, 20
+    assert form.chosen == {"size": 0.25, "minutes": 20}
+    assert f"at most {dense // 4:,} of" in form.summary.value
+    assert "image/png" not in form.show(False)._repr_mimebundle_()
+    with pytest.raises(ValueError, match="size is 2; expected a number above 0 and below 1"):
+        MiniForm(tiny[0], domain="tiny-law", size=2, minutes=10)
