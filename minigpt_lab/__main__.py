@@ -83,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     make.add_argument("--increase", type=float, help="instead: how much perplexity may grow")
     make.add_argument("--general", type=float, default=0.3, help="share of general text (0.3)")
     make.add_argument("--minutes", type=float, default=60, help="time for all of it (60)")
+    make.add_argument("--gguf", metavar="KIND", help="also a file for llama.cpp, e.g. Q8_0")
     make.add_argument("--out", help="folder, continued if it exists; default: runs/mini/DOMAIN")
     make.set_defaults(do=_make)
     sweep = tasks.add_parser("sweep", help="run what is missing of a grid of parameters")
@@ -163,6 +164,7 @@ def _make(arguments: argparse.Namespace) -> None:
         increase=arguments.increase,
         general=arguments.general,
         minutes=arguments.minutes,
+        gguf=arguments.gguf,
         out_dir=arguments.out or f"runs/mini/{domain.name}",
     )
     columns = ["text", "variant", "stored", "perplexity", "bits_per_character"]

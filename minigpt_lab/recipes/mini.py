@@ -17,11 +17,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..calibration import collect_statistics
-from ..checks import Flag, Instance, Integer, Location, Model, Number, Tokenizer, checked
+from ..checks import Flag, Instance, Integer, Location, Model, Number, OneOf, Tokenizer, checked
 from ..compensation import slimgpt
 from ..criteria import score
 from ..domains import Domain, Part, count_tokens, load_domain, tokenize
 from ..evaluation import perplexity
+from ..export import KINDS, export_gguf, gguf_size, quantised
 from ..figures import caption_for, size_and_loss
 from ..models import fingerprint, load_model, model_size, save_model, shrink, tokenizer_for
 from ..planning import contextual_plan, one_target, plan_from_scores
@@ -45,8 +46,9 @@ class Mini:
     model, tokenizer
         The pair.
     table : pandas.DataFrame
-        One row per variant (``dense``, ``dense, fine-tuned``, ``random``, ``pruned``, ``mini``) and
-        text: ``stored, bytes, perplexity, low, high, bits_per_character, …``.
+        One row per variant (``dense``, ``dense, fine-tuned``, ``random``, ``pruned``, ``mini``, and
+        ``mini, Q8_0`` where it is asked for) and text: ``stored, bytes, perplexity, low, high,
+        bits_per_character, …``.
     folder : pathlib.Path
         Loads with `load_model`.
     protocol : str
@@ -101,6 +103,7 @@ _DOMAIN = Instance(Domain, "lab.load_domain gives one, also for a folder of text
     general_domain=_DOMAIN | None,
     vocabulary=Flag(),
     minutes=Number(above=0),
+    gguf=OneOf(KINDS) | None,
     calibration_tokens=Integer(256),
     seq_len=Integer(16),
     out_dir=Location() | None,
@@ -118,6 +121,7 @@ def make_mini(
     general_domain: Domain | None = None,
     vocabulary: bool = True,
     minutes: float = 60,
+    gguf: str | None = None,
     calibration_tokens: int = 16_384,
     seq_len: int = 256,
     out_dir: str | os.PathLike | None = None,
@@ -153,6 +157,9 @@ def make_mini(
         Time for all of it on this machine, as far as two short trials can tell: what pruning leaves
         is spent on training, `recover` and the control on equally many tokens, but no more than
         four passes over the train part.
+    gguf : str, optional
+        Also write ``mini-KIND.gguf`` for llama.cpp, e.g. ``"Q8_0"``, and measure that rounding; the
+        kinds are those of `export_gguf`.
     calibration_tokens, seq_len : int
         Tokens that `slimgpt` reads; tokens per window.
     out_dir : str or path, optional
@@ -171,16 +178,18 @@ def make_mini(
     ------
     ValueError
         If both or neither of `size` and `increase` are given, the minutes do not suffice for one
-        update, a text is too short, the trimmed vocabulary alone exceeds the size, or `out_dir`
-        holds another run.
+        update, a text is too short, the trimmed vocabulary alone exceeds the size, llama.cpp has no
+        graph for the model whose `gguf` is asked for, or `out_dir` holds another run.
     """
     one_target(size=size, increase=increase)
     general_domain = load_domain("general") if general_domain is None else general_domain
     tokenize(domain.train, tokenizer, seq_len=seq_len)  # a text too short is found here
+    if gguf is not None:
+        gguf_size(model, tokenizer, kind=gguf)  # and a model without a graph
     folder = Path(out_dir or tempfile.mkdtemp(prefix="mini-"))
     make_folder(folder)
     facts: dict[str, object] = {"size": size, "increase": increase, "general": general}
-    facts |= {"vocabulary": vocabulary}
+    facts |= {"vocabulary": vocabulary, "gguf": gguf}
     facts |= {"calibration_tokens": calibration_tokens, "seq_len": seq_len, "seed": seed}
     facts |= {"model": fingerprint(model)[:16], "minutes": minutes}
     facts |= {"domain": _digest(domain), "general_domain": _digest(general_domain)}
@@ -227,12 +236,19 @@ def make_mini(
         run.enter("measure")
         variants = {"dense": model, "dense, fine-tuned": control, "pruned": pruned, "mini": mini}
         variants["random"] = _random(trimmed, model_size(pruned).stored, seed)
+        sizes = {name: sum(p.nbytes for p in each.parameters()) for name, each in variants.items()}
+        if gguf is not None:
+            variants[f"mini, {gguf}"] = quantised(mini, gguf)
+            sizes[f"mini, {gguf}"] = gguf_size(mini, words, kind=gguf)
         texts = [domain.test, general_domain.test]
-        table, protocol = run.measured(variants, model, tokenizer, texts, seq_len)
+        table, protocol = run.measured(variants, sizes, model, tokenizer, texts, seq_len)
 
         # 5. The model with its card, and the table.
         run.enter("save")
         path = save_model(mini, words, folder / "model")
+        file = folder / f"mini-{gguf}.gguf"
+        if gguf is not None and not file.exists():  # written whole or not at all
+            export_gguf(mini, words, file, kind=gguf)
         table.to_csv(folder / "table.csv", index=False)
         run.enter("")
     return Mini(mini, words, table, path, protocol)
@@ -363,18 +379,19 @@ class _Run:
     def measured(
         self,
         variants: Mapping[str, PreTrainedModel],
+        sizes: Mapping[str, int],
         dense: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         texts: Sequence[Part],
         seq_len: int,
     ) -> tuple[pd.DataFrame, str]:
-        """Every variant on every text, and the protocol."""
+        """Every variant on every text with its bytes, and the protocol."""
         path, tokens = self.folder / "measured.json", self.known["test_tokens"]
         held_out = HeldOut(dense, tokenizer, texts, max_tokens=tokens, seq_len=seq_len, path=path)
         rows = []
         for name, model in variants.items():
             measure = partial(held_out.measure, model)
-            facts = {"variant": name, "bytes": sum(p.nbytes for p in model.parameters())}
+            facts = {"variant": name, "bytes": sizes[name]}
             rows += held_out.table_rows(held_out.get(fingerprint(model), measure), **facts)
         table = pd.DataFrame(rows).drop(columns="passages")
         return table, f"at most {tokens:,} tokens per text, windows of {seq_len}, no overlap"

@@ -178,7 +178,7 @@ def calls(t: dict) -> dict[str, dict]:
         "load_model": {"name_or_path": "tiny-llama", "dtype": "auto", "device": "cpu"},
         "make_mini": {
             **pair, "domain": t["domain"], "size": 0.9, "increase": None, "general": 0.3,
-            "general_domain": t["domain"], "vocabulary": False, "minutes": 1e-3,
+            "general_domain": t["domain"], "vocabulary": False, "minutes": 1e-3, "gguf": None,
             "calibration_tokens": 256, "seq_len": 32, "out_dir": None, "seed": 0,
             "progress": False,
         },

@@ -41,7 +41,7 @@ def few_tokens():
 def made(tiny, tiny_domain, general, few_tokens, tmp_path_factory):
     folder, before = tmp_path_factory.mktemp("mini") / "run", copy.deepcopy(tiny[0].state_dict())
     result = lab.make_mini(
-        *tiny, tiny_domain, size=0.6, general_domain=general, out_dir=folder, **HOW
+        *tiny, tiny_domain, size=0.6, general_domain=general, out_dir=folder, gguf="Q8_0", **HOW
     )
     assert all(torch.equal(value, before[name]) for name, value in tiny[0].state_dict().items())
     return result
@@ -59,9 +59,18 @@ def test_a_mini_has_its_size_and_reloads(made, tiny, tiny_domain):
     assert row["bytes"] == sum(p.nbytes for p in model.parameters())
 
 
+def test_its_file_for_llama_cpp_is_of_the_size_and_loss_in_the_table(made):
+    row = made.table.query("variant == 'mini, Q8_0'").iloc[0]
+    file = made.folder.parent / "mini-Q8_0.gguf"
+    assert file.stat().st_size == row["bytes"]
+    mini_row = made.table.query("variant == 'mini'").iloc[0]
+    assert row["bits_per_character"] == pytest.approx(mini_row["bits_per_character"], rel=0.01)
+    assert row["bytes"] < 0.5 * mini_row["bytes"]
+
+
 def test_the_table_has_every_control_on_both_texts(made):
     table = made.to_frame()
-    assert set(table["text"]) == {"tiny-law/test", "tiny-games/test"} and len(table) == 10
+    assert set(table["text"]) == {"tiny-law/test", "tiny-games/test"} and len(table) == 12
     own = table[table["text"] == "tiny-law/test"].set_index("variant")["bits_per_character"]
     assert own["mini"] < own["pruned"] < own["random"]
     assert own["dense, fine-tuned"] < own["dense"]
@@ -73,7 +82,7 @@ def test_the_table_has_every_control_on_both_texts(made):
     assert "bits per character on tiny-law/test (dense" in repr(made) and len(repr(made)) < 400
     assert "<table" in made._repr_html_() and "passages" not in made._repr_html_()
     points = [c for axis in made.figure().axes for c in axis.containers]
-    assert len(points) == 10
+    assert len(points) == 12
 
 
 @pytest.mark.slow
@@ -128,6 +137,7 @@ def test_bad_input_is_refused_before_the_work(tiny, tiny_domain, general, tmp_pa
         (tiny_domain, {"size": 0.5, "minutes": 0}, "minutes is 0; expected a number above 0"),
         (tiny_domain, {"size": 0.5, "minutes": 1e-3}, "minutes is 0.001, too few: pruning and a"),
         (tiny_domain, {"size": 0.5, "general": 1}, "general is 1; expected"),
+        (tiny_domain, {"size": 0.5, "gguf": "Q9"}, "gguf is 'Q9'; expected one of"),
         (short, {"size": 0.5}, "tiny-law/train has .* less than one window"),
     ):
         with pytest.raises(ValueError, match=words):
