@@ -1,0 +1,214 @@
+"""GGUF files: what they hold, how large they are, what is refused; copies rounded alike."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import resource
+import signal
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from helpers import CONFIGS, random_model, random_plan
+from tokenizer_kinds import KINDS as TOKENIZERS
+from tokenizer_kinds import model_of, tokenizer_of
+from transformers import AutoModelForCausalLM
+
+import minigpt_lab as lab
+from minigpt_lab.export import KINDS, gguf_file
+from minigpt_lab.models import Anatomy
+
+
+@pytest.fixture(scope="module")
+def uneven(tiny, tiny_statistics):
+    """The tiny model with another FFN width in every layer, no multiple of 32."""
+    units = {"ffn": [384] * 4}
+    keep = {"ffn": [[*range(n)] for n in (100, 37, 384, 31)]}
+    return lab.shrink(tiny[0], lab.PruningPlan(tiny_statistics.model_hash, units, keep))
+
+
+def stored(path) -> dict[str, gguf.ReaderTensor]:
+    return {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+
+
+def values(tensor: gguf.ReaderTensor) -> np.ndarray:
+    return gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+
+
+def array(module: torch.nn.Module) -> np.ndarray:
+    return module.weight.detach().numpy()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_holds_the_rounded_copy_and_has_the_size_predicted(kind, uneven, tiny, tmp_path):
+    path = lab.export_gguf(uneven, tiny[1], tmp_path / "mini.gguf", kind=kind)
+    assert path.stat().st_size == lab.gguf_size(uneven, tiny[1], kind=kind)
+    rounded, tensors = lab.quantised(uneven, kind), stored(path)
+    held = {name: values(tensor) for name, tensor in tensors.items()}
+    embedding = "Q8_0" if kind[:2] in ("Q4", "Q5") else kind
+    assert tensors["token_embd.weight"].tensor_type.name == embedding
+    assert np.array_equal(held["token_embd.weight"], array(rounded.get_input_embeddings()))
+    for layer, block in enumerate(rounded.model.layers):
+        width = block.mlp.down_proj.in_features
+        down, up, value = (
+            held[f"blk.{layer}.{n}.weight"] for n in ("ffn_down", "ffn_up", "attn_v")
+        )
+        assert tensors[f"blk.{layer}.ffn_down.weight"].tensor_type.name == kind
+        assert down.shape[1] == len(up) == (-(-width // 32) * 32 if kind[0] == "Q" else width)
+        assert np.array_equal(down[:, :width], array(block.mlp.down_proj))
+        assert np.array_equal(up[:width], array(block.mlp.up_proj))
+        assert not up[width:].any()  # so channels that were added are 0
+        assert np.array_equal(value, array(block.self_attn.v_proj))
+
+
+def test_embedding_has_a_type_of_its_own(tiny, tmp_path):
+    path = lab.export_gguf(*tiny, tmp_path / "a.gguf", kind="Q8_0", embedding="Q4_0")
+    assert stored(path)["token_embd.weight"].tensor_type.name == "Q4_0"
+    assert path.stat().st_size == lab.gguf_size(*tiny, kind="Q8_0", embedding="Q4_0")
+    copies = lab.quantised(tiny[0], "Q8_0", embedding="Q4_0"), lab.quantised(tiny[0], "Q8_0")
+    tokens = [each.get_input_embeddings().weight for each in copies]
+    assert not torch.equal(*tokens)
+    layers = [each.model.layers[0].mlp.up_proj.weight for each in copies]
+    assert torch.equal(*layers)
+
+
+def test_metadata(uneven, tiny, tmp_path):
+    fields = gguf.GGUFReader(lab.export_gguf(uneven, tiny[1], tmp_path / "a.gguf")).fields
+    found = {key: field.contents() for key, field in fields.items()}
+    assert found["general.architecture"] == "deci"
+    assert found["general.license"] == "Apache-2.0"
+    assert found["deci.feed_forward_length"] == [100, 37, 384, 31]
+    assert found["deci.attention.head_count_kv"] == [2, 2, 2, 2]
+    assert found["deci.attention.key_length"] == found["deci.rope.dimension_count"] == 32
+    assert found["tokenizer.ggml.pre"] == "gpt-2"
+    assert len(found["tokenizer.ggml.tokens"]) == 1024
+    assert found["tokenizer.ggml.eos_token_id"] == tiny[1].eos_token_id
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_every_family_is_rounded(family, probe):
+    """A block of 32 has one scale: 4 bits change the logits, and the model given is left alone."""
+    model = random_model(family)
+    before = copy.deepcopy(model.state_dict())
+    exact, fine, coarse = (lab.quantised(model, kind) for kind in ("F32", "Q8_0", "Q4_0"))
+    errors = []
+    with torch.no_grad():
+        wanted = model(input_ids=probe).logits
+        assert torch.equal(exact(input_ids=probe).logits, wanted)
+        for each in (fine, coarse):
+            errors.append((each(input_ids=probe).logits - wanted).norm() / wanted.norm())
+    assert 0 < errors[0] < errors[1]
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+    down = Anatomy(coarse).module(0, Anatomy(coarse).family.consumes["ffn"])
+    rows = down.weight.movedim(0, -1) if "gpt2" in family else down.weight
+    assert len({*rows[0, :20].tolist()}) <= 16
+
+
+def test_a_model_in_bfloat16_is_rounded_once(tiny):
+    model = copy.deepcopy(tiny[0]).bfloat16()
+    rounded = lab.quantised(model, "Q8_0")
+    same = lab.quantised(copy.deepcopy(model).float(), "Q8_0")
+    assert all(map(torch.equal, rounded.parameters(), same.parameters()))
+
+
+# --- what is refused ---------------------------------------------------------------------------
+
+
+def refused(message: str, model, tokenizer, folder, **options) -> None:
+    with pytest.raises(ValueError, match=message):
+        lab.export_gguf(model, tokenizer, folder / "mini.gguf", **options)
+    assert not [*folder.iterdir()]
+
+
+@pytest.mark.parametrize("family", ["opt", "gpt2", "bloom", "phi", "gemma3"])
+def test_a_family_without_a_graph(family, tiny, tmp_path):
+    model = random_model(family)
+    refused("expected one of llama, mistral, qwen2, qwen3; save it with", model, tiny[1], tmp_path)
+
+
+def test_layers_that_a_graph_lacks(tmp_path):
+    model = random_model("qwen3")
+    model = lab.shrink(model, random_plan(model, 0, vocabulary=False))
+    refused("a qwen3 with layers of different widths", model, tokenizer_of("byte-level"), tmp_path)
+
+
+def test_a_rotation_that_no_factor_describes(tiny, tmp_path):
+    config = copy.deepcopy(tiny[0].config)
+    config.rope_parameters = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
+    model = AutoModelForCausalLM.from_config(config)
+    refused("rotary embedding is of type 'yarn'", model, tiny[1], tmp_path)
+
+
+def test_another_activation(tiny, tmp_path):
+    config = copy.deepcopy(tiny[0].config)
+    config.hidden_act = "gelu"
+    refused("activation 'gelu'", AutoModelForCausalLM.from_config(config), tiny[1], tmp_path)
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_tokenizers_that_are_not_described(kind, tmp_path):
+    tokenizer = tokenizer_of(kind)
+    reason = "without a token that ends" if kind == "byte-level" else "tokenizer is one"
+    refused(reason, model_of(tokenizer), tokenizer, tmp_path)
+
+
+def test_masks_and_offloaded_weights(tiny, tmp_path):
+    model = copy.deepcopy(tiny[0])
+    with lab.masked(model, random_plan(model, 0, vocabulary=False)):
+        refused("under a mask", model, tiny[1], tmp_path)
+        with pytest.raises(ValueError, match="under a mask"):
+            lab.quantised(model, "Q8_0")
+
+
+def test_weights_beyond_float16(tiny, tmp_path):
+    model = copy.deepcopy(tiny[0])
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = 1e5
+    refused("beyond the range of F16; choose kind 'BF16'", model, tiny[1], tmp_path)
+    lab.export_gguf(model, tiny[1], tmp_path / "mini.gguf", kind="BF16")
+
+
+def test_kinds_and_paths(tiny, tmp_path):
+    refused("kind is 'Q4_2'; expected one of", *tiny, tmp_path, kind="Q4_2")
+    path = tmp_path / "mini.gguf"
+    path.write_text("mine")
+    with pytest.raises(FileExistsError, match="exists; choose another path"):
+        lab.export_gguf(*tiny, path)
+    assert path.read_text() == "mine"
+
+
+@contextlib.contextmanager
+def full_disk(most: int):
+    """No file may grow beyond some bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+
+
+@pytest.mark.parametrize("most", [64, 500_000])
+def test_a_full_disk_leaves_nothing(most, tiny, tmp_path):
+    with full_disk(most), pytest.raises(OSError, match="could not be written"):
+        lab.export_gguf(*tiny, tmp_path / "mini.gguf")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_file_that_differs_gets_no_name(tiny, tmp_path, monkeypatch):
+    """A disk that stores something else is noticed before the file has its name."""
+    real = gguf_file.encode
+    written = []
+
+    def wrong(values, kind):
+        written.append(values)
+        encoded = real(values, kind)
+        return encoded + 1 if len(written) == 5 else encoded
+
+    monkeypatch.setattr(gguf_file, "encode", wrong)
+    with pytest.raises(RuntimeError, match="the file's tensor .* differs"):
+        lab.export_gguf(*tiny, tmp_path / "mini.gguf")
+    assert not [*tmp_path.iterdir()]
