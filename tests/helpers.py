@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import json
 import random
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -118,6 +120,7 @@ def picture(model, weights: bool = True) -> dict[str, object]:
     return found
 
 
+FOLDER_JSON = ("config.json", "minigpt_lab.json")
 SHORT = {"seq_len": 32, "max_tokens": 512, "eval_every": 256, "eval_characters": 600}
 
 
@@ -126,6 +129,21 @@ def spoil(model, value: float) -> None:
     anatomy = Anatomy(model)
     with torch.no_grad():
         anatomy.module(1, anatomy.family.produces["attention"][-1]).weight.fill_(value)
+
+
+def as_format_1(folder: Path) -> Path:
+    """Turn a saved mini-GPT's folder into one from before there were classes of pruned models.
+
+    The widths were in ``minigpt_lab.json``, and the config was that of the dense model.
+    """
+    config, sidecar = (json.loads((folder / name).read_text()) for name in FOLDER_JSON)
+    config["model_type"] = config["model_type"].removeprefix("minigpt-")
+    config["architectures"] = [n.removeprefix("Minigpt") for n in config["architectures"]]
+    config.pop("minigpt_lab_biases")
+    sidecar |= {"format": 1, "widths": config.pop("minigpt_lab_widths")}
+    for name, content in zip(FOLDER_JSON, (config, sidecar), strict=True):
+        (folder / name).write_text(json.dumps(content))
+    return folder
 
 
 def consumer_inputs(model, probe) -> dict[tuple[str, int], tuple[np.ndarray, np.ndarray]]:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from ..architectures import dense_type
 from ..checks import InvalidArgument
 from ..models import Anatomy
 from .rounding import padded_width
@@ -60,7 +61,7 @@ def graph_of(model: PreTrainedModel) -> str:
     InvalidArgument
         If there is none; the message says what would work.
     """
-    config, family = model.config, model.config.model_type
+    config, family = model.config, dense_type(model.config.model_type)
     if family not in _GRAPHS:
         raise InvalidArgument(
             f"model is of the family {family!r}, which is not written as GGUF; expected one of "

@@ -1,14 +1,15 @@
-"""A model's structure: architectures, anatomy, sizes, plans, surgery, loading and saving."""
+"""A model's structure: anatomy, sizes, plans, surgery, loading and saving."""
 
+from ..architectures import ALL_SITES, ATTENTION_UNITS, FAMILIES, SITES, Projection
 from .anatomy import Anatomy, is_linear, weight_axis
-from .architectures import ALL_SITES, ATTENTION_UNITS, FAMILIES, SITES, Projection
+from .auto_classes import pruned_classes, update_config
 from .by_name import load_model
 from .feature_masks import Masks, all_features, without_features
 from .layers import add_bias
 from .offloading import execution_device, is_offloaded, materialized
 from .plan import PruningPlan, keep_all
 from .precision import PRECISION, dtype_name, has_fast_bfloat16, product_dtype, reading_dtype
-from .resizing import rebuild_layer, set_units, update_config
+from .resizing import rebuild_layer, set_units
 from .runtime import check_token_ids, fingerprint, inference, label, require_weights, seeded
 from .saving import save_model
 from .sizes import Size, dense_counts, describe, layer_parameters, model_size, token_parameters

@@ -10,9 +10,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..architectures import ALL_SITES, FAMILIES, SITES, Projection, dense_type
 from ..checks import COMPUTE_DTYPES
 from . import layouts
-from .architectures import ALL_SITES, FAMILIES, SITES, Projection
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -48,14 +48,15 @@ class Anatomy:
 
     def __init__(self, model: PreTrainedModel):
         config = model.config
-        if config.model_type not in FAMILIES:
+        model_type = dense_type(config.model_type)
+        if model_type not in FAMILIES:
             raise ValueError(
-                f"architecture {config.model_type!r} is not supported; supported: "
+                f"architecture {model_type!r} is not supported; supported: "
                 f"{', '.join(sorted(FAMILIES))}. To add one, give its projections in an entry of "
-                "minigpt_lab.FAMILIES (see minigpt_lab/models/architectures.py)"
+                "minigpt_lab.FAMILIES (see minigpt_lab/architectures/families.py)"
             )
         self.model = model
-        self.family = FAMILIES[config.model_type]
+        self.family = FAMILIES[model_type]
         self.layers: Sequence[nn.Module] = model.get_submodule(self.family.layers)
         self.head_dim = (
             getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

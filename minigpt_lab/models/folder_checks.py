@@ -37,7 +37,7 @@ def damaged(folder: Path | str, why: str, remedy: str = _AGAIN) -> UnfitFolder:
 @contextlib.contextmanager
 def explain_damage(folder: Path, remedy: str = _AGAIN) -> Iterator[None]:
     """Turn a library's error on reading a folder into an `UnfitFolder`, and silence its log."""
-    log = logging.getLogger("transformers.modeling_utils")
+    log = logging.getLogger("transformers")
     level = log.level
     log.setLevel(logging.ERROR)  # our error names what is missing
     try:

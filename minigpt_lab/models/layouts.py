@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .architectures import Projection
+from ..architectures import Projection
 
 Grid = tuple[int, int, int]  # number of groups, heads per group, features per head
 

@@ -22,9 +22,10 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ..checks import DictOf, Dtype, Integer, ListOf, OneOf, Text
+from ..architectures import dense_type
+from ..checks import DictOf, Dtype, Integer, ListOf, Text
 from .anatomy import Anatomy
-from .architectures import ALL_SITES
+from .auto_classes import checked_widths, update_class
 from .folder_checks import (
     Shapes,
     UnfitFolder,
@@ -43,9 +44,7 @@ from .resizing import set_units
 from .vocabulary import TrimmedVocabulary
 
 SIDECAR = "minigpt_lab.json"
-FORMAT = 1
-# Of today's largest models a layer has fewer than 2**17 units.
-_WIDTHS = DictOf(OneOf(ALL_SITES), ListOf(Integer(1, 2**20), kind=list))
+FORMAT = 2
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
@@ -69,16 +68,23 @@ def load_folder(folder: Path, dtype: str | torch.dtype) -> PreTrainedModel:
     with explain_damage(folder):
         entries = read_object(folder / "config.json")
         refuse_quantised(entries.get("quantization_config"), folder)
+        if (folder / "generation_config.json").is_file():
+            read_object(folder / "generation_config.json")  # transformers passes over a damaged one
         shapes = stored_shapes(folder)
         check_config(folder, entries, shapes)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         _check_class(folder, config)
         if dtype == "auto" and config.dtype is not None:
             dtype = Dtype()("dtype in config.json", config.dtype)
-        if (folder / SIDECAR).is_file():
-            return _load_mini(folder, config, shapes, dtype)
-        check_memory(folder, _on_meta(config), shapes)
-        return load_pretrained(folder, dtype)
+        sidecar = _read_sidecar(folder)
+        if "widths" in sidecar:
+            model = _load_format_1(folder, config, sidecar["widths"], shapes, dtype)
+        else:
+            check_memory(folder, _on_meta(config), shapes)
+            model = load_pretrained(folder, dtype)
+        _check_heads(model)
+        _add_history(model, sidecar)
+        return model
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -155,8 +161,9 @@ def refuse_quantised(settings: object, source: str | Path) -> None:
 
 def _check_class(folder: Path, config: PretrainedConfig) -> None:
     """Refuse a config whose ``model_type`` and ``architectures`` contradict each other."""
-    classes = set(config.architectures or ()) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-    expected = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    named = {name.removeprefix("Minigpt") for name in config.architectures or ()}
+    classes = named & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    expected = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(dense_type(config.model_type))
     if classes and expected not in classes:
         raise damaged(
             folder,
@@ -173,39 +180,55 @@ def _on_meta(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreT
     return model
 
 
-def _load_mini(
-    folder: Path, config: PretrainedConfig, shapes: Shapes, dtype: str | torch.dtype
-) -> PreTrainedModel:
-    """Rebuild a mini-GPT: the config's model, resized to the saved widths, with its weights."""
+def _read_sidecar(folder: Path) -> dict:
+    """What `save_model` noted beside a model's weights; empty if it did not write the folder."""
+    if not (folder / SIDECAR).is_file():
+        return {}
     sidecar = read_object(folder / SIDECAR)
-    if sidecar.get("format") != FORMAT:
+    number = sidecar.get("format")
+    if number not in (1, FORMAT) or ("widths" in sidecar) != (number == 1):
         raise UnfitFolder(
-            f"{folder / SIDECAR}: format {sidecar.get('format')!r}, this version reads {FORMAT}"
+            f"{folder / SIDECAR}: format {number!r}, this version reads 1 (with the widths of the "
+            f"layers) and {FORMAT} (without)"
         )
-    # 1. The shape: widths of the layers, and biases that the architecture lacks.
-    dtype = torch.float32 if dtype == "auto" else dtype
-    model = _on_meta(config, dtype)
-    anatomy = Anatomy(model)
-    dense = _WIDTHS("config.json: units per layer", anatomy.layer_widths())
-    widths = _WIDTHS(f"{SIDECAR}: widths", sidecar.get("widths"))
-    for site, counts in dense.items():
-        if any(n > m for n, m in zip(widths[site], counts, strict=True)):
-            raise damaged(folder, f"{SIDECAR}: {site} widths exceed those of config.json")
-    set_units(anatomy, {site: [[*range(n)] for n in counts] for site, counts in widths.items()})
-    for _, name, module in anatomy.linears():
-        if module.bias is None and f"{name}.bias" in shapes:
-            add_bias(module)
-    check_memory(folder, model, shapes)
-    # 2. The weights.
-    _fill(model, folder, dtype)
-    heads = Integer(0, config.num_attention_heads - 1)
-    for layer in anatomy.layers:
-        (ListOf(heads) | None)("surviving_heads", getattr(layer, "surviving_heads", None))
-    # 3. Its plans and its vocabulary.
+    return sidecar
+
+
+def _check_heads(model: PreTrainedModel) -> None:
+    """Refuse indices of kept heads that the dense model does not have (`Family.per_head`)."""
+    heads = ListOf(Integer(0, model.config.num_attention_heads - 1)) | None
+    for layer in Anatomy(model).layers:
+        heads("surviving_heads", getattr(layer, "surviving_heads", None))
+
+
+def _add_history(model: PreTrainedModel, sidecar: dict) -> None:
+    """Give a model its plans and its trimmed vocabulary, as `save_model` noted them."""
+    if not sidecar:
+        return
     plans = ListOf(DictOf(Text()))(f"{SIDECAR}: plans", sidecar.get("plans"))
     model.pruning_plans = [PruningPlan.from_dict(plan) for plan in plans]
     if sidecar.get("vocabulary") is not None:
         model.trimmed_vocabulary = TrimmedVocabulary.from_dict(sidecar["vocabulary"], model)
+
+
+def _load_format_1(
+    folder: Path, config: PretrainedConfig, widths: object, shapes: Shapes, dtype: str | torch.dtype
+) -> PreTrainedModel:
+    """Load a folder whose widths are in the sidecar, as it was written before there were classes.
+
+    The config's model is resized to the widths and then given its weights.
+    """
+    dtype = torch.float32 if dtype == "auto" else dtype
+    model = _on_meta(config, dtype)
+    anatomy = Anatomy(model)
+    counts = checked_widths(widths, anatomy.layer_widths())
+    set_units(anatomy, {site: [[*range(n)] for n in layers] for site, layers in counts.items()})
+    for _, name, module in anatomy.linears():
+        if module.bias is None and f"{name}.bias" in shapes:
+            add_bias(module)
+    check_memory(folder, model, shapes)
+    _fill(model, folder, dtype)
+    update_class(anatomy)
     return model
 
 

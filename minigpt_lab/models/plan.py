@@ -18,10 +18,10 @@ import numpy as np
 import pandas as pd
 from transformers import PreTrainedModel
 
+from ..architectures import ALL_SITES, ATTENTION_UNITS, SITES
 from ..checks import DictOf, Integer, ListOf, Location, Model, Number, OneOf, Text, checked, to_path
 from ..store import read_cached, read_json, write_json
 from .anatomy import Anatomy
-from .architectures import ALL_SITES, ATTENTION_UNITS, SITES
 from .feature_masks import Masks, all_features, count_weights, without_features
 from .sizes import Size, layer_parameters, token_parameters
 

@@ -1,19 +1,14 @@
-"""Rebuild layers with other numbers of units; update their attributes and the config."""
+"""Rebuild layers with other numbers of units, and update their attributes."""
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Mapping, Sequence
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from transformers import PretrainedConfig
-from transformers.initialization import no_init_weights
 
 from . import layouts
 from .anatomy import Anatomy
-from .architectures import SITES
 from .layers import select_heads, set_attribute, set_features
 
 
@@ -104,57 +99,3 @@ def _surviving_heads(anatomy: Anatomy, layer: int, total: int) -> list[int]:
 def _removed_heads(anatomy: Anatomy, heads: Sequence[int]) -> list[int]:
     """Indices in the dense model of the heads that are not among `heads`."""
     return sorted({*range(anatomy.model.config.num_attention_heads)} - {*heads})
-
-
-def update_config(anatomy: Anatomy) -> None:
-    """Write the layers' widths into the config if all layers agree and it has fields for them."""
-    layers = range(len(anatomy.layers))
-    _set_fields(anatomy, [{"channel": width} for width in anatomy.units("ffn")])
-    grids = [anatomy.grid("attention", layer) for layer in layers]
-    _set_fields(anatomy, [{"query": groups * heads, "key": groups} for groups, heads, _ in grids])
-
-
-def _set_fields(anatomy: Anatomy, counts: Sequence[Mapping[str, int]]) -> None:
-    """Set config fields to the numbers of units of some kinds, if these agree in all layers."""
-    names = anatomy.family.config
-    fields = {names[kind]: count for kind, count in counts[0].items() if kind in names}
-    if "query" in counts[0] and fields:
-        fields["head_dim"] = anatomy.head_dim
-    if all(count == counts[0] for count in counts) and _fits_config(anatomy, fields):
-        for name, value in fields.items():
-            setattr(anatomy.model.config, name, value)
-
-
-def _fits_config(anatomy: Anatomy, fields: Mapping[str, int]) -> bool:
-    """Whether the config can take these values, and describes the model's other weights too.
-
-    It may not: Llama's config requires hidden size % heads == 0; Phi sizes the norms of a head by
-    hidden size / heads.
-    """
-    config = anatomy.model.config
-    try:
-        plain = _from_config(anatomy, type(config).from_dict({**config.to_dict(), **fields}))
-    except (ValueError, StrictDataclassError):
-        return False
-    coupled = {
-        id(anatomy.module(0, projection).weight)
-        for site in SITES
-        for projection, _ in anatomy.coupled(site)
-    }
-    described = dict(plain.layers[0].named_parameters())
-    return all(
-        weight.shape == described[name].shape
-        for name, weight in anatomy.layers[0].named_parameters()
-        if name in described and name.endswith("weight") and id(weight) not in coupled
-    )
-
-
-def _from_config(anatomy: Anatomy, config: PretrainedConfig) -> Anatomy:
-    """Anatomy of the model that plain transformers builds from a config, on the meta device."""
-    with torch.device("meta"), no_init_weights():
-        return Anatomy(type(anatomy.model)(copy.deepcopy(config)))
-
-
-def config_widths(anatomy: Anatomy) -> dict[str, list[int]]:
-    """`Anatomy.layer_widths` of the model that plain transformers builds from the config."""
-    return _from_config(anatomy, anatomy.model.config).layer_widths()

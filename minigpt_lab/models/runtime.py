@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 
+from ..architectures import dense_type
 from ..checks import Instance, Model, Text, checked, locked, safe_contextmanager
 from .offloading import materialized_parameters
 from .precision import cast_weights, reading_dtype
@@ -34,7 +35,7 @@ def label(model: PreTrainedModel) -> str:
     if origin:
         name = f"{origin['title']} ({origin['note']})"
     else:
-        name = Path(model.config._name_or_path or model.config.model_type).name
+        name = Path(model.config._name_or_path or dense_type(model.config.model_type)).name
     if not getattr(model, "pruning_plans", None):
         return name
     return f"{name}, pruned to {model.num_parameters():,} parameters"
@@ -90,6 +91,8 @@ _IGNORED = {
     "transformers_version",
     "minigpt_lab_origin",
     "minigpt_lab_dense",
+    "minigpt_lab_widths",  # hashed as shapes of the weights
+    "minigpt_lab_biases",
     "architectures",
     "use_cache",
     "dtype",
@@ -111,6 +114,7 @@ def fingerprint(model: PreTrainedModel) -> str:
     mask.
     """
     entries = {k: v for k, v in model.config.to_dict().items() if k not in _IGNORED}
+    entries["model_type"] = dense_type(model.config.model_type)
     config = json.dumps(entries, sort_keys=True, default=str)
     version = config, *((name, *_version(p)) for name, p in model.named_parameters())
     hashes = _hashes.setdefault(model, {})  # version to hash, the last used at the end

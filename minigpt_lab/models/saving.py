@@ -22,10 +22,11 @@ from ..checks import (
 )
 from ..store import DamagedFile, atomic_write, read_json, write_json
 from .anatomy import Anatomy
+from .auto_classes import config_widths, update_config
 from .by_name import load_model
 from .layers import has_added_bias
 from .loading import FORMAT, SIDECAR
-from .resizing import config_widths, padding, set_units, update_config
+from .resizing import padding, set_units
 from .runtime import inference
 from .vocabulary import tokenizer_for
 
@@ -97,13 +98,11 @@ def save_model(
     stored = _padded(model) if portable else model
     with atomic_write(final, lambda folder: _written_files(folder) or set()) as staging:
         with _original_generation_config(stored):
-            # Weights keep their names in memory. `load_model`, which alone loads layers with widths
-            # of their own, expects these.
+            # Weights keep their names in memory.
             stored.save_pretrained(staging, max_shard_size="1TB", save_original_format=False)
         tokenizer_for(model, tokenizer).save_pretrained(staging)
         sidecar = {
             "format": FORMAT,
-            "widths": Anatomy(stored).layer_widths(),
             "plans": [plan.to_dict() for plan in getattr(model, "pruning_plans", [])],
             "vocabulary": vocabulary and {"size": vocabulary.size, "rows": vocabulary.rows},
             "files": sorted(path.name for path in staging.iterdir()),
@@ -124,7 +123,7 @@ def _written_files(folder: Path) -> set[str] | None:
         return None
     except DamagedFile:
         return {SIDECAR}
-    if not isinstance(sidecar, dict) or "widths" not in sidecar:
+    if not isinstance(sidecar, dict) or "plans" not in sidecar:
         return None
     return {SIDECAR, *(name for name in sidecar.get("files", []) if isinstance(name, str))}
 
@@ -159,6 +158,7 @@ def _padded(model: PreTrainedModel) -> PreTrainedModel:
     # 2. To the width that the config describes, which is the dense one if it has no field.
     for site, counts in config_widths(anatomy).items():
         _pad(anatomy, site, counts)
+    update_config(anatomy)
     return model
 
 

@@ -18,11 +18,12 @@ from transformers import PreTrainedModel
 
 from ..checks import Instance, Model, checked, locked, safe_contextmanager
 from .anatomy import Anatomy, weight_axis
+from .auto_classes import update_class, update_config
 from .feature_masks import Masks, without_features
 from .layers import add_bias, remove_bias
 from .offloading import is_offloaded
 from .plan import PruningPlan
-from .resizing import set_units, update_config
+from .resizing import set_units
 from .sizes import dense_counts
 from .vocabulary import TrimmedVocabulary
 
@@ -122,6 +123,8 @@ def _zero_weights(
             parameter.data = parameter.detach().clone()
         return parameter
 
+    if undo is not None and plan.shift:  # with added biases the model is of another class
+        undo.callback(update_class, anatomy)
     nonzero = without_features(plan.kept_features(anatomy), plan.zero)
     for parameter, axis, features in (*_zeros(anatomy, nonzero), *_token_rows(anatomy, plan)):
         index = torch.as_tensor(features, device=parameter.device)
@@ -135,6 +138,8 @@ def _zero_weights(
             if undo is not None:
                 undo.callback(remove_bias, module)
         module.bias.add_(module.bias.new_tensor(shift))
+    if undo is not None and plan.shift:
+        update_class(anatomy)
 
 
 def _restore(parameter: nn.Parameter, tensor: torch.Tensor) -> None:

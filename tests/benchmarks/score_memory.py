@@ -21,9 +21,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import minigpt_lab as lab
+from minigpt_lab.architectures import SITES
 from minigpt_lab.calibration.spsa import estimate_gradients
 from minigpt_lab.criteria.units import scored_layers
-from minigpt_lab.models.architectures import SITES
 from minigpt_lab.models.runtime import inference
 
 CONFIG = LlamaConfig(

@@ -17,7 +17,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 import minigpt_lab as lab
-from minigpt_lab.models.architectures import ATTENTION_UNITS
+from minigpt_lab.architectures import ATTENTION_UNITS
 
 TOKENS, SEQ_LEN, TEST_TOKENS = 8_192, 1_024, 4_096
 SHORT = 256  # calibration windows where budgets are compared

@@ -11,11 +11,11 @@ from helpers import random_model, spoil
 from torch import nn
 
 import minigpt_lab as lab
+from minigpt_lab.architectures import SITES
 from minigpt_lab.calibration import collect_gradients, estimate_gradients, spsa
 from minigpt_lab.calibration.losses import window_losses
 from minigpt_lab.criteria.units import scored_layers
 from minigpt_lab.models.anatomy import Anatomy, weight_axis
-from minigpt_lab.models.architectures import SITES
 
 
 def names(model) -> list[str]:

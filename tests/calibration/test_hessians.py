@@ -8,9 +8,9 @@ import torch
 from helpers import consumer_inputs, logits, random_model, spoil, units
 
 import minigpt_lab as lab
+from minigpt_lab.architectures import SITES
 from minigpt_lab.calibration import Moments, damped_inverse, refit
 from minigpt_lab.models.anatomy import Anatomy, weight_axis
-from minigpt_lab.models.architectures import SITES
 
 
 def consumers(model) -> list[str]:

@@ -18,12 +18,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 import minigpt_lab as lab
+from minigpt_lab.architectures import ATTENTION_UNITS
 from minigpt_lab.calibration.layer_runner import LayerRunner, catch_inputs
 from minigpt_lab.calibration.moments import second_moments
 from minigpt_lab.compensation import SALIENCIES, eliminate, projection
 from minigpt_lab.compensation.obs import next_block
 from minigpt_lab.models.anatomy import Anatomy
-from minigpt_lab.models.architectures import ATTENTION_UNITS
 from minigpt_lab.models.runtime import inference
 from minigpt_lab.store import tensor_files
 from minigpt_lab.store.shards import Shards

@@ -11,8 +11,8 @@ import torch
 from helpers import CONFIGS, consumer_inputs, logits, random_model, random_plan, units
 
 import minigpt_lab as lab
+from minigpt_lab.architectures import SITES
 from minigpt_lab.models.anatomy import Anatomy
-from minigpt_lab.models.architectures import SITES
 
 
 def test_wanda_is_weights_times_norms(model, probe):

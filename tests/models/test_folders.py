@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import logits, random_model, random_plan
+from helpers import as_format_1, logits, random_model, random_plan
 from safetensors.torch import load_file, save_file
 
 import minigpt_lab as lab
@@ -96,21 +96,37 @@ def test_a_config_of_another_model_is_refused(folder, entries, said):
     refused(folder, said)
 
 
+WIDTHS = {site: [1] * 3 for site in ("ffn", "attention", "balanced_heads")}
+
+
 @pytest.mark.parametrize(
     ("file", "entries", "said"),
     [
-        ("minigpt_lab.json", {"widths": {"ffn": [10**10] * 3}}, "widths"),
-        ("minigpt_lab.json", {"widths": None}, "widths is None"),
+        ("config.json", {"minigpt_lab_widths": {"ffn": [10**10] * 3}}, "minigpt_lab_widths"),
+        ("config.json", {"minigpt_lab_widths": {**WIDTHS, "ffn": [1] * 10**4}}, "expected at most"),
+        ("config.json", {"minigpt_lab_widths": {"ffn": [1] * 3}}, "widths of attention are"),
+        ("config.json", {"minigpt_lab_widths": None}, "minigpt_lab_widths is None"),
+        ("config.json", {"minigpt_lab_widths": WIDTHS}, "of another shape"),
+        ("config.json", {"minigpt_lab_biases": 3}, "minigpt_lab_biases is 3; expected a list"),
+        ("config.json", {"minigpt_lab_biases": ["os.system"]}, "biases names 'os.system'"),
+        (
+            "config.json",
+            {"minigpt_lab_biases": ["model.layers.1.mlp.up_proj"]},
+            r"weights missing \(1\): model.layers.1.mlp.up_proj.bias",
+        ),
         ("minigpt_lab.json", {"plans": 3}, "plans is 3; expected a list"),
         ("minigpt_lab.json", {"plans": [3]}, "damaged"),
         ("minigpt_lab.json", {"plans": [{"model_hash": "", "units": {}, "keep": 1}]}, "keep is 1"),
         ("minigpt_lab.json", {"vocabulary": {"size": 10**10, "rows": [*range(97)]}}, "vocabulary"),
         ("minigpt_lab.json", {"vocabulary": {"size": 99, "rows": [0]}}, "vocabulary is not"),
-        ("minigpt_lab.json", {"format": 2}, "format 2, this version reads 1"),
+        ("minigpt_lab.json", {"format": 3}, "format 3, this version reads 1"),
         ("config.json", {"hidden_size": 10**7}, "config.json asks for"),
         ("config.json", {"intermediate_size": 10**9}, "units per layer.* is 1000000000; expected"),
         ("config.json", {"num_attention_heads": 10**9, "head_dim": 8}, "damaged"),
         ("config.json", {"vocab_size": 10**9}, "config.json asks for"),
+        ("config.json", {"model_type": "llama", "architectures": None}, "of another shape"),
+        ("config.json", {"model_type": "minigpt-gpt2"}, "model_type 'minigpt-gpt2' and archit"),
+        ("config.json", {"model_type": "minigpt-evil"}, "does not recognize"),
     ],
 )
 def test_a_saved_mini_gpt_is_compared_with_its_weights_first(tmp_path, words, file, entries, said):
@@ -120,16 +136,35 @@ def test_a_saved_mini_gpt_is_compared_with_its_weights_first(tmp_path, words, fi
     refused(tmp_path / "mini", said)
 
 
+@pytest.mark.parametrize("old", [False, True])
 @pytest.mark.parametrize("site", ["ffn", "attention", "balanced_heads"])
-def test_widths_are_numbers_that_the_weights_have(tmp_path, words, site):
+def test_widths_are_numbers_that_the_weights_have(tmp_path, words, site, old):
     model = random_model("llama")
     lab.save_model(lab.shrink(model, random_plan(model, 3, False)), words, tmp_path / "mini")
-    sidecar = tmp_path / "mini" / "minigpt_lab.json"
-    widths = json.loads(sidecar.read_text())["widths"]
+    file, key = tmp_path / "mini" / "config.json", "minigpt_lab_widths"
+    if old:
+        file, key = as_format_1(tmp_path / "mini") / "minigpt_lab.json", "widths"
+    widths = json.loads(file.read_text())[key]
     for value in (0, -1, 1.5, True, "3", None, 10**12, 21):
         widths[site][1] = value
-        change_json(sidecar, widths=widths)
-        refused(tmp_path / "mini", "widths|another shape")
+        change_json(file, **{key: widths})
+        refused(tmp_path / "mini", "widths|another shape|size mismatch")
+
+
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        ({"widths": {"ffn": [10**10] * 3}}, "widths"),
+        ({"widths": None}, "widths is None"),
+        ({"format": 2}, "format 2, this version reads 1"),
+        ({"plans": 3}, "plans is 3; expected a list"),
+    ],
+)
+def test_a_sidecar_with_widths_is_compared_too(tmp_path, words, entries, said):
+    model = random_model("llama")
+    lab.save_model(lab.shrink(model, random_plan(model, 3, False)), words, tmp_path / "mini")
+    change_json(as_format_1(tmp_path / "mini") / "minigpt_lab.json", **entries)
+    refused(tmp_path / "mini", said)
 
 
 def test_what_transformers_passes_over_is_no_fault(folder, words):

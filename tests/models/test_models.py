@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import logits, random_model, random_plan
+from helpers import as_format_1, logits, random_model, random_plan
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import minigpt_lab as lab
 from minigpt_lab.models import Anatomy, fingerprint, saving
+from minigpt_lab.models.auto_classes import config_widths
 from minigpt_lab.models.by_name import registry
-from minigpt_lab.models.resizing import config_widths
 from minigpt_lab.store import DATA, pinned_packages
 
 
@@ -199,19 +199,22 @@ def test_a_difference_after_reloading_is_an_error(tmp_path, tokenizer, monkeypat
     assert not (tmp_path / "mini").exists()
 
 
-@pytest.mark.parametrize("damage", ["truncate", "sidecar", "config", "weights"])
+@pytest.mark.parametrize("damage", ["truncate", "widths", "old widths", "config", "weights"])
 def test_damaged_folders_get_one_clear_line(tmp_path, tokenizer, damage):
     model = random_model("llama")
     folder = lab.save_model(
         lab.shrink(model, random_plan(model, 15, False)), tokenizer, tmp_path / "mini"
     )
-    weights, sidecar = folder / "model.safetensors", folder / "minigpt_lab.json"
+    weights = folder / "model.safetensors"
     if damage == "truncate":
         weights.write_bytes(weights.read_bytes()[:-100])
-    elif damage == "sidecar":
-        content = json.loads(sidecar.read_text())
-        content["widths"]["ffn"][0] += 1
-        sidecar.write_text(json.dumps(content))
+    elif damage.endswith("widths"):
+        file, key = folder / "config.json", "minigpt_lab_widths"
+        if damage == "old widths":
+            file, key = as_format_1(folder) / "minigpt_lab.json", "widths"
+        content = json.loads(file.read_text())
+        content[key]["ffn"][0] += 1
+        file.write_text(json.dumps(content))
     elif damage == "config":
         (folder / "config.json").write_text("{")
     else:

@@ -222,3 +222,15 @@ FAMILIES: dict[str, Family] = {
     "gpt_neox": _NEOX,  # also Pythia
     "bloom": _BLOOM,
 }
+
+_PRUNED = "minigpt-"  # before the ``model_type`` of a family, for its pruned models
+
+
+def pruned_type(model_type: str) -> str:
+    """``model_type`` of a family's models whose layers differ in width (``"minigpt-llama"``)."""
+    return _PRUNED + dense_type(model_type)
+
+
+def dense_type(model_type: str) -> str:
+    """``model_type`` of the family that a dense or pruned model is of (``"llama"``)."""
+    return model_type.removeprefix(_PRUNED)
