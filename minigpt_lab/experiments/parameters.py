@@ -213,7 +213,8 @@ def _check_like(default: object) -> Any:
         case [first, *_]:
             return ListOf(_check_like(first), kind=list)
         case dict():
-            return DictOf(Text(), _SCALAR)
+            first = next(iter(default.values()), None)
+            return DictOf(Text(), _check_like(first) if isinstance(first, list) else _SCALAR)
         case _:  # None or an empty list
             return Number() | Text() | ListOf(_SCALAR, kind=list) | None
 
