@@ -1,4 +1,4 @@
-"""Exercises of notebooks 07 to 12: comparing runs and methods, MINI-LLM, SlimGPT, a mini-GPT."""
+"""Exercises of notebooks 07 to 13: runs, methods, MINI-LLM, SlimGPT, mini-GPTs, formats."""
 
 from __future__ import annotations
 
@@ -151,3 +151,17 @@ def bits_per_character(row: pd.Series) -> Answer:
         "the perplexity itself per character; take its logarithm first": row["perplexity"] * rate,
     }
     return Answer(bits * rate, mistakes)
+
+
+# 13_how_small
+
+
+@exercise("number")
+def bits_per_weight(weights: int, bits: int, scale: int) -> Answer:
+    """Bits per weight of blocks that share a scale."""
+    mistakes = {
+        "without the scales, which every block stores too": float(bits),
+        "with a scale for every weight; a block shares one": float(bits + scale),
+        "a byte has eight bits; bits are asked for": (bits + scale / weights) / 8,
+    }
+    return Answer(bits + scale / weights, mistakes)

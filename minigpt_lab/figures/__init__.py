@@ -16,6 +16,7 @@ from .activations import (
 )
 from .comparison import (
     cosine_curve,
+    format_curves,
     influence_bars,
     method_curves,
     pareto_front,

@@ -100,6 +100,38 @@ def size_and_loss(table: pd.DataFrame, *, caption: str = "") -> Figure:
     return figure
 
 
+_KINDS = {"F16": ("#000000", "o"), "Q8_0": ("#0072B2", "s"), "Q4_0": ("#D55E00", "^")}
+
+
+@draws_frame(names="text model kind", numbers="bytes bits_per_character")
+def format_curves(table: pd.DataFrame, *, caption: str = "") -> Figure:
+    """Bytes on disk against bits per character: a line per format, a point per size of the model.
+
+    Where the line of a format with fewer bits is lower at the same bytes, rounding costs less there
+    than pruning.
+
+    Parameters
+    ----------
+    table : pandas.DataFrame
+        Columns ``text, model, kind, bytes, bits_per_character`` of `studies.format_losses`.
+    caption : str
+        Model, text, protocol.
+    """
+    title = "Prune or quantise?"
+    caption = with_note(caption, "a line: one format; a point: one size of the model")
+    figure, panels = panel_row(table, "text", caption, title, size=(4.2, 4.0), sharex=True)
+    styles = looks(table["kind"], _KINDS)
+    for axis, _, rows in panels:
+        for kind, points in rows.sort_values("bytes").groupby("kind", sort=False):
+            axis.plot(points["bytes"] / 1e6, points["bits_per_character"], lw=1.4, **styles[kind])
+        axis.set(xscale="log", yscale="log", xlabel="file in MB")
+        log_labels(axis.xaxis, rows["bytes"] / 1e6, n=5)
+        log_labels(axis.yaxis, rows["bits_per_character"])
+    figure.axes[0].set_ylabel("bits per character (lower is better)")
+    side_legend(figure, *(key(name, **look) for name, look in styles.items()))
+    return figure
+
+
 def _front_panel(
     axis: Axes, rows: pd.DataFrame, size: str, domains: dict[str, dict], methods: dict[str, dict]
 ) -> None:

@@ -55,7 +55,7 @@ from .texts import training_windows
 from .training import RecoveryTrainer, history_of
 
 #: Peak learning rate by method, unless one is given.
-LEARNING_RATES = {"full": 5e-5, "lora": 2e-4}
+LEARNING_RATES = {"full": 3e-4, "lora": 2e-3}
 #: How the learning rate falls after the warm-up, by transformers' names.
 DECAYS = ("cosine", "linear", "constant_with_warmup")
 

@@ -478,3 +478,17 @@ def test_every_method_has_a_look_of_its_own_and_its_seeds_are_dots():
     dots = [each for each in axis.lines if each.get_label() == "one seed"]
     assert len(dots) == len(names) - 1 and not axis.texts  # no words over the points
     assert sorted(set(dots[0].get_ydata())) == [30, 31, 32]
+
+
+def test_formats_are_lines_over_bytes():
+    rows = [
+        (text, f"{size}", kind, size * bits, 1 / bits + 1 / size)
+        for text in ("a", "b") for kind, bits in (("F16", 16), ("Q4_0", 4)) for size in (1, 2, 3)
+    ]  # fmt: skip
+    columns = ["text", "model", "kind", "bytes", "bits_per_character"]
+    table = pd.DataFrame(rows, columns=columns).sample(frac=1, random_state=0)
+    figure = figures.format_curves(table, caption="six models")
+    assert [axis.get_title(loc="left") for axis in figure.axes] == list(table["text"].unique())
+    for axis in figure.axes:
+        drawn = {tuple(np.round(line.get_xdata() * 1e6)) for line in axis.lines}
+        assert drawn == {(16, 32, 48), (4, 8, 12)}

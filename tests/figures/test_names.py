@@ -67,6 +67,16 @@ def drawable() -> dict[str, tuple[pd.DataFrame, dict]]:
                 perplexity=[10.0, 20, 15, 11, 21, 16]
             ), {"domain": TEXTS[0], "other": TEXTS[1]}
         ),
+        "format_curves": (
+            rows(text=TEXTS, model=["100%"], kind=["F16", "Q4_0"]).assign(
+                bytes=[2.0, 1, 2, 1], bits_per_character=[1.0, 1.1, 1.2, 1.3]
+            ), {}
+        ),
+        "size_and_loss": (
+            rows(text=TEXTS, variant=["dense", "mini"]).assign(
+                bytes=[2.0, 1, 2, 1], bits_per_character=1.0, bits_low=0.9, bits_high=1.1
+            ), {}
+        ),
         "answer_dots": (
             rows(domain=DOMAINS, variant=["dense", "cut"]).assign(
                 accuracy=0.3, chance=0.25, **accuracy

@@ -1,0 +1,97 @@
+"""Pruned models in the formats of llama.cpp: bytes on disk against what is lost."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pandas as pd
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..checks import DictOf, Flag, Integer, ListOf, Model, OneOf, Text, checked
+from ..domains import Part
+from ..evaluation import answer_questions
+from ..export import KINDS, gguf_size, quantised
+from ..models import fingerprint
+from .arguments import FOLDER, PAIR, TEXTS
+from .held_out import HeldOut
+
+
+@checked(
+    **PAIR,
+    models=DictOf(Text(), Model()),
+    texts=TEXTS,
+    kinds=ListOf(OneOf(KINDS), 1),
+    max_tokens=Integer(2) | None,
+    seq_len=Integer(2),
+    out_dir=FOLDER,
+    progress=Flag(),
+)
+def format_losses(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    models: Mapping[str, PreTrainedModel],
+    texts: Sequence[Part],
+    kinds: Sequence[str] = ("F16", "Q8_0", "Q4_0"),
+    questions: Sequence | None = None,
+    max_tokens: int | None = None,
+    seq_len: int = 256,
+    out_dir: str | os.PathLike | None = None,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Measure every model in every format.
+
+    Parameters
+    ----------
+    model, tokenizer
+        The dense pair.
+    models : mapping
+        Name to a pruned model (or the dense one).
+    texts : sequence of Part
+        Held out.
+    kinds : sequence of str
+        Formats, see `export_gguf`.
+    questions : sequence of Question, optional
+        Also answered by every model in every format.
+    max_tokens, seq_len : int
+        Tokens per text (None for all), and per window.
+    out_dir : str or path, optional
+        Folder for ``formats.json``: finished cells are kept.
+    progress : bool
+        Show a progress bar.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per model, format and text: ``model, kind, bytes, stored`` and the numbers of
+        `perplexity`; with questions also ``accuracy``.
+
+    Raises
+    ------
+    ValueError
+        If llama.cpp has no graph for a model, or a text is too short.
+    """
+    path = out_dir and Path(out_dir) / "formats.json"
+    held_out = HeldOut(model, tokenizer, texts, max_tokens=max_tokens, seq_len=seq_len, path=path)
+    cells = [(name, each, kind) for name, each in models.items() for kind in kinds]
+    rows = []
+    for name, each, kind in tqdm(cells, desc="formats", unit="model", disable=not progress):
+
+        def compute(each=each, kind=kind) -> dict:
+            rounded = quantised(each, kind)
+            result = held_out.measure(rounded)
+            if questions is not None:
+                answers = answer_questions(rounded, tokenizer, questions, progress=False)
+                result["accuracy"] = answers.accuracy
+            return result | {"bytes": gguf_size(each, tokenizer, kind=kind)}
+
+        asked = None if questions is None else len(questions)
+        result = held_out.get([fingerprint(each), kind, asked], compute)
+        facts = {"model": name, "kind": kind, "bytes": result["bytes"]}
+        if questions is not None:
+            facts["accuracy"] = result["accuracy"]
+        rows += held_out.table_rows(result, **facts)
+    return pd.DataFrame(rows)
