@@ -54,7 +54,9 @@ from .distillation import LOSSES, DistillationLoss, teacher_of
 from .texts import training_windows
 from .training import RecoveryTrainer, history_of
 
-#: Peak learning rate by method, unless one is given.
+#: Peak learning rate by method, unless one is given. SmolLM2-135M with half of its FFN channels, 32
+#: updates of 1,024 tokens of medicine, loss "mix", from validation perplexity 36.1: full 2e-4 27.6,
+#: 3e-4 27.5, 5e-4 27.9, 1e-3 31.1; LoRA 2e-3 28.8.
 LEARNING_RATES = {"full": 3e-4, "lora": 2e-3}
 #: How the learning rate falls after the warm-up, by transformers' names.
 DECAYS = ("cosine", "linear", "constant_with_warmup")
