@@ -17,7 +17,7 @@ from ..checks import Location, Model, OneOf, Tokenizer, checked, writable_file
 from ..models import label, tokenizer_for
 from ..store import atomic_write
 from .byte_pairs import tokenizer_fields
-from .graphs import FileTensor, ffn_widths, file_tensors, graph_of, hyperparameters
+from .graphs import FileTensor, ffn_widths, file_tensors, graph_of, hyperparameters, padded
 from .rounding import KINDS, decode, encode, matrix_kinds, refuse_masked_or_offloaded
 
 _ALIGNMENT = 32  # bytes; every tensor begins at a multiple
@@ -52,10 +52,13 @@ def export_gguf(
 ) -> Path:
     """Write a model and its tokenizer as a GGUF file, which llama.cpp runs.
 
-    Llama (SmolLM too), Mistral, Qwen2 and Qwen3 with byte-level BPE tokenizers, trimmed or not. A
-    model whose layers have different numbers of FFN channels or key/value groups gets llama.cpp's
-    architecture ``deci``, which takes a width per layer. Linear layers and token embedding get the
-    type `kind`; norms and biases are float32.
+    Llama (SmolLM too), Mistral, Qwen2, Qwen3, Phi, GPT-2, GPT-NeoX and BLOOM, with byte-level BPE
+    tokenizers, trimmed or not. A Llama, Mistral or Qwen2 whose layers have different numbers of FFN
+    channels or key/value groups gets llama.cpp's architecture ``deci``, which takes a width per
+    layer. In the other families, layers are padded with units of zeros to the widest, and all but
+    Qwen3 to the dense model's heads: such a file is larger than need be.
+
+    Linear layers and token embedding get the type `kind`; norms, biases and positions are float32.
 
     The blocks of 32 weights that a type with a ``Q`` rounds together must fill a row: rows of the
     FFN's second matrix are padded with channels of zeros (prune with ``multiple_of=32`` to need
@@ -146,18 +149,19 @@ def _content(
             "a mask over the vocabulary cannot be written: its tokens are forbidden, not gone; "
             "shrink the model and export that"
         )
-    graph, ffn = graph_of(model), ffn_widths(model, kind)
-    rows = len(model.get_input_embeddings().weight)
+    graph, name, own = graph_of(model), label(model), tokenizer_for(model, tokenizer)
+    model = padded(model, graph)
+    ffn, rows = ffn_widths(model, kind), len(model.get_input_embeddings().weight)
     origin = getattr(model.config, "minigpt_lab_origin", None)
     file_type = "ALL_F32" if kind == "F32" else f"MOSTLY_{kind}"
     fields = {
         "general.type": "model",
-        "general.name": label(model),
+        "general.name": name,
         **({"general.license": origin["licence"]} if origin else {}),
         "general.file_type": int(gguf.LlamaFileType[file_type]),
         "general.quantization_version": gguf.GGML_QUANT_VERSION,
         **hyperparameters(model, graph, ffn),
-        **tokenizer_fields(tokenizer_for(model, tokenizer), rows),
+        **tokenizer_fields(own, rows),
     }
     kinds = matrix_kinds(model, kind, embedding)
     return _Content(graph, fields, list(file_tensors(model, graph, kinds, ffn)))

@@ -6,6 +6,7 @@ same computation with arrays of them, one entry per layer.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -17,16 +18,44 @@ from transformers import PreTrainedModel
 
 from ..architectures import dense_type
 from ..checks import InvalidArgument
-from ..models import Anatomy
+from ..models import Anatomy, is_linear, padding, set_units, weight_axis
 from .rounding import padded_width
 
 #: Graph of a family whose layers are alike. Families that are not listed cannot be written.
-_GRAPHS = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+_GRAPHS = {
+    "llama": "llama",
+    "mistral": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "phi": "phi2",
+    "gpt2": "gpt2",
+    "gpt_neox": "gptneox",
+    "bloom": "bloom",
+}
+
+#: Config fields to the values with which a graph computes what transformers does. GPT-NeoX's exact
+#: GELU is an approximation by tanh in llama.cpp: its logits differ by about 0.001.
+_REQUIRED: dict[str, dict[str, tuple]] = {
+    "llama": {"hidden_act": ("silu",)},
+    "qwen2": {"hidden_act": ("silu",)},
+    "qwen3": {"hidden_act": ("silu",)},
+    "phi2": {"hidden_act": ("gelu_new",)},
+    "gpt2": {
+        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+    },
+    "gptneox": {"hidden_act": ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh")},
+    "bloom": {"apply_residual_connection_post_layernorm": (False,)},
+}
 
 #: Graphs whose rotary embedding turns neighbouring features (0, 1), (2, 3), …; transformers turns
 #: feature i with i + dim / 2, so the rows of queries and keys change their places. They also take
 #: a bias of every projection and factors of the rotary frequencies.
 _INTERLEAVED = ("llama", "deci")
+
+#: Graphs in which the heads of a layer together are as wide as the model.
+_ALL_HEADS = ("phi2", "gpt2", "gptneox", "bloom")
 
 _INSTEAD = "save it with lab.save_model, from which every family reloads"
 
@@ -67,37 +96,57 @@ def graph_of(model: PreTrainedModel) -> str:
             f"model is of the family {family!r}, which is not written as GGUF; expected one of "
             f"{', '.join(_GRAPHS)}; {_INSTEAD}"
         )
-    if config.hidden_act != "silu":
-        raise InvalidArgument(
-            f"the model's FFN has the activation {config.hidden_act!r}, where llama.cpp's graph "
-            f"has 'silu'; {_INSTEAD}"
-        )
-    _refuse_odd_rotation(model)
     graph = _GRAPHS[family]
-    alike = all(len({*widths}) == 1 for widths in Anatomy(model).layer_widths().values())
+    for field, allowed in _REQUIRED[graph].items():
+        value = getattr(config, field)
+        if value not in allowed:
+            raise InvalidArgument(
+                f"the model's {field} is {value!r}, where llama.cpp's graph {graph!r} has "
+                f"{allowed[0]!r}; {_INSTEAD}"
+            )
+    _refuse_odd_rotation(model, graph)
     if graph in _INTERLEAVED:
-        return graph if alike else "deci"
-    biased = {name.split(".")[-2] for name, _ in model.named_parameters() if name.endswith("bias")}
-    missing = {
-        "layers of different widths": not alike,
-        "biases outside of q, k and v": not biased <= {"q_proj", "k_proj", "v_proj"},
-        "scaled rotary frequencies": _rotary_factors(model) is not None,
-    }
-    if not any(missing.values()):
-        return graph
-    if graph == "qwen2":
+        return graph if _layers_are_alike(model) else "deci"
+    scaled = _rotary_factors(model) is not None
+    biases = {name.split(".")[-2] for name, _ in model.named_parameters() if name.endswith("bias")}
+    biased = graph in ("qwen2", "qwen3") and not biases <= {"q_proj", "k_proj", "v_proj"}
+    if graph == "qwen2" and (scaled or biased or not _layers_are_alike(model)):
         return "deci"
-    what = next(words for words, found in missing.items() if found)
-    raise InvalidArgument(
-        f"the model is a {family} with {what}, which llama.cpp's graph {graph!r} lacks; prune all "
-        f"layers alike and without bias compensation, or {_INSTEAD}"
-    )
+    if scaled or biased:
+        what = "scaled rotary frequencies" if scaled else "biases of the projections o and down"
+        raise InvalidArgument(
+            f"the model has {what}, which llama.cpp's graph {graph!r} lacks; {_INSTEAD}"
+        )
+    return graph
 
 
-def _refuse_odd_rotation(model: PreTrainedModel) -> None:
+def _layers_are_alike(model: PreTrainedModel) -> bool:
+    return all(len({*widths}) == 1 for widths in Anatomy(model).layer_widths().values())
+
+
+def padded(model: PreTrainedModel, graph: str) -> PreTrainedModel:
+    """The model itself, or a copy with units of zeros where a graph takes one width only."""
+    units = Anatomy(model).layer_widths()
+    widths = {site: max(counts) for site, counts in units.items()}
+    if graph in _ALL_HEADS:
+        heads = model.config.hidden_size // Anatomy(model).head_dim
+        widths["attention"] = heads // widths["balanced_heads"]
+    if graph == "deci" or all({*units[site]} == {width} for site, width in widths.items()):
+        return model
+    model = copy.deepcopy(model)
+    anatomy = Anatomy(model)
+    for site, width in widths.items():
+        layers = range(len(anatomy.layers))
+        set_units(anatomy, {site: [padding(anatomy, site, layer, width) for layer in layers]})
+    return model
+
+
+def _refuse_odd_rotation(model: PreTrainedModel, graph: str) -> None:
     """Refuse a rotary embedding that a factor for each frequency does not describe."""
-    rotary = model.base_model.rotary_emb
-    whole = 2 * len(rotary.inv_freq) == Anatomy(model).head_dim
+    rotary = getattr(model.base_model, "rotary_emb", None)
+    if rotary is None:
+        return
+    whole = graph in _ALL_HEADS or 2 * len(rotary.inv_freq) == Anatomy(model).head_dim
     if rotary.rope_type in ("dynamic", "longrope") or rotary.attention_scaling != 1 or not whole:
         raise InvalidArgument(
             f"the model's rotary embedding is of type {rotary.rope_type!r}; expected 'default', "
@@ -107,6 +156,8 @@ def _refuse_odd_rotation(model: PreTrainedModel) -> None:
 
 def _rotary_factors(model: PreTrainedModel) -> np.ndarray | None:
     """Plain frequencies over the model's, ``theta^(-2i / dim) / f_i``; None if all are 1."""
+    if not hasattr(model.base_model, "rotary_emb"):
+        return None
     frequencies = model.base_model.rotary_emb.original_inv_freq.double().cpu().numpy()
     exponents = np.arange(len(frequencies)) / len(frequencies)
     factors = model.config.rope_parameters["rope_theta"] ** -exponents / frequencies
@@ -136,20 +187,29 @@ def hyperparameters(model: PreTrainedModel, graph: str, ffn: list[int]) -> dict[
         "attention.head_count": [groups * heads for groups, heads, _ in grids],
         "attention.head_count_kv": [groups for groups, _, _ in grids],
     }
+    longest = getattr(config, "max_position_embeddings", 2048)  # BLOOM has no limit of its own
     # Beyond a sliding window, which these graphs lack, the logits would differ.
-    window = getattr(config, "sliding_window", None) or config.max_position_embeddings
+    window = getattr(config, "sliding_window", None) or longest
     numbers = {
-        "context_length": min(config.max_position_embeddings, window),
+        "context_length": min(longest, window),
         "embedding_length": config.hidden_size,
         "block_count": len(grids),
         **(widths if graph == "deci" else {key: values[0] for key, values in widths.items()}),
         "attention.key_length": anatomy.head_dim,
         "attention.value_length": anatomy.head_dim,
-        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
-        "rope.dimension_count": anatomy.head_dim,
-        "rope.freq_base": float(config.rope_parameters["rope_theta"]),
         "vocab_size": len(model.get_input_embeddings().weight),
     }
+    if hasattr(config, "rms_norm_eps"):
+        numbers["attention.layer_norm_rms_epsilon"] = float(config.rms_norm_eps)
+    else:
+        names = ("layer_norm_eps", "layer_norm_epsilon")
+        epsilon = next(getattr(config, name) for name in names if hasattr(config, name))
+        numbers["attention.layer_norm_epsilon"] = float(epsilon)
+    if hasattr(model.base_model, "rotary_emb"):
+        numbers["rope.dimension_count"] = 2 * len(model.base_model.rotary_emb.inv_freq)
+        numbers["rope.freq_base"] = float(config.rope_parameters["rope_theta"])
+    if hasattr(config, "use_parallel_residual"):
+        numbers["use_parallel_residual"] = config.use_parallel_residual
     return {f"{graph}.{key}": value for key, value in numbers.items()}
 
 
@@ -170,31 +230,47 @@ def file_tensors(
     factors = _rotary_factors(model)
     if factors is not None:
         yield FileTensor("rope_freqs.weight", "F32", factors.shape, factors.copy)
+    prefix = f"{model.base_model_prefix}."
     for parameter_name, parameter in model.named_parameters():
         path, _, leaf = parameter_name.rpartition(".")
-        name, shape, heads = names.get_name(path), [*parameter.shape], None
+        name = names.get_name(path.removeprefix(prefix)) or names.get_name(path)
         if name is None:
             raise InvalidArgument(
                 f"llama.cpp's graph {graph!r} has no place for {parameter_name}; {_INSTEAD}"
             )
+        module, order = model.get_submodule(path), None
+        transposed = is_linear(module) and leaf == "weight" and weight_axis(module, "output") == 1
+        shape = [*parameter.shape][:: -1 if transposed else 1]
         if name.startswith("blk."):
             layer, part = int(name.split(".")[1]), name.split(".")[2]
-            groups, per_group, _ = anatomy.grid("attention", layer)
-            if graph in _INTERLEAVED:
-                heads = {"attn_q": groups * per_group, "attn_k": groups}.get(part)
+            order = _row_order(anatomy, graph, layer, part)
             if part in ("ffn_gate", "ffn_up"):
                 shape[0] = ffn[layer]
             elif (part, leaf) == ("ffn_down", "weight"):
                 shape[1] = ffn[layer]
         kind = kinds.get(path, "F32") if leaf == "weight" else "F32"
-        values = partial(_arranged, parameter, heads, tuple(shape))
+        values = partial(_arranged, parameter, transposed, order, tuple(shape))
         yield FileTensor(f"{name}.{leaf}", kind, tuple(shape), values)
 
 
-def _arranged(parameter: torch.Tensor, heads: int | None, shape: tuple[int, ...]) -> np.ndarray:
-    """Values of a parameter in float32, rows interleaved in each of some heads, padded by zeros."""
-    values = parameter.detach().float().cpu().numpy()
-    if heads is not None:
-        halves = values.reshape(heads, 2, -1, *values.shape[1:])  # [head, half, dim / 2, …]
-        values = halves.swapaxes(1, 2).reshape(values.shape)
+def _row_order(anatomy: Anatomy, graph: str, layer: int, part: str) -> np.ndarray | None:
+    """Rows of a projection in the order of the file, None if that is the model's."""
+    groups, per_group, head_dim = anatomy.grid("attention", layer)
+    heads = {"attn_q": groups * per_group, "attn_k": groups}
+    if part in heads and graph in _INTERLEAVED:
+        halves = np.arange(heads[part] * head_dim).reshape(-1, 2, head_dim // 2)
+        return halves.swapaxes(1, 2).ravel()  # [head, dim / 2, half]
+    if part == "attn_qkv":  # all queries, all keys, all values
+        fused = anatomy.family.produces["attention"][0]
+        blocks = (anatomy.unit_features(fused, layer, block=block) for block in fused.blocks)
+        return np.concatenate([block.ravel() for block in blocks])
+    return None
+
+
+def _arranged(
+    parameter: torch.Tensor, transposed: bool, order: np.ndarray | None, shape: tuple[int, ...]
+) -> np.ndarray:
+    """Values of a parameter in float32, with rows in another order and padded by zeros."""
+    values = (parameter.T if transposed else parameter).detach().float().cpu().numpy()
+    values = values if order is None else values[order]
     return np.pad(values, [(0, new - old) for old, new in zip(values.shape, shape, strict=True)])

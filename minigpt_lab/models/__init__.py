@@ -9,7 +9,7 @@ from .layers import add_bias
 from .offloading import execution_device, is_offloaded, materialized
 from .plan import PruningPlan, keep_all
 from .precision import PRECISION, dtype_name, has_fast_bfloat16, product_dtype, reading_dtype
-from .resizing import rebuild_layer, set_units
+from .resizing import padding, rebuild_layer, set_units
 from .runtime import check_token_ids, fingerprint, inference, label, require_weights, seeded
 from .saving import save_model
 from .sizes import Size, dense_counts, describe, layer_parameters, model_size, token_parameters
