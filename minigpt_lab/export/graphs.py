@@ -156,9 +156,11 @@ def _refuse_odd_rotation(model: PreTrainedModel, graph: str) -> None:
 
 def _rotary_factors(model: PreTrainedModel) -> np.ndarray | None:
     """Plain frequencies over the model's, ``theta^(-2i / dim) / f_i``; None if all are 1."""
-    if not hasattr(model.base_model, "rotary_emb"):
+    rotary = getattr(model.base_model, "rotary_emb", None)
+    if rotary is None:
         return None
-    frequencies = model.base_model.rotary_emb.original_inv_freq.double().cpu().numpy()
+    # computed anew: those of a model that was cast to bfloat16 are rounded
+    frequencies = type(rotary)(rotary.config).inv_freq.double().numpy()
     exponents = np.arange(len(frequencies)) / len(frequencies)
     factors = model.config.rope_parameters["rope_theta"] ** -exponents / frequencies
     return None if np.allclose(factors, 1, rtol=1e-4) else factors.astype(np.float32)

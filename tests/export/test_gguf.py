@@ -95,6 +95,15 @@ def test_rows_that_no_block_fills_are_float16(tiny, tmp_path):
     assert kinds["blk.0.attn_output.weight"] == "F16" != kinds["blk.0.attn_q.weight"]
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_a_model_cast_to_bfloat16_keeps_its_rotation(family, tiny, tmp_path):
+    model = model_of(tiny[1]) if family == "llama" else random_model(family).bfloat16()
+    model.resize_token_embeddings(1024)
+    path = lab.export_gguf(model.bfloat16(), tiny[1], tmp_path / "a.gguf", kind="BF16")
+    assert f"{family}.rope.freq_base".encode() in path.read_bytes()
+    assert "rope_freqs.weight" not in stored(path)
+
+
 def test_metadata(uneven, tiny, tmp_path):
     fields = gguf.GGUFReader(lab.export_gguf(uneven, tiny[1], tmp_path / "a.gguf")).fields
     found = {key: field.contents() for key, field in fields.items()}
