@@ -1,9 +1,15 @@
-"""A tokenizer as the metadata of a GGUF file: byte-level byte-pair encodings."""
+"""A tokenizer as the metadata of a GGUF file: byte-pair encodings of two kinds.
+
+Over bytes (GPT-2, SmolLM, Qwen2, Llama 3; llama.cpp's ``gpt2``), or over characters with bytes for
+what has no token, blanks written as ``▁`` and no split before the merges (Llama 2, Mistral;
+llama.cpp's ``llama``).
+"""
 
 from __future__ import annotations
 
 import itertools
 import json
+import re
 
 from transformers import PreTrainedTokenizerBase
 
@@ -22,7 +28,8 @@ _SPLITS = {
     (_CONTRACTIONS + r"\p{N}{1,3}" + _REST, True): "llama-bpe",
 }
 
-_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # llama.cpp's types of tokens
+# llama.cpp's types of tokens
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 
 
 def tokenizer_fields(tokenizer: PreTrainedTokenizerBase, rows: int) -> dict[str, object]:
@@ -31,7 +38,7 @@ def tokenizer_fields(tokenizer: PreTrainedTokenizerBase, rows: int) -> dict[str,
     Parameters
     ----------
     tokenizer : transformers.PreTrainedTokenizerBase
-        A byte-level byte-pair encoding.
+        A byte-pair encoding.
     rows : int
         Rows of the model's embedding; those without a token are marked as unused.
 
@@ -43,7 +50,7 @@ def tokenizer_fields(tokenizer: PreTrainedTokenizerBase, rows: int) -> dict[str,
     if not tokenizer.is_fast:
         raise _undescribed("written in Python")
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
-    split = _split_name(spec)
+    _refuse_odd_merges(spec)
     # 1. Tokens and their types, one for each row.
     tokens, types = [f"<unused_{row}>" for row in range(rows)], [_UNUSED] * rows
     for token, row in spec["model"]["vocab"].items():
@@ -52,8 +59,28 @@ def tokenizer_fields(tokenizer: PreTrainedTokenizerBase, rows: int) -> dict[str,
         if token["id"] < rows:
             tokens[token["id"]] = token["content"]
             types[token["id"]] = _CONTROL if token["special"] else _USER_DEFINED
-    # 2. Merges, and the tokens that begin and end a text.
+    # 2. How text is split and merged.
     merges = [m if isinstance(m, str) else " ".join(m) for m in spec["model"]["merges"]]
+    if spec["model"]["byte_fallback"]:
+        ranks = {merge.replace(" ", ""): -rank for rank, merge in reversed([*enumerate(merges)])}
+        for row, token in enumerate(tokens):
+            if re.fullmatch("<0x[0-9A-F]{2}>", token):
+                types[row] = _BYTE
+            elif token == spec["model"]["unk_token"]:
+                types[row] = _UNKNOWN
+        kind = {
+            "tokenizer.ggml.model": "llama",
+            "tokenizer.ggml.pre": "default",
+            "tokenizer.ggml.scores": [float(ranks.get(token, -len(merges))) for token in tokens],
+            "tokenizer.ggml.add_space_prefix": _begins_with_blank(spec),
+        }
+    else:
+        kind = {
+            "tokenizer.ggml.model": "gpt2",
+            "tokenizer.ggml.pre": _split_name(spec),
+            "tokenizer.ggml.merges": merges,
+        }
+    # 3. The tokens that begin and end a text.
     end = tokenizer.eos_token_id
     if end is None or end >= rows:  # llama.cpp would stop at token 11
         raise _undescribed("without a token that ends a text; set tokenizer.eos_token")
@@ -64,12 +91,9 @@ def tokenizer_fields(tokenizer: PreTrainedTokenizerBase, rows: int) -> dict[str,
         "unknown": tokenizer.unk_token_id,
         "padding": tokenizer.pad_token_id,
     }
-    fields = {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": split,
+    fields = kind | {
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": types,
-        "tokenizer.ggml.merges": merges,
         "tokenizer.ggml.add_bos_token": begins,
         "tokenizer.ggml.add_eos_token": ends,
     }
@@ -81,29 +105,54 @@ def tokenizer_fields(tokenizer: PreTrainedTokenizerBase, rows: int) -> dict[str,
     return fields
 
 
+def _refuse_odd_merges(spec: dict) -> None:
+    """Refuse what neither kind of llama.cpp's tokenizers does."""
+    model = spec["model"]
+    if model["type"] != "BPE" or not model["merges"]:
+        raise _undescribed(f"of the kind {model['type']}")
+    whole_words = model["byte_fallback"] and model["ignore_merges"]
+    odd = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
+    if whole_words or any(model[name] for name in odd):
+        raise _undescribed("that does more than merge pairs")
+    for token in spec["added_tokens"]:
+        if token["lstrip"] or token["rstrip"] or token["single_word"]:
+            raise _undescribed(f"whose token {token['content']!r} takes spaces beside it")
+
+
 def _split_name(spec: dict) -> str:
-    """llama.cpp's name for how a tokenizer splits text, from its ``tokenizer.json``.
+    """llama.cpp's name for how a tokenizer of bytes splits text, from its ``tokenizer.json``.
 
     Raises
     ------
     InvalidArgument
         If llama.cpp has no name for it.
     """
-    model, normalizer = spec["model"], spec["normalizer"]
-    if model["type"] != "BPE" or model["byte_fallback"] or not model["merges"]:
-        raise _undescribed(f"of the kind {model['type']}, not of bytes")
-    odd = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
-    if any(model[name] for name in odd) or (normalizer and normalizer["type"] != "NFC"):
-        raise _undescribed("that changes text or tokens before the merges")
-    for token in spec["added_tokens"]:
-        if token["lstrip"] or token["rstrip"] or token["single_word"]:
-            raise _undescribed(f"whose token {token['content']!r} takes spaces beside it")
-    outer = spec["pre_tokenizer"] or {"type": None}
+    normalizer, outer = spec["normalizer"], spec["pre_tokenizer"] or {"type": None}
     steps = outer.get("pretokenizers", [outer])
-    key = " ".join(filter(None, map(_split_step, steps))), bool(model["ignore_merges"])
-    if steps[-1]["type"] != "ByteLevel" or key not in _SPLITS:
+    key = " ".join(filter(None, map(_split_step, steps))), bool(spec["model"]["ignore_merges"])
+    composed = normalizer is None or normalizer["type"] == "NFC"  # nearly all text is
+    if steps[-1]["type"] != "ByteLevel" or key not in _SPLITS or not composed:
         raise _undescribed("that splits text in a way of its own")
     return _SPLITS[key]
+
+
+def _begins_with_blank(spec: dict) -> bool:
+    """Whether a text gets a blank before it, in a tokenizer that writes blanks as ``▁``.
+
+    Raises
+    ------
+    InvalidArgument
+        If it does more than that before the merges.
+    """
+    normalizer, split = spec["normalizer"], spec["pre_tokenizer"]
+    if split is None and normalizer:
+        steps = normalizer.get("normalizers", [normalizer])
+        blanks = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+        if steps[-1] == blanks and steps[:-1] in ([], [{"type": "Prepend", "prepend": "▁"}]):
+            return len(steps) == 2
+    if normalizer is None and split and split["type"] == "Metaspace" and not split["split"]:
+        return split["prepend_scheme"] != "never"
+    raise _undescribed("that splits text in a way of its own")
 
 
 def _split_step(step: dict) -> str:
@@ -129,6 +178,6 @@ def _surrounding(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
 
 def _undescribed(what: str) -> InvalidArgument:
     return InvalidArgument(
-        f"tokenizer is one {what}; expected a byte-level BPE as GPT-2, SmolLM, Qwen2 or Llama 3 "
-        "have it, which is what is written as GGUF; lab.save_model keeps any tokenizer"
+        f"tokenizer is one {what}; expected a BPE as GPT-2, SmolLM, Qwen2, Llama or Mistral have "
+        "it, which is what is written as GGUF; lab.save_model keeps any tokenizer"
     )

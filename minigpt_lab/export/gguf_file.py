@@ -52,11 +52,12 @@ def export_gguf(
 ) -> Path:
     """Write a model and its tokenizer as a GGUF file, which llama.cpp runs.
 
-    Llama (SmolLM too), Mistral, Qwen2, Qwen3, Phi, GPT-2, GPT-NeoX and BLOOM, with byte-level BPE
-    tokenizers, trimmed or not. A Llama, Mistral or Qwen2 whose layers have different numbers of FFN
-    channels or key/value groups gets llama.cpp's architecture ``deci``, which takes a width per
-    layer. In the other families, layers are padded with units of zeros to the widest, and all but
-    Qwen3 to the dense model's heads: such a file is larger than need be.
+    Llama (SmolLM too), Mistral, Qwen2, Qwen3, Phi, GPT-2, GPT-NeoX and BLOOM, with the BPE
+    tokenizers of GPT-2, SmolLM, Qwen2, Llama or Mistral, trimmed or not. A Llama, Mistral or Qwen2
+    whose layers have different numbers of FFN channels or key/value groups gets llama.cpp's
+    architecture ``deci``, which takes a width per layer. In the other families, layers are padded
+    with units of zeros to the widest, and in all but Qwen3 to the dense model's heads: such a file
+    is larger than need be.
 
     Linear layers and token embedding get the type `kind`; norms, biases and positions are float32.
 
@@ -143,12 +144,6 @@ def _content(
 ) -> _Content:
     """Fields and tensors of a model's file."""
     refuse_masked_or_offloaded(model, "export_gguf")
-    vocabulary = getattr(model, "trimmed_vocabulary", None)
-    if vocabulary is not None and vocabulary.rows != vocabulary.allowed:
-        raise ValueError(
-            "a mask over the vocabulary cannot be written: its tokens are forbidden, not gone; "
-            "shrink the model and export that"
-        )
     graph, name, own = graph_of(model), label(model), tokenizer_for(model, tokenizer)
     model = padded(model, graph)
     ffn, rows = ffn_widths(model, kind), len(model.get_input_embeddings().weight)

@@ -13,7 +13,16 @@ import torch
 from helpers import CONFIGS, random_plan
 from tokenizer_kinds import TEXT as TRAINING_TEXT
 from tokenizer_kinds import model_of
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import minigpt_lab as lab
@@ -182,6 +191,38 @@ def test_texts_are_split_alike(split, tmp_path):
     path = lab.export_gguf(model, tokenizer, tmp_path / "mini.gguf", kind="F32")
     assert f"{split}".encode() in path.read_bytes()
     agree(model, tokenizer, path)
+
+
+def blanks(prepend: str) -> PreTrainedTokenizerFast:
+    """A BPE over characters that writes blanks as ▁, and what it has no token for as bytes."""
+    made = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{value:02X}>" for value in range(256))]
+    replaced = normalizers.Replace(" ", "▁")
+    if prepend == "normalizer":
+        made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), replaced])
+    else:
+        made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend, split=False)
+    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=special, max_token_length=9)
+    made.train_from_iterator([TRAINING_TEXT], trainer)
+    made.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=made, **tokens)
+
+
+@pytest.mark.parametrize("prepend", ["normalizer", "first", "never"])
+def test_blanks_and_bytes_of_characters(prepend, tmp_path):
+    tokenizer = blanks(prepend)
+    model = model_of(tokenizer)
+    plan = random_plan(model, 0, vocabulary=False)
+    kept = trimmed(model, tokenizer).vocabulary
+    mini = lab.shrink(model, lab.PruningPlan(**{**vars(plan), "vocabulary": kept}))
+    for each in (model, mini):
+        path = lab.export_gguf(
+            each, tokenizer, tmp_path / f"{len(kept)}-{each is mini}", kind="F32"
+        )
+        agree(each, tokenizer, path)
 
 
 def random_family(family: str, tokenizer, **values):
