@@ -141,6 +141,8 @@ def update_class(anatomy: Anatomy) -> None:
         if not is_plain:
             setattr(config, name, value)
     config.__class__ = dense[0] if is_plain else pruned[0]
+    if "model_type" in vars(config):  # a config that was read from a file
+        config.model_type = type(config).model_type
     if type(model) in (dense[1], pruned[1]):  # a user's subclass stays what it is
         model.__class__ = dense[1] if is_plain else pruned[1]
 

@@ -1,7 +1,7 @@
 """Load a model by name: an embedded one, from the hub, a local folder or a saved mini-GPT.
 
 A saved mini-GPT is an ordinary Hugging Face folder with one more file, ``minigpt_lab.json``: the
-units of every layer and the plans they came from.
+plans that made it, its trimmed vocabulary, and the files that `save_model` wrote.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 
 import torch
+from huggingface_hub import hf_hub_download
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checks import (
@@ -29,7 +30,10 @@ from .conversion import converted_folder
 from .folder_checks import UnfitFolder
 from .loading import load_folder, load_pretrained, load_tokenizer, refuse_quantised
 from .merging import ADAPTER, load_adapter
-from .runtime import default_device
+from .model_cards import CARD, origin_from
+from .runtime import default_device, origin_of
+
+_ORIGIN = ("title", "note", "licence", "language", "hub")
 
 
 def registry() -> dict[str, dict]:
@@ -92,7 +96,9 @@ def _open(name_or_path: str | os.PathLike, dtype: str | torch.dtype, above: tupl
     if undo_interrupted_write(folder).is_dir():
         if (folder / ADAPTER).is_file():
             return load_adapter(folder, above, functools.partial(_open, dtype=dtype))
-        return load_folder(folder, dtype), load_tokenizer(folder)
+        model, tokenizer = load_folder(folder, dtype), load_tokenizer(folder)
+        _note_origin(model, **origin_from(folder / CARD))
+        return model, tokenizer
     if is_path or folder.exists() or folder.is_absolute() or name.startswith("."):
         near = suggest(folder.name, sorted(path.name for path in folder.parent.glob("*/")))
         raise FileNotFoundError(
@@ -106,7 +112,7 @@ def _load_registered(name: str, entry: dict, dtype: str | torch.dtype) -> tuple:
     """Load a model of `registry`, from the package's data or a converted checkpoint."""
     folder = DATA / entry["folder"] if "folder" in entry else converted_folder(name, entry)
     model = load_folder(folder, dtype)
-    model.config.minigpt_lab_origin = {key: entry[key] for key in ("title", "note", "licence")}
+    _note_origin(model, **{key: entry[key] for key in _ORIGIN if key in entry})
     return model, load_tokenizer(folder)
 
 
@@ -117,7 +123,9 @@ def _load_hub(name: str, dtype: str | torch.dtype) -> tuple:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, **where)
         refuse_quantised(getattr(config, "quantization_config", None), name)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **where)
-        return load_pretrained(name, dtype, **where), tokenizer
+        model = load_pretrained(name, dtype, **where)
+        _note_origin(model, hub=name, **_hub_card(name, **where))
+        return model, tokenizer
     except UnfitFolder:
         raise
     except (OSError, ValueError) as error:
@@ -125,6 +133,20 @@ def _load_hub(name: str, dtype: str | torch.dtype) -> tuple:
             f"no model {name!r}: not a name of this kit ({suggest(name, list(registry()))}), not a "
             f"local folder, and the hub said: {first_line(error)}"
         ) from error
+
+
+def _hub_card(name: str, *, local_files_only: bool) -> dict[str, str]:
+    """What the card of a model on the hub states; empty if there is none."""
+    try:
+        return origin_from(Path(hf_hub_download(name, CARD, local_files_only=local_files_only)))
+    except OSError:
+        return {}
+
+
+def _note_origin(model: PreTrainedModel, **facts: str) -> None:
+    """Write what is known of a base model into its config, unless a saved model brought that."""
+    if facts and not origin_of(model):
+        model.config.minigpt_lab_origin = facts
 
 
 def _refuse_non_finite(model: PreTrainedModel, name: str) -> None:

@@ -31,14 +31,21 @@ def default_device() -> torch.device:
 @checked(model=Instance(PreTrainedModel, "lab.load_model returns a model and its tokenizer"))
 def label(model: PreTrainedModel) -> str:
     """Name of a model for captions and records, with its origin, and its size if it was pruned."""
-    origin = getattr(model.config, "minigpt_lab_origin", None)
-    if origin:
+    origin = origin_of(model)
+    if {"title", "note"} <= origin.keys():
         name = f"{origin['title']} ({origin['note']})"
     else:
         name = Path(model.config._name_or_path or dense_type(model.config.model_type)).name
     if not getattr(model, "pruning_plans", None):
         return name
     return f"{name}, pruned to {model.num_parameters():,} parameters"
+
+
+def origin_of(model: PreTrainedModel) -> dict[str, str]:
+    """What is known of a model's base: ``title, note, licence, language, hub``, or some of them."""
+    known = getattr(model.config, "minigpt_lab_origin", None)
+    texts = known.items() if isinstance(known, dict) else ()
+    return {name: text for name, text in texts if isinstance(text, str)}
 
 
 @safe_contextmanager

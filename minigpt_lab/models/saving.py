@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from huggingface_hub import ModelCard
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checks import (
     Flag,
+    Instance,
     Location,
     Model,
     Tokenizer,
@@ -26,12 +28,19 @@ from .auto_classes import config_widths, update_config
 from .by_name import load_model
 from .layers import has_added_bias
 from .loading import FORMAT, SIDECAR
+from .model_cards import CARD, is_users, model_card
 from .resizing import padding, set_units
 from .runtime import inference
 from .vocabulary import tokenizer_for
 
 
-@checked(model=Model(), tokenizer=Tokenizer(), path=Location(), portable=Flag())
+@checked(
+    model=Model(),
+    tokenizer=Tokenizer(),
+    path=Location(),
+    portable=Flag(),
+    card=Instance(ModelCard, "lab.model_card(model) makes one") | None,
+)
 @torch.no_grad()
 def save_model(
     model: PreTrainedModel,
@@ -39,13 +48,15 @@ def save_model(
     path: str | os.PathLike,
     *,
     portable: bool = False,
+    card: ModelCard | None = None,
 ) -> Path:
-    """Save a model so that it reloads, here or with plain transformers.
+    """Save a model so that it reloads, here or with transformers.
 
     The model is written to a temporary folder beside `path`, reloaded and compared (logits of fixed
     token ids, bit for bit); only then the folder is renamed. If all layers have one width and the
-    architecture's config has a field for it, the folder loads with plain
-    ``AutoModelForCausalLM.from_pretrained``; otherwise only with `load_model`.
+    architecture's config has a field for it, the folder loads with
+    ``AutoModelForCausalLM.from_pretrained`` anywhere; otherwise it does after
+    ``import minigpt_lab``.
 
     Parameters
     ----------
@@ -59,9 +70,14 @@ def save_model(
         wrote are replaced and others are left. Any other folder is refused.
     portable : bool
         Pad layers with units of zeros to the widest (to the dense width where the config has no
-        field for it), so that plain transformers loads the folder at the price of a larger file.
+        field for it), so that transformers loads the folder without this package, at the price of a
+        larger file.
         Not possible if bias compensation added biases that the architecture lacks: plain
         transformers would drop them.
+
+    card : huggingface_hub.ModelCard, optional
+        Written as ``README.md``; by default that of `model_card` without measured losses. A
+        ``README.md`` that is there and was not written by this package is left.
 
     Returns
     -------
@@ -101,6 +117,8 @@ def save_model(
             # Weights keep their names in memory.
             stored.save_pretrained(staging, max_shard_size="1TB", save_original_format=False)
         tokenizer_for(model, tokenizer).save_pretrained(staging)
+        if not is_users(final / CARD):
+            (staging / CARD).write_text(str(card or model_card(stored)), encoding="utf-8")
         sidecar = {
             "format": FORMAT,
             "plans": [plan.to_dict() for plan in getattr(model, "pruning_plans", [])],
@@ -125,7 +143,8 @@ def _written_files(folder: Path) -> set[str] | None:
         return {SIDECAR}
     if not isinstance(sidecar, dict) or "plans" not in sidecar:
         return None
-    return {SIDECAR, *(name for name in sidecar.get("files", []) if isinstance(name, str))}
+    names = {SIDECAR, *(name for name in sidecar.get("files", []) if isinstance(name, str))}
+    return names - {CARD} if is_users(folder / CARD) else names
 
 
 @safe_contextmanager

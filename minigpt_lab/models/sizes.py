@@ -135,8 +135,8 @@ def describe(model: PreTrainedModel) -> pd.DataFrame:
         units = anatomy.units(site)
         costs = [anatomy.unit_parameters(site, layer) for layer in range(len(units))]
         share = sum(map(int.__mul__, units, costs)) / total
-        ratios = f"k/n for 0 ≤ k < n = {_span(units)}"
-        rows.append((site, unit, len(units), _span(units), ratios, _span(costs), share))
+        ratios = f"k/n for 0 ≤ k < n = {span(units)}"
+        rows.append((site, unit, len(units), span(units), ratios, span(costs), share))
     tokens, cost = len(model.get_input_embeddings().weight), token_parameters(model)
     ratios = "tokens unseen or rare; bytes and special tokens are kept"
     rows.append(("vocabulary", "token", 1, str(tokens), ratios, str(cost), tokens * cost / total))
@@ -153,7 +153,7 @@ def token_parameters(model: PreTrainedModel) -> int:
     return cost + int(head is not None and getattr(head, "bias", None) is not None)
 
 
-def _span(values: list[int]) -> str:
+def span(values: list[int]) -> str:
     """Values as text: one number, or ``lowest–highest`` if they differ."""
     low, high = min(values), max(values)
     return str(low) if low == high else f"{low}–{high}"

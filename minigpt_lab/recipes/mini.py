@@ -24,7 +24,7 @@ from ..domains import Domain, Part, count_tokens, load_domain, tokenize
 from ..evaluation import perplexity
 from ..export import KINDS, export_gguf, gguf_size, quantised
 from ..figures import caption_for, size_and_loss
-from ..models import fingerprint, load_model, model_size, save_model, shrink, tokenizer_for
+from ..models import fingerprint, load_model, model_card, save_model, shrink, tokenizer_for
 from ..planning import contextual_plan, one_target, plan_from_scores
 from ..recovery import recover
 from ..store import RunState, content_hash, make_folder
@@ -34,6 +34,7 @@ from ..studies import HeldOut, smallest_within
 _MEASURING, _TEST_TOKENS = 0.15, 65_536
 #: Tokens of the two trial runs that tell how fast this machine trains.
 _TRIAL = 2_048
+_NOTES = "trained on the domain's train part, on its text and on the dense model's predictions"
 _STEPS = ("trim the vocabulary", "prune", "recover", "train the control", "measure", "save")
 
 
@@ -216,7 +217,7 @@ def make_mini(
                     trimmed, words, domain, batches=batches, progress=False, **how
                 )[0]
             else:
-                target = round(size * model_size(model).stored)
+                target = round(size * model.num_parameters())
                 pruned = _pruned(trimmed, batches, target, folder / "pruning")
             save_model(pruned, words, folder / "pruned")
 
@@ -235,7 +236,7 @@ def make_mini(
         # 4. What was lost, on text that nothing was chosen on.
         run.enter("measure")
         variants = {"dense": model, "dense, fine-tuned": control, "pruned": pruned, "mini": mini}
-        variants["random"] = _random(trimmed, model_size(pruned).stored, seed)
+        variants["random"] = _random(trimmed, pruned.num_parameters(), seed)
         sizes = {name: sum(p.nbytes for p in each.parameters()) for name, each in variants.items()}
         if gguf is not None:
             variants[f"mini, {gguf}"] = quantised(mini, gguf)
@@ -245,7 +246,8 @@ def make_mini(
 
         # 5. The model with its card, and the table.
         run.enter("save")
-        path = save_model(mini, words, folder / "model")
+        card = model_card(mini, table=table, protocol=protocol, domain=domain.name, notes=_NOTES)
+        path = save_model(mini, words, folder / "model", card=card)
         file = folder / f"mini-{gguf}.gguf"
         if gguf is not None and not file.exists():  # written whole or not at all
             export_gguf(mini, words, file, kind=gguf)
@@ -277,14 +279,14 @@ def _trimmed(
 
 def _pruned(model: PreTrainedModel, batches, parameters: int, out_dir: Path) -> PreTrainedModel:
     """The model at a size; a copy if it is small enough already."""
-    if model_size(model).stored <= parameters:
+    if model.num_parameters() <= parameters:
         return copy.deepcopy(model)
     return slimgpt(model, batches, parameters=parameters, out_dir=out_dir, progress=False)[0]
 
 
 def _random(model: PreTrainedModel, parameters: int, seed: int) -> PreTrainedModel:
     """The control: as many parameters, units chosen at random."""
-    if model_size(model).stored <= parameters:
+    if model.num_parameters() <= parameters:
         return copy.deepcopy(model)
     scores = score(model, "random", seed=seed)
     return shrink(model, plan_from_scores(model, scores, parameters=parameters))

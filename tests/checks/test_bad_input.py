@@ -184,6 +184,9 @@ def calls(t: dict) -> dict[str, dict]:
         },
         "make_domain": {"name": "mine", "documents": list(test) * 1, "title": "", "licence": "",
                         "attribution": "", "question_sources": ()},
+        "model_card": {
+            "model": t["model"], "table": None, "protocol": "", "domain": "", "notes": "",
+        },
         "model_size": {"model": t["model"], "dense": None},
         "perplexity": {
             **pair, "text": test, "seq_len": 32, "stride": 16, "max_characters": 300,
@@ -209,7 +212,7 @@ def calls(t: dict) -> dict[str, dict]:
             "teacher_samples": None, "general": None, "generality": 0.3,
             "lr_scheduler_type": "cosine",
         },
-        "save_model": {**pair, "path": t["folder"] / "saved", "portable": False},
+        "save_model": {**pair, "path": t["folder"] / "saved", "portable": False, "card": None},
         "search_counts": {
             **read, "ratio": 0.2, "parameters": None, "sites": ("ffn",), "units": "kv_group",
             "ratio_of": "units", "keep_layers": (0, 0), "multiple_of": 1, "levels": 2,

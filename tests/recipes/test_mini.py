@@ -59,6 +59,12 @@ def test_a_mini_has_its_size_and_reloads(made, tiny, tiny_domain):
     assert row["bytes"] == sum(p.nbytes for p in model.parameters())
 
 
+def test_its_card_has_the_table(made):
+    row = made.table[made.table["variant"] == "mini"].iloc[0]
+    assert f"| {row['text']} | mini | {row['perplexity']:.2f} |" in made.card
+    assert made.protocol in made.card and "license: apache-2.0" in made.card
+
+
 def test_its_file_for_llama_cpp_is_of_the_size_and_loss_in_the_table(made):
     row = made.table.query("variant == 'mini, Q8_0'").iloc[0]
     file = made.folder.parent / "mini-Q8_0.gguf"
