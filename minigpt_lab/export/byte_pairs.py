@@ -54,7 +54,8 @@ def tokenizer_fields(tokenizer: PreTrainedTokenizerBase, rows: int) -> dict[str,
     # 1. Tokens and their types, one for each row.
     tokens, types = [f"<unused_{row}>" for row in range(rows)], [_UNUSED] * rows
     for token, row in spec["model"]["vocab"].items():
-        tokens[row], types[row] = token, _NORMAL
+        if row < rows:
+            tokens[row], types[row] = token, _NORMAL
     for token in spec["added_tokens"]:
         if token["id"] < rows:
             tokens[token["id"]] = token["content"]

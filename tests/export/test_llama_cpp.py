@@ -74,7 +74,8 @@ class LlamaCpp:
         request = urllib.request.Request(
             f"{self.server.listening_address}/tokenize", body, {"Content-Type": "application/json"}
         )
-        with urllib.request.urlopen(request) as answer:
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with direct.open(request) as answer:
             return json.load(answer)["tokens"]
 
 
@@ -271,6 +272,17 @@ def test_scaled_rotary_frequencies(family, tmp_path):
     model = random_family(family, tokenizer, rope_parameters=rope)
     path = lab.export_gguf(model, tokenizer, tmp_path / "mini.gguf", kind="F32")
     assert b"rope_freqs" in path.read_bytes()
+    agree(model, tokenizer, path)
+
+
+@pytest.mark.parametrize("rows", [1040, 1024])
+def test_rows_without_tokens_and_tokens_without_rows(rows, tiny, tmp_path):
+    """Models have spare rows; a special token of the tokenizer may have none."""
+    model, tokenizer = copy.deepcopy(tiny[0]), copy.deepcopy(tiny[1])
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    if rows == 1024:
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<spare>"]})
+    path = lab.export_gguf(model, tokenizer, tmp_path / "mini.gguf", kind="F32")
     agree(model, tokenizer, path)
 
 
