@@ -187,15 +187,17 @@ def _size_table(model: PreTrainedModel, size: Size, plans: Sequence[PruningPlan]
     rows = [(*row, f"{share:.1%}") for *row, share in rows]
     stored = sum(parameter.nbytes for parameter in model.parameters())
     rows.append((f"MB of weights ({_dtype(model)})", "", f"{stored / 1e6:,.1f}", ""))
-    before, anatomy = plans[0].units if plans else {}, Anatomy(model)
+    anatomy, before = Anatomy(model), {}
+    for plan in reversed(plans):  # the first that names a site knew its dense units
+        before |= plan.units
     names = {"ffn": "FFN channels", "attention": "key/value groups"}
     names["balanced_heads"] = "query heads per group"
     for site in (*SITES, "balanced_heads"):
-        was = span(before[site]) if site in before else ""
-        rows.append((f"{names[site]} per layer", was, span(anatomy.units(site)), ""))
+        now = anatomy.units(site)
+        rows.append((f"{names[site]} per layer", span(before.get(site, now)), span(now), ""))
     vocabulary = getattr(model, "trimmed_vocabulary", None)
     tokens = len(model.get_input_embeddings().weight)
-    rows.append(("tokens", f"{vocabulary.size:,}" if vocabulary else "", f"{tokens:,}", ""))
+    rows.append(("tokens", f"{vocabulary.size if vocabulary else tokens:,}", f"{tokens:,}", ""))
     return _rows(["", "dense model", "this model", "share"], rows)
 
 
