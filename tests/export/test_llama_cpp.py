@@ -27,7 +27,13 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import minigpt_lab as lab
 from minigpt_lab.export.rounding import decode, encode
-from minigpt_lab.models import Anatomy, close_over_merges, merge_table, protected_tokens
+from minigpt_lab.models import (
+    Anatomy,
+    close_over_merges,
+    fingerprint,
+    merge_table,
+    protected_tokens,
+)
 
 xllamacpp = pytest.importorskip("xllamacpp")
 
@@ -79,11 +85,11 @@ class LlamaCpp:
             return json.load(answer)["tokens"]
 
 
-def agree(model, tokenizer, path: Path, limit: float = 1e-3, tokens: int = 12) -> None:
+def agree(model, tokenizer, path: Path, limit=1e-3, tokens=12, text=TEXT) -> None:
     """Compare llama.cpp with PyTorch: ids of a text, greedy tokens, their log-probabilities."""
     running, rows = LlamaCpp(path), len(model.get_input_embeddings().weight)
     own = lab.tokenizer_for(model, tokenizer)
-    assert running.encode(TEXT) == own(TEXT)["input_ids"]
+    assert running.encode(text) == own(text)["input_ids"]
     ids, told = own("The court")["input_ids"], 0
     for _ in range(tokens):
         with torch.no_grad():
@@ -325,3 +331,24 @@ def test_rounded_files_compute_as_rounded_copies(kind, tiny, tiny_statistics, tm
     path = lab.export_gguf(model, tiny[1], tmp_path / "mini.gguf", kind=kind)
     rounded = lab.quantised(model, kind)
     agree(round_inputs(rounded, kind), tiny[1], path, LIMITS[kind])
+
+
+@pytest.mark.slow
+def test_a_real_model_with_uneven_layers_and_a_trimmed_vocabulary(tmp_path):
+    model, tokenizer = lab.load_model("smollm2-135m", device="cpu")
+    text = "\n\n".join(list(lab.load_domain("medical").test)[:60])
+    ids = tokenizer(text)["input_ids"]
+    kept = np.isin(np.arange(49_152), [*ids, *protected_tokens(tokenizer)])
+    kept = close_over_merges(kept, merge_table(tokenizer))
+    keep = {
+        "ffn": [[*range(0, 1536 - 20 * layer)] for layer in range(30)],
+        "attention": [[0, 1, 2] if layer % 3 else [0, 2] for layer in range(30)],
+    }
+    units = {"ffn": [1536] * 30, "attention": [3] * 30}
+    plan = lab.PruningPlan(
+        fingerprint(model), units, keep, {}, 49_152, np.flatnonzero(kept).tolist()
+    )
+    mini = lab.shrink(model, plan)
+    path = lab.export_gguf(mini, tokenizer, tmp_path / "mini.gguf", kind="F32")
+    agree(mini, tokenizer, path, tokens=6, text=text)
+    path.unlink()  # 360 MB
