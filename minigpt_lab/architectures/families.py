@@ -71,8 +71,8 @@ class Family:
         Path of the FFN's activation below one layer.
     config : dict
         ``"channel"``, ``"query"`` or ``"key"`` to the config field that holds the FFN's width or
-        the number of such heads. Where there is no field, plain transformers cannot load a narrower
-        model.
+        the number of such heads. Where there is no field, a narrower model is of a class of its own
+        even if all layers agree.
     attributes : dict
         Attributes that a layer's forward pass reads, to be updated when the layer is resized: path
         below the layer to the number that it holds, of ``"query"`` heads, ``"key"`` heads, query

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import threading
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -30,6 +31,7 @@ Classes = tuple[type[PretrainedConfig], type[PreTrainedModel]]
 # Of today's largest models a layer has fewer than 2**17 units.
 _WIDTHS = DictOf(OneOf(ALL_SITES), ListOf(Integer(1, 2**20), kind=list))
 _NAMES = ListOf(Text(), kind=list)
+_making = threading.RLock()
 
 
 def dense_classes(model_type: str) -> Classes:
@@ -40,7 +42,8 @@ def dense_classes(model_type: str) -> Classes:
 
 def pruned_classes(model_type: str) -> Classes:
     """Config and model class for a family's models whose layers differ; registered on first use."""
-    return _pruned_classes(dense_type(model_type))
+    with _making:  # one pair for all threads
+        return _pruned_classes(dense_type(model_type))
 
 
 @functools.cache
