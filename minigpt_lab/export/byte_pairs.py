@@ -146,7 +146,8 @@ def _begins_with_blank(spec: dict) -> bool:
         If it does more than that before the merges.
     """
     normalizer, split = spec["normalizer"], spec["pre_tokenizer"]
-    if split is None and normalizer:
+    at_blanks = {"type": "Split", "pattern": {"String": " "}}  # of which none are left: Gemma
+    if normalizer and (split is None or at_blanks.items() <= split.items()):
         steps = normalizer.get("normalizers", [normalizer])
         blanks = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
         if steps[-1] == blanks and steps[:-1] in ([], [{"type": "Prepend", "prepend": "▁"}]):

@@ -52,12 +52,12 @@ def export_gguf(
 ) -> Path:
     """Write a model and its tokenizer as a GGUF file, which llama.cpp runs.
 
-    Llama (SmolLM too), Mistral, Qwen2, Qwen3, Phi, GPT-2, GPT-NeoX and BLOOM, with the BPE
-    tokenizers of GPT-2, SmolLM, Qwen2, Llama or Mistral, trimmed or not. A Llama, Mistral or Qwen2
-    whose layers have different numbers of FFN channels or key/value groups gets llama.cpp's
-    architecture ``deci``, which takes a width per layer. In the other families, layers are padded
-    with units of zeros to the widest, and in all but Qwen3 to the dense model's heads: such a file
-    is larger than need be.
+    Llama (SmolLM too), Mistral, Qwen2, Qwen3, Phi, GPT-2, GPT-NeoX, BLOOM, Gemma and Gemma 3, with
+    the BPE tokenizers of GPT-2, SmolLM, Qwen2, Llama, Mistral or Gemma, trimmed or not. A Llama,
+    Mistral or Qwen2 whose layers have different numbers of FFN channels or key/value groups gets
+    llama.cpp's architecture ``deci``, which takes a width per layer. In the other families, layers
+    are padded with units of zeros to the widest, and in Phi, GPT-2, GPT-NeoX and BLOOM to the dense
+    model's heads: such a file is larger than need be.
 
     Linear layers and token embedding get the type `kind`; norms, biases and positions are float32.
 

@@ -31,6 +31,8 @@ _GRAPHS = {
     "gpt2": "gpt2",
     "gpt_neox": "gptneox",
     "bloom": "bloom",
+    "gemma": "gemma",
+    "gemma3_text": "gemma3",
 }
 
 #: Config fields to the values with which a graph computes what transformers does. GPT-NeoX's exact
@@ -46,6 +48,12 @@ _REQUIRED: dict[str, dict[str, tuple]] = {
         "scale_attn_by_inverse_layer_idx": (False,),
     },
     "gptneox": {"hidden_act": ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh")},
+    "gemma": {"hidden_act": ("gelu_pytorch_tanh",)},
+    "gemma3": {
+        "hidden_activation": ("gelu_pytorch_tanh",),
+        "final_logit_softcapping": (None,),
+        "attn_logit_softcapping": (None,),
+    },
     "bloom": {"apply_residual_connection_post_layernorm": (False,)},
 }
 
@@ -56,6 +64,9 @@ _INTERLEAVED = ("llama", "deci")
 
 #: Graphs in which the heads of a layer together are as wide as the model.
 _ALL_HEADS = ("phi2", "gpt2", "gptneox", "bloom")
+
+#: Graphs whose norms multiply by the weights of the file; transformers' by one more than its own.
+_NORMS_FROM_ZERO = ("gemma", "gemma3")
 
 _INSTEAD = "save it with lab.save_model, from which every family reloads"
 
@@ -105,6 +116,14 @@ def graph_of(model: PreTrainedModel) -> str:
                 f"{allowed[0]!r}; {_INSTEAD}"
             )
     _refuse_odd_rotation(model, graph)
+    if graph == "gemma3":
+        sites = enumerate(config.layer_types, 1)
+        every_sixth = all((kind == "full_attention") == (i % 6 == 0) for i, kind in sites)
+        if not every_sixth or config.query_pre_attn_scalar != config.head_dim:
+            raise InvalidArgument(
+                "the model's attention is not that of llama.cpp's graph 'gemma3' (full in every "
+                f"sixth layer, scaled by the width of a head); {_INSTEAD}"
+            )
     if graph in _INTERLEAVED:
         return graph if _layers_are_alike(model) else "deci"
     scaled = _rotary_factors(model) is not None
@@ -144,7 +163,7 @@ def padded(model: PreTrainedModel, graph: str) -> PreTrainedModel:
 def _refuse_odd_rotation(model: PreTrainedModel, graph: str) -> None:
     """Refuse a rotary embedding that a factor for each frequency does not describe."""
     rotary = getattr(model.base_model, "rotary_emb", None)
-    if rotary is None:
+    if rotary is None or graph == "gemma3" and {*rotary.rope_type.values()} == {"default"}:
         return
     whole = graph in _ALL_HEADS or 2 * len(rotary.inv_freq) == Anatomy(model).head_dim
     if rotary.rope_type in ("dynamic", "longrope") or rotary.attention_scaling != 1 or not whole:
@@ -157,7 +176,7 @@ def _refuse_odd_rotation(model: PreTrainedModel, graph: str) -> None:
 def _rotary_factors(model: PreTrainedModel) -> np.ndarray | None:
     """Plain frequencies over the model's, ``theta^(-2i / dim) / f_i``; None if all are 1."""
     rotary = getattr(model.base_model, "rotary_emb", None)
-    if rotary is None:
+    if rotary is None or isinstance(rotary.rope_type, dict):
         return None
     # computed anew: those of a model that was cast to bfloat16 are rounded
     frequencies = type(rotary)(rotary.config).inv_freq.double().numpy()
@@ -193,7 +212,7 @@ def hyperparameters(model: PreTrainedModel, graph: str, ffn: list[int]) -> dict[
     # Beyond a sliding window, which these graphs lack, the logits would differ.
     window = getattr(config, "sliding_window", None) or longest
     numbers = {
-        "context_length": min(longest, window),
+        "context_length": longest if graph == "gemma3" else min(longest, window),
         "embedding_length": config.hidden_size,
         "block_count": len(grids),
         **(widths if graph == "deci" else {key: values[0] for key, values in widths.items()}),
@@ -207,7 +226,13 @@ def hyperparameters(model: PreTrainedModel, graph: str, ffn: list[int]) -> dict[
         names = ("layer_norm_eps", "layer_norm_epsilon")
         epsilon = next(getattr(config, name) for name in names if hasattr(config, name))
         numbers["attention.layer_norm_epsilon"] = float(epsilon)
-    if hasattr(model.base_model, "rotary_emb"):
+    if graph == "gemma3":
+        rope = config.rope_parameters
+        numbers["attention.sliding_window"] = window
+        numbers["rope.dimension_count"] = anatomy.head_dim
+        numbers["rope.freq_base"] = float(rope["full_attention"]["rope_theta"])
+        numbers["rope.freq_base_swa"] = float(rope["sliding_attention"]["rope_theta"])
+    elif hasattr(model.base_model, "rotary_emb"):
         numbers["rope.dimension_count"] = 2 * len(model.base_model.rotary_emb.inv_freq)
         numbers["rope.freq_base"] = float(config.rope_parameters["rope_theta"])
     if hasattr(config, "use_parallel_residual"):
@@ -251,6 +276,8 @@ def file_tensors(
             elif (part, leaf) == ("ffn_down", "weight"):
                 shape[1] = ffn[layer]
         kind = kinds.get(path, "F32") if leaf == "weight" else "F32"
+        if graph in _NORMS_FROM_ZERO and name.endswith("norm"):
+            parameter = 1 + parameter.float()
         values = partial(_arranged, parameter, transposed, order, tuple(shape))
         yield FileTensor(f"{name}.{leaf}", kind, tuple(shape), values)
 
