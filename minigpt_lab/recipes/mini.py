@@ -344,10 +344,11 @@ class _Run:
             began = time.monotonic()
             perplexity(model, tokenizer, domain.validation, max_tokens=_TRIAL, **options)
             self.known["reading"] = (time.monotonic() - began) / _TRIAL
-            began = time.monotonic()
             cut = {"max_tokens": max(_TRIAL, seq_len), "eval_characters": 512}
-            recover(copy.deepcopy(model), tokenizer, domain, **cut, **options)
-            self.known["training"] = (time.monotonic() - began) / _TRIAL
+            history = recover(copy.deepcopy(model), tokenizer, domain, **cut, **options)
+            evaluating, whole = history["seconds"].iloc[[0, -1]]  # evaluated before and after
+            trained = max(0.0, whole - 2 * evaluating) / cut["max_tokens"]
+            self.known["training"] = max(self.known["reading"], trained)
         # Pruning reads the calibration text three times or so in float32, half as fast.
         least = 6 * calibration_tokens * self.known["reading"] + 8 * _TRIAL * self._update
         if least > self.seconds * (1 - _MEASURING):
