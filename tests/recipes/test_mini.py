@@ -125,6 +125,7 @@ def test_a_call_goes_on_where_it_was_stopped(tiny, tiny_domain, general, tmp_pat
         lab.make_mini(*tiny, tiny_domain, **{**how, "size": 0.6})
 
 
+@pytest.mark.slow
 def test_a_size_by_its_loss(tiny, tiny_domain, general, tmp_path):
     how = {**HOW, "general_domain": general, "out_dir": tmp_path, "vocabulary": False}
     found = lab.make_mini(*tiny, tiny_domain, increase=0.05, general=0, **how)

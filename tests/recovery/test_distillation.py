@@ -101,6 +101,7 @@ def test_sampled_tokens_are_drawn_once_and_alike(mini, tiny, tiny_domain, monkey
     assert torch.equal(first.sampled(ids[1:]), tokens[1:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -128,6 +129,7 @@ def test_distillation_pulls_the_divergence_down(mini, tiny, tiny_domain, options
     assert all(p.grad is None for p in dense.parameters())
 
 
+@pytest.mark.slow
 def test_labels_adapt_and_a_teacher_restores(pruned, tiny, tiny_domain):
     adapted, restored = copy.deepcopy(pruned), copy.deepcopy(pruned)
     lab.recover(adapted, tiny[1], tiny_domain, **SMALL)
@@ -177,6 +179,7 @@ def test_it_stops_at_the_level_of_the_teacher(mini, tiny, tiny_domain, tmp_path)
     assert found.attrs == history.attrs
 
 
+@pytest.mark.slow
 def test_general_text_takes_its_share_of_the_windows(mini, tiny, tiny_domain, monkeypatch):
     general = lab.load_domain("tiny-games")
     own, mixed_in = (windows(each, tiny[1], 64) for each in (tiny_domain, general))
