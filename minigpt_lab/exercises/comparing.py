@@ -9,6 +9,7 @@ import pandas as pd
 import torch
 from transformers import PreTrainedModel
 
+from ..domains import Part
 from ..models import Anatomy
 from .checking import exercise
 from .verdicts import Answer
@@ -153,6 +154,24 @@ def bits_per_character(row: pd.Series) -> Answer:
     return Answer(bits * rate, mistakes)
 
 
+@exercise("number")
+def gap_closed(table: pd.DataFrame, text: Part) -> Answer:
+    """Share of the way from the pruned model to the fine-tuned dense one, in bits."""
+    rows = table[table["text"] == str(text)].set_index("variant")["bits_per_character"]
+    dense, tuned = rows["dense"], rows["dense, fine-tuned"]
+    pruned, mini = rows["pruned"], rows["mini"]
+    value = (pruned - mini) / (pruned - tuned)
+    mistakes = {
+        "the way to the dense model; the fine-tuned one saw the same text": (
+            (pruned - mini) / (pruned - dense)
+        ),
+        "what is still missing; the share closed is asked for": 1 - value,
+        "a percentage; divide by 100": 100 * value,
+        "the gain in bits; divide it by the gap": pruned - mini,
+    }
+    return Answer(float(value), mistakes)
+
+
 # 13_how_small
 
 
@@ -165,3 +184,17 @@ def bits_per_weight(weights: int, bits: int, scale: int) -> Answer:
         "a byte has eight bits; bits are asked for": (bits + scale / weights) / 8,
     }
     return Answer(bits + scale / weights, mistakes)
+
+
+@exercise("count")
+def bytes_per_row(width: int, weights: int, bits: int, scale: int) -> Answer:
+    """Bytes of a row in whole blocks that share a scale."""
+    blocks = -(-width // weights)
+    mistakes = {
+        "without the scales, which every block stores too": blocks * weights * bits // 8,
+        "the last block is stored whole, padded with zeros": (
+            width // weights * (weights * bits + scale) // 8
+        ),
+        "bits; a byte has eight": blocks * (weights * bits + scale),
+    }
+    return Answer(blocks * (weights * bits + scale) // 8, mistakes)

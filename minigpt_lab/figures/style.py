@@ -55,7 +55,7 @@ VARIANT_STYLE: dict[str, Style] = {
     "recovered, kl": ("#56B4E9", "P"),
     "recovered, mix": ("#CC79A7", "v"),
     "dense, fine-tuned": ("#009E73", "^"),
-    "mini": ("#0072B2", "D"),
+    "mini": ("#332288", "p"),
 }
 PART_STYLE: dict[str, Style] = {  # colour, hatch
     "embeddings": ("#56B4E9", "///"),

@@ -32,6 +32,8 @@ from ..studies import HeldOut, smallest_within
 
 #: Share of the minutes for measuring, and the most tokens of a text that are read.
 _MEASURING, _TEST_TOKENS = 0.15, 65_536
+#: The most passes over the train part.
+_PASSES = 4
 #: Tokens of the two trial runs that tell how fast this machine trains.
 _TRIAL = 2_048
 _NOTES = "trained on the domain's train part, on its text and on the dense model's predictions"
@@ -376,8 +378,12 @@ class _Run:
         tokens = self.known["tokens"]
         windows = tokenize(domain.train, words, seq_len=seq_len)
         whole = sum(batch["input_ids"].numel() for batch in windows) / (1 - general)
-        epochs = {"max_tokens": tokens} if tokens < whole else {"epochs": min(4, tokens / whole)}
-        return {**epochs, "eval_every": max(_TRIAL, tokens // 3), "eval_characters": 16_384}
+        if tokens < whole:
+            budget: dict[str, float] = {"max_tokens": tokens}
+        else:
+            tokens = min(tokens, int(_PASSES * whole))
+            budget = {"epochs": tokens / whole}
+        return {**budget, "eval_every": max(_TRIAL, tokens // 3), "eval_characters": 16_384}
 
     def measured(
         self,
