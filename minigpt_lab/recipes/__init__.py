@@ -1,3 +1,4 @@
 """The whole way from a model and a domain to a mini-GPT, as one function."""
 
-from .mini import Mini, make_mini
+from .mini import make_mini
+from .result import Mini

@@ -7,12 +7,10 @@ import os
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import pandas as pd
-from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -23,12 +21,12 @@ from ..criteria import score
 from ..domains import Domain, Part, count_tokens, load_domain, tokenize
 from ..evaluation import perplexity
 from ..export import KINDS, export_gguf, gguf_size, quantised
-from ..figures import caption_for, size_and_loss
 from ..models import fingerprint, load_model, model_card, save_model, shrink, tokenizer_for
 from ..planning import contextual_plan, one_target, plan_from_scores
 from ..recovery import recover
 from ..store import RunState, content_hash, make_folder
 from ..studies import HeldOut, smallest_within
+from .result import Mini
 
 #: Share of the minutes for measuring, and the most tokens of a text that are read.
 _MEASURING, _TEST_TOKENS = 0.15, 65_536
@@ -38,59 +36,6 @@ _PASSES = 4
 _TRIAL = 2_048
 _NOTES = "trained on the domain's train part, on its text and on the dense model's predictions"
 _STEPS = ("trim the vocabulary", "prune", "recover", "train the control", "measure", "save")
-
-
-@dataclass(frozen=True, repr=False)
-class Mini:
-    """A mini-GPT, and what it lost.
-
-    Parameters
-    ----------
-    model, tokenizer
-        The pair.
-    table : pandas.DataFrame
-        One row per variant (``dense``, ``dense, fine-tuned``, ``random``, ``pruned``, ``mini``, and
-        ``mini, Q8_0`` where it is asked for) and text: ``stored, bytes, perplexity, low, high,
-        bits_per_character, …``.
-    folder : pathlib.Path
-        Loads with `load_model`.
-    protocol : str
-        How the table was measured.
-    """
-
-    model: PreTrainedModel = field(compare=False)
-    tokenizer: PreTrainedTokenizerBase = field(compare=False)
-    table: pd.DataFrame = field(compare=False)
-    folder: Path
-    protocol: str
-
-    @property
-    def card(self) -> str:
-        """The model card in the folder."""
-        return (self.folder / "README.md").read_text(encoding="utf-8")
-
-    def to_frame(self) -> pd.DataFrame:
-        """The table."""
-        return self.table
-
-    def figure(self) -> Figure:
-        """Size on disk against bits per character, a point per variant and text."""
-        return size_and_loss(self.table, caption=caption_for(self.model, self.protocol))
-
-    def __repr__(self) -> str:
-        own = self.table[self.table["variant"].isin(["dense", "mini"])]
-        own = own[own["text"] == own["text"].iloc[0]].set_index("variant")
-        bits = own["bits_per_character"]
-        return (
-            f"mini-GPT of {own['stored']['mini']:,} parameters "
-            f"({own['stored']['mini'] / own['stored']['dense']:.1%} of the dense model's), "
-            f"{bits['mini']:.3f} bits per character on {own['text'].iloc[0]} "
-            f"(dense {bits['dense']:.3f}), in {self.folder}"
-        )
-
-    def _repr_html_(self) -> str:
-        columns = ["variant", "text", "stored", "bytes", "perplexity", "bits_per_character"]
-        return f"<p>{self!r}</p>" + self.table[columns].to_html(index=False)
 
 
 _DOMAIN = Instance(Domain, "lab.load_domain gives one, also for a folder of text files")
