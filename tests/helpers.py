@@ -7,6 +7,8 @@ import copy
 import hashlib
 import json
 import random
+import resource
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -213,3 +215,16 @@ def running_notebook(variables: dict):
     shell = SimpleNamespace(user_ns=variables)
     with patch("minigpt_lab.experiments.recording.get_ipython", lambda: shell):
         yield
+
+
+@contextlib.contextmanager
+def full_disk(most: int = 64):
+    """No file may grow beyond a few bytes: what json, Rust and torch meet on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)

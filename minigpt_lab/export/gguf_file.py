@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checks import Location, Model, OneOf, Tokenizer, checked, writable_file
-from ..models import label, tokenizer_for
+from ..models import label, origin_of, tokenizer_for
 from ..store import atomic_write
 from .byte_pairs import tokenizer_fields
 from .graphs import FileTensor, ffn_widths, file_tensors, graph_of, hyperparameters, padded
@@ -147,12 +147,12 @@ def _content(
     graph, name, own = graph_of(model), label(model), tokenizer_for(model, tokenizer)
     model = padded(model, graph)
     ffn, rows = ffn_widths(model, kind), len(model.get_input_embeddings().weight)
-    origin = getattr(model.config, "minigpt_lab_origin", None)
+    licence = origin_of(model).get("licence")
     file_type = "ALL_F32" if kind == "F32" else f"MOSTLY_{kind}"
     fields = {
         "general.type": "model",
         "general.name": name,
-        **({"general.license": origin["licence"]} if origin else {}),
+        **({"general.license": licence} if licence else {}),
         "general.file_type": int(gguf.LlamaFileType[file_type]),
         "general.quantization_version": gguf.GGML_QUANT_VERSION,
         **hyperparameters(model, graph, ffn),

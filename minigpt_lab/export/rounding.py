@@ -122,11 +122,8 @@ def quantised(
     ----------
     model : transformers.PreTrainedModel
         Not changed.
-    kind : {"F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"}
-        Type of the linear layers.
-    embedding : str, optional
-        Type of the token embedding and the output head; by default ``"Q8_0"`` where `kind` has 4 or
-        5 bits, as llama.cpp's own tool keeps them finer, else `kind`.
+    kind, embedding : str
+        As for `export_gguf`.
 
     Returns
     -------

@@ -11,7 +11,15 @@ from .offloading import execution_device, is_offloaded, materialized
 from .plan import PruningPlan, keep_all
 from .precision import PRECISION, dtype_name, has_fast_bfloat16, product_dtype, reading_dtype
 from .resizing import padding, rebuild_layer, set_units
-from .runtime import check_token_ids, fingerprint, inference, label, require_weights, seeded
+from .runtime import (
+    check_token_ids,
+    fingerprint,
+    inference,
+    label,
+    origin_of,
+    require_weights,
+    seeded,
+)
 from .saving import save_model
 from .sizes import Size, dense_counts, describe, layer_parameters, model_size, token_parameters
 from .surgery import is_masked, masked, refuse_masked, shrink

@@ -19,6 +19,7 @@ from ..architectures import SITES, dense_type
 from ..checks import Frame, Model, Text, checked, invalid
 from .anatomy import Anatomy
 from .plan import PruningPlan
+from .precision import dtype_name
 from .runtime import label, origin_of
 from .sizes import Size, model_size, span
 
@@ -202,7 +203,7 @@ def _size_table(model: PreTrainedModel, size: Size, plans: Sequence[PruningPlan]
 
 
 def _dtype(model: PreTrainedModel) -> str:
-    return ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()}))
+    return ", ".join(sorted({dtype_name(p.dtype) for p in model.parameters()}))
 
 
 def _history(plans: Sequence[PruningPlan], notes: str) -> Iterator[str]:

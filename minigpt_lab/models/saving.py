@@ -71,10 +71,8 @@ def save_model(
     portable : bool
         Pad layers with units of zeros to the widest (to the dense width where the config has no
         field for it), so that transformers loads the folder without this package, at the price of a
-        larger file.
-        Not possible if bias compensation added biases that the architecture lacks: plain
-        transformers would drop them.
-
+        larger file. Not possible if bias compensation added biases that the architecture lacks:
+        plain transformers would drop them.
     card : huggingface_hub.ModelCard, optional
         Written as ``README.md``; by default that of `model_card` without measured losses. A
         ``README.md`` that is there and was not written by this package is left.

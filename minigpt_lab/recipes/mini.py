@@ -131,9 +131,10 @@ def make_mini(
     """
     one_target(size=size, increase=increase)
     general_domain = load_domain("general") if general_domain is None else general_domain
-    tokenize(domain.train, tokenizer, seq_len=seq_len)  # a text too short is found here
+    # A text too short for a window is found here, and a model that llama.cpp cannot run.
+    tokenize(domain.train, tokenizer, seq_len=seq_len, max_tokens=seq_len)
     if gguf is not None:
-        gguf_size(model, tokenizer, kind=gguf)  # and a model without a graph
+        gguf_size(model, tokenizer, kind=gguf)
     folder = Path(out_dir or tempfile.mkdtemp(prefix="mini-"))
     make_folder(folder)
     facts: dict[str, object] = {"size": size, "increase": increase, "general": general}

@@ -6,10 +6,10 @@ import zlib
 
 import torch
 from torch.nn import functional
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from ..checks import InvalidArgument
-from ..models import TrimmedVocabulary, tokenizer_for
+from ..models import TrimmedVocabulary
 
 #: Losses of `recover`.
 LOSSES = ("label", "kl", "mix")
@@ -25,8 +25,6 @@ class Teacher:
     student : transformers.PreTrainedModel
         Has the teacher's vocabulary, or a part of it: then the teacher's probabilities are
         normalised over the tokens that the student kept.
-    tokenizer : transformers.PreTrainedTokenizerBase
-        Of both, or of the student.
     temperature : float
         *T* in ``p_T = softmax(logits / T)``.
     samples : int, optional
@@ -44,7 +42,6 @@ class Teacher:
         self,
         model: PreTrainedModel,
         student: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
         temperature: float = 1.0,
         samples: int | None = None,
     ):
@@ -55,7 +52,7 @@ class Teacher:
                 "copy.deepcopy(model), or the dense model that the student was shrunk from"
             )
         self.model, self.temperature, self.samples = model, temperature, samples
-        self.rows = _rows(model, student, tokenizer)
+        self.rows = _rows(model, student)
         self._sampled: dict[bytes, torch.Tensor] = {}
 
     @torch.no_grad()
@@ -97,9 +94,7 @@ class Teacher:
         return torch.stack(rows).long().to(ids.device)
 
 
-def _rows(
-    teacher: PreTrainedModel, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> torch.Tensor | None:
+def _rows(teacher: PreTrainedModel, student: PreTrainedModel) -> torch.Tensor | None:
     """The teacher's id of each of the student's tokens; None if they are the same."""
     own, wanted = TrimmedVocabulary.of(teacher), TrimmedVocabulary.of(student)
     if own.allowed != own.rows:
@@ -113,7 +108,6 @@ def _rows(
             f"{len(wanted.rows):,} of {wanted.size:,}, not all of them the teacher's; give a "
             "teacher with the same tokenizer, trimmed no further than the student"
         )
-    tokenizer_for(student, tokenizer)
     if own.rows == wanted.rows:
         return None
     row = {token: row for row, token in enumerate(own.rows)}
@@ -166,7 +160,6 @@ class DistillationLoss:
 
 def teacher_of(
     model: PreTrainedModel,
-    words: PreTrainedTokenizerBase,
     teacher: PreTrainedModel | None,
     loss: str,
     temperature: float,
@@ -177,8 +170,8 @@ def teacher_of(
 
     Parameters
     ----------
-    model, words, teacher, loss, temperature, samples, stop_at
-        Those of `recover`; `words` is the model's own tokenizer.
+    model, teacher, loss, temperature, samples, stop_at
+        Those of `recover`.
 
     Raises
     ------
@@ -195,7 +188,7 @@ def teacher_of(
             "teacher is given, but loss='label' does not use it; set loss='kl' or 'mix', or leave "
             "it out"
         )
-    guide = Teacher(teacher, model, words, temperature, samples)
+    guide = Teacher(teacher, model, temperature, samples)
     if stop_at == "teacher" and guide.rows is not None:
         raise InvalidArgument(
             "stop_at is 'teacher', whose perplexity counts other tokens than that of a model with "

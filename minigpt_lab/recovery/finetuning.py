@@ -263,7 +263,7 @@ def recover(
     """
     _require_trainable(model, method, target_modules)
     words = tokenizer_for(model, tokenizer)
-    guide = teacher_of(model, words, teacher, loss, temperature, teacher_samples, stop_at)
+    guide = teacher_of(model, teacher, loss, temperature, teacher_samples, stop_at)
 
     # 1. The texts, and what is trained.
     windows = training_windows(words, domain, general, generality, seq_len, max_tokens)

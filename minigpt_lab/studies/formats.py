@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..checks import DictOf, Flag, Integer, ListOf, Model, OneOf, Text, checked
-from ..domains import Part
+from ..checks import DictOf, Flag, Instance, Integer, ListOf, Model, OneOf, Text, checked
+from ..domains import Part, Question
 from ..evaluation import answer_questions
 from ..export import KINDS, gguf_size, quantised
 from ..models import fingerprint
@@ -24,6 +25,7 @@ from .held_out import HeldOut
     models=DictOf(Text(), Model()),
     texts=TEXTS,
     kinds=ListOf(OneOf(KINDS), 1),
+    questions=ListOf(Instance(Question), 1) | None,
     max_tokens=Integer(2) | None,
     seq_len=Integer(2),
     out_dir=FOLDER,
@@ -36,7 +38,7 @@ def format_losses(
     models: Mapping[str, PreTrainedModel],
     texts: Sequence[Part],
     kinds: Sequence[str] = ("F16", "Q8_0", "Q4_0"),
-    questions: Sequence | None = None,
+    questions: Sequence[Question] | None = None,
     max_tokens: int | None = None,
     seq_len: int = 256,
     out_dir: str | os.PathLike | None = None,
@@ -77,6 +79,7 @@ def format_losses(
     path = out_dir and Path(out_dir) / "formats.json"
     held_out = HeldOut(model, tokenizer, texts, max_tokens=max_tokens, seq_len=seq_len, path=path)
     cells = [(name, each, kind) for name, each in models.items() for kind in kinds]
+    asked = [asdict(question) for question in questions or ()]
     rows = []
     for name, each, kind in tqdm(cells, desc="formats", unit="model", disable=not progress):
 
@@ -88,10 +91,8 @@ def format_losses(
                 result["accuracy"] = answers.accuracy
             return result | {"bytes": gguf_size(each, tokenizer, kind=kind)}
 
-        asked = None if questions is None else len(questions)
         result = held_out.get([fingerprint(each), kind, asked], compute)
-        facts = {"model": name, "kind": kind, "bytes": result["bytes"]}
-        if questions is not None:
-            facts["accuracy"] = result["accuracy"]
+        found = {column: result[column] for column in ("bytes", "accuracy") if column in result}
+        facts = {"model": name, "kind": kind, **found}
         rows += held_out.table_rows(result, **facts)
     return pd.DataFrame(rows)

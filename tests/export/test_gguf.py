@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import resource
-import signal
 
 import gguf
 import numpy as np
 import pytest
 import torch
-from helpers import CONFIGS, random_model, random_plan
+from helpers import CONFIGS, full_disk, random_model, random_plan
 from tokenizer_kinds import KINDS as TOKENIZERS
 from tokenizer_kinds import model_of, tokenizer_of
 from transformers import AutoModelForCausalLM
@@ -214,19 +211,6 @@ def test_kinds_and_paths(tiny, tmp_path):
     assert path.read_text() == "mine"
 
 
-@contextlib.contextmanager
-def full_disk(most: int):
-    """No file may grow beyond some bytes."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, ignored)
-
-
 @pytest.mark.parametrize("most", [64, 500_000])
 def test_a_full_disk_leaves_nothing(most, tiny, tmp_path):
     with full_disk(most), pytest.raises(OSError, match="could not be written"):
@@ -248,3 +232,15 @@ def test_a_file_that_differs_gets_no_name(tiny, tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="the file's tensor .* differs"):
         lab.export_gguf(*tiny, tmp_path / "mini.gguf")
     assert not [*tmp_path.iterdir()]
+
+
+def test_a_licence_is_written_only_if_it_is_known(tiny, tmp_path):
+    """A model of the hub whose card states none is exported without."""
+    model, field = copy.deepcopy(tiny[0]), "general.license"
+    for number, (origin, licence) in enumerate(
+        ((None, None), ({"hub": "someone/model"}, None), ({"licence": "MIT"}, "MIT"))
+    ):
+        model.config.minigpt_lab_origin = origin
+        path = lab.export_gguf(model, tiny[1], tmp_path / f"{number}.gguf")
+        fields = gguf.GGUFReader(path).fields
+        assert (fields[field].contents() if field in fields else None) == licence

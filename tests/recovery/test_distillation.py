@@ -64,7 +64,7 @@ def windows(domain, tokenizer, count: int = 3) -> torch.Tensor:
 def test_the_loss_is_that_of_the_paper(mini, tiny, tiny_domain, temperature, mix):
     """(1 - m) CE + m T² KL, written out in float64."""
     ids = windows(tiny_domain, tiny[1])
-    teacher = Teacher(tiny[0], mini, tiny[1], temperature)
+    teacher = Teacher(tiny[0], mini, temperature)
     with torch.no_grad():
         outputs = mini(input_ids=ids)
         loss = DistillationLoss(teacher, mix)(outputs, ids)
@@ -84,7 +84,7 @@ def test_sampled_predictions_have_the_gradient_of_all_of_them(mini, tiny, tiny_d
     weight = mini.model.norm.weight.requires_grad_()
 
     def gradient(samples):
-        loss = DistillationLoss(Teacher(tiny[0], mini, tiny[1], samples=samples), 1.0)
+        loss = DistillationLoss(Teacher(tiny[0], mini, samples=samples), 1.0)
         return torch.autograd.grad(loss(mini(input_ids=ids), ids), weight)[0]
 
     whole = gradient(None)
@@ -94,7 +94,7 @@ def test_sampled_predictions_have_the_gradient_of_all_of_them(mini, tiny, tiny_d
 
 def test_sampled_tokens_are_drawn_once_and_alike(mini, tiny, tiny_domain, monkeypatch):
     ids = windows(tiny_domain, tiny[1])
-    first, second = (Teacher(tiny[0], mini, tiny[1], samples=4) for _ in range(2))
+    first, second = (Teacher(tiny[0], mini, samples=4) for _ in range(2))
     tokens = first.sampled(ids)
     assert tokens.shape == (3, 63, 4) and torch.equal(second.sampled(ids.flip(0)).flip(0), tokens)
     monkeypatch.setattr(first, "log_probabilities", None)
@@ -150,7 +150,7 @@ def test_a_trimmed_student_learns_of_the_tokens_it_kept(trimmed, tiny, tiny_doma
             q = student(input_ids=ids).logits[:, :-1].double().log_softmax(-1)
         return float((p.exp() * (p - q)).sum(-1).mean())
 
-    teacher = Teacher(tiny[0], student, words)
+    teacher = Teacher(tiny[0], student)
     with torch.no_grad():
         loss = DistillationLoss(teacher, 1.0)(student(input_ids=ids), ids)
     before = divergence()
@@ -158,7 +158,7 @@ def test_a_trimmed_student_learns_of_the_tokens_it_kept(trimmed, tiny, tiny_doma
     history = lab.recover(student, tiny[1], tiny_domain, teacher=tiny[0], loss="kl", **SMALL)
     assert divergence() < 0.9 * before and history["perplexity"].min() < history["perplexity"][0]
     # the same model as its own reference: trimmed alike, no rows to pick
-    assert Teacher(copy.deepcopy(trimmed), student, words).rows is None
+    assert Teacher(copy.deepcopy(trimmed), student).rows is None
     with pytest.raises(ValueError, match="not all of them the teacher's; give a teacher with"):
         lab.recover(copy.deepcopy(tiny[0]), tiny[1], tiny_domain, teacher=trimmed, loss="kl")
     with pytest.raises(ValueError, match="stop_at is 'teacher', whose perplexity counts other"):

@@ -7,7 +7,6 @@ import copy
 import hashlib
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -23,7 +22,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import random_model
+from helpers import full_disk, random_model
 
 import minigpt_lab as lab
 from minigpt_lab import figures
@@ -497,19 +496,6 @@ def test_a_linked_folder_is_written_through(things, tmp_path):
 
 
 # --- full disks ------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def full_disk(most: int = 64):
-    """No file may grow beyond a few bytes: what json, Rust and torch meet on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, ignored)
 
 
 @pytest.mark.parametrize("kind", ["plan", "statistics", "scores", "model"])

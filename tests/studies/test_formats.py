@@ -1,0 +1,39 @@
+"""Models in the formats of llama.cpp: sizes are the files', cells are kept by what they measure."""
+
+from __future__ import annotations
+
+import pytest
+
+import minigpt_lab as lab
+from minigpt_lab import studies
+from minigpt_lab.studies import formats
+
+HOW = {"kinds": ["F16", "Q4_0"], "max_tokens": 256, "seq_len": 64, "progress": False}
+
+
+def test_a_row_for_every_model_format_and_text(tiny, tiny_domain, tmp_path):
+    texts = [tiny_domain.test, lab.load_domain("tiny-games").test]
+    table = studies.format_losses(*tiny, models={"100%": tiny[0]}, texts=texts, **HOW)
+    assert table[["kind", "text"]].drop_duplicates().shape[0] == len(table) == 4
+    for kind, bytes_ in table.drop_duplicates("kind").set_index("kind")["bytes"].items():
+        path = lab.export_gguf(*tiny, tmp_path / f"{kind}.gguf", kind=kind)
+        assert path.stat().st_size == bytes_
+    assert "accuracy" not in table
+
+
+def test_finished_cells_are_kept_by_the_questions_asked(tiny, tiny_domain, tmp_path, monkeypatch):
+    asked, real = [], formats.answer_questions
+
+    def answer_questions(model, tokenizer, questions, **options):
+        asked.append(questions)
+        return real(model, tokenizer, questions, **options)
+
+    monkeypatch.setattr(formats, "answer_questions", answer_questions)
+    how = {**HOW, "kinds": ["Q8_0"], "models": {"100%": tiny[0]}, "texts": [tiny_domain.test]}
+    first, second = tiny_domain.questions[:3], tiny_domain.questions[3:6]
+    for questions in (first, first, second):  # as many, but others: measured anew
+        table = studies.format_losses(*tiny, questions=questions, out_dir=tmp_path, **how)
+        assert table["accuracy"].between(0, 1).all()
+    assert asked == [first, second]
+    with pytest.raises((TypeError, ValueError), match="questions"):
+        studies.format_losses(*tiny, questions=["What?"], **how)
