@@ -7,6 +7,7 @@ test  install, then run the whole test suite; with --fast what is not marked slo
 lab   install, then open JupyterLab on notebooks/
 sweep, results, report: a grid of runs, all records as a table, an HTML page (--help says more)
 tiny  install, then train the tiny models of data/models again
+diagrams      write the diagrams at the head of the notebooks, notebooks/diagrams/*.svg
 results-page  write figures/README.md from its records (--from RUNS: take the newest runs first)
 lock  resolve pyproject.toml anew into requirements.lock and environment.yml
 Anything after the task's name goes to it: ``tasks.py run 01_activation_histograms -p epsilon=0.1``.
@@ -134,6 +135,7 @@ TASKS = {
     "test": test,
     "lab": lambda rest: python("-m", "jupyter", "lab", "notebooks", *rest),
     "tiny": lambda rest: python("data/models/train.py", *rest),
+    "diagrams": lambda rest: python("-m", "minigpt_lab.figures.diagrams", *rest),
     "results-page": lambda rest: python("figures/results_page.py", *rest),
     "lock": lock,
 }
