@@ -47,7 +47,7 @@ from .evaluation import (
     write_answers,
 )
 from .exercises import check
-from .export import export_gguf, gguf_size, quantised
+from .export import export_gguf, export_vllm, gguf_size, quantised
 from .models import (
     FAMILIES,
     PruningPlan,
@@ -116,6 +116,7 @@ __all__ = [
     "excerpt",
     "experiments",
     "export_gguf",
+    "export_vllm",
     "figures",
     "generate",
     "gguf_size",

@@ -1,4 +1,5 @@
-"""The ways out: GGUF files for llama.cpp, and copies rounded to a GGUF type."""
+"""The ways out: GGUF files for llama.cpp, folders for vLLM, copies rounded to a GGUF type."""
 
 from .gguf_file import export_gguf, gguf_size
 from .rounding import KINDS, quantised
+from .vllm_folder import export_vllm

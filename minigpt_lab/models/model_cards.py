@@ -242,7 +242,7 @@ def _losses(table: pd.DataFrame | None, protocol: str) -> str:
 
 
 def _loading(model: PreTrainedModel) -> str:
-    """Code that loads the folder, in three runtimes."""
+    """Code that loads the folder, in four runtimes."""
     is_plain = model.config.model_type == dense_type(model.config.model_type)
     needed = (
         "" if is_plain else "import minigpt_lab  # its layers have different widths: needed first\n"
@@ -272,6 +272,17 @@ lab.export_gguf(model, tokenizer, "model-Q8_0.gguf", kind="Q8_0")
 
 ```
 llama-cli -m model-Q8_0.gguf -p "…"
+```
+
+With vLLM, for a Llama, Mistral or Qwen2 with as many query heads in every layer. The folder is
+checked against the form that vLLM reads, and was not run there:
+
+```python
+lab.export_vllm(model, tokenizer, "path/to/another/folder")
+```
+
+```
+vllm serve path/to/another/folder --trust-remote-code
 ```"""
 
 

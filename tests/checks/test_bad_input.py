@@ -161,6 +161,7 @@ def calls(t: dict) -> dict[str, dict]:
         },
         "export_gguf": {**pair, "path": t["folder"] / "mini.gguf", "kind": "F32",
                         "embedding": "Q8_0"},
+        "export_vllm": {**pair, "path": t["folder"] / "vllm", "card": None},
         "excerpt": {"text": test, "tokenizer": t["tokenizer"], "max_tokens": 64,
                     "max_characters": 100},
         "write_answers": {

@@ -45,6 +45,7 @@ def test_every_folder_has_a_card_that_the_hub_reads(tmp_path, tiny, mini):
         assert fact in card.text
     assert "trained in this project" in card.text and "Not measured" in card.text
     assert "import minigpt_lab  #" in card.text and "lab.export_gguf(model" in card.text
+    assert "lab.export_vllm(model" in card.text and "was not run there" in card.text
     # what was known of the base model outlives another round
     again, words = lab.load_model(folder, device="cpu")
     twice = lab.save_model(lab.shrink(again, random_plan(again, 4, False)), words, tmp_path / "two")
