@@ -2,20 +2,20 @@
 
 The public names are listed in ``__init__.pyi``; each is imported when it is first used, so that
 ``import minigpt_lab`` loads neither torch nor transformers. Yet after it transformers' Auto classes
-load pruned models: they are told of them when they are imported themselves, be it before or after.
+load pruned models, and peft adapts them by default where it adapts their family: both are told of
+them when they are imported themselves, be it before or after.
 """
 
 import importlib.abc
 import importlib.util
 import sys
+from collections.abc import Callable
 from types import ModuleType
 
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 __version__ = "0.1.0"
-
-_AUTO = "transformers.models.auto.configuration_auto"
 
 
 def _register_pruned_types(auto: ModuleType) -> None:
@@ -35,11 +35,24 @@ def _register_pruned_types(auto: ModuleType) -> None:
         auto.AutoConfig.register(pruned_type(model_type), stand_in(model_type), exist_ok=True)
 
 
+def _register_adapter_targets(constants: ModuleType) -> None:
+    """Give pruned types their family's entry in each of peft's tables of default modules."""
+    from .architectures import FAMILIES, pruned_type
+
+    for name, table in vars(constants).items():
+        if name.startswith("TRANSFORMERS_MODELS_TO_"):
+            known = [model_type for model_type in FAMILIES if model_type in table]
+            table |= {pruned_type(model_type): table[model_type] for model_type in known}
+
+
 class _WhenImported(importlib.abc.MetaPathFinder):
-    """Calls `_register_pruned_types` once transformers has loaded its ``AutoConfig``."""
+    """Calls a function on a module once that has been loaded."""
+
+    def __init__(self, name: str, call: Callable[[ModuleType], None]):
+        self.name, self.call = name, call
 
     def find_spec(self, fullname, path, target=None):
-        if fullname != _AUTO:
+        if fullname != self.name:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
@@ -47,13 +60,17 @@ class _WhenImported(importlib.abc.MetaPathFinder):
 
         def exec_module(module: ModuleType) -> None:
             load(module)
-            _register_pruned_types(module)
+            self.call(module)
 
         spec.loader.exec_module = exec_module
         return spec
 
 
-if _AUTO in sys.modules:
-    _register_pruned_types(sys.modules[_AUTO])
-else:
-    sys.meta_path.insert(0, _WhenImported())
+for _name, _call in {
+    "transformers.models.auto.configuration_auto": _register_pruned_types,
+    "peft.utils.constants": _register_adapter_targets,
+}.items():
+    if _name in sys.modules:
+        _call(sys.modules[_name])
+    else:
+        sys.meta_path.insert(0, _WhenImported(_name, _call))

@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers import as_format_1, logits, random_model, random_plan
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+from peft.utils import constants
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,7 +23,7 @@ from transformers import (
 )
 
 import minigpt_lab as lab
-from minigpt_lab.models import Anatomy, fingerprint, pruned_classes
+from minigpt_lab.models import FAMILIES, Anatomy, fingerprint, pruned_classes
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +139,18 @@ def test_it_generates_trains_and_takes_adapters(tmp_path, uneven, words, probe):
     torch.testing.assert_close(logits(merged, probe), logits(adapted, probe))
 
 
+def test_peft_adapts_what_it_adapts_in_the_family(uneven, probe):
+    """Without ``target_modules``, in LoRA and the tables of other methods."""
+    plain = logits(uneven, probe)
+    adapted = get_peft_model(uneven, LoraConfig(r=2, init_lora_weights=False))
+    names = {name.split(".lora_A")[0] for name, _ in adapted.named_parameters() if "lora_A" in name}
+    assert {name.rpartition(".")[2] for name in names} == {"q_proj", "v_proj"} and len(names) == 6
+    assert not torch.equal(logits(adapted, probe), plain)
+    tables = [t for n, t in vars(constants).items() if n.startswith("TRANSFORMERS_MODELS_TO_")]
+    known = [(t, family) for t in tables for family in FAMILIES if family in t]
+    assert len(known) > 100 and all(t[f"minigpt-{family}"] == t[family] for t, family in known)
+
+
 def test_it_can_be_copied_and_pickled(uneven, probe):
     for again in (copy.deepcopy(uneven), pickle.loads(pickle.dumps(uneven))):
         assert type(again) is type(uneven) and same(again, uneven, probe)
@@ -172,7 +185,7 @@ def test_import_minigpt_lab_is_enough(tmp_path, uneven, words):
     folder = str(lab.save_model(uneven, words, tmp_path / "mini"))
     random_model("llama").save_pretrained(tmp_path / "dense")
     code = f"""import sys, minigpt_lab
-assert not {{"torch", "transformers"}} & set(sys.modules)
+assert not {{"torch", "transformers", "peft"}} & set(sys.modules)
 from transformers import AutoConfig, AutoModelForCausalLM
 AutoModelForCausalLM.from_pretrained({str(tmp_path / "dense")!r})
 assert "minigpt_lab.models" not in sys.modules
