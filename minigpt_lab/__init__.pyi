@@ -63,7 +63,7 @@ from .models import (
     tokenizer_for,
     trim_tokenizer,
 )
-from .planning import contextual_plan, plan_from_scores
+from .planning import contextual_plan, plan_dropping, plan_from_scores
 from .recipes import Mini, make_mini
 from .recovery import RECOVERY_PRESETS, recover
 from .store import SourceUnavailable
@@ -131,6 +131,7 @@ __all__ = [
     "model_card",
     "model_size",
     "perplexity",
+    "plan_dropping",
     "plan_from_scores",
     "position_bias",
     "quantised",

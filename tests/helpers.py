@@ -88,7 +88,7 @@ def random_plan(model, seed: int, vocabulary: bool = True) -> lab.PruningPlan:
         return np.sort(rng.choice(total, size, replace=False)).tolist()
 
     units = {site: anatomy.units(site) for site in ALL_SITES}
-    keep = {site: [subset(n, 1) for n in counts] for site, counts in units.items()}
+    keep = {site: [subset(n, min(n, 1)) for n in counts] for site, counts in units.items()}
     zero = {}
     for _, name, module in anatomy.linears():
         zero[name] = {

@@ -1,6 +1,6 @@
 """Collect statistics, second moments and gradients over text; run the layers in turn."""
 
-from .forward import patched_forward, run_decoder, watch
+from .forward import first_output, patched_forward, run_decoder, watch
 from .gradients import collect_gradients
 from .hessians import DAMPING_MODES, Hessians, Indefinite, collect_hessians, damped_inverse, refit
 from .layer_runner import LayerRunner, catch_inputs

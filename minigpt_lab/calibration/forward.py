@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..checks import hooked, safe_contextmanager
-from ..models import check_token_ids, execution_device
+from ..models import check_token_ids, execution_device, set_forward
 
 
 def run_decoder(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
@@ -76,13 +76,6 @@ def patched_forward(modules: Iterable[nn.Module], forward: Callable) -> Iterator
     """Let modules run ``forward(own_forward, *args, **kwargs)`` for as long as the block lasts."""
     with contextlib.ExitStack() as undo:
         for module in modules:
-            undo.callback(_set_forward, module, vars(module).get("forward"))
+            undo.callback(set_forward, module, vars(module).get("forward"))
             module.forward = partial(forward, module.forward)
         yield
-
-
-def _set_forward(module: nn.Module, forward: Callable | None) -> None:
-    """Give a module this forward of its own; None for that of its class."""
-    vars(module).pop("forward", None)
-    if forward is not None:
-        module.forward = forward

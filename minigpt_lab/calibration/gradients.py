@@ -122,13 +122,17 @@ def linear_modules(model: PreTrainedModel, names: Iterable[str]) -> dict[str, nn
     Raises
     ------
     InvalidArgument
-        For a name that is none of them.
+        For a name that is none of them, or one without weights.
     """
     linears = {name: module for _, name, module in Anatomy(model).linears()}
     for name in names:
         if name not in linears:
             hint = suggest(name, [*linears])
             raise InvalidArgument(f"names has {name!r}, no linear layer of the decoder; {hint}")
+        if not linears[name].weight.numel():
+            raise InvalidArgument(
+                f"names has {name!r}, which has no weights, as its block was dropped; leave it out"
+            )
     return {name: linears[name] for name in names}
 
 

@@ -85,8 +85,7 @@ class LayerRunner:
         self.kwargs = [window[index] for window in calls]
         self.readers = {site: anatomy.module(index, family.consumes[site]) for site in SITES}
         self.ffn_producers = [anatomy.module(index, each) for each in family.produces["ffn"]]
-        path = family.consumes["attention"].path.rpartition(".")[0]
-        self.attention = self.layer.get_submodule(path)
+        self.attention = anatomy.attention(index)
         self.columns: dict[str, torch.Tensor] = {}
         # kept between steps, by window
         self.read = {site: Shards(hidden.place, hidden.folder) for site in SITES}

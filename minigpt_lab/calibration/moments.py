@@ -141,7 +141,7 @@ class FeatureSums:
         self._add((name, "output"), y, self.modules[name].bias)
 
     def _add(self, key: Key, x: torch.Tensor, bias: torch.Tensor | None) -> None:
-        x = x.detach().reshape(-1, x.shape[-1])  # [token, feature]
+        x = x.detach().flatten(0, -2)  # [token, feature]
         if key not in self.shifts:
             self.shifts[key] = x.float().mean(0)
         shift = self.shifts[key]

@@ -154,6 +154,9 @@ def unit_scores(
     scores: dict[str, list[np.ndarray]] = {site: [] for site in sites}
     for layer in range(len(anatomy.layers)):
         for site in sites:
+            if not anatomy.units(site)[layer]:  # the block was dropped
+                scores[site].append(np.zeros(0))
+                continue
             structures = []  # [structure]: scores [unit, feature]
             for projection, side in _projections(anatomy, site, scope):
                 of_features = feature_scores(ScoredLinear(anatomy, layer, site, projection, side))
@@ -194,5 +197,6 @@ def scored_layers(model, sites: tuple[str, ...], scope: str = "coupled") -> dict
         anatomy.name(layer, projection): layer
         for layer in range(len(anatomy.layers))
         for site in sites
+        if anatomy.units(site)[layer]
         for projection, _ in _projections(anatomy, site, scope)
     }

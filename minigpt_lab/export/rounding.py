@@ -140,6 +140,8 @@ def quantised(
     for name, stored in matrix_kinds(rounded, kind, embedding).items():
         module = rounded.get_submodule(name)
         rows = input_rows(module)
+        if not rows.size:  # of a dropped block
+            continue
         width = rows.shape[1]
         rows = np.pad(rows, ((0, 0), (0, padded_width(width, stored) - width)))
         values = decode(encode(rows, stored), stored)[:, :width]

@@ -250,7 +250,7 @@ def influence_bars(influence: pd.DataFrame, *, caption: str = "") -> Figure:
     Parameters
     ----------
     influence : pandas.DataFrame
-        From `block_influence`: columns ``layer, influence``.
+        From `block_influence` of whole layers: columns ``layer, influence``.
     """
     figure = new_figure(6.4, 2.8, caption, "Which layers should be kept whole?")
     axis = figure.subplots()

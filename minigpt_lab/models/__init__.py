@@ -5,7 +5,7 @@ from .anatomy import Anatomy, is_linear, weight_axis
 from .auto_classes import pruned_classes, update_config
 from .by_name import load_model
 from .feature_masks import Masks, all_features, without_features
-from .layers import add_bias
+from .layers import add_bias, set_forward
 from .model_cards import model_card
 from .offloading import execution_device, is_offloaded, materialized
 from .plan import PruningPlan, keep_all

@@ -73,6 +73,11 @@ class Anatomy:
         """The projection's linear layer."""
         return self.layers[layer].get_submodule(projection.path)
 
+    def attention(self, layer: int) -> nn.Module:
+        """The module of a layer's attention."""
+        path, _, _ = self.family.consumes["attention"].path.rpartition(".")
+        return self.layers[layer].get_submodule(path)
+
     def linears(self) -> Iterator[tuple[int, str, nn.Module]]:
         """Layer index, full name and module of every linear layer inside the decoder layers.
 
@@ -99,7 +104,7 @@ class Anatomy:
         producers = self.family.produces["attention"]
         written = sum(self._width(layer, projection, "output") for projection in producers)
         groups = (written - read) // 2 // self.head_dim
-        return groups, read // self.head_dim // groups, self.head_dim
+        return groups, read // self.head_dim // max(groups, 1), self.head_dim
 
     def _width(self, layer: int, projection: Projection, side: str) -> int:
         """Number of input or output features of a projection."""

@@ -29,7 +29,7 @@ from .resizing import set_units
 
 Classes = tuple[type[PretrainedConfig], type[PreTrainedModel]]
 # Of today's largest models a layer has fewer than 2**17 units.
-_WIDTHS = DictOf(OneOf(ALL_SITES), ListOf(Integer(1, 2**20), kind=list))
+_WIDTHS = DictOf(OneOf(ALL_SITES), ListOf(Integer(0, 2**20), kind=list))
 _NAMES = ListOf(Text(), kind=list)
 _making = threading.RLock()
 
@@ -156,7 +156,9 @@ def _set_fields(anatomy: Anatomy, counts: Sequence[Mapping[str, int]]) -> None:
     fields = {names[kind]: count for kind, count in counts[0].items() if kind in names}
     if "query" in counts[0] and fields:
         fields["head_dim"] = anatomy.head_dim
-    if all(count == counts[0] for count in counts) and _fits_config(anatomy, fields):
+    # plain transformers runs no attention without heads, and no Conv1D without inputs
+    alike = all(count == counts[0] for count in counts) and all(fields.values())
+    if alike and _fits_config(anatomy, fields):
         for name, value in fields.items():
             setattr(anatomy.model.config, name, value)
 

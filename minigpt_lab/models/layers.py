@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 import torch
 from torch import nn
@@ -66,6 +70,8 @@ def set_features(
     Features of the new layer that are not in `new` are zero.
     """
     module.weight = _moved(module.weight, weight_axis(module, side), old, new, width)
+    if isinstance(module, Conv1D) and side == "input":  # which cannot view inputs without features
+        set_forward(module, None if width else partial(_constant, module))
     if side == "output":
         if module.bias is not None:
             module.bias = _moved(module.bias, 0, old, new, width)
@@ -84,6 +90,41 @@ def _moved(
     source, target = (torch.as_tensor(index, device=tensor.device) for index in (old, new))
     moved.index_copy_(axis, target, tensor.index_select(axis, source))
     return nn.Parameter(moved, requires_grad=tensor.requires_grad)
+
+
+def set_forward(module: nn.Module, forward: Callable | None) -> None:
+    """Give a module this forward of its own; None for that of its class."""
+    vars(module).pop("forward", None)
+    if forward is not None:
+        module.forward = forward
+
+
+def _constant(module: Conv1D, x: torch.Tensor) -> torch.Tensor:
+    """Output ``[…, out]`` of a linear layer without inputs: its bias."""
+    return module.bias.expand(*x.shape[:-1], module.nf)
+
+
+def without_heads(attention: nn.Module, reader: str, *args, **kwargs) -> tuple[torch.Tensor, None]:
+    """Forward pass of attention without heads: the bias of its last projection, or zeros.
+
+    Transformers reads the number of cached tokens from a layer's cache, so that gets one number for
+    every token.
+
+    Parameters
+    ----------
+    reader : str
+        Path of the last projection below `attention`.
+    """
+    signature = inspect.signature(type(attention).forward)
+    given = signature.bind(attention, *args, **kwargs).arguments
+    states = given["hidden_states"]  # [batch, token, feature]
+    cache = given.get("past_key_values", given.get("layer_past"))
+    if cache is not None:
+        token = states[:, None, :, :1].detach()  # [batch, 1, token, 1]
+        cache.update(token, token, attention.layer_idx)
+    output = attention.get_submodule(reader)(states[..., :0])
+    residual = given.get("residual")  # which BLOOM's attention adds itself
+    return output if residual is None else output + residual, None
 
 
 def add_bias(module: nn.Module) -> None:

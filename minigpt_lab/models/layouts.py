@@ -2,8 +2,9 @@
 
 The features of a layer form a grid ``[group, head, feature]``: key/value groups, the query heads of
 each group, and the `head_dim` features of each head. Without grouped queries a group is one head;
-an FFN of *n* channels is the grid ``[n, 1, 1]``. A unit is one index along axis 0 (a channel, head
-or group) or axis 1 (the *i*-th query head of every group): `Projection.axis`.
+an FFN of *n* channels is the grid ``[n, 1, 1]``, dropped attention ``[0, 0, head_dim]``. A unit is
+one index along axis 0 (a channel, head or group) or axis 1 (the *i*-th query head of every group):
+`Projection.axis`.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def block_features(projection: Projection, grid: Grid) -> dict[str, np.ndarray]:
     shapes = {block: _block_shape(block, grid) for block in projection.blocks}
     if projection.interleaved:
         ends = np.cumsum([math.prod(shape[1:]) for shape in shapes.values()])  # within a group
-        index = np.arange(grid[0] * ends[-1]).reshape(grid[0], -1)  # [group, feature]
+        index = np.arange(grid[0] * ends[-1]).reshape(grid[0], ends[-1])  # [group, feature]
     else:
         ends = np.cumsum([math.prod(shape) for shape in shapes.values()])
         index = np.arange(ends[-1])  # [feature]
@@ -55,8 +56,9 @@ def unit_features(projection: Projection, grid: Grid, block: str | None = None) 
     """Indices ``[unit, feature]`` of the features of every unit, of one block or of all."""
     axis, index = projection.axis, block_features(projection, grid)
     blocks = [each for each in projection.unit_blocks if block in (None, each)]
-    by_unit = [np.moveaxis(index[each], axis, 0).reshape(grid[axis], -1) for each in blocks]
-    return np.concatenate(by_unit, axis=1)
+    by_unit = [np.moveaxis(index[each], axis, 0) for each in blocks]
+    flat = [each.reshape(len(each), math.prod(each.shape[1:])) for each in by_unit]
+    return np.concatenate(flat, axis=1)
 
 
 def selected_features(
@@ -78,7 +80,7 @@ def selected_features(
     old, new : numpy.ndarray
         Indices ``[n]``: feature ``old[i]`` becomes feature ``new[i]``.
     """
-    axis, old_units = projection.axis, np.asarray(units)
+    axis, old_units = projection.axis, np.asarray(units, np.int64)
     new_units = np.flatnonzero(old_units >= 0)
     old_units = old_units[new_units]
     before = block_features(projection, grid)

@@ -30,7 +30,7 @@ _SIDES = OneOf(["input", "output", "bias"])
 _NEURONS = OneOf(["input", "output", "bias", "activation"])
 _FIELDS = {
     "model_hash": Text(),
-    "units": DictOf(OneOf(ALL_SITES), ListOf(Integer(1), kind=list)),
+    "units": DictOf(OneOf(ALL_SITES), ListOf(Integer(0), kind=list)),
     "keep": DictOf(OneOf(ALL_SITES), ListOf(_INDICES, kind=list)),
     "zero": DictOf(Text(), DictOf(_SIDES, _INDICES)),
     "vocabulary_size": Integer(0),
@@ -55,7 +55,8 @@ class PruningPlan:
         prunes query heads in equal number per key/value group; one plan may hold both it and
         ``"attention"``.
     keep : dict
-        Site to the units to keep, ascending, one list per layer.
+        Site to the units to keep, ascending, one list per layer. Where that is empty, the layer's
+        FFN or attention is dropped: it adds only the biases that are left to the residual stream.
     zero : dict
         Linear layer's name to ``{"input": […], "output": […], "bias": […]}``: features whose
         column, row or bias entry becomes zero but is not removed. Features of removed units are
@@ -102,6 +103,8 @@ class PruningPlan:
                 _check_subset(units, self.units[site][layer], f"{site} units in layer {layer}")
         if self.vocabulary is not None:
             _check_subset(self.vocabulary, self.vocabulary_size, "tokens")
+            if not self.vocabulary:
+                raise ValueError("the plan keeps no token: expected at least one")
 
     @cached_property
     def removed(self) -> dict[str, list[int]]:
@@ -123,7 +126,10 @@ class PruningPlan:
         masks = all_features(anatomy)
         for site in self.keep:
             for layer, kept in enumerate(self.kept_mask(site)):
-                for projection, side in () if kept.all() else anatomy.coupled(site):
+                of = site
+                if site == "balanced_heads" and not kept.any():  # no query reads keys and values
+                    of, kept = "attention", np.zeros(anatomy.units("attention")[layer], bool)
+                for projection, side in () if kept.all() else anatomy.coupled(of):
                     features = anatomy.unit_features(projection, layer)[~kept]
                     for each in ("output", "bias") if side == "output" else ("input",):
                         masks[anatomy.name(layer, projection)][each][features] = False
@@ -143,6 +149,11 @@ class PruningPlan:
         anatomy = Anatomy(model)
         for misfit in self._misfits(anatomy):
             raise ValueError(f"the plan {misfit}; apply it to the model it was made for")
+        if not self._keeps_block(anatomy):
+            raise ValueError(
+                "the plan drops the attention and the FFN of every layer; expected at least one "
+                "block to be kept"
+            )
         flag = anatomy.family.all_heads
         heads = [n for site in ATTENTION_UNITS.values() for n in self.removed.get(site, ())]
         if any(heads) and getattr(model.config, flag or "_", False):
@@ -151,6 +162,12 @@ class PruningPlan:
                 f"{flag}=True; load it with that set to false (the same products, in one piece)"
             )
         return anatomy
+
+    def _keeps_block(self, anatomy: Anatomy) -> bool:
+        """Whether some layer keeps attention or an FFN."""
+        kept = {site: [*map(len, layers)] for site, layers in self.keep.items()}
+        widths = anatomy.layer_widths() | kept
+        return any(widths["ffn"]) or any(map(min, widths["attention"], widths["balanced_heads"]))
 
     def _misfits(self, anatomy: Anatomy) -> Iterator[str]:
         """Describe, one by one, the parts of the plan that do not fit the model."""
@@ -325,10 +342,10 @@ class PruningPlan:
 def _check_subset(chosen: list[int], total: int, what: str) -> None:
     """Refuse kept indices that are none, not ascending or out of range."""
     ascending = all(a < b for a, b in zip(chosen, chosen[1:], strict=False))
-    if not chosen or not ascending or chosen[0] < 0 or chosen[-1] >= total:
+    if chosen and not (ascending and chosen[0] >= 0 and chosen[-1] < total):
         raise ValueError(
-            f"the plan keeps {chosen[:5]}… of {total} {what}: expected at least one, ascending, "
-            "without repeats, in range"
+            f"the plan keeps {chosen[:5]}… of {total} {what}: expected them ascending, without "
+            "repeats, in range"
         )
 
 

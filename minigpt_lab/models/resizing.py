@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from ..architectures import ATTENTION_UNITS
 from . import layouts
 from .anatomy import Anatomy
-from .layers import select_heads, set_attribute, set_features
+from .layers import select_heads, set_attribute, set_features, set_forward, without_heads
 
 
 def set_units(anatomy: Anatomy, keep: Mapping[str, Sequence[Sequence[int]]]) -> None:
@@ -21,10 +22,15 @@ def set_units(anatomy: Anatomy, keep: Mapping[str, Sequence[Sequence[int]]]) -> 
         Anatomy of the model.
     keep : mapping
         Site to one list of unit indices per layer. Index -1 stands for a new unit of zeros, which
-        changes no output.
+        changes no output. Without any, a layer's block is dropped; attention of which one site
+        keeps none is.
     """
+    heads = [layers for site, layers in keep.items() if site in ATTENTION_UNITS.values()]
+    dropped = [any(not len(units) for units in each) for each in zip(*heads, strict=True)]
     for site, layers in keep.items():
         for layer, units in enumerate(layers):
+            if site != "ffn" and dropped[layer]:
+                units = []
             if [*units] != [*range(anatomy.units(site)[layer])]:
                 rebuild_layer(anatomy, site, layer, units)
 
@@ -32,6 +38,8 @@ def set_units(anatomy: Anatomy, keep: Mapping[str, Sequence[Sequence[int]]]) -> 
 @torch.no_grad()
 def rebuild_layer(anatomy: Anatomy, site: str, layer: int, units: Sequence[int]) -> None:
     """`set_units` for one site of one layer."""
+    if site == "balanced_heads" and not len(units):  # keys and values that no query reads go too
+        site = "attention"
     # 1. The rows and columns of all projections that hold the units.
     axis = anatomy.family.consumes[site].axis
     before = anatomy.grid(site, layer)
@@ -52,6 +60,10 @@ def rebuild_layer(anatomy: Anatomy, site: str, layer: int, units: Sequence[int])
     }
     for path, held in anatomy.family.attributes.items():
         set_attribute(anatomy.layers[layer], path, values[held])
+    attention = anatomy.attention(layer)
+    reader = anatomy.family.consumes["attention"].path.rpartition(".")[2]
+    forward = functools.partial(without_heads, attention, reader)
+    set_forward(attention, None if values["query"] else forward)
     if site == "attention" and anatomy.family.per_head:
         _set_surviving_heads(anatomy, layer, before[0], units)
 
@@ -87,7 +99,9 @@ def _set_surviving_heads(anatomy: Anatomy, layer: int, total: int, units: Sequen
         module.register_forward_pre_hook(hook, with_kwargs=True)
     is_dense = heads == [*range(anatomy.model.config.num_attention_heads)]
     device = next(module.parameters()).device
-    module.surviving_heads = None if is_dense else torch.tensor(heads, device=device)
+    module.surviving_heads = (
+        None if is_dense else torch.tensor(heads, dtype=torch.int64, device=device)
+    )
 
 
 def _surviving_heads(anatomy: Anatomy, layer: int, total: int) -> list[int]:

@@ -136,8 +136,9 @@ def _hash(model: PreTrainedModel, config: str) -> str:
     digest = hashlib.sha256(config.encode())
     for name, parameter in materialized_parameters(model):
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
-        content = parameter.detach().cpu().contiguous().view(torch.uint8)
-        digest.update(memoryview(content.numpy()).cast("B"))
+        if parameter.numel():  # of a dropped block's there is nothing to read
+            content = parameter.detach().cpu().contiguous().view(torch.uint8)
+            digest.update(memoryview(content.numpy()).cast("B"))
     return digest.hexdigest()
 
 

@@ -135,8 +135,10 @@ def describe(model: PreTrainedModel) -> pd.DataFrame:
         units = anatomy.units(site)
         costs = [anatomy.unit_parameters(site, layer) for layer in range(len(units))]
         share = sum(map(int.__mul__, units, costs)) / total
-        ratios = f"k/n for 0 ≤ k < n = {span(units)}"
-        rows.append((site, unit, len(units), span(units), ratios, span(costs), share))
+        present = [i for i, n in enumerate(units) if n] or [0]  # layers whose block is not dropped
+        ratios = f"k/n for 0 ≤ k < n = {span([units[i] for i in present])}"
+        per_unit = span([costs[i] for i in present])
+        rows.append((site, unit, len(units), span(units), ratios, per_unit, share))
     tokens, cost = len(model.get_input_embeddings().weight), token_parameters(model)
     ratios = "tokens unseen or rare; bytes and special tokens are kept"
     rows.append(("vocabulary", "token", 1, str(tokens), ratios, str(cost), tokens * cost / total))

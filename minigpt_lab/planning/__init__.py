@@ -10,5 +10,6 @@ from .counts import (
     removed_shares,
     unit_counts,
 )
+from .dropping import plan_dropping
 from .layer_sites import LayerSite, check_keep_layers, prunable_sites, unit_steps
 from .thresholds import contextual_plan

@@ -47,6 +47,8 @@ def prunable_sites(
 ) -> list[LayerSite]:
     """Every scored site of every layer but the first and last ones that are kept whole.
 
+    Sites without units, of dropped blocks, are left out.
+
     Raises
     ------
     ValueError
@@ -60,6 +62,7 @@ def prunable_sites(
         LayerSite(site, layer, depth, layers[layer], anatomy.unit_parameters(site, layer))
         for site, layers in scores.items()
         for layer in range(first, depth - last)
+        if len(layers[layer])
     ]
 
 

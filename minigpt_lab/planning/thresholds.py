@@ -234,7 +234,7 @@ def _kept_units(
             for projection in anatomy.family.produces[site]:
                 for block in projection.blocks:
                     dead |= _silent(anatomy, layer, projection, alive, block)
-    if dead.all():
+    if len(dead) and dead.all():
         strength = statistics.mean(name, "input", "absolute")[features].mean(1)  # [unit]
         dead[strength.argmax()] = False
     return np.flatnonzero(~dead).tolist()

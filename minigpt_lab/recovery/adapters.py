@@ -33,7 +33,8 @@ def adapter_targets(model: PreTrainedModel, wanted: Sequence[str] | None) -> lis
     ValueError
         If a name fits no linear layer.
     """
-    names = [name for _, name, _ in Anatomy(model).linears()]
+    # the layers of a dropped block have no weights
+    names = [name for _, name, module in Anatomy(model).linears() if module.weight.numel()]
     chosen = []
     for target in names if wanted is None else wanted:
         fitting = [name for name in names if f".{name}".endswith(f".{target}")]

@@ -97,6 +97,7 @@ def things(tmp_path_factory):
             model, tokenizer, domain.test, max_tokens=64, progress=False
         ),
         "problems": projections.layer_problems(model, batches, layer=0),
+        "influence": pd.DataFrame({"layer": [0], "site": ["ffn"], "influence": [0.1]}),
         "folder": tmp_path_factory.mktemp("out"),
     }  # fmt: skip
 
@@ -118,7 +119,7 @@ def calls(t: dict) -> dict[str, dict]:
         "benchmark": {**pair, "tasks": "no_such_task", "num_fewshot": 0, "limit": 1,
                       "batch_size": 1, "include_path": None, "seed": 0},
         "bias_compensated": {"model": t["model"], "plan": t["plan"], "statistics": t["statistics"]},
-        "block_influence": read,
+        "block_influence": {**read, "sites": ("ffn",)},
         "check_disjoint": {"parts": {"a": ("one text",), "b": ("another one",)}},
         "cloze_questions": {"domain": t["domain"], "n": 3, "seed": 0},
         "collect_hessians": {**read, "names": t["names"], "progress": False},
@@ -194,6 +195,8 @@ def calls(t: dict) -> dict[str, dict]:
             "max_tokens": 64, "batch_size": 2, "precision": "auto", "n_bootstrap": 10, "seed": 0,
             "progress": False,
         },
+        "plan_dropping": {"model": t["model"], "influence": t["influence"], "count": 1,
+                          "ratio": None},
         "plan_from_scores": {
             "model": t["model"], "scores": t["scores"], "ratio": 0.2, "parameters": None,
             "threshold": None, "allocation": "uniform", "ratio_of": "units", "keep_layers": (0, 0),

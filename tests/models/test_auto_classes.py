@@ -26,13 +26,6 @@ import minigpt_lab as lab
 from minigpt_lab.models import FAMILIES, Anatomy, fingerprint, pruned_classes
 
 
-@pytest.fixture(scope="module")
-def words(tiny):
-    """A tokenizer of 97 tokens, to go with the random models."""
-    _, full = tiny
-    return lab.trim_tokenizer(lab.trim_tokenizer(full, sorted(range(259))), range(97))
-
-
 @pytest.fixture
 def uneven():
     """A Llama whose layers differ."""
