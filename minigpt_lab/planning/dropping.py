@@ -62,16 +62,17 @@ def plan_dropping(
         for layer, sites in blocks
     ]
     total = layer_parameters(model)
+    needed = count or 0
     if ratio is not None:
-        count = int(np.searchsorted(np.cumsum(costs), ratio * total - 0.5)) + 1
-    if count > len(blocks):
+        needed = int(np.searchsorted(np.cumsum(costs), ratio * total - 0.5)) + 1
+    if needed > len(blocks):
         raise InvalidArgument(
             f"the target {target} cannot be met: the {len(blocks)} rows of influence hold "
             f"{sum(costs) / total:.1%} of the decoder layers' parameters; expected at most these"
         )
     # 2. The plan.
     keep = keep_all(anatomy)
-    for layer, sites in blocks[:count]:
+    for layer, sites in blocks[:needed]:
         for site in sites:
             keep[site][layer] = []
     dropped = {site: [i for i, kept in enumerate(keep[site]) if not kept] for site in SITES}
@@ -94,7 +95,8 @@ def _ascending(anatomy: Anatomy, influence: pd.DataFrame) -> list[tuple[int, tup
             f"influence has {len(influence)} rows and the columns {[*influence]}; expected rows "
             f"with {', '.join(_COLUMNS)}, from lab.block_influence"
         )
-    blocks, seen = [], set()
+    blocks: list[tuple[int, tuple[str, ...]]] = []
+    seen: set[tuple[int, str]] = set()
     for row in influence.sort_values("influence", kind="stable").itertuples():
         sites = SITES if row.site == "layer" else (row.site,)
         known = row.site in ("layer", *SITES) and row.layer in range(len(anatomy.layers))
