@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator
 
 import torch
-from torch.nn import functional
+from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from ..checks import InvalidArgument
@@ -13,6 +14,8 @@ from ..models import TrimmedVocabulary
 
 #: Losses of `recover`.
 LOSSES = ("label", "kl", "mix")
+#: Logits that are read at once on a CPU, whose cache holds them; elsewhere 128 times as many.
+BLOCK = 2**19
 
 
 class Teacher:
@@ -56,25 +59,12 @@ class Teacher:
         self._sampled: dict[bytes, torch.Tensor] = {}
 
     @torch.no_grad()
-    def log_probabilities(self, ids: torch.Tensor) -> torch.Tensor:
-        """``log p_T`` of the next token over the student's, ``[batch, token - 1, vocabulary]``.
-
-        Raises
-        ------
-        ValueError
-            If the teacher answers with NaN.
-        """
+    def logits(self, ids: torch.Tensor) -> torch.Tensor:
+        """The teacher's logits of the student's tokens, ``[batch, token, vocabulary]``."""
         own = ids if self.rows is None else self.rows.to(ids.device)[ids]
-        logits = self.model(input_ids=own.to(self.model.device), use_cache=False).logits[:, :-1]
+        logits = self.model(input_ids=own.to(self.model.device), use_cache=False).logits
         logits = logits.to(ids.device)
-        if self.rows is not None:
-            logits = logits[..., self.rows.to(ids.device)]
-        log_p = (logits.float() / self.temperature).log_softmax(-1)
-        if log_p[..., 0].isnan().any():
-            raise ValueError(
-                "the teacher's predictions are NaN; check its weights, or try precision='float32'"
-            )
-        return log_p
+        return logits if self.rows is None else logits[..., self.rows.to(ids.device)]
 
     def sampled(self, ids: torch.Tensor) -> torch.Tensor:
         """Tokens sampled from ``p_T``, ``[batch, token - 1, samples]``; the same in every epoch.
@@ -87,11 +77,26 @@ class Teacher:
             key = window.cpu().numpy().tobytes()
             if key not in self._sampled:
                 generator = torch.Generator(window.device).manual_seed(zlib.crc32(key))
-                p = self.log_probabilities(window[None])[0].exp()
+                p = _log_p(self.logits(window[None])[0, :-1], self.temperature).exp()
                 tokens = p.multinomial(self.samples, replacement=True, generator=generator)
                 self._sampled[key] = tokens.int().cpu()
             rows.append(self._sampled[key])
         return torch.stack(rows).long().to(ids.device)
+
+
+def _log_p(logits: torch.Tensor, T: float) -> torch.Tensor:
+    """``log softmax(logits / T)`` of a teacher, at least in float32; NaN is refused."""
+    log_p = _scaled(logits, T).log_softmax(-1)
+    if log_p[..., 0].isnan().any():
+        raise ValueError(
+            "the teacher's predictions are NaN; check its weights, or try precision='float32'"
+        )
+    return log_p
+
+
+def _scaled(logits: torch.Tensor, T: float) -> torch.Tensor:
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return wide if T == 1 else wide / T
 
 
 def _rows(teacher: PreTrainedModel, student: PreTrainedModel) -> torch.Tensor | None:
@@ -137,25 +142,81 @@ class DistillationLoss:
         self, outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """Loss of a batch of windows; the labels are the windows themselves, ``[batch, token]``."""
-        logits = outputs["logits"][:, :-1].flatten(0, 1).float()  # [token, vocabulary]
-        targets = labels[:, 1:].flatten()
-        T, m = self.teacher.temperature, self.mix  # the paper's letters
-        log_q = (logits / T if T != 1 else logits).log_softmax(-1)
+        guide, n = self.teacher, num_items_in_batch
+        known = guide.logits(labels) if guide.samples is None else guide.sampled(labels)
+        n = labels[:, 1:].numel() if n is None else n
+        return _TokenLoss.apply(outputs["logits"], labels, known, guide.temperature, self.mix, n)
 
-        # 1. The teacher's term, over all tokens or the sampled ones.
-        if self.teacher.samples is None:
-            log_p = self.teacher.log_probabilities(labels).flatten(0, 1)
-            divergence = functional.kl_div(log_q, log_p, reduction="sum", log_target=True)
-        else:
-            tokens = self.teacher.sampled(labels).flatten(0, 1)  # [token, samples]
-            divergence = -log_q.gather(1, tokens).mean(1).sum()
-        loss = m * T**2 * divergence
 
-        # 2. The labels' term.
-        if m < 1:
-            log_q1 = log_q if T == 1 else logits.log_softmax(-1)
-            loss = loss + (1 - m) * functional.nll_loss(log_q1, targets, reduction="sum")
-        return loss / (targets.numel() if num_items_in_batch is None else num_items_in_batch)
+class _TokenLoss(torch.autograd.Function):
+    """``Σ_t [(1 - m) CE_t + m T² KL_t] / n`` and its gradient, in one pass over the logits *z*.
+
+    With the student's ``q = softmax(z)``, ``q_T = softmax(z / T)`` and the teacher's ``p_T``
+
+        ∂CE/∂z = q - onehot(label)        ∂(T² KL)/∂z = T (q_T - p_T)
+
+    where sampled tokens stand for *p_T* as their shares. A block of positions is widened to
+    float32, read and turned into its gradient while the processor's cache holds it; autograd would
+    write all logits and probabilities to memory several times over.
+    """
+
+    @staticmethod
+    def forward(ctx, z, labels, known, T, m, n):
+        gradient = torch.empty_like(z)
+        gradient[:, -1] = 0  # the last position of a window predicts nothing
+        loss = torch.zeros((), dtype=torch.promote_types(z.dtype, torch.float32), device=z.device)
+        for window, block in _blocks(z):
+            z_t = z[window, block]  # [t, vocabulary]
+            label = labels[window, 1:][block, None]  # [t, 1]
+            log_q = _scaled(z_t, T).log_softmax(-1)
+            q = log_q.exp()
+
+            # 1. The teacher's term, over all tokens or the sampled ones.
+            if known.is_floating_point():
+                log_p = _log_p(known[window, block], T)
+                p = log_p.exp()
+                loss += m * T**2 * log_p.sub_(log_q).mul_(p).sum()
+                g = (q - p).mul_(m * T)
+            else:
+                tokens = known[window, block]  # [t, samples]
+                loss -= m * T**2 * log_q.gather(1, tokens).mean(1).sum()
+                g = q * (m * T)
+                _add_at(g, tokens, -m * T / tokens.shape[1])
+
+            # 2. The labels' term.
+            if m < 1:
+                if T != 1:
+                    log_q = _scaled(z_t, 1).log_softmax(-1)
+                    q = log_q.exp()
+                loss -= (1 - m) * log_q.gather(1, label).sum()
+                g.add_(q, alpha=1 - m)
+                _add_at(g, label, m - 1)
+            gradient[window, block] = g.div_(n)
+        ctx.save_for_backward(gradient)
+        return loss / n
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):
+        (gradient,) = ctx.saved_tensors
+        if upstream != 1:
+            gradient = gradient * upstream.to(gradient.dtype)
+        return gradient, None, None, None, None, None
+
+
+def _blocks(z: torch.Tensor) -> Iterator[tuple[int, slice]]:
+    """Window and positions of each block; the last position of a window is in none."""
+    windows, positions = z.shape[0], z.shape[1] - 1
+    block = BLOCK if z.device.type == "cpu" else 128 * BLOCK
+    step = max(1, block // z.shape[2])
+    for window in range(windows):
+        for start in range(0, positions, step):
+            yield window, slice(start, min(start + step, positions))
+
+
+def _add_at(g: torch.Tensor, tokens: torch.Tensor, value: float) -> None:
+    """Add a number at some tokens of each position, once for each time they are named."""
+    g.scatter_add_(1, tokens, g.new_full((), value).expand(tokens.shape))
 
 
 def teacher_of(

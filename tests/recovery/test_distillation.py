@@ -10,6 +10,7 @@ import torch
 
 import minigpt_lab as lab
 from minigpt_lab.models import TrimmedVocabulary
+from minigpt_lab.recovery import distillation
 from minigpt_lab.recovery.distillation import DistillationLoss, Teacher
 from minigpt_lab.recovery.texts import training_windows
 
@@ -78,6 +79,52 @@ def test_the_loss_is_that_of_the_paper(mini, tiny, tiny_domain, temperature, mix
     assert float(half) == pytest.approx(float(expected) / 2, rel=1e-5)
 
 
+class Known:
+    """Stands for a teacher: logits, or tokens sampled from them."""
+
+    def __init__(self, temperature, logits, tokens=None):
+        self.temperature, self.samples = temperature, None if tokens is None else tokens.shape[2]
+        self.logits, self.sampled = lambda _: logits, lambda _: tokens
+
+
+def written_out(z, labels, known: Known, m):
+    """The loss by autograd, as the paper has it."""
+    T, log_q = known.temperature, (z[:, :-1] / known.temperature).log_softmax(-1)
+    if known.samples:
+        divergence = -log_q.gather(-1, known.sampled(labels)).mean(-1)
+    else:
+        log_p = (known.logits(labels)[:, :-1] / T).log_softmax(-1)
+        divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
+    label = -z[:, :-1].log_softmax(-1).gather(-1, labels[:, 1:, None])[..., 0]
+    return (m * T**2 * divergence + (1 - m) * label).mean()
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize(("temperature", "mix"), [(1.0, 1.0), (1.0, 0.4), (2.5, 0.4)])
+def test_its_gradient_is_the_derivative(monkeypatch, temperature, mix, sampled):
+    """By finite differences in float64, and by autograd in the logits' own type."""
+    monkeypatch.setattr(distillation, "BLOCK", 3 * 11)  # blocks of three positions and of one
+    torch.manual_seed(0)
+    z, t = torch.randn(2, 2, 5, 11, dtype=torch.float64)
+    labels, tokens = torch.randint(11, (2, 5)), torch.randint(11, (2, 4, 6)) if sampled else None
+
+    def loss(z, known):
+        return DistillationLoss(known, mix)({"logits": z}, labels)
+
+    assert torch.autograd.gradcheck(loss, (z.requires_grad_(), Known(temperature, t, tokens)))
+    for dtype, digits in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
+        ours, theirs = (z.detach().to(dtype).requires_grad_() for _ in range(2))
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            value = loss(ours, Known(temperature, t.to(dtype), tokens))
+        wide = Known(temperature, t.to(dtype).double(), tokens)
+        expected = written_out(theirs.double(), labels, wide, mix)
+        for each in (value, expected):
+            (2 * each).backward()
+        assert float(value.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=digits, atol=digits / 100)
+        assert not ours.grad[:, -1].any()
+
+
 def test_sampled_predictions_have_the_gradient_of_all_of_them(mini, tiny, tiny_domain):
     """Exactly in expectation: many samples come close."""
     ids = windows(tiny_domain, tiny[1], 1)
@@ -97,7 +144,7 @@ def test_sampled_tokens_are_drawn_once_and_alike(mini, tiny, tiny_domain, monkey
     first, second = (Teacher(tiny[0], mini, samples=4) for _ in range(2))
     tokens = first.sampled(ids)
     assert tokens.shape == (3, 63, 4) and torch.equal(second.sampled(ids.flip(0)).flip(0), tokens)
-    monkeypatch.setattr(first, "log_probabilities", None)
+    monkeypatch.setattr(first, "logits", None)
     assert torch.equal(first.sampled(ids[1:]), tokens[1:])
 
 
