@@ -108,8 +108,8 @@ def slimgpt(
     parameters : int, optional
         Largest number of stored parameters, not counting biases that ``bias="add"`` adds.
     counts : mapping, optional
-        Site to the number of units to remove from every layer, e.g. from `search_counts`. Give
-        exactly one of `ratio`, `parameters`, `counts`.
+        Site to the number of units to remove from every layer, e.g. from `search_counts`; all
+        units drop a layer's attention or FFN. Give exactly one of `ratio`, `parameters`, `counts`.
     sites : sequence of str
         ``"ffn"``, ``"attention"``.
     units : {"kv_group", "balanced_heads"}
@@ -197,7 +197,7 @@ def slimgpt(
         numbers = unit_counts(model, layer_sites, ratio, parameters, *rule, even_out=True)
         counts = by_layer(layer_sites, numbers, totals)
         origin |= {**target, "allocation": allocation_name(allocation), "ratio_of": ratio_of}
-    require_counts(counts, totals, layer_sites)
+    require_counts(model, counts, totals, layer_sites)
     require({"counts": counts})
     numbers = [counts[each.site][each.layer] for each in layer_sites]
     origin["removed"] = removed_shares(model, layer_sites, numbers)

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from transformers import PreTrainedModel
 
-from ..models import Anatomy
+from ..models import Anatomy, PruningPlan
 from ..planning import LayerSite, prunable_sites
 
 
@@ -37,29 +38,35 @@ def by_layer(
 
 
 def require_counts(
+    model: PreTrainedModel,
     counts: Mapping[str, Sequence[int]],
     totals: Mapping[str, Sequence[int]],
     layer_sites: Sequence[LayerSite],
 ) -> None:
-    """Refuse counts that do not cover all layers, or remove all of a layer's units.
+    """Refuse counts that do not cover all layers, or remove more units than a layer has.
 
     Raises
     ------
     ValueError
-        If they do not fit the model.
+        If they do not fit the model, or drop every block of it.
     """
     shape = {site: len(layers) for site, layers in counts.items()}
     expected = {site: len(layers) for site, layers in totals.items()}
     if shape != expected:
         raise ValueError(f"counts has {shape} layers; expected {expected}")
-    most = by_layer(layer_sites, [len(each) - 1 for each in layer_sites], totals)
+    most = by_layer(layer_sites, [*map(len, layer_sites)], totals)
     for site, layers in counts.items():
         for layer, (count, limit) in enumerate(zip(layers, most[site], strict=True)):
             if count > limit:
                 raise ValueError(
                     f"counts removes {count} of {totals[site][layer]} {site} units of layer "
-                    f"{layer}; expected at most {limit}: one is kept, or all by keep_layers"
+                    f"{layer}; expected at most {limit}, and none where keep_layers keeps it"
                 )
+    keep = {
+        site: [[*range(total - n)] for total, n in zip(totals[site], layers, strict=True)]
+        for site, layers in counts.items()
+    }
+    PruningPlan("", {site: [*units] for site, units in totals.items()}, keep).require(model)
 
 
 class SearchedCounts(dict):

@@ -103,7 +103,7 @@ def eliminate(
     unit_columns : torch.Tensor
         Columns of every unit ``[unit, feature]``.
     count : int
-        Units to remove; less than all.
+        Units to remove. Of all, only what a bias can make up for is left.
     saliency : {"exact", "slimgpt", "diag"}
         Key of `SALIENCIES`.
     block_size : int or "dynamic"
@@ -137,10 +137,10 @@ def eliminate_levels(
     each count.
     """
     total, features = unit_columns.shape
-    if not counts or [*counts] != sorted({*counts}) or counts[-1] >= total:
+    if not counts or [*counts] != sorted({*counts}) or counts[-1] > total:
         raise ValueError(
-            f"the numbers of units to remove are {[*counts]}; expected them ascending, and fewer "
-            f"than the {total} units: one must be kept"
+            f"the numbers of units to remove are {[*counts]}; expected them ascending, and at most "
+            f"the {total} units that there are"
         )
     scale = quadratic_form(W, H)
 

@@ -139,7 +139,7 @@ def test_block_sizes():
     ("options", "message"),
     [
         ({"saliency": "exct"}, "did you mean 'exact'"),
-        ({"count": 6}, "fewer than the 6 units"),
+        ({"count": 7}, "at most the 6 units"),
         ({"count": -1}, "count is -1"),
         ({"damping": -1}, "damping is -1"),
         ({"block_size": 0}, "block_size is 0"),
@@ -210,7 +210,9 @@ def test_every_family_is_cut_and_makes_up_for_it(family, units):
 @pytest.mark.parametrize("name", ["bloom", "llama"])
 def test_an_interrupted_run_goes_on_where_it_was(name, tmp_path, monkeypatch):
     model, batches = random_model(name), windows()
-    arguments = {"counts": site_counts(model, "kv_group", ffn=(5, 3, 7)), "progress": False}
+    dropped = Anatomy(model).units("ffn")[0]
+    counts = site_counts(model, "kv_group", ffn=(dropped, 3, 7))
+    arguments = {"counts": counts, "progress": False}
     options = {"bias": "add", "out_dir": tmp_path / "run"}
     expected, plan = lab.slimgpt(model, batches, **arguments, bias="add")
     solve, solved = projection.eliminate_levels, []
@@ -373,7 +375,8 @@ def test_a_broken_layer_is_named():
         ({"ratio": 0.2, "sites": ()}, "sites is "),
         ({"ratio": 0.2, "sites": "ffn"}, "sites is 'ffn'; expected"),
         ({"parameters": 10}, "cannot be met"),
-        ({"counts": {"ffn": [20, 0, 0], "attention": [0, 0, 0]}}, "20 of 20 ffn units of layer 0"),
+        ({"counts": {"ffn": [21, 0, 0], "attention": [0, 0, 0]}}, "21 of 20 ffn units of layer 0"),
+        ({"counts": {"ffn": [20] * 3, "attention": [2] * 3}}, "FFN of every layer"),
         ({"counts": {"ffn": [1, 1]}}, "expected .*'attention': 3"),
         ({"ratio": 0.2, "allocation": "log-incrase"}, "log-increase"),
         ({"ratio": 0.2, "allocation": [1, 2]}, "lists 2 shares"),
