@@ -5,6 +5,6 @@ from .gradients import collect_gradients
 from .hessians import DAMPING_MODES, Hessians, Indefinite, collect_hessians, damped_inverse, refit
 from .layer_runner import LayerRunner, catch_inputs
 from .losses import logit_blocks, token_losses
-from .moments import FeatureSums, Moments
+from .moments import FeatureSums, Moments, sum_dtype
 from .neuron_statistics import Statistics, collect_statistics, tokens_hash
 from .spsa import estimate_gradients, gradient_cosine, scored_weights

@@ -1,6 +1,7 @@
 """Pruning that updates the remaining weights: OBS, SlimGPT, the budget search."""
 
 from .budget_search import search_counts
+from .dropped_layers import linear_compensated
 from .given_plan import bias_compensated, weight_compensated
 from .layer_by_layer import slimgpt
 from .layer_counts import SearchedCounts

@@ -88,6 +88,7 @@ def things(tmp_path_factory):
     names = ["model.layers.0.mlp.down_proj"]
     questions = domain.questions[:2]
     answers = lab.answer_questions(model, tokenizer, questions)
+    influence = pd.DataFrame({"layer": [1], "site": ["layer"], "influence": [0.1]})
     hessians = lab.collect_hessians(model, batches, down_projections(model), progress=False)
     return {
         "model": model, "tokenizer": tokenizer, "domain": domain, "batches": batches,
@@ -97,7 +98,7 @@ def things(tmp_path_factory):
             model, tokenizer, domain.test, max_tokens=64, progress=False
         ),
         "problems": projections.layer_problems(model, batches, layer=0),
-        "influence": pd.DataFrame({"layer": [0], "site": ["ffn"], "influence": [0.1]}),
+        "influence": influence, "dropping": lab.plan_dropping(model, influence, count=1),
         "folder": tmp_path_factory.mktemp("out"),
     }  # fmt: skip
 
@@ -175,6 +176,7 @@ def calls(t: dict) -> dict[str, dict]:
                             "gradient_checkpointing": False, "n_directions": 1,
                             "per_sample": False, "seed": 0},
         "label": {"model": t["model"]},
+        "linear_compensated": {**read, "plan": t["dropping"], "damping": 0.1, "progress": False},
         "load_domain": {"name_or_path": "tiny-law", "column": None, "online": False},
         "load_domains": {"names_or_paths": ["tiny-law"]},
         "load_model": {"name_or_path": "tiny-llama", "dtype": "auto", "device": "cpu"},

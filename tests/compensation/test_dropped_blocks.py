@@ -1,13 +1,18 @@
-"""Whole blocks among what SlimGPT removes."""
+"""Whole blocks among what SlimGPT removes, and a map in place of whole layers."""
 
 from __future__ import annotations
+
+import copy
+from functools import partial
 
 import pytest
 import torch
 from helpers import CONFIGS, random_model, windows
+from transformers import AutoModelForCausalLM
 
 import minigpt_lab as lab
 from minigpt_lab.architectures import ATTENTION_UNITS
+from minigpt_lab.calibration import run_decoder, watch
 from minigpt_lab.models import Anatomy
 
 
@@ -41,3 +46,95 @@ def test_the_bias_makes_up_for_the_mean_of_a_dropped_block():
     bias = mini.get_submodule(name).bias.detach().double().numpy()
     assert bias == pytest.approx(expected, abs=1e-4)
     assert plan.origin["error"]["ffn"][1] == pytest.approx(1)
+
+
+def whole_layers(model, layers) -> lab.PruningPlan:
+    influence = lab.block_influence(model, windows(count=1))
+    return lab.plan_dropping(model, influence.query(f"layer in {layers}"), count=len(layers))
+
+
+def states_after(model, layer: int, batches) -> torch.Tensor:
+    """Hidden states ``[token, feature]`` after a layer."""
+    found = []
+    note = partial(lambda found, *args: found.append(args[-1].flatten(0, 1)), found)
+    with torch.no_grad(), watch({"": Anatomy(model).layers[layer]}, after=note):
+        for batch in batches:
+            run_decoder(model, batch["input_ids"])
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize(
+    "family", ["llama", "mistral", "gemma", "opt", "phi", "phi3", "gpt2", "gpt_neox", "bloom"]
+)
+def test_a_map_in_place_of_dropped_layers_lowers_the_error(family):
+    model, batches = random_model(family, layers=5), windows()
+    plan = whole_layers(model, [1, 2, 4])
+    updated = lab.linear_compensated(model, plan, batches, progress=False)
+    plain, mini = lab.shrink(model, plan), lab.shrink(updated, plan)
+    assert lab.model_size(mini).stored == plan.predicted_size(model).stored
+    for last in (2, 4):
+        dense = states_after(model, last, batches)
+        errors = [
+            float((states_after(each, last, batches) - dense).square().sum())
+            for each in (mini, plain)
+        ]
+        assert errors[0] < 0.97 * errors[1]
+    firm = lab.linear_compensated(model, plan, batches, damping=1e9, progress=False)
+    if Anatomy(model).module(0, Anatomy(model).family.consumes["ffn"]).bias is None:
+        assert all(map(torch.allclose, firm.parameters(), model.parameters()))
+
+
+def test_the_map_is_the_papers():
+    """Without damping: ``T = (M'M)⁻¹ M' (Y - X + M)`` of the dense model, ``W ← T' W``."""
+    config = copy.deepcopy(CONFIGS["llama"])
+    config.intermediate_size = 64  # wider than the stream: its outputs are independent
+    torch.manual_seed(0)
+    model, batches = AutoModelForCausalLM.from_config(config), windows()
+    updated = lab.linear_compensated(
+        model, whole_layers(model, [1]), batches, damping=0, progress=False
+    )
+    X, Y = (states_after(model, layer, batches).double() for layer in (0, 1))
+    outputs = []
+    down = model.model.layers[0].mlp.down_proj
+    with watch({"": down}, after=lambda *args: outputs.append(args[-1].detach().flatten(0, 1))):
+        states_after(model, 1, batches)
+    M = torch.cat(outputs).double()
+    T = torch.linalg.solve(M.T @ M, M.T @ (Y - X + M))
+    expected = T.T @ down.weight.double()
+    found = updated.model.layers[0].mlp.down_proj.weight.double()
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+
+
+def test_the_map_helps_a_trained_model(tiny, tiny_domain):
+    model, tokenizer = tiny
+    batches = lab.tokenize(tiny_domain.calibration, tokenizer, seq_len=64, max_tokens=4096)
+    influence = lab.block_influence(model, batches).query("layer > 0")
+    plan = lab.plan_dropping(model, influence, count=1)
+    updated = lab.linear_compensated(model, plan, batches, progress=False)
+    options = {"max_tokens": 2048, "seq_len": 64, "progress": False}
+    loss = [
+        lab.divergence(lab.shrink(each, plan), model, tokenizer, tiny_domain.test, **options).kl
+        for each in (updated, model)
+    ]
+    assert loss[0] < 0.9 * loss[1]
+
+
+@pytest.mark.parametrize(
+    ("family", "layers", "message"),
+    [
+        ("gemma2", [1], "a norm behind the FFN"),
+        ("opt_350m", [1], "do_layer_norm_before=False"),
+        ("llama", [0], "layer 0 with no FFN before it"),
+    ],
+)
+def test_where_no_map_fits_is_said(family, layers, message):
+    model = random_model(family)
+    with pytest.raises(ValueError, match=message):
+        lab.linear_compensated(model, whole_layers(model, layers), windows())
+
+
+def test_a_plan_without_whole_layers_needs_no_map():
+    model = random_model("llama")
+    influence = lab.block_influence(model, windows(), sites=("ffn",))
+    with pytest.raises(ValueError, match="drops no whole layer"):
+        lab.linear_compensated(model, lab.plan_dropping(model, influence, count=2), windows())
