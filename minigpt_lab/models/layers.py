@@ -57,7 +57,8 @@ def select_heads(argument: str, layer: nn.Module, args: tuple, kwargs: dict) -> 
     if layer.surviving_heads is None:
         return None
     all_heads: torch.Tensor = kwargs[argument]  # [batch * heads, …]
-    by_head = all_heads.unflatten(0, (len(args[0]), -1))  # [batch, heads, …]
+    batch = args[0].shape[0]  # not len(): torch.export would take it for a constant
+    by_head = all_heads.unflatten(0, (batch, -1))  # [batch, heads, …]
     own = by_head.index_select(1, layer.surviving_heads).flatten(0, 1)
     return args, {**kwargs, argument: own}
 

@@ -196,3 +196,17 @@ def test_configs_and_tokenizers_load_alone(tmp_path, uneven, words):
     config = AutoConfig.from_pretrained(folder)
     assert config.minigpt_lab_widths == Anatomy(uneven).layer_widths()
     assert AutoTokenizer.from_pretrained(folder)("ab")["input_ids"] == words("ab")["input_ids"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_torch_export_keeps_batch_size_and_length_free(probe):
+    """Also BLOOM's, whose layers choose the slopes of the heads that they still have."""
+    model = random_model("bloom", layers=2)
+    mini = lab.shrink(model, random_plan(model, 3, vocabulary=False))
+    assert all(layer.surviving_heads is not None for layer in mini.transformer.h)
+    mini.config.use_cache = False
+    shapes = {"input_ids": dict.fromkeys(range(2), torch.export.Dim.DYNAMIC)}  # refuses constants
+    options = {"dynamic_shapes": shapes, "strict": False}
+    program = torch.export.export(mini, (), {"input_ids": probe}, **options).module()
+    for ids in (probe, probe[:1, :5], probe.repeat(2, 2)):
+        torch.testing.assert_close(program(input_ids=ids).logits, logits(mini, ids))
