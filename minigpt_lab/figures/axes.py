@@ -12,7 +12,7 @@ from matplotlib.axis import Axis
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter, NullLocator
 
 from .style import new_figure
 
@@ -116,11 +116,26 @@ def log_labels(axis: Axis, values: Iterable[float], *, n: int = 6, words="{x:g}"
     low, high = (numbers.min(), numbers.max()) if len(numbers) else (1, 1)
     if high > 10 * low:
         axis.set_ticks(*log_ticks(low / 1.2, high * 1.2))
+        if high < 1e5 * low:
+            axis.set_major_formatter(words)
     else:
-        axis.set_major_locator(MaxNLocator(n))
+        axis.set_major_locator(
+            MaxNLocator(n, steps=[1, 2, 5, 10]) if high < 2 * low else _even_marks(low, high, n)
+        )
         axis.set_major_formatter(words)
         axis.set_minor_locator(NullLocator())
     axis.set_minor_formatter(NullFormatter())
+
+
+def _even_marks(low: float, high: float, n: int) -> FixedLocator:
+    """At most `n` round numbers that are about evenly far apart on a log axis."""
+    powers = 10.0 ** np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
+    finer = [(1, 1.5, 2, 3, 4, 5, 7), (1, 1.5, 2, 3, 5, 7), (1, 2, 3, 5), (1, 2, 5), (1, 3)]
+    for steps in finer:
+        marks = [m for m in np.outer(powers, steps).ravel() if low / 1.1 <= m <= high * 1.1]
+        if len(marks) <= n:
+            break
+    return FixedLocator(marks)
 
 
 def layer_ticks(axis: Axes, layers: int, room: int) -> None:

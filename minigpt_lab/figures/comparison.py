@@ -176,6 +176,7 @@ def method_curves(table: pd.DataFrame, *, caption: str = "") -> Figure:
     """Held-out perplexity against size: a line per method, a column per site, a row per text.
 
     Where a method has several rows of one ratio (seeds), they are dots and the line is their mean.
+    If all methods have but one ratio, a method is a row, and a text a column: see `_method_rows`.
 
     Parameters
     ----------
@@ -189,6 +190,8 @@ def method_curves(table: pd.DataFrame, *, caption: str = "") -> Figure:
     pruned = pruned.assign(millions=pruned["stored"] / 1e6)
     texts, sites = (list(pruned[name].unique()) for name in ("text", "sites"))
     title = "Which way of choosing costs least, at the same size?"
+    if pruned["ratio"].nunique() == 1:
+        return _method_rows(dense, pruned, caption, title)
     figure = new_figure(max(3.0 * len(sites) + 2.2, 8.0), 2.8 * len(texts) + 0.7, caption, title)
     axes = figure.subplots(len(texts), len(sites), sharex="col", sharey="row", squeeze=False)
     styles = looks(pruned["method"], METHOD_STYLE)
@@ -211,11 +214,58 @@ def method_curves(table: pd.DataFrame, *, caption: str = "") -> Figure:
     for axis in axes[-1]:
         axis.set_xlabel("stored parameters (millions)")
         axis.ticklabel_format(axis="x", useOffset=False)
-        low, high = axis.get_xlim()
-        if high - low < 0.02 * high:  # all of about one size
-            axis.set_xlim(0.95 * low, 1.05 * high)
     side_legend(figure)
     return figure
+
+
+def _method_rows(dense: pd.DataFrame, pruned: pd.DataFrame, caption: str, title: str) -> Figure:
+    """Methods at one size: a row for each, the best on the first text on top; texts beside."""
+    texts, sites = (list(pruned[name].unique()) for name in ("text", "sites"))
+    if "low" in pruned:
+        caption = with_note(caption, "bar: 95 % interval, from the passages of the text")
+    else:
+        pruned = pruned.assign(low=pruned["perplexity"], high=pruned["perplexity"])
+    height = 0.34 * pruned["method"].nunique() * len(sites) + 1.2
+    figure = new_figure(3.4 * len(texts) + 2.6, height, caption, title)
+    axes = figure.subplots(len(sites), len(texts), sharex="col", sharey="row", squeeze=False)
+    styles = looks(pruned["method"], METHOD_STYLE)
+    for row, each in zip(axes, sites, strict=True):
+        order = None
+        for axis, text in zip(row, texts, strict=True):
+            samples = pruned[(pruned["sites"] == each) & (pruned["text"] == text)]
+            means = samples.groupby("method")[["perplexity", "low", "high"]].mean()
+            order = means["perplexity"].sort_values().index if order is None else order
+            level = dense.loc[dense["text"] == text, "perplexity"].mean()
+            _method_panel(axis, means.reindex(order), samples, level, styles)
+            axis.set_title(f"{each}: {text}", fontsize=8.5)
+    for axis in axes[-1]:
+        axis.set_xlabel("test perplexity")
+    side_legend(figure)
+    return figure
+
+
+def _method_panel(
+    axis: Axes, means: pd.DataFrame, samples: pd.DataFrame, level: float, styles: dict[str, dict]
+) -> None:
+    """The mean of each method with its interval, a small dot per sample, dense as a line."""
+    beyond = means["perplexity"] > _HIGHEST * level  # they would press the others together
+    lengths = spread(means, "perplexity")
+    for place, (method, mean) in enumerate(means["perplexity"].items()):
+        if beyond[method]:
+            edge = {"transform": axis.get_yaxis_transform(), "ha": "right", "va": "center"}
+            axis.text(0.99, place, f"{mean:,.0f} →", fontsize=8, **edge)
+            continue
+        dots = samples.loc[samples["method"] == method, "perplexity"]
+        bar = {"xerr": lengths[:, [place]], "lw": 1, "capsize": 2, "ms": 5.5, **styles[method]}
+        axis.errorbar(mean, place, **bar)
+        if len(dots) > 1:
+            small = {"ls": "", "marker": ".", "ms": 4, "label": "one calibration sample"}
+            axis.plot(dots, [place + 0.28] * len(dots), color=styles[method]["color"], **small)
+    axis.axvline(level, color="black", ls="--", lw=1, label="dense")
+    drawn = means.loc[~beyond, ["perplexity", "low", "high"]].to_numpy().ravel()
+    axis.set(xscale="log", ylim=(len(means) - 0.4, -0.6))
+    log_labels(axis.xaxis, [level, *drawn])
+    axis.set_yticks(range(len(means)), means.index)
 
 
 @draws_frame(numbers="directions cosine expected")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 
 from minigpt_lab import figures
-from minigpt_lab.figures.axes import luminance
+from minigpt_lab.figures.axes import log_labels, luminance
 from minigpt_lab.studies import analysis
 
 
@@ -478,6 +479,41 @@ def test_every_method_has_a_look_of_its_own_and_its_seeds_are_dots():
     dots = [each for each in axis.lines if each.get_label() == "one seed"]
     assert len(dots) == len(names) - 1 and not axis.texts  # no words over the points
     assert sorted(set(dots[0].get_ydata())) == [30, 31, 32]
+
+
+def test_methods_at_one_size_are_rows_of_dots():
+    values = {"wanda": 40.0, "slimgpt": 30.0, "random": 900.0}
+    rows = [
+        (name, "ffn", 0.3, 70, text, value + seed, value - 5, value + 5, seed)
+        for name, value in values.items() for text in ("law", "games") for seed in range(3)
+    ]  # fmt: skip
+    rows += [("dense", "none", 0.0, 100, text, 20.0, 18, 22, 0) for text in ("law", "games")]
+    columns = "method sites ratio stored text perplexity low high seed".split()
+    figure = figures.method_curves(pd.DataFrame(rows, columns=columns), caption="tiny")
+    assert [axis.get_title(loc="left") for axis in figure.axes] == ["ffn: law", "ffn: games"]
+    axis = figure.axes[0]
+    names = [tick.get_text() for tick in axis.get_yticklabels()]
+    assert names == ["slimgpt", "wanda", "random"] and axis.yaxis_inverted()  # the best on top
+    means = {tuple(np.r_[line.get_xdata(), line.get_ydata()]) for line in axis.lines}
+    assert {(31.0, 0.0), (41.0, 1.0)} <= means  # of three samples
+    samples = [line for line in axis.lines if line.get_label() == "one calibration sample"]
+    assert [list(line.get_xdata()) for line in samples] == [[40, 41, 42], [30, 31, 32]][::-1]
+    assert [text.get_text() for text in axis.texts] == ["901 →"]  # it would press the others
+    assert axis.get_xlim()[1] < 60
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.9, 1.1), (1, 3.1), (70, 540), (0.9, 14), (15, 900)])
+def test_ticks_of_a_log_axis_are_evenly_far_apart(low, high):
+    axis = Figure().subplots()
+    margin = (high / low) ** 0.05
+    ends = (low / margin, high * margin)
+    axis.set(yscale="log", ylim=ends)
+    log_labels(axis.yaxis, [low, high], words="× {x:g}")
+    axis.figure.draw_without_rendering()
+    ticks = sorted(tick for tick in axis.get_yticks() if ends[0] <= tick <= ends[1])
+    steps = np.diff(np.log([ends[0], *ticks, ends[1]]))
+    assert 3 <= len(ticks) <= 7 and steps.max() < 0.45 * steps.sum()
+    assert axis.get_yticklabels()[0].get_text().startswith("× ")
 
 
 def test_formats_are_lines_over_bytes():
