@@ -6,6 +6,7 @@ The form is that of NVIDIA's Nemotron-NAS models (Llama-3_1-Nemotron-51B): a Lla
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -20,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..architectures import dense_type
 from ..checks import Instance, InvalidArgument, Location, Model, Tokenizer, checked, writable_folder
-from ..models import Anatomy, dtype_name, model_card, tokenizer_for
+from ..models import Anatomy, dtype_name, model_card, set_units, tokenizer_for
 from ..store import atomic_write
 from .rounding import refuse_masked_or_offloaded
 
@@ -93,9 +94,10 @@ def export_vllm(
 
     For Llama (SmolLM too), Mistral and Qwen2. That form has one number of query heads for all
     layers; a layer has its own FFN width and number of key/value groups (``num_attention_heads /
-    n_heads_in_group``). Where only some layers have a bias, the others get one of zeros. A sliding
-    window ends the context. On several GPUs their number must divide the heads, the groups and the
-    FFN widths: prune with ``multiple_of``.
+    n_heads_in_group``), or no FFN or attention (``no_op``; units of zeros where it left a bias, and
+    for the first attention, which vLLM cannot do without). Where only some layers have a bias, the
+    others get one of zeros. A sliding window ends the context. On several GPUs their number must
+    divide the heads, the groups and the FFN widths: prune with ``multiple_of``.
 
     Parameters
     ----------
@@ -126,11 +128,13 @@ def export_vllm(
         If what was read back differs.
     """
     refuse_masked_or_offloaded(model, "export_vllm")
+    _refuse_other_graphs(model)
+    text = _without_loading(str(card or model_card(model)))
+    model = _padded(model)
     final, config = writable_folder(path), _config(model)
     if final.is_dir() and any(final.iterdir()):
         raise FileExistsError(f"{final} is not empty; choose another path, or remove it first")
     tensors = _tensors(model, config)
-    text = _without_loading(str(card or model_card(model)))
     with atomic_write(final) as folder:
         folder.mkdir()
         save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
@@ -155,10 +159,9 @@ def _config(model: PreTrainedModel) -> dict[str, Any]:
         If the form cannot say what the model is.
     """
     config, anatomy = model.config, Anatomy(model)
-    _refuse_other_graphs(model)
     grids = [anatomy.grid("attention", layer) for layer in range(len(anatomy.layers))]
     heads = [groups * per_group for groups, per_group, _ in grids]
-    if odd := [layer for layer, count in enumerate(heads) if count != heads[0]]:
+    if odd := [layer for layer, count in enumerate(heads) if count not in (0, heads[0])]:
         raise InvalidArgument(
             f"layer 0 has {heads[0]} query heads and layer {odd[0]} has {heads[odd[0]]}, where "
             "vLLM's DeciLMForCausalLM takes one number for all layers; prune the site 'ffn' only, "
@@ -204,11 +207,37 @@ def _config(model: PreTrainedModel) -> dict[str, Any]:
 def _block(grid: tuple[int, int, int], width: int) -> dict[str, dict[str, Any]]:
     """What one layer is. An entry ``ffn_mult`` would be read before the width."""
     _, per_group, _ = grid
-    common = {"no_op": False, "replace_with_linear": False, "sparsify": None}
+    common = {"replace_with_linear": False, "sparsify": None}
     return {
-        "attention": {**common, "n_heads_in_group": per_group},
-        "ffn": {**common, "intermediate_size": width},
+        "attention": {**common, "no_op": not per_group, "n_heads_in_group": per_group or None},
+        "ffn": {**common, "no_op": not width, "intermediate_size": width or None},
     }
+
+
+def _padded(model: PreTrainedModel) -> PreTrainedModel:
+    """The model, or a copy with units of zeros in dropped blocks that cannot be left out.
+
+    These are such with a bias, and the attention of the first layer.
+    """
+    anatomy, keep = Anatomy(model), {}
+    widths = anatomy.layer_widths()
+    heads = max(map(int.__mul__, widths["attention"], widths["balanced_heads"]))
+    for part, site, units in (
+        ("ffn", "ffn", 1),
+        ("attention", "attention", 1),  # one key/value group
+        ("attention", "balanced_heads", heads),
+    ):
+        keep[site] = [[*range(count)] for count in widths[site]]
+        for layer, count in enumerate(widths[site]):
+            bias = anatomy.module(layer, anatomy.family.consumes[part]).bias
+            if not count and (bias is not None or (part == "attention" and layer == 0)):
+                keep[site][layer] = [-1] * units
+    if all(-1 not in units for layers in keep.values() for units in layers):
+        return model
+    model = copy.deepcopy(model)
+    for site, layers in keep.items():
+        set_units(Anatomy(model), {site: layers})
+    return model
 
 
 def _refuse_other_graphs(model: PreTrainedModel) -> None:
@@ -240,8 +269,11 @@ def _tensors(model: PreTrainedModel, config: dict[str, Any]) -> dict[str, torch.
     in_qkv = config.get("qkv_bias", config["attention_bias"])
     wanted = {**dict.fromkeys(_QKV, in_qkv), "o_proj": config["attention_bias"]}
     wanted |= dict.fromkeys(_MLP, config["mlp_bias"])
-    for _, name, module in Anatomy(model).linears():
-        if wanted[name.rpartition(".")[2]]:
+    for layer, name, module in Anatomy(model).linears():
+        part = "ffn" if ".mlp." in name else "attention"
+        if config["block_configs"][layer][part]["no_op"]:
+            del tensors[f"{name}.weight"]
+        elif wanted[name.rpartition(".")[2]]:
             zeros = module.weight.new_zeros(module.weight.shape[0])
             tensors.setdefault(f"{name}.bias", zeros)
     return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}

@@ -88,10 +88,9 @@ def deci_logits(folder, ids):
     qkv_bias = getattr(config, "qkv_bias", config.attention_bias)
     for i, block in enumerate(config.block_configs):
         parts = {name: SimpleNamespace(**entries) for name, entries in block.items()}
-        groups = heads // parts["attention"].n_heads_in_group
         channels = parts["ffn"].intermediate_size
-        outputs = {"q_proj": heads * dim, "k_proj": groups * dim, "v_proj": groups * dim}
-        outputs |= {"o_proj": width, "gate_proj": channels, "up_proj": channels, "down_proj": width}
+        outputs = {"q_proj": heads * dim, "o_proj": width}
+        outputs |= {"gate_proj": channels, "up_proj": channels, "down_proj": width}
 
         def project(name, x, part="self_attn", bias=None, i=i, outputs=outputs):
             path, out = f"model.layers.{i}.{part}.{name}", outputs[name]
@@ -101,8 +100,13 @@ def deci_logits(folder, ids):
             added = tensor(f"{path}.bias", out) if bias else None
             return F.linear(x, tensor(f"{path}.weight", out, x.shape[-1]), added)
 
-        first = norm(x, tensor(f"model.layers.{i}.input_layernorm.weight", width), config)
-        x = x + attention(first, project, heads, groups, config)
+        if not parts["attention"].no_op:
+            groups = heads // parts["attention"].n_heads_in_group
+            outputs |= {"k_proj": groups * dim, "v_proj": groups * dim}
+            first = norm(x, tensor(f"model.layers.{i}.input_layernorm.weight", width), config)
+            x = x + attention(first, project, heads, groups, config)
+        if parts["ffn"].no_op:
+            continue
         second = norm(x, tensor(f"model.layers.{i}.post_attention_layernorm.weight", width), config)
         how = {"part": "mlp", "bias": config.mlp_bias}
         gated = F.silu(project("gate_proj", second, **how)) * project("up_proj", second, **how)
@@ -189,6 +193,33 @@ def test_biases_that_some_layers_have(words, probe, tmp_path):
         add_bias(linear)
         linear.bias.data.normal_()
     agree(model, lab.export_vllm(model, words, tmp_path / "biased"), probe)
+
+
+def test_dropped_blocks(words, probe, tmp_path):
+    """Left out; but the first attention, and where a bias is left, units of zeros."""
+    model = uneven("llama", {"attention": [[], [0, 1], []], "ffn": [[1], [], []]})
+    folder = lab.export_vllm(model, words, tmp_path / "dropped")
+    agree(model, folder, probe)
+    blocks = read(folder)[0].block_configs
+    first, *others = (block["attention"] for block in blocks)
+    assert first["n_heads_in_group"] == 4 and not first["no_op"]  # one group
+    assert [(part["no_op"], part["n_heads_in_group"]) for part in others] == [
+        (False, 2),
+        (True, None),
+    ]
+    ffns = [(block["ffn"]["no_op"], block["ffn"]["intermediate_size"]) for block in blocks]
+    assert ffns == [(False, 1), (True, None), (True, None)]
+    for linear in (model.model.layers[2].self_attn.o_proj, model.model.layers[1].mlp.down_proj):
+        add_bias(linear)
+        linear.bias.data.normal_()
+    folder = lab.export_vllm(model, words, tmp_path / "biased")
+    agree(model, folder, probe)
+    assert [block["ffn"]["no_op"] for block in read(folder)[0].block_configs] == [
+        False,
+        False,
+        True,
+    ]
+    assert Anatomy(model).units("ffn") == [1, 0, 0]  # not changed
 
 
 def test_a_trimmed_vocabulary_and_a_card(tiny, tiny_statistics, tmp_path):
