@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..checks import InvalidArgument, first_line, suggest
+from .functions import Unanswered
 from .verdicts import KINDS, Answer, Verdict
 
 
@@ -33,7 +34,7 @@ def exercise(kind: str) -> Callable:
 
     Parameters
     ----------
-    kind : {"number", "share", "count", "set", "name", "plan"}
+    kind : {"number", "share", "count", "set", "plan", "function"}
         Of the answer.
     """
 
@@ -52,7 +53,8 @@ def check(name: str, answer: object, /, **given: object) -> Verdict:
     name : str
         A key of `minigpt_lab.exercises.EXERCISES`.
     answer : object
-        The reader's answer; None or ``...`` as long as there is none.
+        The reader's answer; None or ``...`` as long as there is none. A function runs on small
+        inputs, for ten seconds at most in a notebook (not on Windows).
     **given
         Objects that the right answer is computed from, as the notebook passes them.
 
@@ -75,13 +77,16 @@ def check(name: str, answer: object, /, **given: object) -> Verdict:
         raise InvalidArgument(
             f"exercise {name!r} is computed from {', '.join(needed)}; got {', '.join(given)}"
         )
+    unanswered = Verdict(None, f"{name}: not answered yet; expected is {KINDS[kind][0]}")
     if answer is None or answer is ...:
-        return Verdict(None, f"{name}: not answered yet; expected is {KINDS[kind][0]}")
+        return unanswered
     try:
         right = EXERCISES[name].compute(**given)
         if kind in ("number", "share", "count") and not math.isfinite(right.value):
             raise ArithmeticError(f"the right answer would be {right.value}")
         problem = right.problem(kind, answer)
+    except Unanswered:
+        return unanswered
     except (LookupError, ValueError, ArithmeticError, TypeError, AttributeError, RuntimeError) as e:
         reason = f"there is no {e}" if isinstance(e, KeyError) else first_line(e)
         return Verdict(None, f"{name}: cannot be computed from what was measured here: {reason}")

@@ -2,27 +2,62 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 import torch
+from gguf import GGMLQuantizationType, quants
 from transformers import PreTrainedModel
 
+from ..calibration import refit
 from ..domains import Part
 from ..models import Anatomy
 from .checking import exercise
+from .functions import normal
 from .verdicts import Answer
+
+Q8_0 = GGMLQuantizationType.Q8_0
 
 # 07_compare_runs
 
 
-@exercise("share")
-def dominated_share(table: pd.DataFrame) -> Answer:
-    """Share of the models that another of their front beats."""
-    on_front = float(table["front"].mean())
-    mistakes = {"the share on a front; the rest can be thrown away": on_front}
-    return Answer(1 - on_front, mistakes)
+@exercise("function")
+def pareto_front() -> Answer:
+    """Which models no other beats in size and loss."""
+
+    def compared(size, loss):
+        """For each pair of models: the first no worse in both, better in one, better in both."""
+        points = np.stack([size, loss], 1)
+        no_worse, better = points[:, None] <= points, points[:, None] < points
+        return no_worse.all(-1), better.any(-1), better.all(-1)
+
+    def right(size, loss):
+        no_worse, in_one, _ = compared(size, loss)
+        return ~(no_worse & in_one).any(0)
+
+    def without_equals(size, loss):
+        return ~(compared(size, loss)[0] & ~np.eye(len(size), dtype=bool)).any(0)
+
+    mistakes = {
+        "the dominated ones; those that no other beats are asked for": (
+            lambda size, loss: ~right(size, loss)
+        ),
+        "with models that another equals in one and beats in the other; those are dominated": (
+            lambda size, loss: ~compared(size, loss)[2].any(0)
+        ),
+        "without models that another equals in both; neither beats the other": without_equals,
+        "the large models of high loss; smaller is better in both": (
+            lambda size, loss: right(-size, -loss)
+        ),
+    }
+    cases = {
+        "five models": (np.array([9, 7, 5, 5.5, 3]), np.array([20, 21, 24, 30, 40.0])),
+        "models of equal size": (np.array([9, 7, 7, 5]), np.array([20, 22, 21, 30.0])),
+        "two models that are equal": (np.array([9, 5, 5, 7]), np.array([20, 25, 25, 26.0])),
+    }
+    return Answer(right, mistakes, cases=cases)
 
 
 @exercise("count")
@@ -59,20 +94,76 @@ def forward_passes(windows: int, directions: int) -> Answer:
     return Answer(2 * windows * directions, mistakes)
 
 
+@exercise("function")
+def spsa_gradient() -> Answer:
+    """Zeroth-order estimate of a gradient: the mean of ``c z`` over directions ``z [n, d]``."""
+
+    def mean(slope):
+        return lambda loss, w, Z, eps: sum(slope(loss, w, z, eps) * z for z in Z) / len(Z)
+
+    def central(loss, w, z, eps):
+        return (loss(w + eps * z) - loss(w - eps * z)) / (2 * eps)
+
+    right = mean(central)
+    mistakes = {
+        "twice the estimate; the two points are 2ε apart": (lambda *inputs: 2 * right(*inputs)),
+        "from one side; take L(w + εz) − L(w − εz)": (
+            mean(lambda loss, w, z, eps: (loss(w + eps * z) - loss(w)) / eps)
+        ),
+        "the sum over the directions; take their mean": (
+            lambda loss, w, Z, eps: len(Z) * right(loss, w, Z, eps)
+        ),
+        "the slopes; each is multiplied by its direction": (
+            lambda loss, w, Z, eps: torch.stack([central(loss, w, z, eps) for z in Z])
+        ),
+        "without ε below; the slope is the difference over 2ε": (
+            lambda loss, w, Z, eps: 2 * eps * right(loss, w, Z, eps)
+        ),
+        "the estimate of the last direction; take the mean over all": (
+            lambda loss, w, Z, eps: right(loss, w, Z[-1:], eps)
+        ),
+    }
+
+    def loss(w):
+        return (w**4 + w).sum()
+
+    w, Z = normal(6).double(), normal(4, 6, seed=1).double()
+    cases = {"one direction": (loss, w, Z[:1], 0.05), "four directions": (loss, w, Z, 0.1)}
+    return Answer(right, mistakes, tolerance=1e-4, cases=cases)
+
+
 # 09_method_comparison
+
+
+@exercise("function")
+def wanda_scores() -> Answer:
+    """Wanda's score ``|W_ij| ‖x_j‖₂`` of every weight (arXiv 2306.11695)."""
+
+    def scores(norm):
+        return lambda W, X: W.abs() * norm(X)  # W [out, in], X [tokens, in]
+
+    right = scores(lambda X: X.norm(dim=0))
+    mistakes = {
+        "with the sign of the weights; take |W|": lambda W, X: W * X.norm(dim=0),
+        "with one norm for all inputs; each feature has its own, over the tokens": (
+            scores(torch.norm)
+        ),
+        "with the squared norm; take its root": scores(lambda X: X.square().sum(0)),
+        "with the mean |x|; Wanda takes the Euclidean norm": scores(lambda X: X.abs().mean(0)),
+        "with the root of the mean square; Wanda takes the root of the sum": (
+            scores(lambda X: X.square().mean(0).sqrt())
+        ),
+        "the weights' size alone; multiply by the inputs' norms": scores(lambda X: 1),
+        "with W² instead of |W|": lambda W, X: W.abs() * right(W, X),
+    }
+    W, X = normal(4, 6), normal(20, 6, seed=1) * torch.tensor([1, 2, 3, 0.5, 0.1, 1])
+    cases = {"five tokens": (W, X[:5]), "twenty tokens": (W, X)}
+    return Answer(right, mistakes, cases=cases)
 
 
 def _cell(table: pd.DataFrame, text: str, sites: str, ratio: float) -> pd.Series:
     rows = table[(table["text"] == text) & (table["sites"] == sites) & (table["ratio"] == ratio)]
     return rows.set_index("method")["perplexity"]
-
-
-@exercise("name")
-def best_method(table: pd.DataFrame, text: str, sites: str, ratio: float) -> Answer:
-    """The method with the lowest perplexity on a text, among pruned models of one size."""
-    perplexities = _cell(table, text, sites, ratio)
-    mistakes = {"the worst": str(perplexities.idxmax())}
-    return Answer(str(perplexities.idxmin()), mistakes, options=list(perplexities.index))
 
 
 @exercise("number")
@@ -112,16 +203,44 @@ def exact_loss(W: torch.Tensor, H: torch.Tensor, removed: Sequence[int]) -> Answ
     return Answer(cost(torch.linalg.inv(block)), mistakes)
 
 
-@exercise("number")
-def last_ratio(depth: int, first: float, mean: float) -> Answer:
-    """The last layer's ratio of a logarithmic increase, from the first layer's and the mean."""
-    rise = (mean - first) / np.log(np.arange(depth) + 1).mean()
+@exercise("function")
+def column_removal() -> Answer:
+    """The optimal brain surgeon for one column: ``W - W_:j [H⁻¹]_j: / [H⁻¹]_jj``."""
+
+    def right(W, H, j):
+        kept = torch.tensor([column for column in range(len(H)) if column != j])
+        updated = torch.zeros_like(W)
+        updated[:, kept] = refit(W, H, kept)
+        return updated
+
+    def plain(W, H, j):
+        kept = W.clone()
+        kept[:, j] = 0
+        return kept
+
+    def with_row(row):
+        return lambda W, H, j: W - torch.outer(W[:, j], row(H, torch.linalg.inv(H), j))
+
     mistakes = {
-        "that of a linear increase": first + 2 * (mean - first),
-        "with the logarithm of 32 layers; this model has another depth": first + rise * np.log(32),
-        "the mean itself": mean,
+        "the column zeroed, the others as they were; update them": plain,
+        "with H; its inverse says how the inputs stand in for each other": (
+            with_row(lambda H, H_inv, j: H[j] / H[j, j])
+        ),
+        "not divided by [H⁻¹]_jj": with_row(lambda H, H_inv, j: H_inv[j]),
+        "divided by H_jj; take [H⁻¹]_jj": with_row(lambda H, H_inv, j: H_inv[j] / H[j, j]),
+        "with the update added; subtract it": (
+            with_row(lambda H, H_inv, j: -H_inv[j] / H_inv[j, j])
+        ),
+        "the update alone; subtract it from W": lambda W, H, j: W - right(W, H, j),
+        "without column j; keep it, as zeros": (
+            lambda W, H, j: torch.cat([right(W, H, j)[:, :j], right(W, H, j)[:, j + 1 :]], 1)
+        ),
     }
-    return Answer(first + rise * np.log(depth), mistakes)
+    W, X = normal(3, 5).double(), normal(5, 40, seed=1).double()
+    X[4] += X[0] - X[1]
+    H = X @ X.T / 40
+    cases = {"the last column": (W, H, 4), "the second column": (W, H, 1)}
+    return Answer(right, mistakes, tolerance=1e-4, cases=cases)
 
 
 @exercise("count")
@@ -172,6 +291,32 @@ def gap_closed(table: pd.DataFrame, text: Part) -> Answer:
     return Answer(float(value), mistakes)
 
 
+@exercise("function")
+def gguf_header() -> Answer:
+    """Version, number of tensors and number of fields, from the first bytes of a GGUF file."""
+
+    def read(form, start=4):
+        return lambda data: struct.unpack_from(form, data, start)
+
+    right = read("<IQQ")
+    mistakes = {
+        "read from the first byte; the letters GGUF come first": read("<IQQ", 0),
+        "read with the largest byte first; GGUF is little-endian": read(">IQQ"),
+        "read as three numbers of 32 bits; the two counts have 64": read("<III"),
+        "read with a version of 64 bits; it has 32": read("<QQI"),
+        "the number of fields before that of tensors": (
+            lambda data: (right(data)[0], right(data)[2], right(data)[1])
+        ),
+    }
+    key = b"general.architecture"
+    rest = struct.pack("<Q", len(key)) + key + struct.pack("<IQ", 8, 5) + b"llama"
+    cases = {
+        f"a file of {tensors} tensors": (b"GGUF" + struct.pack("<IQQ", 3, tensors, 27) + rest,)
+        for tensors in (272, 65_537)
+    }
+    return Answer(right, mistakes, tolerance=1e-9, cases=cases)
+
+
 # 13_how_small
 
 
@@ -198,3 +343,44 @@ def bytes_per_row(width: int, weights: int, bits: int, scale: int) -> Answer:
         "bits; a byte has eight": blocks * (weights * bits + scale),
     }
     return Answer(blocks * (weights * bits + scale) // 8, mistakes)
+
+
+@exercise("function")
+def rounded_weights() -> Answer:
+    """Weights rounded as Q8_0 does: blocks of 32 that share a scale ``d = max |w| / 127``."""
+
+    def rounded(scale, to_integer=np.round, block=32):
+        def of(w):
+            blocks = w.reshape(-1, block)
+            d = scale(blocks)[:, None]
+            return (d * to_integer(blocks / np.where(d == 0, 1, d))).reshape(-1)
+
+        return of
+
+    def largest(blocks):
+        return np.abs(blocks).max(1) / 127
+
+    def right(w):
+        return quants.dequantize(quants.quantize(w, Q8_0), Q8_0)
+
+    mistakes = {
+        "with fractions cut off; round to the nearest integer": rounded(largest, np.trunc),
+        "with one scale for all blocks; each has its own": (
+            lambda w: rounded(largest, block=len(w))(w)
+        ),
+        "with the largest w; take the largest |w|": rounded(lambda blocks: blocks.max(1) / 127),
+        "with 128 steps; d is max |w| / 127": rounded(lambda blocks: np.abs(blocks).max(1) / 128),
+        "with 255 steps; d is max |w| / 127": rounded(lambda blocks: np.abs(blocks).max(1) / 255),
+        "the integers; multiply them by the scale": (
+            lambda w: np.round(w / np.repeat(np.maximum(largest(w.reshape(-1, 32)), 1e-30), 32))
+        ),
+        "the weights as they were": lambda w: w,
+    }
+    w = 0.1 * normal(64).numpy()
+    w[40] = -1
+    cases = {
+        "one block": (w[:32],),
+        "two blocks": (w,),
+        "a block of zeros": (np.zeros(32, np.float32),),
+    }
+    return Answer(right, mistakes, tolerance=2e-3, cases=cases)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
 
 import numpy as np
 import pandas as pd
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..calibration import Statistics
+from ..calibration import Statistics, collect_statistics, token_losses, watch
 from ..criteria import score
-from ..domains import Part
-from ..models import Anatomy, PruningPlan, model_size, token_parameters
-from ..studies import activation_frame
+from ..models import Anatomy, PruningPlan, fingerprint, masked, model_size, token_parameters
 from .checking import exercise
+from .functions import normal
 from .verdicts import Answer
 
 # 00_start_here
@@ -53,32 +53,101 @@ def stored_share(model: PreTrainedModel, mini: PreTrainedModel) -> Answer:
     return Answer(size.stored / size.dense, mistakes, tolerance=0.002)
 
 
-@exercise("name")
-def costlier_text(table: pd.DataFrame) -> Answer:
-    """The text whose perplexity pruning raises by the larger factor."""
-    perplexities = table.pivot(index="text", columns="variant", values="perplexity")
-    rise = perplexities["shrunk"] / perplexities["dense"]
-    hardest = "the text with the highest perplexity; compare each with its own dense level"
-    mistakes = {hardest: perplexities["shrunk"].idxmax()}
-    return Answer(rise.idxmax(), mistakes, options=list(rise.index))
+@exercise("function")
+def shrunk_ffn() -> Answer:
+    """Weights of a gated FFN without the channels that are not kept."""
+
+    def right(W_gate, W_up, W_down, keep):
+        return W_gate[keep], W_up[keep], W_down[:, keep]
+
+    def zeroed(W_gate, W_up, W_down, keep):
+        mask = torch.zeros(len(W_gate))
+        mask[keep] = 1
+        return W_gate * mask[:, None], W_up * mask[:, None], W_down * mask
+
+    def removed(W_gate, W_up, W_down, keep):
+        gone = [channel for channel in range(len(W_gate)) if channel not in keep]
+        return right(W_gate, W_up, W_down, gone)
+
+    mistakes = {
+        "W_down without rows; it reads the channels, each with a column": (
+            lambda W_gate, W_up, W_down, keep: (W_gate[keep], W_up[keep], W_down[keep])
+        ),
+        "columns of all three; the first two write the channels, each with a row": (
+            lambda W_gate, W_up, W_down, keep: (W_gate[:, keep], W_up[:, keep], W_down[:, keep])
+        ),
+        "W_gate as it was; it writes the channels too": (
+            lambda W_gate, W_up, W_down, keep: (W_gate, W_up[keep], W_down[:, keep])
+        ),
+        "what is removed; keep lists what is kept": removed,
+        "a mask: zeros for what is removed; leave the rows and columns out": zeroed,
+    }
+    weights = normal(7, 4), normal(7, 4, seed=1), normal(4, 7, seed=2)
+    cases = {"three channels": (*weights, [0, 2, 3]), "one channel": (*weights, [1])}
+    return Answer(right, mistakes, cases=cases)
 
 
 # 01_activation_histograms
 
 
-@exercise("share")
-def unused_share(statistics: Mapping[str, Statistics], domain: str, epsilon: float) -> Answer:
-    """Share of all FFN neurons whose mean |activation| is at or below ε on a domain."""
-    frame = activation_frame(statistics)
-    unused, own = frame["mean_abs"] <= epsilon, frame["domain"] == domain
-    first = own & (frame["layer"] == 0)
+def _toy_model() -> PreTrainedModel:
+    """A Llama of two layers with random weights, quick to run."""
+    sizes = {"vocab_size": 32, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2}
+    config = AutoConfig.for_model("llama", **sizes, num_attention_heads=2, num_key_value_heads=2)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for seed, parameter in enumerate(model.parameters()):
+        parameter.data = 0.4 * normal(*parameter.shape, seed=seed)
+    return model
+
+
+@exercise("function")
+def mean_magnitude() -> Answer:
+    """Mean |value| of every input feature of a module, over the tokens of batches."""
+
+    def seen(model, name, batches, output=False):
+        """Values ``[token, feature]`` and mask ``[token]`` of each batch."""
+        kept: list[torch.Tensor] = []
+        module = {name: model.get_submodule(name)}
+        with watch(module, after=lambda _, x, y: kept.append(y if output else x)), torch.no_grad():
+            for batch in batches:
+                model(**batch)
+        masks = [batch["attention_mask"].flatten().bool() for batch in batches]
+        return [(x.flatten(0, 1), mask) for x, mask in zip(kept, masks, strict=True)]
+
+    def mean(pieces, magnitude=torch.abs):
+        return magnitude(torch.cat([x[mask] for x, mask in pieces])).mean(0)
+
+    def right(model, name, batches):
+        found = collect_statistics(model, batches, precision="float32", progress=False)
+        return torch.as_tensor(found.mean(name, "input", "absolute"))
+
+    def of_batches(model, name, batches):
+        return torch.stack([mean([piece]) for piece in seen(model, name, batches)]).mean(0)
+
     mistakes = {
-        "the share above ε, of the neurons in use": 1 - unused[own].mean(),
-        "the share over all domains; keep the rows of one": unused.mean(),
-        "the share of the first layer alone; take all of them": unused[first].mean(),
-        "how many they are; divide by the number of neurons": unused[own].sum(),
+        "the mean of the values; take |a| of each first": (
+            lambda *inputs: mean(seen(*inputs), lambda x: x)
+        ),
+        "the absolute value of the mean; take |a| of each first": (
+            lambda *inputs: mean(seen(*inputs), lambda x: x).abs()
+        ),
+        "the mean with padding; leave out tokens whose attention_mask is 0": (
+            lambda *inputs: mean([(x, torch.ones_like(mask)) for x, mask in seen(*inputs)])
+        ),
+        "the mean of the batches' means; a batch of more tokens counts more": of_batches,
+        "that of the module's outputs; a channel is an input of it": (
+            lambda model, name, batches: mean(seen(model, name, batches, True))
+        ),
+        "the mean of squares; take |a|": lambda *inputs: mean(seen(*inputs), torch.square),
     }
-    return Answer(unused[own].mean(), mistakes)
+    ids = torch.arange(21).reshape(3, 7) + 3
+    mask = torch.ones_like(ids)
+    mask[1, -3:] = 0
+    full = {"input_ids": ids[:1], "attention_mask": mask[:1]}
+    padded = {"input_ids": ids[1:], "attention_mask": mask[1:]}
+    place = _toy_model(), "model.layers.1.mlp.down_proj"
+    cases = {"one batch": (*place, [full]), "two batches with padding": (*place, [full, padded])}
+    return Answer(right, mistakes, cases=cases)
 
 
 @exercise("set")
@@ -154,19 +223,36 @@ def even_pruning(model: PreTrainedModel, statistics: Statistics, uneven: Pruning
     return Answer(judge)
 
 
-@exercise("number")
-def advantage_over_random(final: pd.DataFrame, component: str) -> Answer:
-    """Loss of the random control over that of contextual pruning."""
-    rows = final[final["component"] == component]
-    loss = rows.groupby("method")["perplexity_ratio"].mean()  # of a control's seeds
+@exercise("function")
+def perplexity_from_logits() -> Answer:
+    """Perplexity of a text, from the logits at each of its tokens."""
+
+    def losses(logits, ids):
+        return token_losses(logits[:-1], ids[1:])
+
     mistakes = {
-        "the inverse; the random control's loss goes on top": loss["contextual"] / loss["random"],
-        "the difference of the two losses; divide them": loss["random"] - loss["contextual"],
-        "the random control's own loss; divide it by the contextual one": loss["random"],
+        "that of tokens already read; the logits at t predict token t + 1": (
+            lambda logits, ids: token_losses(logits, ids).mean().exp()
+        ),
+        "with the shift the wrong way; the logits at t predict token t + 1": (
+            lambda logits, ids: token_losses(logits[1:], ids[:-1]).mean().exp()
+        ),
+        "the mean loss; perplexity is e to it": lambda *inputs: losses(*inputs).mean(),
+        "e to the summed loss; take the mean": lambda *inputs: losses(*inputs).sum().exp(),
+        "e to the sum over all tokens' number; nothing predicts the first": (
+            lambda logits, ids: (losses(logits, ids).sum() / len(ids)).exp()
+        ),
+        "2 to the mean loss; it is in nats, which go with e": (
+            lambda *inputs: 2 ** losses(*inputs).mean()
+        ),
+        "1 over the mean probability; the mean is of logarithms": (
+            lambda *inputs: 1 / (-losses(*inputs)).exp().mean()
+        ),
     }
-    if "magnitude" in loss:
-        mistakes["the control with the smallest weights"] = loss["magnitude"] / loss["contextual"]
-    return Answer(loss["random"] / loss["contextual"], mistakes)
+    ids = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6])
+    logits = 2 * normal(8, 11)
+    cases = {"five tokens": (logits[:5], ids[:5]), "eight tokens": (logits, ids)}
+    return Answer(lambda logits, ids: losses(logits, ids).mean().exp(), mistakes, cases=cases)
 
 
 # 03_contextual_pruning
@@ -204,18 +290,40 @@ def token_inflation(
     return Answer(after / before, mistakes, tolerance=0.005)
 
 
-@exercise("number")
-def price_outside(table: pd.DataFrame, inside: Part, outside: Part) -> Answer:
-    """Bits per character that pruning costs outside the domain, beyond what it costs inside."""
-    by_variant = {variant: rows.set_index("text") for variant, rows in table.groupby("variant")}
-    columns = ["bits_per_character", "perplexity"]
-    rises = by_variant["shrunk"][columns] - by_variant["dense"][columns]
-    own, other = (rises.loc[str(part)] for part in (inside, outside))
-    bits, perplexity = other - own
+@exercise("function")
+def masked_logits() -> Answer:
+    """Logits of a model while one FFN channel is zero."""
+
+    def right(model, ids, layer, channel):
+        units = Anatomy(model).units("ffn")
+        keep = [[unit for unit in range(n) if (i, unit) != (layer, channel)]
+                for i, n in enumerate(units)]  # fmt: skip
+        with masked(model, PruningPlan(fingerprint(model), {"ffn": units}, {"ffn": keep})):
+            return dense(model, ids)
+
+    def dense(model, ids, *_):
+        with torch.no_grad():
+            return model(ids).logits
+
+    def zeroed(model, ids, layers, place):
+        model = copy.deepcopy(model)
+        for layer in layers:
+            model.model.layers[layer].mlp.down_proj.weight.data[place] = 0
+        return dense(model, ids)
+
     mistakes = {
-        "inside less outside; turn it round": -bits,
-        "what it costs outside; take away what it costs inside": other["bits_per_character"],
-        "what it costs inside": own["bits_per_character"],
-        "taken from perplexities; use bits per character": perplexity,
+        "that of the dense model; run it while the channel is zero": dense,
+        "with a row of down_proj zeroed; a channel is a column of it": (
+            lambda model, ids, layer, channel: zeroed(model, ids, [layer], channel)
+        ),
+        "with the channel zeroed in every layer; one is asked for": (
+            lambda model, ids, layer, channel: zeroed(model, ids, [0, 1], (slice(None), channel))
+        ),
+        "with the channel of another layer zeroed; layers count from 0": (
+            lambda model, ids, layer, channel: right(model, ids, 1 - layer, channel)
+        ),
+        "probabilities; logits are asked for": lambda *inputs: right(*inputs).softmax(-1),
     }
-    return Answer(bits, mistakes, tolerance=0.02)
+    ids = torch.tensor([[3, 14, 15, 9, 26]])
+    cases = {"layer 0": (_toy_model(), ids, 0, 5), "layer 1": (_toy_model(), ids, 1, 2)}
+    return Answer(right, mistakes, tolerance=1e-3, cases=cases)

@@ -12,8 +12,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..checks import Instance, Integer, InvalidArgument, ListOf, Number, Text, suggest
+from ..checks import Function, Instance, Integer, InvalidArgument, ListOf, Number
 from ..models import PruningPlan
+from .functions import function_problem
+
+
+class _ReadersFunction(Function):
+    """A function, not what a call of it returns."""
+
+    remedy = "pass the function itself, without calling it"
+
 
 #: Kinds of answers: as the reader is told what is expected, and what is allowed.
 KINDS: dict[str, tuple[str, Any]] = {
@@ -21,8 +29,8 @@ KINDS: dict[str, tuple[str, Any]] = {
     "share": ("a share between 0 and 1", Number()),  # others are told apart as mistakes
     "count": ("a whole number", Integer()),
     "set": ("a set of whole numbers", ListOf(Integer(), kind=set)),
-    "name": ("a name, in quotes", Text()),
     "plan": ("a pruning plan", Instance(PruningPlan)),
+    "function": ("a function", _ReadersFunction()),
 }
 
 
@@ -54,21 +62,21 @@ class Answer:
 
     Parameters
     ----------
-    value : number, set, str or callable
-        The right answer; of a plan, of which many may be right, a function from the plan to what is
-        off about it or None.
+    value : number, set or callable
+        The right answer, be it a function; of a plan, of which many may be right, a function from
+        the plan to what is off about it or None.
     mistakes : mapping
-        Description of a mistake to the value it gives.
-    options : sequence of str
-        Names to choose from.
+        Description of a mistake to the value it gives, or the function that makes it.
     tolerance : float
-        Relative to the right number.
+        Relative to the right numbers.
+    cases : mapping
+        Of a function: description of small inputs to these, in the order of its parameters.
     """
 
     value: Any
     mistakes: Mapping[str, Any] = field(default_factory=dict)
-    options: Sequence[str] = ()
     tolerance: float = 0.01
+    cases: Mapping[str, Sequence] = field(default_factory=dict)
 
     def problem(self, kind: str, answer: Any) -> str | None:
         """Error of an answer of a kind (a key of `KINDS`) in words; None if it is right."""
@@ -81,8 +89,8 @@ class Answer:
             return str(error)
         if kind == "plan":
             return self.value(given)
-        if kind == "name" and given not in self.options:
-            return f"{given!r} is not among the names; {suggest(given, list(self.options))}"
+        if kind == "function":
+            return function_problem(given, self.value, self.mistakes, self.cases, self.tolerance)
         if self._same(kind, given, self.value):
             return None
         for mistake, value in {**self.mistakes, **_general_mistakes(kind, self.value)}.items():
@@ -106,8 +114,6 @@ def _general_mistakes(kind: str, value: Any) -> dict[str, Any]:
 
 def _difference(kind: str, given: Any, value: Any) -> str:
     """Difference of an answer from the right one, in words that do not give it away."""
-    if kind == "name":
-        return f"it is not {given!r}"
     if kind == "set":
         counts = {f"of {len(value)} missing": value - given, "too many": given - value}
         return "; ".join(f"{len(s)} {what}, {min(s)} is one" for what, s in counts.items() if s)
