@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from functools import partial
 from pathlib import Path
 
@@ -36,9 +37,21 @@ def asked(path: Path) -> dict[str, ast.Call]:
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "lab.check"
         )
         if path.stem != "solutions":  # running all cells of a fresh notebook answers nothing
-            assert "answer = None  #" in cell.source, cell.id
+            stub = "    return ...  #" if "def " in cell.source else "answer = None  #"
+            assert stub in cell.source, cell.id
         found[call.args[0].value] = call
     return found
+
+
+def test_exercises_say_how_hard_they_are_and_one_of_each_notebook_asks_for_a_function():
+    for path in NOTEBOOKS[:-1]:
+        cells = nbformat.read(path, as_version=4).cells
+        places = [i for i, cell in enumerate(cells) if "lab.check(" in cell.source]
+        for number, place in enumerate(places, 1):
+            head = rf"\*\*{number}\.\*\* (●○○|●●○|●●●) \d+ min\. "
+            assert re.search(head, cells[place - 1].source), (path.stem, number)
+        kinds = [EXERCISES[name].kind for name in asked(path)]
+        assert "function" in kinds, path.stem
 
 
 def test_every_exercise_is_asked_once_and_solved():
@@ -53,6 +66,15 @@ def test_every_exercise_is_asked_once_and_solved():
             assert named <= needed if starred else named == needed, (path.stem, name)
 
 
+ENDLESS = [
+    "from minigpt_lab.exercises import functions\n"
+    "functions.LIMIT = 0.3\n"
+    "def endless(W, X):\n    while True:\n        W = W + 0\n"
+    'lab.check("wanda scores", endless)',
+    'lab.check("wanda scores", wanda_scores)',
+]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "domains", [["tiny-law", "tiny-games", "tiny-medical"], ["tiny-games", "tiny-economics"]]
@@ -60,13 +82,20 @@ def test_every_exercise_is_asked_once_and_solved():
 def test_every_solution_is_right(domains, tmp_path):
     path = NOTEBOOKS[-1]
     assert path.stem == "solutions"
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells += [nbformat.v4.new_code_cell(source) for source in ENDLESS]
+    nbformat.write(notebook, tmp_path / "asked.ipynb")
     executed = papermill.execute_notebook(
-        str(path), str(tmp_path / path.name), {"domain_names": domains}, kernel_name="python3",
+        str(tmp_path / "asked.ipynb"), str(tmp_path / path.name), {"domain_names": domains},
+        kernel_name="python3",
         cwd=str(tmp_path), progress_bar=False, extra_arguments=["--log-level=ERROR"],
     )  # fmt: skip
+    *cells, looped, after = executed.cells
+    assert "ran for more than 0.3 s" in looped.outputs[-1].data["text/plain"]
+    assert "✓ wanda scores" in after.outputs[-1].data["text/plain"]  # the kernel lives on
     said = {
         cell.id: cell.outputs[-1].data["text/plain"]
-        for cell in executed.cells
+        for cell in cells
         if cell.cell_type == "code" and "lab.check(" in cell.source
     }
     assert len(said) == len(EXERCISES)
@@ -88,23 +117,20 @@ def test_what_is_no_answer_but_a_slip_of_the_call_is_an_error():
         lab.check("chance overlap", 0.2, q=0.3)
 
 
-SWEPT = {"component": ["linear"] * 2, "method": ["contextual", "random"], "perplexity_ratio": 2.0}
+UNKNOWN = {"text": "a", "recovered": False, "cut": ["a", "b"], "perplexity": 2.0,
+           "difference": np.nan}  # fmt: skip
 LEVELS = {"text": "law/test", "variant": ["dense", "mild", "mild, full"], "perplexity": 7.0}
 
 
 @pytest.mark.parametrize(
     ("name", "held", "reason"),
     [
-        ("advantage over random", {"final": pd.DataFrame(SWEPT), "component": "activation"},
-         "there is no 'contextual'"),
-        ("advantage over random", {"final": pd.DataFrame(SWEPT)[:1], "component": "linear"},
-         "there is no 'random'"),
         ("recovered share", {"table": pd.DataFrame(LEVELS), "text": "law/test", "pruned": "mild",
                              "recovered": "mild, lora"}, "there is no 'mild, lora'"),
         ("recovered share", {"table": pd.DataFrame(LEVELS), "text": "law/test", "pruned": "mild",
                              "recovered": "mild, full"}, "zero"),  # nothing was lost
-        ("chance level", {"questions": {}}, "concatenate"),
-        ("dominated share", {"table": pd.DataFrame({"front": []})}, "would be nan"),
+        ("price as a factor", {"table": pd.DataFrame(UNKNOWN), "cut": "b", "text": "a"},
+         "would be nan"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_computed_is_a_verdict(name, held, reason):
@@ -159,10 +185,10 @@ ANYTHING = st.recursive(
 
 @given(ANYTHING)
 def test_no_answer_is_an_exception(answer):
-    right = dict.fromkeys(("number", "share"), 0.25) | {"count": 3, "set": {3, 5}, "name": "a"}
-    right["plan"] = lambda _: pytest.fail("not a plan")
+    right = dict.fromkeys(("number", "share"), 0.25) | {"count": 3, "set": {3, 5}}
+    right |= dict.fromkeys(("plan", "function"), lambda _: pytest.fail("neither plan nor function"))
     for kind in KINDS:
-        problem = Answer(right[kind], options=["a"]).problem(kind, answer)
+        problem = Answer(right[kind]).problem(kind, answer)
         assert problem is None or (problem and "\n" not in problem)
 
 
@@ -202,16 +228,6 @@ def test_numbers_know_their_sign_and_counts_are_whole():
 def test_a_set(answer, message):
     problem = Answer({3, 5, 8}, {"the other way round": {1, 2}}).problem("set", answer)
     assert (problem is None) if message is None else message in problem
-
-
-def test_a_name():
-    right = Answer("law", {"the worst": "games"}, options=["law", "games", "medical"])
-    problem = partial(right.problem, "name")
-    assert problem("law") is None
-    assert problem("games") == "this is the worst"
-    assert problem("medical") == "it is not 'medical'"
-    assert problem("lwa") == "'lwa' is not among the names; did you mean 'law'?"
-    assert problem(2) == "answer is 2; expected a string"
 
 
 def test_a_plan_of_the_wrong_size_shape_or_choice(tiny, tiny_statistics):
@@ -284,16 +300,6 @@ def test_an_exact_loss_and_what_it_is_taken_for(answer, message):
     found = torch.trace(gone @ answer(hessian[leaves][:, leaves], block) @ gone.T)
     verdict = lab.check("exact loss", found, W=weight, H=hessian, removed=leaves)
     assert verdict.right == (message is None) and (message or "right") in verdict.message
-
-
-@pytest.mark.parametrize("depth", [4, 30, 32])
-def test_a_last_ratio_gives_the_mean(depth):
-    held = {"depth": depth, "first": 0.125, "mean": 0.5}
-    steps = np.log(np.arange(depth) + 1) / np.log(depth)
-    found = 0.125 + 0.375 / steps.mean()
-    assert np.mean(0.125 + (found - 0.125) * steps) == pytest.approx(0.5)
-    assert lab.check("last ratio", found, **held)
-    assert "linear increase" in lab.check("last ratio", 0.875, **held).message
 
 
 def test_the_tokens_that_invert_a_moment(model):
