@@ -6,13 +6,12 @@ import contextlib
 import signal
 import threading
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import random_model
+from helpers import logits, random_model
 
 import minigpt_lab as lab
 from minigpt_lab import experiments
@@ -23,7 +22,7 @@ from minigpt_lab.exercises.checking import EXERCISES
 from minigpt_lab.exercises.functions import normal
 from minigpt_lab.exercises.verdicts import Answer
 from minigpt_lab.models import Anatomy
-from minigpt_lab.recovery.distillation import DistillationLoss
+from minigpt_lab.recovery.distillation import DistillationLoss, Teacher
 
 FUNCTIONS = [name for name, exercise in EXERCISES.items() if exercise.kind == "function"]
 
@@ -87,16 +86,13 @@ def test_an_interval_is_that_of_compare():
 
 
 def test_a_distillation_loss_is_that_of_recover():
-    student, teacher = 2 * normal(5, 7), 2 * normal(5, 7, seed=1)
-    guide = SimpleNamespace(
-        temperature=2.0, samples=None,
-        log_probabilities=lambda ids: (teacher[:-1] / 2).log_softmax(-1)[None],
-    )  # fmt: skip
-    labels = torch.tensor([[1, 2, 3, 4, 5]])
-    expected = DistillationLoss(guide, mix=1.0)({"logits": student[None]}, labels)
-    assert answer("distillation loss").value(student[:-1], teacher[:-1], 2.0) == pytest.approx(
-        float(expected), rel=1e-5
-    )
+    models = [random_model("llama", seed) for seed in (0, 1)]
+    ids = torch.arange(12)[None] + 3
+    student, teacher = (logits(model, ids) for model in models)
+    loss = DistillationLoss(Teacher(models[1], models[0], temperature=2.0), mix=1.0)
+    expected = float(loss({"logits": student}, ids))
+    found = answer("distillation loss").value(student[0, :-1], teacher[0, :-1], 2.0)
+    assert float(found) == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_header_is_that_of_an_exported_file(tiny, tmp_path):
