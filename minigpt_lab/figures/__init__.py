@@ -31,7 +31,6 @@ from .evaluation import (
     recovery_curves,
     restore_or_adapt,
 )
-from .explorer import ThresholdPicture
 from .pruning import budget_bars, perplexity_dots, pruning_heatmap, threshold_sweep
 from .style import (
     DOMAIN_STYLE,

@@ -12,4 +12,5 @@ from .counts import (
 )
 from .dropping import plan_dropping
 from .layer_sites import LayerSite, check_keep_layers, prunable_sites, unit_steps
+from .removal import EPSILONS, SHARES, removals, token_removals
 from .thresholds import contextual_plan

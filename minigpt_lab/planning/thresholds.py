@@ -262,6 +262,12 @@ def _restricted(neurons: Neurons, kept: Masks) -> dict[str, dict[str, list[int]]
 
 def _kept_tokens(model, statistics, tokenizer, counts, epsilon) -> list[int]:
     """Tokens more frequent than ε or always kept, and all that they are merged from."""
+    shares, always, merges = token_facts(model, statistics, tokenizer, counts)
+    return np.flatnonzero(close_over_merges((shares > epsilon) | always, merges)).tolist()
+
+
+def token_facts(model, statistics, tokenizer, counts) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Every token's share of the text, whether it is always kept ``[token]``; the merges."""
     rows = len(statistics.token_counts)
     if counts[rows:].any():  # a tokenizer may have special tokens besides, which no text uses
         raise ValueError(f"token_counts has {len(counts)} entries, the vocabulary {rows}")
@@ -276,11 +282,10 @@ def _kept_tokens(model, statistics, tokenizer, counts, epsilon) -> list[int]:
             "know of none: collect them on batches from tokenize(), or pass tokenizer=…; Unigram, "
             "WordPiece and word-level vocabularies cannot be trimmed, leave epsilon_embedding out"
         )
-    protected, merges = protected[protected < rows], merges[(merges < rows).all(1)]
-    kept = counts / max(1, counts.sum()) > epsilon
-    kept[protected] = True
-    kept[_config_tokens(model)] = True
-    return np.flatnonzero(close_over_merges(kept, merges)).tolist()
+    always = np.zeros(rows, bool)
+    always[protected[protected < rows]] = True
+    always[_config_tokens(model)] = True
+    return counts / max(1, counts.sum()), always, merges[(merges < rows).all(1)]
 
 
 def _config_tokens(model: PreTrainedModel) -> list[int]:

@@ -13,7 +13,6 @@ from .activations import activation_frame, calibration_stability, neuron_overlap
 from .analysis import PAPER_EPSILONS, knee, matched_plan, measure, threshold_sweep
 from .formats import format_losses
 from .held_out import HeldOut
-from .lookups import COMPONENTS, Magnitudes, Reading, read_sweep, threshold_range
 from .matrix import domain_matrix, domain_plans, kept_overlap
 from .methods import (
     Method,

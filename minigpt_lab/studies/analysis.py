@@ -18,6 +18,7 @@ from ..calibration import Statistics
 from ..checks import DictOf, Frame, Instance, Integer, ListOf, Model, Number, OneOf, Text, checked
 from ..criteria import score
 from ..domains import Part
+from ..evaluation import compare
 from ..models import PruningPlan, masked, model_size, weight_axis
 from ..planning import contextual_plan
 from .arguments import COUNTS, FOLDER, PAIR, PART, STATISTICS, TEXTS
@@ -136,8 +137,9 @@ def threshold_sweep(
     pandas.DataFrame
         One row per point: ``component, method, epsilon, seed, stored, nonzero, stored_ratio,
         nonzero_ratio, layer_ratio, perplexity, low, high, tokens, bits_per_character,
-        perplexity_ratio`` (per character against dense, as a perplexity of the dense tokens). All
-        points are measured on the same text, shortened by the dense model's tokens.
+        perplexity_ratio`` (per character against dense, as a perplexity of the dense tokens),
+        ``ratio_low, ratio_high`` (its 95 % interval, from paired differences). All points are
+        measured on the same text, shortened by the dense model's tokens.
 
     Raises
     ------
@@ -148,7 +150,8 @@ def threshold_sweep(
         raise ValueError(f"epsilons is {dict(epsilons)}; expected at least one threshold")
     path = out_dir and Path(out_dir) / "sweep.json"
     held_out = HeldOut(model, tokenizer, [text], max_tokens=max_tokens, seq_len=seq_len, path=path)
-    (dense,) = held_out.rows(held_out.get(None, lambda: held_out.measure(model)))
+    reference = held_out.get(None, lambda: held_out.measure(model))
+    (dense,) = held_out.rows(reference)
     subject = copy.deepcopy(model)  # the dense model beside it is the reference
 
     def measured(plan: PruningPlan) -> dict:
@@ -159,14 +162,26 @@ def threshold_sweep(
     plans = list(_plans(model, statistics, epsilons, controls, token_counts, seeds))
     for facts, plan in tqdm(plans, desc="sweep", unit="point"):
         key = [plan.keep, plan.zero, plan.vocabulary]
-        (row,) = held_out.rows(held_out.get(key, partial(measured, plan)))
+        result = held_out.get(key, partial(measured, plan))
+        (row,) = held_out.rows(result)
         size = plan.predicted_size(model).to_frame().iloc[0].to_dict()
         # token counts differ once tokens are removed: compare per character, on the scale of the
         # dense model's tokens
         excess = row["bits_per_character"] / dense["bits_per_character"]
         ratio = dense["perplexity"] ** (excess - 1)
-        rows.append({**facts, **size, **row, "perplexity_ratio": ratio})
+        interval = _ratio_interval(held_out, reference, result, dense)
+        rows.append({**facts, **size, **row, "perplexity_ratio": ratio, **interval})
     return pd.DataFrame(rows)
+
+
+def _ratio_interval(held_out: HeldOut, reference: dict, result: dict, dense: dict) -> dict:
+    """95 % interval of `perplexity_ratio`: of the paired difference from the dense model."""
+    (first,), (second,) = held_out.perplexities(reference), held_out.perplexities(result)
+    found = compare({"dense": first, "pruned": second}, n_permutations=1).iloc[0]
+    scale = 1.0
+    if found["unit"] == "nats per character":  # characters of a token of the dense model
+        scale = np.log(dense["perplexity"]) / (np.log(2) * dense["bits_per_character"])
+    return {f"ratio_{end}": float(np.exp(scale * found[end])) for end in ("low", "high")}
 
 
 def _plans(

@@ -29,7 +29,8 @@ from ..domains import excerpt
 from ..evaluation import perplexity
 from ..models import shrink
 from .base import alarm, escaped, size_words
-from .pruning import RatioExplorer, ThresholdExplorer
+from .pruning import RatioExplorer
+from .threshold_explorer import ThresholdExplorer
 
 
 class ModelJob:

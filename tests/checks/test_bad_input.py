@@ -12,15 +12,7 @@ import pytest
 import torch
 
 import minigpt_lab as lab
-from minigpt_lab.studies import (
-    ablations,
-    activations,
-    analysis,
-    lookups,
-    matrix,
-    methods,
-    projections,
-)
+from minigpt_lab.studies import ablations, activations, analysis, matrix, methods, projections
 
 PACKAGE = Path(lab.__file__).resolve().parent
 
@@ -256,7 +248,6 @@ def study_calls(t: dict) -> dict[str, dict]:
     texts = [lab.excerpt(t["domain"].test, max_characters=600)]
     read = {"model": t["model"], "batches": t["batches"]}
     found = {"mine": methods.Method("magnitude")}
-    magnitudes = {"law": lookups.Magnitudes(t["statistics"])}
     sweep = pd.DataFrame({
         "component": "linear", "method": "contextual", "epsilon": [0.1, 0.2, 0.3],
         "perplexity_ratio": [1.0, 1.1, 2.0], "nonzero_ratio": [0.9, 0.8, 0.7],
@@ -296,9 +287,6 @@ def study_calls(t: dict) -> dict[str, dict]:
             "epsilons": {"activation": [0.01]}, "controls": (), "token_counts": None,
             "out_dir": None, "seeds": (0,), "seq_len": 32,
         },
-        "lookups.read_sweep": {"sweep": sweep, "component": "linear", "epsilon": 0.15},
-        "lookups.threshold_range": {"magnitudes": magnitudes, "component": "linear",
-                                    "epsilon": None},
         "matrix.kept_overlap": {"plans": {("law", 0): t["plan"], ("law", 1): t["plan"]}},
         "matrix.mixed": {"domains": [t["domain"]]},
         "methods.gradient_methods": {"directions": [1], "seeds": 1},
@@ -329,7 +317,7 @@ FUNCTIONS = sorted(
 ELSEWHERE = ("domain_matrix", "domain_plans", "set_overlap", "registered_methods")
 STUDIES = sorted(
     f"{module.__name__.split('.')[-1]}.{name}"
-    for module in (ablations, activations, analysis, lookups, matrix, methods, projections)
+    for module in (ablations, activations, analysis, matrix, methods, projections)
     for name, value in vars(module).items()
     if inspect.isfunction(value) and value.__module__ == module.__name__
     if not name.startswith("_") and name not in ELSEWHERE

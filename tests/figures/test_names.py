@@ -15,7 +15,8 @@ from minigpt_lab import figures
 from minigpt_lab.figures.frames import literal
 from minigpt_lab.widgets.base import Chooser
 from minigpt_lab.widgets.jobs import ModelJob
-from minigpt_lab.widgets.pruning import RatioExplorer, ThresholdExplorer
+from minigpt_lab.widgets.pruning import RatioExplorer
+from minigpt_lab.widgets.threshold_explorer import ThresholdExplorer
 
 DOMAINS = ["law", "games"]
 TEXTS = ["law/test", "games/test"]
@@ -240,14 +241,13 @@ def test_widgets_show_names_and_run_none(tiny, tiny_statistics):
     explorer = ThresholdExplorer(
         model, {TAG: tiny_statistics, "b": tiny_statistics}, TAG, epsilon=0.05
     )
-    explorer.domain.value = "b"
     failing = Chooser(lambda name: 1 / 0 if name else None, name=[TAG])
     page = ratios.show(interactive=False)._repr_mimebundle_()["text/html"]
     for words in (ratios.summary.value, page, job.result.value, job.show(False).data,
-                  table.summary.value, explorer.summary.value, failing.summary.value):  # fmt: skip
+                  table.summary.value, explorer.to_html(), failing.summary.value):  # fmt: skip
         assert "<img src=x" not in words
     assert "ZeroDivisionError" in failing.summary.value
-    assert "$a$" not in ratios.summary.value + explorer.summary.value
+    assert "$a$" not in ratios.summary.value
 
 
 def test_widgets_take_numbers_of_any_kind_and_refuse_what_they_cannot_show(tiny, tiny_statistics):
@@ -264,10 +264,7 @@ def test_widgets_take_numbers_of_any_kind_and_refuse_what_they_cannot_show(tiny,
         with pytest.raises(ValueError, match="statistics.* is .*; expected a "):
             ThresholdExplorer(model, wrong, "a", epsilon=0.1)
     given = {"a": tiny_statistics}
-    assert (
-        ThresholdExplorer(model, given, "a", epsilon=np.float32(0.05)).epsilon["activation"].value
-        > 0
-    )
+    assert ThresholdExplorer(model, given, "a", epsilon=np.float32(0.05)).epsilon == 0.05
     with pytest.raises(ValueError, match="model is None; expected"):
         ThresholdExplorer(None, given, "a", epsilon=0.1)
     for choices in ([], "law", None, 3, [3]):

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import io
+import re
 import threading
 
-import numpy as np
 import pandas as pd
 import pytest
 import traitlets
-from PIL import Image
 
 import minigpt_lab as lab
-from minigpt_lab import figures
 from minigpt_lab.widgets.base import Chooser
 from minigpt_lab.widgets.jobs import ModelJob, perplexity_job
-from minigpt_lab.widgets.pruning import RELATIVE, RatioExplorer, ThresholdExplorer
+from minigpt_lab.widgets.pruning import RatioExplorer
 from minigpt_lab.widgets.recipes import MiniForm
+from minigpt_lab.widgets.threshold_explorer import ThresholdExplorer
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -36,130 +34,79 @@ def explorer(tiny, statistics):
     return ThresholdExplorer(tiny[0], statistics, "tiny-law", epsilon=0.05)
 
 
-def test_moving_epsilon_changes_numbers_and_picture(explorer, tiny, statistics):
-    before = explorer.image.value
-    explorer.epsilon["activation"].value = 0.1
-    plan = lab.contextual_plan(tiny[0], statistics["tiny-law"], epsilon_activation=0.1)
-    assert explorer.plan == plan
-    assert f"stored {plan.predicted_size(tiny[0]).stored:,}" in explorer.summary.value
-    assert explorer.image.value[:8] == PNG and explorer.image.value != before
+def expected_plan(tiny, statistics, **options):
+    return lab.contextual_plan(tiny[0], statistics["tiny-law"], **options)
 
 
-def test_every_component_reaches_the_plan(explorer, tiny, statistics):
-    explorer.active["linear"].value = explorer.active["embedding"].value = True
-    explorer.epsilon["linear"].value = 0.04
-    thresholds = {"epsilon_linear": 0.04, "epsilon_activation": 0.05, "epsilon_embedding": 0.0}
-    found = statistics["tiny-law"]
-    assert explorer.plan == lab.contextual_plan(tiny[0], found, **thresholds)
-    frequency = float(np.sort(found.token_counts)[-5] / found.n_tokens)
-    explorer.epsilon["embedding"].value = frequency
-    thresholds["epsilon_embedding"] = frequency
-    assert explorer.plan == lab.contextual_plan(tiny[0], found, **thresholds)
-    for box in explorer.active.values():
-        box.value = False
-    assert explorer.plan.predicted_size(tiny[0]).stored == lab.model_size(tiny[0]).stored
-
-
-def test_shares_of_each_layer(explorer, tiny, statistics):
-    explorer.rule.value = RELATIVE
-    explorer.share["activation"].value = 0.25
-    quantile = {"activation": 0.25}
-    assert explorer.plan == lab.contextual_plan(tiny[0], statistics["tiny-law"], quantile=quantile)
-    assert "the lowest 25% of each layer" in explorer.summary.value
-    assert explorer.epsilon["activation"].layout.display == "none"
-    assert explorer.share["activation"].layout.display is None
-
-
-def test_messages_of_a_browser(explorer):
-    explorer.domain.set_state({"index": 1})
-    explorer.epsilon["activation"].set_state({"value": 0.07})
-    assert "<b>tiny-games</b>" in explorer.summary.value
-    assert "activation ε = 7.000e-02" in explorer.summary.value
-    assert "elsewhere: tiny-law" in explorer.summary.value
-
-
-def test_the_same_value_does_not_redraw(explorer, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(explorer, "render", lambda: drawn.append(1))
-    explorer.epsilon["activation"].value = explorer.epsilon["activation"].value
-    assert drawn == []
-    explorer.epsilon["activation"].value = 0.06
-    assert drawn == [1]
-
-
-def test_a_slider_never_runs_the_model(explorer, tiny, monkeypatch):
-    monkeypatch.setattr(type(tiny[0]), "forward", None)
-    explorer.epsilon["activation"].value = 0.03
-    assert "3.000e-02" in explorer.summary.value
-
-
-def test_a_sweep_is_read_where_it_was_measured(tiny, statistics):
-    rows = [["activation", "contextual", e, r] for e, r in ((0.04, 1.5), (0.08, 6.0))]
-    sweep = pd.DataFrame(rows, columns=["component", "method", "epsilon", "perplexity_ratio"])
-    explorer = ThresholdExplorer(
-        tiny[0], statistics, "tiny-law", epsilon=0.04, sweeps={"tiny-law": sweep}
+def test_the_plan_follows_component_rule_and_threshold(explorer, tiny, statistics):
+    explorer.epsilon = 0.1
+    assert explorer.plan == expected_plan(tiny, statistics, epsilon_activation=0.1)
+    explorer.component = "linear"
+    assert explorer.plan == expected_plan(tiny, statistics, epsilon_linear=0.1)
+    thresholds = {"epsilon_linear": 0.1, "epsilon_activation": 0.1, "epsilon_embedding": 0.0}
+    explorer.component = "all"
+    assert explorer.plan == expected_plan(tiny, statistics, **thresholds)
+    explorer.rule, explorer.share = "share", 0.25
+    plan = expected_plan(
+        tiny, statistics, quantile={"linear": 0.25, "activation": 0.25}, epsilon_embedding=0.0
     )
-    assert "activation alone: validation perplexity ×1.50" in explorer.summary.value
-    explorer.epsilon["activation"].value = 0.04 * 2**0.5
-    assert "×3.00, between ε = 0.04 and 0.08" in explorer.summary.value
-    explorer.epsilon["activation"].value = 0.03
-    assert "sweep" not in explorer.summary.value
-    explorer.epsilon["activation"].value = 0.05
-    explorer.domain.value = "tiny-games"  # measured on the other one
-    assert "sweep" not in explorer.summary.value
+    assert explorer.plan == plan and explorer.size == plan.predicted_size(tiny[0])
+    explorer.component, explorer.epsilon = "embedding", 0.001  # tokens have no layers to share
+    assert explorer.plan == expected_plan(tiny, statistics, epsilon_embedding=0.001)
 
 
-def test_bad_values(explorer, monkeypatch):
-    with pytest.raises(traitlets.TraitError):
-        explorer.domain.value = "astrology"
-
-    def broken(*_args, **_kwargs):
-        raise ValueError("no <such> thing")
-
-    picture = explorer.image.value
-    monkeypatch.setattr(figures.ThresholdPicture, "draw", broken)
-    explorer.epsilon["activation"].value = 0.02
-    assert (
-        "no &lt;such&gt; thing" in explorer.summary.value
-    )  # seen by the reader, not lost in a log
-    assert explorer.image.value == picture
+def test_messages_of_a_browser(explorer, tiny, statistics):
+    explorer.set_state({"domain": "tiny-games", "epsilon": 0.07})
+    plan = lab.contextual_plan(tiny[0], statistics["tiny-games"], epsilon_activation=0.07)
+    assert explorer.plan == plan
 
 
-def test_a_start_that_does_not_exist_is_named(tiny, statistics):
-    with pytest.raises(ValueError, match="domain is 'law'; expected one of 'tiny-law'"):
+def test_thresholds_have_three_digits(explorer, tiny, statistics):
+    for given, taken in ((0.061728, 0.0617), (0.0, 0.0), (1e-30, 1e-12), (1e30, 9.99e6)):
+        explorer.epsilon = given
+        assert explorer.epsilon == taken
+    start = ThresholdExplorer(tiny[0], statistics, "tiny-law", epsilon=0.0)
+    assert start.epsilon == 0.0
+    assert start.plan.predicted_size(tiny[0]).stored == lab.model_size(tiny[0]).stored
+
+
+def test_an_explorer_never_runs_the_model(tiny, statistics, monkeypatch):
+    monkeypatch.setattr(type(tiny[0]), "forward", None)
+    explorer = ThresholdExplorer(tiny[0], statistics, "tiny-law", epsilon=0.05)
+    explorer.epsilon = 0.03
+    assert "data:image/png" in explorer.to_html()
+
+
+def test_bad_values(explorer, tiny, statistics):
+    with pytest.raises(ValueError, match="domain is 'astrology'; expected"):
+        explorer.domain = "astrology"
+    with pytest.raises(ValueError, match="component is 'heads'; expected"):
+        explorer.component = "heads"
+    for name, value in (("rule", "half"), ("epsilon", -1), ("share", 1)):
+        with pytest.raises(traitlets.TraitError):
+            setattr(explorer, name, value)
+    with pytest.raises(ValueError, match="domain is 'law'; expected"):
         ThresholdExplorer(tiny[0], statistics, "law", epsilon=0.05)
     for epsilon in (-1, float("nan"), float("inf"), "0.1"):
         with pytest.raises(
             ValueError, match=f"epsilon is {epsilon!r}; expected a number of at least 0"
         ):
             ThresholdExplorer(tiny[0], statistics, "tiny-law", epsilon=epsilon)
+    with pytest.raises(ValueError, match="sweeps.* is .*; expected a DataFrame with columns"):
+        ThresholdExplorer(
+            tiny[0], statistics, "tiny-law", epsilon=0.1, sweeps={"tiny-law": pd.DataFrame()}
+        )
 
 
-def test_epsilon_zero_is_a_place_to_start(tiny, statistics):
-    explorer = ThresholdExplorer(tiny[0], statistics, "tiny-law", epsilon=0.0)
-    assert 0 < explorer.epsilon["activation"].value < 0.1
-
-
-def test_drawing_only_what_moved_gives_the_whole_picture(explorer, tiny, statistics):
-    """The quick path (a kept background) against a picture drawn from nothing."""
-    explorer.show(interactive=True)  # draws ahead
-    for value in (0.06, 0.07):
-        explorer.epsilon["activation"].value = value
-    explorer.domain.value = "tiny-games"
-    explorer.epsilon["activation"].value = 0.08
-    fresh = ThresholdExplorer(tiny[0], statistics, "tiny-games", epsilon=0.08)
-    quick, whole = (
-        np.asarray(Image.open(io.BytesIO(e.image.value)), float) for e in (explorer, fresh)
-    )
-    assert quick.shape == whole.shape and np.abs(quick - whole).mean() < 0.5
-
-
-def test_pages_with_and_without_widgets(explorer):
-    live = explorer.show(interactive=True)._repr_mimebundle_()
+def test_pages_with_and_without_a_kernel(explorer):
+    live, *_ = explorer.show(interactive=True)._repr_mimebundle_()
     static = explorer.show(interactive=False)._repr_mimebundle_()
     assert "application/vnd.jupyter.widget-view+json" in live
-    assert set(static) == {"image/png", "text/html"}
-    assert live["image/png"] == static["image/png"] and "tiny-law" in static["text/html"]
+    assert set(static) == {"text/html"} and live["text/html"] == static["text/html"]
+    page = static["text/html"]
+    assert "tiny-law" in page and '<script type="module">' in page
+    assert not re.findall(r"(?:src|href)=.(?!data:)", page)  # nothing comes over the network
+    assert not re.findall(r"\bimport\b|\bfetch\b|https?:", page.split('type="module"')[1])
 
 
 @pytest.fixture
