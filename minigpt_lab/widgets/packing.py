@@ -125,13 +125,19 @@ def _at_most(indices: np.ndarray) -> np.ndarray:
     return np.cumsum(np.bincount(indices, minlength=len(EPSILONS))[: len(EPSILONS)])
 
 
-def _points(sweep: pd.DataFrame | None) -> dict[str, list[list[float]]]:
-    """Component to ε, loss and its interval at every measured point, ascending."""
+def _points(sweep: pd.DataFrame | None) -> dict[str, list[list[float | None]]]:
+    """Component to ε, loss and its interval at every measured point, ascending.
+
+    One passage has no interval: its ends are None.
+    """
     if sweep is None:
         return {}
-    points = sweep[sweep["method"] == "contextual"].sort_values("epsilon")
+    points = sweep[(sweep["method"] == "contextual") & np.isfinite(sweep["perplexity_ratio"])]
     columns = ["epsilon", "perplexity_ratio", "ratio_low", "ratio_high"]
     return {
-        str(component): rows[columns].astype(float).to_numpy().tolist()
+        str(component): [
+            [float(x) if np.isfinite(x) else None for x in row]
+            for row in rows.sort_values("epsilon")[columns].to_numpy(float)
+        ]
         for component, rows in points.groupby("component", sort=False)
     }

@@ -102,7 +102,9 @@ class ThresholdExplorer(anywidget.AnyWidget):
         self.model, self.statistics = model, statistics
         self.token_counts = token_counts or {}
         facts, arrays = pack(model, statistics, self.token_counts, sweeps or {})
-        super().__init__(facts=json.dumps(facts), arrays=arrays, domain=domain, epsilon=epsilon)
+        super().__init__(
+            facts=json.dumps(facts, allow_nan=False), arrays=arrays, domain=domain, epsilon=epsilon
+        )
 
     @traitlets.validate("domain", "component")
     def _known(self, proposal):

@@ -245,7 +245,7 @@ class Explorer {
     if (state.rule === "share") words = "Losses are measured at one ε for all layers.";
     else if (!this.picture.losses) words = `No sweep of ${name} prunes this.`;
     else if (!reading) words = "The sweep says nothing about this ε.";
-    else if (reading.measured) words = `×${reading.value.toFixed(3)} [${reading.low.toFixed(3)}, ${reading.high.toFixed(3)}], measured`;
+    else if (reading.measured) words = `×${reading.value.toFixed(3)}${reading.low === null ? ", measured on one passage" : ` [${reading.low.toFixed(3)}, ${reading.high.toFixed(3)}], measured`}`;
     else words = `×${reading.value.toFixed(2)}, interpolated between ε = ${short(reading.a)} and ${short(reading.b)}`;
     this.loss.textContent = words;
     this.picture.curve.box.setAttribute("aria-label", `${this.picture.losses ? "Perplexity over dense" : "Stored share"} against ε. ${words}`);

@@ -185,7 +185,7 @@ class Picture {
     this.losses = inside.length > 0;
     context.textBaseline = "middle"; context.textAlign = "right";
     if (this.losses) {
-      const top = Math.max(1.25, ...inside.map((p) => p[3])) * 1.08, bottom = Math.min(0.97, ...inside.map((p) => p[2])) * 0.98;
+      const top = Math.max(1.25, ...inside.map((p) => p[3] ?? p[1])) * 1.08, bottom = Math.min(0.97, ...inside.map((p) => p[2] ?? p[1])) * 0.98;
       this.yLoss = (v) => TOP + (base - TOP - 4) * (1 - Math.log(v / bottom) / Math.log(top / bottom));
     } else {
       const top = 1.02, bottom = 0;
@@ -212,7 +212,7 @@ class Picture {
     context.stroke(); context.setLineDash([]);
     for (const [e, v, lowest, highest] of points) {
       const x = this.xLog(e > 0 ? Math.log10(e) : -Infinity);
-      context.beginPath(); context.moveTo(x, this.yLoss(lowest)); context.lineTo(x, this.yLoss(highest)); context.stroke();
+      if (lowest !== null) { context.beginPath(); context.moveTo(x, this.yLoss(lowest)); context.lineTo(x, this.yLoss(highest)); context.stroke(); }
       context.beginPath(); context.arc(x, this.yLoss(v), 3.5, 0, 7); context.fill();
     }
     context.lineWidth = 1;
