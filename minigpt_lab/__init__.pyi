@@ -9,9 +9,11 @@ from .calibration import (
 )
 from .compensation import (
     SALIENCIES,
+    Reconstruction,
     bias_compensated,
     eliminate,
     linear_compensated,
+    reconstruct,
     search_counts,
     slimgpt,
     weight_compensated,
@@ -88,6 +90,7 @@ __all__ = [
     "Perplexity",
     "PruningPlan",
     "Question",
+    "Reconstruction",
     "Scores",
     "Size",
     "SourceUnavailable",
@@ -137,6 +140,7 @@ __all__ = [
     "plan_from_scores",
     "position_bias",
     "quantised",
+    "reconstruct",
     "recover",
     "save_model",
     "score",

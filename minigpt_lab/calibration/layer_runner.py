@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -76,10 +76,27 @@ class LayerRunner:
         Its inputs ``[batch, token, feature]`` by window; `finish` replaces them by its outputs.
     calls : list of list of dict
         From `catch_inputs`.
+    weights : sequence of float, optional
+        Weight of every token of a window, by window; by default all count alike.
+
+    Attributes
+    ----------
+    dtype : torch.dtype or None
+        Type that the inputs are cast to; None for as they are.
     """
 
-    def __init__(self, anatomy: Anatomy, index: int, hidden: Shards, calls: Calls):
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        index: int,
+        hidden: Shards,
+        calls: Calls,
+        weights: Sequence[float] | None = None,
+    ):
         family = anatomy.family
+        self.weights = [1.0] * len(calls) if weights is None else weights
+        self.dtype: torch.dtype | None = None
+        self.per_head = family.per_head
         self.layer = anatomy.layers[index]
         self.hidden = hidden
         self.kwargs = [window[index] for window in calls]
@@ -111,8 +128,39 @@ class LayerRunner:
         """Replace the hidden states by the layer's outputs."""
         for window in range(len(self.hidden)):
             self.hidden[window] = self.run(window)
+            self.attention_outputs.pop(window, None)
 
-    def run(self, window: int, until: str | None = None) -> torch.Tensor:
+    def keep_heads(self, units: Sequence[int]) -> None:
+        """Restrict the layer's arguments that have an entry per head to these heads."""
+        for window, kwargs in enumerate(self.kwargs if self.per_head else ()):
+            by_head = kwargs[self.per_head].unflatten(0, (len(self.hidden[window]), -1))
+            own = by_head[:, [*units]].flatten(0, 1)  # [batch · heads, …]
+            self.kwargs[window] = {**kwargs, self.per_head: own}
+
+    def forget(self, site: str) -> None:
+        """Drop the kept inputs of a site's projection: the weights before it have changed."""
+        self.read[site].clear()
+
+    def residual_stream(self, window: int, site: str) -> torch.Tensor:
+        """Residual stream behind a part of the layer ``[batch, token, feature]``.
+
+        Behind attention it is the output of a layer whose FFN returns 0; with parallel blocks too.
+        Gradients flow to the part's projections where they are enabled. Behind the FFN, attention's
+        outputs are those that ``inputs("ffn")`` has kept.
+        """
+        if site == "ffn":
+            return self.run(window)
+        silent = self.hidden[window]  # the shape of what the FFN adds
+        with (
+            patched_forward(self.ffn_producers, lambda _forward, x: x),
+            patched_forward(
+                [self.readers["ffn"]],
+                lambda _forward, x: x.new_zeros(*x.shape[:-1], silent.shape[-1]),
+            ),
+        ):
+            return self.run(window, resume=False)
+
+    def run(self, window: int, until: str | None = None, resume: bool = True) -> torch.Tensor:
         """Output of the layer for one window, continued from what earlier steps kept of it.
 
         Parameters
@@ -121,23 +169,27 @@ class LayerRunner:
             Which window.
         until : {"attention", "ffn"}, optional
             Stop where this site's projection reads its input.
+        resume : bool
+            Continue from the kept inputs of the FFN's projection, if there are any.
         """
         with contextlib.ExitStack() as patches:
             attention = partial(self._attention_output, window, until)
             patches.enter_context(patched_forward([self.attention], attention))
-            if window in self.read["ffn"]:
+            if resume and window in self.read["ffn"]:
                 self._resume_at_ffn(patches, self._take("ffn", window))
             if until is not None:
                 patches.enter_context(watch({until: self.readers[until]}, before=_stop))
             # not layer(…): what its hooks do to the arguments was done when they were caught
-            return first_output(self.layer.forward(self.hidden[window], **self.kwargs[window]))
+            states = self.hidden[window]
+            states = states if self.dtype is None else states.to(self.dtype)
+            return first_output(self.layer.forward(states, **self.kwargs[window]))
 
     def _attention_output(
         self, window: int, until: str | None, forward: Callable, *args, **kwargs
     ) -> tuple[torch.Tensor, None]:
         """Attention's output: kept, projected from what was kept, or computed."""
         if window in self.attention_outputs:
-            states = self.attention_outputs.pop(window)
+            states = self.attention_outputs[window]
         elif window in self.read["attention"]:
             states = self.readers["attention"](self._take("attention", window))
             residual = self._attention_residual(args, kwargs)

@@ -40,9 +40,10 @@ class Moments:
     def __init__(self, dtype: torch.dtype = torch.float32, sums: torch.dtype | None = None):
         self.dtype, self.sums = dtype, sums or dtype
         self.count = 0
+        self.weight = 0.0
 
-    def add(self, states: torch.Tensor) -> None:
-        """Add the tokens of ``[…, feature]``."""
+    def add(self, states: torch.Tensor, weight: float = 1.0) -> None:
+        """Add the tokens of ``[…, feature]``, each with a weight."""
         x = states.detach().flatten(0, -2).to(self.dtype)  # [token, feature]
         if not self.count:
             self.shift = x.mean(0)
@@ -50,28 +51,29 @@ class Moments:
             self.sum = x.new_zeros(x.shape[1], dtype=self.sums)
         x = x - self.shift
         if self.sums == self.dtype:
-            self.square.addmm_(x.T, x)
+            self.square.addmm_(x.T, x, alpha=weight)
         else:
-            self.square += x.T @ x
-        self.sum += x.sum(0)
+            self.square += weight * (x.T @ x)
+        self.sum += weight * x.sum(0)
         self.count += len(x)
+        self.weight += weight * len(x)
 
     @property
     def mean(self) -> torch.Tensor:
         """``E[x]``."""
-        return self.shift + self.sum / self.count
+        return self.shift + self.sum / self.weight
 
     def covariance(self) -> torch.Tensor:
         """``E[(x - E[x]) (x - E[x])ᵀ]``; exactly 0 for features that only rounding moves."""
-        offset = self.sum / self.count
-        C = (self.square / self.count).addr_(offset, offset, alpha=-1)
+        offset = self.sum / self.weight
+        C = (self.square / self.weight).addr_(offset, offset, alpha=-1)
         constant = C.diagonal() <= (2 * torch.finfo(torch.float32).eps * self.mean).square()
         return C.masked_fill_(constant | constant[:, None], 0)
 
     def second(self) -> torch.Tensor:
         """``E[x xᵀ] = E[(x - c) (x - c)ᵀ] + c E[x - c]ᵀ + E[x] cᵀ``."""
         c = self.shift.to(self.sums)
-        H = (self.square / self.count).addr_(c, self.sum / self.count)
+        H = (self.square / self.weight).addr_(c, self.sum / self.weight)
         return H.addr_(self.mean.to(self.sums), c)
 
 

@@ -9,7 +9,6 @@ estimates the cost of every layer's units, and a gradient descent follows it.
 from __future__ import annotations
 
 import inspect
-import itertools
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,13 +21,13 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..calibration import tokens_hash
-from ..checks import Batches, Flag, Integer, Location, Model, OneOf, checked
+from ..checks import Batches, Flag, Integer, Location, Model, Number, OneOf, checked
 from ..criteria import chosen_sites
-from ..domains import unpadded
 from ..models import Anatomy, fingerprint, is_offloaded
 from ..planning import RATIO, RATIOS, one_target, parameters_to_remove, unit_counts, unit_steps
 from ..store import ResultCache, Shards
 from .budgets import Budget, Budgets
+from .calibration_windows import GENERALITY, CalibrationWindows
 from .descent import Descent
 from .layer_counts import SearchedCounts, by_layer, unscored_sites
 from .solver import Solver
@@ -52,6 +51,8 @@ STEP_SIZE = 0.04
     ratio=RATIO,
     parameters=Integer() | None,
     ratio_of=OneOf(RATIOS),
+    general=Batches() | None,
+    generality=Number(0, 1),
     levels=Integer(1),
     rounds=Integer(1),
     steps=Integer(1),
@@ -71,6 +72,8 @@ def search_counts(
     ratio_of: str = "units",
     keep_layers: tuple[int, int] = (0, 0),
     multiple_of: int | Mapping[str, int] = 1,
+    general: Iterable[dict[str, torch.Tensor]] | None = None,
+    generality: float = GENERALITY,
     levels: int = 16,
     rounds: int = 2,
     steps: int = 60,
@@ -102,6 +105,9 @@ def search_counts(
         Share to remove, or largest number of stored parameters; give one of them.
     sites, units, ratio_of, keep_layers, multiple_of
         As for `slimgpt`.
+    general, generality
+        Tokens of general text and their share, in the updated weights as in the divergence that is
+        searched on; see `slimgpt`.
     levels : int
         Intervals between keeping all units of a layer's FFN (or attention) and the fewest possible.
     rounds : int
@@ -146,13 +152,15 @@ def search_counts(
         starts[name] = tuple(unit_counts(model, layer_sites, None, size, *rule, even_out=True))
 
     # 2. Round after round, build a supernet around the starts and descend from the better one.
-    held_out, others = split_windows(list(unpadded(batches)), HELD_OUT)
+    held_out, others = CalibrationWindows(batches, general, generality).split(HELD_OUT)
     facts = {
         "model": fingerprint(model),
-        "tokens": [tokens_hash(others), tokens_hash(held_out)],
+        "tokens": [tokens_hash(others.batches()), tokens_hash(held_out.batches())],
         "solver": settings.to_dict(),
         "sites": [[each.site, each.layer] for each in layer_sites],
     }
+    if general is not None:
+        facts["generality"] = generality
 
     def search_round(round_: int, budgets: Budgets, starts: dict[str, Budget]) -> dict:
         base = next(iter(starts.values()))
@@ -232,23 +240,3 @@ def _descend(
             measure(f"step {step + 1}", budgets.nearest(descent.removed))
             bar.set_postfix(kl=f"{rows[-1]['kl']:.3f}")
     return rows
-
-
-def split_windows(
-    windows: Sequence[torch.Tensor], fraction: float
-) -> tuple[list[dict[str, torch.Tensor]], list[dict[str, torch.Tensor]]]:
-    """Split windows of tokens into batches of held-out ones, evenly spaced, and of the others.
-
-    Held-out windows of one length are joined into batches of up to 512 tokens. If all are held out,
-    the others are all windows again.
-    """
-    rows = [row for ids in windows for row in ids]
-    count = max(round(len(rows) * fraction), 1)
-    chosen = np.linspace(0, len(rows) - 1, count).round().astype(int).tolist()
-    held_out: list[torch.Tensor] = []
-    for length, group in itertools.groupby(sorted((rows[i] for i in chosen), key=len), len):
-        held_out += torch.stack(list(group)).split(max(1, 512 // length))  # [window, token]
-    others = [rows[i][None] for i in sorted(set(range(len(rows))) - set(chosen))]
-    return [{"input_ids": ids} for ids in held_out], [
-        {"input_ids": ids} for ids in others or windows
-    ]

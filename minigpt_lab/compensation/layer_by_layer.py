@@ -1,7 +1,8 @@
 """SlimGPT (arXiv 2412.18110): prune layer by layer and update the remaining weights.
 
 In every layer attention is pruned first, then the FFN; each is chosen and solved for as `eliminate`
-describes. The next layer is calibrated on the outputs of the pruned one.
+describes, and then may be fitted to the dense model (see `reconstruction`). The next layer is
+calibrated on the outputs of the pruned one.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import copy
 import inspect
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -27,6 +29,7 @@ from ..checks import (
     ListOf,
     Location,
     Model,
+    Number,
     OneOf,
     Text,
     checked,
@@ -55,9 +58,11 @@ from ..planning import (
 )
 from ..store import Shards
 from .budget_search import search_counts
+from .calibration_windows import GENERALITY, CalibrationWindows
 from .layer_counts import SearchedCounts, by_layer, require_counts, unscored_sites
 from .obs import full_precision
-from .projection import apply_elimination, read_problem, solve
+from .projection import apply_elimination, part_of, read_problem, solve
+from .reconstruction import RECONSTRUCT, DenseStream, Reconstruction, losses_of, reconstruct_block
 from .solver import Solver
 from .workspace import Workspace
 
@@ -69,6 +74,9 @@ from .workspace import Workspace
     parameters=Integer() | None,
     ratio_of=OneOf(RATIOS),
     counts=Instance(SearchedCounts) | DictOf(Text(), ListOf(Integer(0))) | None,
+    reconstruct=RECONSTRUCT,
+    general=Batches() | None,
+    generality=Number(0, 1),
     inplace=Flag(),
     offload=OneOf(Shards.PLACES),
     out_dir=Location() | None,
@@ -89,6 +97,9 @@ def slimgpt(
     ratio_of: str = "units",
     keep_layers: tuple[int, int] = (0, 0),
     multiple_of: int | Mapping[str, int] = 1,
+    reconstruct: bool | int | Reconstruction = False,
+    general: Iterable[dict[str, torch.Tensor]] | None = None,
+    generality: float = GENERALITY,
     inplace: bool = False,
     offload: str = "device",
     out_dir: str | os.PathLike | None = None,
@@ -118,6 +129,14 @@ def slimgpt(
         See `plan_from_scores`. The default is SlimGPT's incremental ratio. Rounding to whole heads
         is balanced by pruning more or fewer FFN channels of the layer. ``"search"`` calls
         `search_counts`, which takes longer; `out_dir` then keeps its finished rounds too.
+    reconstruct : bool, int or Reconstruction
+        Fit every block after its closed form to the dense model's residual stream, see
+        `reconstruct`: True, a number of epochs, or the settings.
+    general : iterable of dict, optional
+        Tokens of general text, mixed into the calibration so that less is forgotten.
+    generality : float
+        Share μ of the general text: second moments are ``(1 - μ) H_domain + μ H_general``, and
+        losses of `reconstruct` likewise. Without `general` it has no effect.
     inplace : bool
         Change the model itself instead of a copy. Required if its weights are offloaded; then only
         one layer at a time is on the device. An interrupted run leaves the model half pruned: load
@@ -140,7 +159,8 @@ def slimgpt(
     -------
     transformers.PreTrainedModel, PruningPlan
         The pruned model; the kept units, with the relative error of every layer's projections in
-        ``origin["error"]``.
+        ``origin["error"]``, and the losses before and after reconstruction in
+        ``origin["reconstruction"]``.
 
     Raises
     ------
@@ -150,6 +170,8 @@ def slimgpt(
     """
     # 1. Settings, the size to reach, and the layers and sites that may be pruned.
     settings = Solver.from_options(solver, inspect.signature(slimgpt).parameters)
+    reconstruction = Reconstruction.from_option(reconstruct)
+    windows = CalibrationWindows(batches, general, generality, joined=reconstruction is not None)
     target = one_target(ratio=ratio, parameters=parameters, counts=counts)
     if isinstance(allocation, str):  # rankings need scores; there are none before a layer's turn
         OneOf(["search", *BY_DEPTH])("allocation", allocation)
@@ -168,11 +190,17 @@ def slimgpt(
     # 2. Continue a run in `out_dir` only if model, tokens and settings are the same.
     workspace = Workspace(offload, out_dir)
     require = workspace.state.require
-    require({"model": model_hash, "tokens": tokens_hash(batches), **settings.to_dict()})
+    tokens = tokens_hash(windows.batches())
+    require({"model": model_hash, "tokens": tokens, **settings.to_dict()})
+    require({"reconstruct": reconstruction and reconstruction.to_dict()})
+    if general is not None:
+        require({"generality": generality})
 
     # 3. Units to remove from every layer: searched for, spread by a rule, or given.
     origin = {"method": "slimgpt", **settings.to_dict()}
     origin["keep_layers"] = [*check_keep_layers(keep_layers)]
+    if general is not None:
+        origin["generality"] = generality
     if counts is None and isinstance(allocation, str) and allocation == "search":
         require({"search": {**target, "ratio_of": ratio_of}})
         counts = search_counts(
@@ -185,6 +213,8 @@ def slimgpt(
             ratio_of=ratio_of,
             keep_layers=keep_layers,
             multiple_of=multiple_of,
+            general=general,
+            generality=generality,
             offload=offload,
             out_dir=out_dir,
             progress=progress,
@@ -204,12 +234,15 @@ def slimgpt(
 
     # 4. Prune layer after layer.
     dense, pruned = dense_counts(model), model if inplace else copy.deepcopy(model)
-    _prune_layers(Anatomy(pruned), batches, counts, settings, workspace, progress)
+    run = _Run(settings, reconstruction, windows, workspace)
+    _prune_layers(Anatomy(pruned), counts, run, progress)
 
     # 5. The plan of what was kept.
     layers = workspace.finished
     keep = {site: [layer[site]["kept"] for layer in layers] for site in totals}
     origin["error"] = {site: [layer[site]["error"] for layer in layers] for site in totals}
+    if reconstruction is not None:
+        origin["reconstruction"] = reconstruction.to_dict() | losses_of(layers)
     rows = model.get_input_embeddings().weight.shape[0]
     plan = PruningPlan(model_hash, totals, keep, vocabulary_size=rows, origin=origin)
     pruned.config.minigpt_lab_dense = dense
@@ -217,33 +250,43 @@ def slimgpt(
     return pruned, plan
 
 
+@dataclass(frozen=True)
+class _Run:
+    """What every layer of a run shares."""
+
+    solver: Solver
+    reconstruction: Reconstruction | None
+    windows: CalibrationWindows
+    workspace: Workspace
+
+
 def _prune_layers(
-    anatomy: Anatomy,
-    batches: Iterable[dict[str, torch.Tensor]],
-    counts: Mapping[str, Sequence[int]],
-    solver: Solver,
-    workspace: Workspace,
-    progress: bool,
+    anatomy: Anatomy, counts: Mapping[str, Sequence[int]], run: _Run, progress: bool
 ) -> None:
     """Prune all layers in place, each on the outputs of the pruned layers before it."""
-    hidden, depth = workspace.hidden, len(anatomy.layers)
+    workspace, depth = run.workspace, len(anatomy.layers)
+    hidden, dense = workspace.hidden, None
     with inference(anatomy.model), full_precision():
         # 1. Inputs of the first layer, or of the first that an earlier run did not finish.
-        calls = catch_inputs(anatomy.model, batches, hidden)
+        calls = catch_inputs(anatomy.model, run.windows.batches(), hidden)
+        if run.reconstruction is not None:
+            dense = DenseStream(hidden, calls)
         workspace.restore_hidden()
         # 2. Prune a layer, then run it over all windows: its outputs are the next layer's inputs.
         for layer in tqdm(range(depth), "SlimGPT", unit="layer", disable=not progress):
             module = anatomy.layers[layer]
             with (
                 workspace.weights_of(module, layer),
-                _explained_out_of_memory(module, layer, solver.dtype),
+                _explained_out_of_memory(module, layer, run.solver.dtype),
             ):
+                if dense is not None:  # the layer's weights are still the dense model's
+                    dense.advance(anatomy, layer)
                 if layer < len(workspace.finished):
                     workspace.restore_layer(anatomy, layer)
                     continue
-                runner = LayerRunner(anatomy, layer, hidden, calls)
+                runner = LayerRunner(anatomy, layer, hidden, calls, run.windows.weights)
                 remove = {site: layers[layer] for site, layers in counts.items()}
-                results = _prune_layer(anatomy, runner, layer, remove, solver)
+                results = _prune_layer(anatomy, runner, layer, remove, run, dense)
                 if layer + 1 < depth:
                     runner.finish()
                 workspace.finish_layer(anatomy, results)
@@ -251,30 +294,45 @@ def _prune_layers(
 
 
 def _prune_layer(
-    anatomy: Anatomy, runner: LayerRunner, layer: int, remove: Mapping[str, int], solver: Solver
+    anatomy: Anatomy,
+    runner: LayerRunner,
+    layer: int,
+    remove: Mapping[str, int],
+    run: _Run,
+    dense: DenseStream | None,
 ) -> dict[str, dict]:
-    """Prune the sites of one layer, in place.
+    """Prune the sites of one layer, in place, and reconstruct its blocks.
 
     Parameters
     ----------
     remove : mapping
         Site to the number of units to remove.
+    dense : DenseStream, optional
+        Behind the blocks of this layer, if they are reconstructed.
 
     Returns
     -------
     dict
         Site to ``{"kept", "error"}``: the kept units, and the relative error of the projection's
-        outputs.
+        outputs; also ``"reconstruction"``, the losses before and after it.
     """
     results = {}
-    for site in sorted(remove, key=lambda site: site == "ffn"):  # attention first, as data flows
+    for part in ("attention", "ffn"):  # as data flows
+        site = next((site for site in remove if part_of(site) == part), part)
         kept, error = [*range(anatomy.units(site)[layer])], 0.0
-        if remove[site]:
-            problem = read_problem(anatomy, runner, layer, site, solver)
-            elimination = solve(problem, remove[site], solver)
-            apply_elimination(anatomy, runner, problem, elimination, solver)
+        if remove.get(site):
+            problem = read_problem(anatomy, runner, layer, site, run.solver)
+            elimination = solve(problem, remove[site], run.solver)
+            apply_elimination(anatomy, runner, problem, elimination, run.solver)
             kept, error = elimination.kept, round(elimination.relative_loss, 6)
-        results[site] = {"kept": kept, "error": error}
+        settings = run.reconstruction
+        fitted = settings is not None and kept and settings.fits(part, bool(remove.get(site)))
+        if fitted or site in remove:
+            results[site] = {"kept": kept, "error": error}
+        if fitted:
+            targets = dense.behind[part]
+            losses = reconstruct_block(anatomy, runner, layer, part, targets, settings)
+            results[site]["reconstruction"] = losses
     return results
 
 

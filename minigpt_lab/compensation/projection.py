@@ -69,8 +69,8 @@ def read_problem(
     name, module = anatomy.name(layer, reader), anatomy.module(layer, reader)
     # 1. Second moment of the projection's input.
     moments = Moments(solver.dtype)
-    for X in runner.inputs(part_of(site)):  # [batch, token, in]
-        moments.add(X)
+    for X, weight in zip(runner.inputs(part_of(site)), runner.weights, strict=True):
+        moments.add(X, weight)  # X [batch, token, in]
     H = moments.covariance() if solver.updates_bias(module) else moments.second()
     if not torch.isfinite(H).all():
         raise ValueError(f"{name} reads NaN or infinite values: check the weights before it")
@@ -148,3 +148,5 @@ def apply_elimination(
     rebuild_layer(anatomy, site, layer, elimination.kept)
     # 3. Shrink its cached inputs, from which the layer's pass continues.
     runner.keep_columns(part_of(site), columns.sort().values)
+    if site == "attention":
+        runner.keep_heads(elimination.kept)

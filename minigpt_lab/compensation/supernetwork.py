@@ -7,7 +7,7 @@ of the projection that reads them. So no shape changes, and to set a budget take
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from ..models import Anatomy, add_bias, inference, weight_axis
 from ..planning import LayerSite
 from ..store import Shards
 from .budgets import Budget
+from .calibration_windows import CalibrationWindows
 from .obs import full_precision
 from .projection import Problem, bias_update, read_problem, solve_levels
 from .solver import Solver
@@ -114,7 +115,7 @@ class Supernet:
 
     def fill(
         self,
-        batches: Iterable[dict[str, torch.Tensor]],
+        windows: CalibrationWindows,
         levels: Sequence[Sequence[int]],
         base: Budget,
         progress: bool = True,
@@ -123,8 +124,8 @@ class Supernet:
 
         Parameters
         ----------
-        batches : iterable of dict
-            Calibration tokens.
+        windows : CalibrationWindows
+            Calibration tokens, with their weights.
         levels : sequence of sequence of int
             For each site, its levels: ascending, the first 0.
         base : tuple of int
@@ -136,10 +137,10 @@ class Supernet:
             If a hidden state is not finite (its layer is named).
         """
         anatomy, hidden = self.anatomy, Shards(self.offload)
-        calls = catch_inputs(anatomy.model, batches, hidden)
+        calls = catch_inputs(anatomy.model, windows.batches(), hidden)
         last = max(each.layer for each in self.layer_sites)
         for layer in tqdm(range(last + 1), "supernet", unit="layer", disable=not progress):
-            runner = LayerRunner(anatomy, layer, hidden, calls)
+            runner = LayerRunner(anatomy, layer, hidden, calls, windows.weights)
             in_layer = [i for i, each in enumerate(self.layer_sites) if each.layer == layer]
             # attention first, as data flows
             for i in sorted(in_layer, key=lambda i: self.layer_sites[i].site == "ffn"):

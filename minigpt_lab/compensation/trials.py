@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from torch.nn import functional
 
 from ..store import Shards
 from .budgets import Budget
+from .calibration_windows import CalibrationWindows
 from .supernetwork import Supernet
 
 
@@ -20,8 +19,8 @@ class Trials:
     ----------
     net : Supernet
         A filled supernet.
-    held_out : sequence of dict
-        Batches of tokens on which budgets are measured.
+    held_out : CalibrationWindows
+        Tokens on which budgets are measured, with their weights.
 
     Raises
     ------
@@ -29,12 +28,12 @@ class Trials:
         If predictions are not finite, those of the dense model or later a budget's.
     """
 
-    def __init__(self, net: Supernet, held_out: Sequence[dict[str, torch.Tensor]]):
-        self.net, self.held_out = net, held_out
-        self.n_tokens = sum(batch["input_ids"].numel() for batch in held_out)
+    def __init__(self, net: Supernet, held_out: CalibrationWindows):
+        self.net, self.held_out, self.weights = net, held_out.windows, held_out.weights
+        self.n_tokens = sum(ids.numel() for ids in self.held_out)
         net.set((0,) * len(net.projections))
         self.dense = Shards(net.offload)  # log-probabilities of the dense model
-        for window in range(len(held_out)):
+        for window in range(len(self.held_out)):
             predictions = self._predictions(window)
             _require_finite(predictions)
             # float16 is finest near log p = 0: at likely tokens, which weigh most
@@ -43,7 +42,8 @@ class Trials:
     def divergence(self, budget: Budget) -> float:
         """Mean KL divergence of a token's predictions from the dense ones, in nats."""
         self.net.set(budget)
-        total = sum(float(self._loss(window)) for window in range(len(self.held_out)))
+        losses = (float(self._loss(window)) for window in range(len(self.held_out)))
+        total = sum(w * loss for w, loss in zip(self.weights, losses, strict=True))
         _require_finite(total)
         return total / self.n_tokens
 
@@ -56,7 +56,7 @@ class Trials:
         # divided by the tokens only afterwards: in float16 small gradients would become 0
         rises = self.net.rises(lambda: self._loss(window), below, above)
         _require_finite(rises)
-        return rises * len(self.held_out) / self.n_tokens
+        return rises * self.weights[window] * len(self.held_out) / self.n_tokens
 
     def _loss(self, window: int) -> torch.Tensor:
         """KL divergence, summed over the tokens of a window."""
@@ -67,7 +67,7 @@ class Trials:
     def _predictions(self, window: int) -> torch.Tensor:
         """Log-probabilities of the next token ``[window, token, vocabulary]``."""
         model = self.net.anatomy.model
-        ids = self.held_out[window]["input_ids"].to(model.device)
+        ids = self.held_out[window].to(model.device)
         return model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
 
 

@@ -105,12 +105,12 @@ class Workspace:
         """Load a finished layer into the dense model."""
         tensors = _read(self._weights(layer))
         for site, result in self.finished[layer].items():
-            module = anatomy.module(layer, anatomy.family.consumes[site])
             rebuild_layer(anatomy, site, layer, result["kept"])
-            if f"{site}.bias" in tensors and module.bias is None:
-                add_bias(module)
-            for name, parameter in module.named_parameters():
-                parameter.copy_(tensors[f"{site}.{name}"])
+            for key, module in _changed_modules(anatomy, layer, site, result).items():
+                if f"{key}.bias" in tensors and module.bias is None:
+                    add_bias(module)
+                for name, parameter in module.named_parameters():
+                    parameter.copy_(tensors[f"{key}.{name}"])
 
     def finish_layer(self, anatomy: Anatomy, sites: Mapping[str, dict]) -> None:
         """Record the next finished layer; write its weights and the next layer's inputs.
@@ -136,11 +136,10 @@ class Workspace:
     def _write_layer(self, anatomy: Anatomy, layer: int) -> None:
         """Write a layer's pruned projections, the next layer's inputs, and last the state file."""
         tensors = {
-            f"{site}.{name}": parameter.detach()
-            for site in self.finished[layer]
-            for name, parameter in anatomy.module(
-                layer, anatomy.family.consumes[site]
-            ).named_parameters()
+            f"{key}.{name}": parameter.detach()
+            for site, result in self.finished[layer].items()
+            for key, module in _changed_modules(anatomy, layer, site, result).items()
+            for name, parameter in module.named_parameters()
         }
         write_tensors(self._weights(layer), _KIND, {}, tensors)
         has_next = layer + 1 < len(anatomy.layers)
@@ -156,6 +155,18 @@ class Workspace:
     def _hidden(self, layer: int) -> Path:
         """File of a layer's inputs."""
         return self.folder / f"hidden-{layer}.safetensors"
+
+
+def _changed_modules(
+    anatomy: Anatomy, layer: int, site: str, result: Mapping[str, object]
+) -> dict[str, nn.Module]:
+    """The projections whose kept weights a run changed; all of a block that was reconstructed."""
+    family = anatomy.family
+    modules = {site: anatomy.module(layer, family.consumes[site])}
+    if "reconstruction" in result:
+        produces = family.produces["ffn" if site == "ffn" else "attention"]
+        modules |= {f"{site}.{each.path}": anatomy.module(layer, each) for each in produces}
+    return modules
 
 
 def _read(path: Path) -> dict[str, torch.Tensor]:

@@ -5,6 +5,7 @@ from .ablations import (
     layer_budgets,
     layer_losses,
     one_layer_curves,
+    reconstruction_curve,
     variant_dots,
 )
 from .activations import (
@@ -17,6 +18,7 @@ from .activations import (
 from .comparison import (
     cosine_curve,
     format_curves,
+    generality_front,
     influence_bars,
     method_curves,
     pareto_front,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from .axes import (
     dot_rows,
@@ -93,6 +93,33 @@ def one_layer_curves(table: pd.DataFrame, *, caption: str = "") -> Figure:
     log_labels(figure.axes[0].yaxis, [1, *table["perplexity_ratio"]])
     figure.axes[0].set_ylabel("test perplexity ÷ dense")
     side_legend(figure)
+    return figure
+
+
+@draws_frame(names="text", numbers="epoch loss")
+def reconstruction_curve(table: pd.DataFrame, *, caption: str = "") -> Figure:
+    """Loss of one reconstructed block, epoch by epoch, on calibration and on held-out text.
+
+    Parameters
+    ----------
+    table : pandas.DataFrame
+        From `minigpt_lab.studies.reconstruction_curve`: columns ``epoch, text, loss``; several
+        rows of an epoch (samples) are dots.
+    caption : str
+        Model, layer, ratio, calibration.
+    """
+    figure = new_figure(7.2, 3.8, caption, "When does reconstruction overfit its text?")
+    axis = figure.subplots()
+    means = group_lines(axis, table, "epoch", "loss", looks(table["text"]), by="text", ms=3)
+    for text, points in means.items():
+        lowest = points["loss"].argmin()
+        axis.plot(*points.iloc[lowest], "o", ms=10, mfc="none", mec="black", mew=1)
+        if text == "held-out":
+            axis.axvline(points["epoch"].iloc[lowest], color="gray", lw=0.8, ls="--", zorder=0)
+    axis.set(xlabel="epoch (0: the closed form)", ylim=(0, None))
+    axis.set_ylabel("squared error of the residual stream\n÷ each token's energy")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    side_legend(figure, key("lowest", color="black", marker="o", mfc="none", ls=""))
     return figure
 
 

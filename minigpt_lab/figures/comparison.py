@@ -132,6 +132,53 @@ def format_curves(table: pd.DataFrame, *, caption: str = "") -> Figure:
     return figure
 
 
+@draws_frame(names="text", numbers="ratio generality perplexity")
+def generality_front(table: pd.DataFrame, *, domain: str, other: str, caption: str = "") -> Figure:
+    """Perplexity on both texts against the share of general text, and against each other.
+
+    Parameters
+    ----------
+    table : pandas.DataFrame
+        From `minigpt_lab.studies.generality_curve`: columns ``text, ratio, generality,
+        perplexity``; the dense model has no ratio.
+    domain, other : str
+        The domain's text and the general one.
+    caption : str
+        Model, calibration, protocol.
+    """
+    question = "What does a share of general text buy, and what does it cost?"
+    figure = new_figure(10.8, 4.2, caption, question)
+    left, right = figure.subplots(1, 2)
+    dense = table[table["ratio"].isna()].groupby("text")["perplexity"].first()
+    pruned = table.dropna(subset=["ratio"])
+    names = {ratio: f"{ratio:.0%} removed" for ratio in sorted(pruned["ratio"].unique())}
+    styles = looks([*names.values()])
+    lines = {str(domain): "-", str(other): "--"}
+    for ratio, name in names.items():
+        own = pruned[pruned["ratio"] == ratio].sort_values("generality")
+        places = own.pivot(index="generality", columns="text", values="perplexity")
+        for text, line in lines.items():
+            left.plot(places[text], **{**styles[name], "ls": line, "ms": 4})
+        right.plot(places[str(domain)], places[str(other)], **{**styles[name], "ms": 5})
+        for share, point in places.iterrows():
+            place = (point[str(domain)], point[str(other)])
+            right.annotate(f"{share:g}", place, (3, 3), textcoords="offset points", fontsize=7)
+    for text, line in lines.items():
+        left.axhline(dense[text], color="black", lw=0.8, ls=line, zorder=0)
+    right.plot(dense[str(domain)], dense[str(other)], "*", color="black", ms=12)
+    left.set(xlabel="share μ of general text", ylabel="test perplexity", yscale="log")
+    log_labels(left.yaxis, [*pruned["perplexity"], *dense])
+    right.set(xscale="log", yscale="log", xlabel=f"perplexity on {domain}")
+    right.set_ylabel(f"perplexity on {other}")
+    for axis, text in ((right.xaxis, domain), (right.yaxis, other)):
+        own = pruned.loc[pruned["text"] == str(text), "perplexity"]
+        log_labels(axis, [*own, dense[str(text)]])
+    keys = [key(name, **{**look, "ls": "-"}) for name, look in styles.items()]
+    keys += [key(text, color="gray", ls=line, marker="") for text, line in lines.items()]
+    side_legend(figure, *keys, key("dense", color="black", marker="*", ls=""))
+    return figure
+
+
 def _front_panel(
     axis: Axes, rows: pd.DataFrame, size: str, domains: dict[str, dict], methods: dict[str, dict]
 ) -> None:

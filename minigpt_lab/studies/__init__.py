@@ -23,10 +23,12 @@ from .methods import (
     method_plans,
     method_scores,
     pruned_model,
+    reconstructed_plans,
     registered_methods,
     slimgpt_runs,
     told_apart,
 )
 from .projections import layer_losses, layer_problems
+from .reconstruction import generality_curve, reconstruction_curve
 from .smallest import smallest_within
 from .tables import cosine_curve, parameter_budget, throughput_rates

@@ -128,7 +128,8 @@ def slimgpt_variants(
 def _settings(options: Mapping[str, Any]) -> dict[str, Any]:
     """What a variant's result depends on: its tokens, and options that are not the default."""
     changed = {k: v for k, v in options.items() if k not in _DEFAULTS or v != _DEFAULTS[k]}
-    return changed | {"batches": tokens_hash(options["batches"])}
+    tokens = {"batches", "general"} & changed.keys()
+    return changed | {name: tokens_hash(changed[name]) for name in tokens}
 
 
 def _layer_rows(model: PreTrainedModel, plan: PruningPlan) -> list[dict]:

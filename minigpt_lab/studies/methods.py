@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..calibration import Statistics, tokens_hash
 from ..checks import DictOf, Instance, Integer, ListOf, Number, OneOf, Text, checked
-from ..compensation import bias_compensated, slimgpt
+from ..compensation import bias_compensated, reconstruct, slimgpt
 from ..criteria import CRITERIA, Scores, score
 from ..domains import Domain, Part
 from ..evaluation import Perplexity, compare, peak_memory, timed
@@ -55,7 +55,26 @@ class SlimGPTRun:
     options: Mapping[str, object]
 
 
-Pruning = PruningPlan | SlimGPTRun
+@dataclass(frozen=True)
+class ReconstructedPlan:
+    """A plan whose model is then fitted to the dense one by `reconstruct`.
+
+    Parameters
+    ----------
+    plan : PruningPlan
+        What to remove.
+    batches : sequence of dict
+        Calibration tokens.
+    epochs : int
+        Of the reconstruction.
+    """
+
+    plan: PruningPlan
+    batches: Sequence[dict] = field(repr=False)
+    epochs: int
+
+
+Pruning = PruningPlan | SlimGPTRun | ReconstructedPlan
 Prunings = dict[Cell, Pruning]
 
 
@@ -79,7 +98,7 @@ class Method:
 
 
 _METHODS = DictOf(Text(), Instance(Method), 1)
-_PRUNING = Instance(PruningPlan) | Instance(SlimGPTRun)
+_PRUNING = Instance(PruningPlan) | Instance(SlimGPTRun) | Instance(ReconstructedPlan)
 _PLANS = DictOf(Instance(tuple), _PRUNING)
 
 
@@ -221,11 +240,35 @@ def slimgpt_runs(
     return runs
 
 
+@checked(plans=_PLANS, batches=BATCHES, epochs=Integer(1))
+def reconstructed_plans(
+    plans: Plans, batches: Sequence[dict], *, epochs: int
+) -> dict[Cell, ReconstructedPlan]:
+    """Every plan with reconstruction after it, as methods ``"NAME, reconstructed"``.
+
+    Parameters
+    ----------
+    plans : mapping
+        From `method_plans`.
+    batches : sequence of dict
+        Calibration tokens.
+    epochs : int
+        See `minigpt_lab.Reconstruction`.
+    """
+    return {
+        (f"{name}, reconstructed", kind, ratio): ReconstructedPlan(plan, batches, epochs)
+        for (name, kind, ratio), plan in plans.items()
+    }
+
+
 @checked(model=MODEL, pruning=_PRUNING)
 def pruned_model(model: PreTrainedModel, pruning: Pruning) -> PreTrainedModel:
     """Prune a copy of the dense model."""
     if isinstance(pruning, PruningPlan):
         return shrink(model, pruning)
+    if isinstance(pruning, ReconstructedPlan):
+        options = {"epochs": pruning.epochs, "progress": False}
+        return reconstruct(shrink(model, pruning.plan), model, pruning.batches, **options)
     return slimgpt(model, pruning.batches, progress=False, **pruning.options)[0]
 
 
@@ -233,6 +276,9 @@ def _cache_key(pruning: Pruning) -> list:
     """What the pruned model depends on, beside the dense one."""
     if isinstance(pruning, PruningPlan):
         return [pruning.keep, pruning.shift]
+    if isinstance(pruning, ReconstructedPlan):
+        key = _cache_key(pruning.plan)
+        return ["reconstruct", *key, tokens_hash(pruning.batches), pruning.epochs]
     return ["slimgpt", tokens_hash(pruning.batches), dict(pruning.options)]
 
 

@@ -85,6 +85,7 @@ def things(tmp_path_factory):
     return {
         "model": model, "tokenizer": tokenizer, "domain": domain, "batches": batches,
         "statistics": statistics, "scores": scores, "plan": plan, "names": names,
+        "mini": lab.shrink(model, plan),
         "questions": questions, "answers": answers, "hessians": hessians,
         "perplexity": lab.perplexity(
             model, tokenizer, domain.test, max_tokens=64, progress=False
@@ -210,11 +211,16 @@ def calls(t: dict) -> dict[str, dict]:
             "teacher_samples": None, "general": None, "generality": 0.3,
             "lr_scheduler_type": "cosine",
         },
+        "reconstruct": {
+            "mini": t["mini"], "model": t["model"], "batches": t["batches"], "epochs": 1,
+            "learning_rate": 0.001, "sites": ("ffn",), "general": None, "generality": 0.5,
+            "offload": "device", "out_dir": None, "progress": False,
+        },
         "save_model": {**pair, "path": t["folder"] / "saved", "portable": False, "card": None},
         "search_counts": {
             **read, "ratio": 0.2, "parameters": None, "sites": ("ffn",), "units": "kv_group",
-            "ratio_of": "units", "keep_layers": (0, 0), "multiple_of": 1, "levels": 2,
-            "rounds": 1, "steps": 1, "seed": 0,
+            "ratio_of": "units", "keep_layers": (0, 0), "multiple_of": 1,
+            "general": None, "generality": 0.5, "levels": 2, "rounds": 1, "steps": 1, "seed": 0,
             "offload": "device", "out_dir": None, "progress": False, "bias": "keep",
         },
         "score": {
@@ -227,7 +233,8 @@ def calls(t: dict) -> dict[str, dict]:
             "allocation": "uniform", "ratio_of": "units", "keep_layers": (0, 0), "multiple_of": 1,
             "counts": None, "inplace": False, "offload": "device", "out_dir": None,
             "progress": False, "saliency": "exact", "damping": 0.3, "damping_mode": "feature",
-            "bias": "keep", "block_size": "dynamic",
+            "bias": "keep", "block_size": "dynamic", "reconstruct": False, "general": None,
+            "generality": 0.5,
         },
         "smallest_within": {
             **pair, "batches": t["batches"], "domain": t["domain"], "increase": 0.5, "most": 0.5,
@@ -267,6 +274,14 @@ def study_calls(t: dict) -> dict[str, dict]:
         },
         "ablations.slimgpt_timing": {"model": t["model"], "calibrations": [t["batches"]],
                                      "repeats": 1, "out_dir": None},
+        "reconstruction.reconstruction_curve": {
+            **read, "held_out": t["batches"], "layer": 0, "ratio": 0.5, "epochs": 1,
+        },
+        "reconstruction.generality_curve": {
+            **pair, "batches": t["batches"], "general": t["batches"], "texts": [t["domain"].test],
+            "ratios": [0.2], "shares": [0.5], "max_tokens": 64, "seq_len": 32, "out_dir": None,
+            "sites": ["ffn"],
+        },
         "ablations.slimgpt_variants": {
             **pair, "variants": {"a": {"ratio": 0.2}}, "batches": t["batches"], "texts": texts,
             "prompt": "", **short,
@@ -299,6 +314,9 @@ def study_calls(t: dict) -> dict[str, dict]:
             "statistics": t["statistics"], "ratios": [0.2], "sites": ("ffn",),
         },
         "methods.pruned_model": {"model": t["model"], "pruning": t["plan"]},
+        "methods.reconstructed_plans": {
+            "plans": plans, "batches": t["batches"], "epochs": 1,
+        },
         "methods.method_scores": {**read, "statistics": t["statistics"], "methods": found,
                                   "sites": ("ffn",), "out_dir": None},
         "methods.told_apart": {

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 import minigpt_lab as lab
 from minigpt_lab.calibration.hessians import damped_inverse, refit
 from minigpt_lab.compensation import Solver, eliminate, layer_by_layer
-from minigpt_lab.compensation.budget_search import STARTS, split_windows
+from minigpt_lab.compensation.budget_search import STARTS
 from minigpt_lab.compensation.budgets import Budgets
+from minigpt_lab.compensation.calibration_windows import CalibrationWindows
 from minigpt_lab.compensation.descent import Descent
 from minigpt_lab.compensation.layer_counts import unscored_sites
 from minigpt_lab.compensation.obs import eliminate_levels
@@ -73,7 +74,7 @@ def test_levels_are_refitted_from_the_whole_and_nested():
 @contextlib.contextmanager
 def filled(model, groups, levels, base, options, offload="device"):
     with supernet(model, groups, options, offload) as net:
-        net.fill(windows(), levels, base, progress=False)
+        net.fill(CalibrationWindows(windows()), levels, base, progress=False)
         yield net
 
 
@@ -444,7 +445,8 @@ def test_a_search_needs_all_weights_at_hand():
 
 def test_budgets_are_compared_on_windows_that_were_set_aside():
     def split(windows, fraction):
-        return [[each["input_ids"] for each in part] for part in split_windows(windows, fraction)]
+        text = CalibrationWindows([{"input_ids": ids} for ids in windows])
+        return [part.windows for part in text.split(fraction)]
 
     windows = list(torch.arange(160).reshape(5, 2, 16))  # ten windows in batches of two
     chosen, others = split(windows, 0.3)
@@ -457,6 +459,30 @@ def test_budgets_are_compared_on_windows_that_were_set_aside():
     ]  # fmt: skip
     chosen, others = split(windows[:1], 1.0)
     assert torch.equal(chosen[0], others[0])  # nothing else is left
+
+
+def test_general_text_is_set_aside_by_its_share():
+    text = CalibrationWindows(windows(), windows(9, count=2), 0.25)
+    for part in text.split(0.5):
+        own = sum(ids.numel() for ids in part.windows[: len(part.texts[0][0])])
+        total = sum(ids.numel() for ids in part.windows)
+        assert part.weights[0] * own == pytest.approx(0.75 * total)
+        assert part.weights[-1] * (total - own) == pytest.approx(0.25 * total)
+
+
+def test_a_search_on_general_text_finds_another_budget(tiny, tiny_domain):
+    model, tokenizer = tiny
+    texts = [tiny_domain, lab.load_domain("tiny-games")]
+    own, other = (
+        lab.tokenize(each.calibration, tokenizer, seq_len=64, max_tokens=512) for each in texts
+    )
+    options = {"ratio": 0.4, "sites": ["ffn"], "levels": 4, "rounds": 1, "steps": 4}
+    options |= {"progress": False}
+    plain = lab.search_counts(model, own, **options)
+    for share, expected in ((0.0, own), (1.0, other)):
+        mixed = lab.search_counts(model, own, general=other, generality=share, **options)
+        assert mixed == lab.search_counts(model, expected, **options)
+    assert plain.origin["search"]["kl"] != mixed.origin["search"]["kl"]
 
 
 # the smallest model within a limit

@@ -124,6 +124,15 @@ def drawable() -> dict[str, tuple[pd.DataFrame, dict]]:
             rows(text=TEXTS, layer=[0, 1], ratio=[0.2]).assign(perplexity_ratio=[1.1, 1.2, 1.3, 2]),
             {}
         ),
+        "reconstruction_curve": (
+            rows(text=["calibration", "held-out"], epoch=[0, 1]).assign(loss=[0.2, 0.1, 0.3, 0.2]),
+            {}
+        ),
+        "generality_front": (
+            rows(text=TEXTS, generality=[0.0, 0.5], ratio=[0.3, None]).assign(
+                perplexity=[10.0, 11, 12, 13, 14, 15, 16, 17]
+            ), {"domain": TEXTS[0], "other": TEXTS[1]}
+        ),
         "layer_budgets": (
             rows(variant=["uniform", "search"], site=["ffn"], layer=[0, 1]).assign(
                 units=10, removed=5, cost=100, error=[0.1, 0.2, 0.3, 0.2]

@@ -1,0 +1,78 @@
+"""The studies of reconstruction and of the dial between a domain and general text."""
+
+from __future__ import annotations
+
+import pytest
+from helpers import same
+
+import minigpt_lab as lab
+from minigpt_lab import figures, studies
+
+SHORT = {"seq_len": 64, "max_tokens": 256}
+
+
+@pytest.fixture(scope="module")
+def texts(tiny, tiny_domain):
+    """Calibration tokens of law, held-out ones, and those of games."""
+    games = lab.load_domain("tiny-games")
+    parts = tiny_domain.calibration, tiny_domain.validation, games.calibration
+    return [lab.tokenize(part, tiny[1], seq_len=64, max_tokens=512) for part in parts]
+
+
+def test_a_blocks_loss_falls_on_its_text(tiny, texts):
+    own, other, _ = texts
+    curve = studies.reconstruction_curve(tiny[0], own, other, layer=1, ratio=0.5, epochs=3)
+    losses = curve.pivot(index="epoch", columns="text", values="loss")
+    assert [*losses.index] == [0, 1, 2, 3]
+    assert losses["calibration"].is_monotonic_decreasing
+    assert losses.loc[0, "held-out"] > losses.loc[0, "calibration"]  # what the closed form fitted
+    # the closed form and its fitting are those of slimgpt: layer 0 reads dense inputs too
+    counts = {"ffn": [tiny[0].config.intermediate_size // 2, 0, 0, 0]}
+    _, plan = lab.slimgpt(tiny[0], own, counts=counts, sites=["ffn"], reconstruct=3, progress=False)
+    first = studies.reconstruction_curve(tiny[0], own, other, layer=0, ratio=0.5, epochs=3)
+    found = first[first["text"] == "calibration"]["loss"].iloc[[0, -1]]
+    assert [*found] == pytest.approx(plan.origin["reconstruction"]["loss"]["ffn"][0], rel=0.01)
+    figure = figures.reconstruction_curve(curve)
+    assert len(figure.axes[0].lines) >= 4
+
+
+def test_the_dial_in_a_table_is_slimgpts(tiny, tiny_domain, texts, tmp_path):
+    own, _, general = texts
+    held_out = [tiny_domain.test, lab.load_domain("tiny-games").test]
+    options = {"sites": ["ffn"], "out_dir": tmp_path, **SHORT}
+    given = {"general": general, "texts": held_out, "ratios": [0.5], "shares": [0.0, 0.5]}
+    table = studies.generality_curve(*tiny, own, **given, **options)
+    assert len(table) == 3 * 2 and table["ratio"].isna().sum() == 2
+    mini, _ = lab.slimgpt(
+        tiny[0], own, ratio=0.5, sites=["ffn"], general=general, generality=0.5, progress=False
+    )
+    text = lab.excerpt(held_out[1], tiny[1], max_tokens=256)
+    expected = lab.perplexity(mini, tiny[1], text, seq_len=64, max_characters=None, progress=False)
+    row = table[(table["generality"] == 0.5) & (table["text"] == str(held_out[1]))].iloc[0]
+    assert row["perplexity"] == pytest.approx(expected.value)
+    # other general text is another variant
+    given["general"] = own
+    again = studies.generality_curve(*tiny, own, **given, **options)
+    row = again[(again["generality"] == 0.5) & (again["text"] == str(held_out[1]))].iloc[0]
+    assert row["perplexity"] != pytest.approx(expected.value)
+    figure = figures.generality_front(table, domain=held_out[0], other=held_out[1])
+    assert [len(axis.lines) for axis in figure.axes] == [4, 2]
+
+
+def test_plans_are_compared_with_and_without_reconstruction(tiny, tiny_domain, texts):
+    model, tokenizer = tiny
+    scores = {"magnitude": lab.score(model, "magnitude")}
+    methods = {"magnitude": studies.Method("magnitude")}
+    plans = studies.method_plans(
+        model, scores, methods=methods, statistics=None, ratios=[0.5], sites=["ffn"]
+    )
+    fitted = studies.reconstructed_plans(plans, texts[0], epochs=2)
+    assert [*fitted] == [("magnitude, reconstructed", "ffn", 0.5)]
+    plan = plans["magnitude", "ffn", 0.5]
+    expected = lab.reconstruct(lab.shrink(model, plan), model, texts[0], epochs=2, progress=False)
+    assert same(studies.pruned_model(model, next(iter(fitted.values()))), expected)
+    table, _ = studies.method_comparison(
+        model, tokenizer, plans | fitted, texts=[tiny_domain.test], **SHORT
+    )
+    levels = table.set_index("method")["perplexity"]
+    assert levels["dense"] < levels["magnitude, reconstructed"] < levels["magnitude"]
