@@ -1,14 +1,15 @@
 """Pruning that updates the remaining weights: OBS, SlimGPT, the budget search."""
 
+from .block_fitting import DenseStream, Reconstruction, fit_block, stream_loss
 from .budget_search import search_counts
-from .dropped_layers import linear_compensated
 from .calibration_windows import CalibrationWindows
+from .dropped_layers import linear_compensated
 from .given_plan import bias_compensated, weight_compensated
 from .layer_by_layer import slimgpt
 from .layer_counts import SearchedCounts
 from .obs import Elimination, eliminate, full_precision, quadratic_form, reconstruction_loss
 from .projection import Problem, apply_elimination, read_problem, solve
-from .reconstruction import DenseStream, Reconstruction, fit_block, reconstruct, stream_loss
+from .reconstruction import reconstruct
 from .saliencies import SALIENCIES
 from .solver import Solver
 from .workspace import discard

@@ -57,12 +57,19 @@ from ..planning import (
     unit_counts,
 )
 from ..store import Shards
+from .block_fitting import (
+    LOSSES,
+    RECONSTRUCT,
+    DenseStream,
+    Reconstruction,
+    losses_of,
+    reconstruct_block,
+)
 from .budget_search import search_counts
 from .calibration_windows import GENERALITY, CalibrationWindows
 from .layer_counts import SearchedCounts, by_layer, require_counts, unscored_sites
 from .obs import full_precision
 from .projection import apply_elimination, part_of, read_problem, solve
-from .reconstruction import RECONSTRUCT, DenseStream, Reconstruction, losses_of, reconstruct_block
 from .solver import Solver
 from .workspace import Workspace
 
@@ -332,7 +339,7 @@ def _prune_layer(
         if fitted:
             targets = dense.behind[part]
             losses = reconstruct_block(anatomy, runner, layer, part, targets, settings)
-            results[site]["reconstruction"] = losses
+            results[site][LOSSES] = losses
     return results
 
 

@@ -22,6 +22,7 @@ from ..store import (
     remove_empty,
     write_tensors,
 )
+from .block_fitting import LOSSES
 
 STATE = "state.json"
 _KIND = "finished"  # written into the tensor files of a run, to tell them from others
@@ -163,7 +164,7 @@ def _changed_modules(
     """The projections whose kept weights a run changed; all of a block that was reconstructed."""
     family = anatomy.family
     modules = {site: anatomy.module(layer, family.consumes[site])}
-    if "reconstruction" in result:
+    if LOSSES in result:
         produces = family.produces["ffn" if site == "ffn" else "attention"]
         modules |= {f"{site}.{each.path}": anatomy.module(layer, each) for each in produces}
     return modules

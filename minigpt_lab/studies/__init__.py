@@ -16,19 +16,16 @@ from .held_out import HeldOut
 from .matrix import domain_matrix, domain_plans, kept_overlap
 from .methods import (
     Method,
-    SlimGPTRun,
     gradient_methods,
     method_comparison,
     method_overlap,
     method_plans,
     method_scores,
-    pruned_model,
-    reconstructed_plans,
     registered_methods,
-    slimgpt_runs,
     told_apart,
 )
 from .projections import layer_losses, layer_problems
+from .prunings import SlimGPTRun, pruned_model, reconstructed_plans, slimgpt_runs
 from .reconstruction import generality_curve, reconstruction_curve
 from .smallest import smallest_within
 from .tables import cosine_curve, parameter_budget, throughput_rates

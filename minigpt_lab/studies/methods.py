@@ -21,61 +21,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..calibration import Statistics, tokens_hash
 from ..checks import DictOf, Instance, Integer, ListOf, Number, OneOf, Text, checked
-from ..compensation import bias_compensated, reconstruct, slimgpt
+from ..compensation import bias_compensated
 from ..criteria import CRITERIA, Scores, score
 from ..domains import Domain, Part
 from ..evaluation import Perplexity, compare, peak_memory, timed
-from ..models import SITES, PruningPlan, fingerprint, shrink
+from ..models import SITES, fingerprint
 from ..planning import plan_from_scores
 from ..recovery import recover
 from ..store import ResultCache, content_hash
 from .activations import set_overlap
 from .arguments import BATCHES, FOLDER, MODEL, PAIR, PROTOCOL, STATISTICS, TEXTS
 from .held_out import HeldOut
-
-#: Kinds of pruning: name to the sites that are scored.
-KINDS = {"ffn": ("ffn",), "attention": ("attention",), "both": ("ffn", "attention")}
-Cell = tuple[str, str, float]  # method, name in KINDS, ratio
-Plans = dict[Cell, PruningPlan]
-
-
-@dataclass(frozen=True)
-class SlimGPTRun:
-    """Pruning by `slimgpt`, run when its model is wanted: too large to keep for every method.
-
-    Parameters
-    ----------
-    batches : sequence of dict
-        Calibration tokens.
-    options : mapping
-        Of `slimgpt`.
-    """
-
-    batches: Sequence[dict] = field(repr=False)
-    options: Mapping[str, object]
-
-
-@dataclass(frozen=True)
-class ReconstructedPlan:
-    """A plan whose model is then fitted to the dense one by `reconstruct`.
-
-    Parameters
-    ----------
-    plan : PruningPlan
-        What to remove.
-    batches : sequence of dict
-        Calibration tokens.
-    epochs : int
-        Of the reconstruction.
-    """
-
-    plan: PruningPlan
-    batches: Sequence[dict] = field(repr=False)
-    epochs: int
-
-
-Pruning = PruningPlan | SlimGPTRun | ReconstructedPlan
-Prunings = dict[Cell, Pruning]
+from .prunings import KINDS, PLANS, Plans, Pruning, Prunings, pruned_model, pruning_key
 
 
 @dataclass(frozen=True)
@@ -98,8 +55,6 @@ class Method:
 
 
 _METHODS = DictOf(Text(), Instance(Method), 1)
-_PRUNING = Instance(PruningPlan) | Instance(SlimGPTRun) | Instance(ReconstructedPlan)
-_PLANS = DictOf(Instance(tuple), _PRUNING)
 
 
 def registered_methods() -> dict[str, Method]:
@@ -213,79 +168,10 @@ def method_plans(
     return plans
 
 
-@checked(plans=_PLANS, batches=BATCHES, variants=DictOf(Text(), Instance(Mapping), 1))
-def slimgpt_runs(
-    plans: Plans, batches: Sequence[dict], *, variants: Mapping[str, Mapping[str, object]]
-) -> dict[Cell, SlimGPTRun]:
-    """`slimgpt` at the sizes of other methods' plans, as more methods of the same comparison.
-
-    Parameters
-    ----------
-    plans : mapping
-        From `method_plans`; every kind and ratio in it is run.
-    batches : sequence of dict
-        Calibration tokens, those of the other methods.
-    variants : mapping
-        Method's name to options of `slimgpt`. Without an ``allocation`` among them, as many units
-        are removed from every layer as in the other methods' plans.
-    """
-    runs = {}
-    sizes = {(kind, ratio): plan.removed for (_, kind, ratio), plan in plans.items()}
-    for (kind, ratio), counts in sizes.items():
-        for name, options in variants.items():
-            size = {"sites": KINDS[kind], "ratio": ratio}
-            if "allocation" not in options:
-                size = {"sites": (*counts,), "counts": counts}
-            runs[name, kind, ratio] = SlimGPTRun(batches, {**size, **options})
-    return runs
-
-
-@checked(plans=_PLANS, batches=BATCHES, epochs=Integer(1))
-def reconstructed_plans(
-    plans: Plans, batches: Sequence[dict], *, epochs: int
-) -> dict[Cell, ReconstructedPlan]:
-    """Every plan with reconstruction after it, as methods ``"NAME, reconstructed"``.
-
-    Parameters
-    ----------
-    plans : mapping
-        From `method_plans`.
-    batches : sequence of dict
-        Calibration tokens.
-    epochs : int
-        See `minigpt_lab.Reconstruction`.
-    """
-    return {
-        (f"{name}, reconstructed", kind, ratio): ReconstructedPlan(plan, batches, epochs)
-        for (name, kind, ratio), plan in plans.items()
-    }
-
-
-@checked(model=MODEL, pruning=_PRUNING)
-def pruned_model(model: PreTrainedModel, pruning: Pruning) -> PreTrainedModel:
-    """Prune a copy of the dense model."""
-    if isinstance(pruning, PruningPlan):
-        return shrink(model, pruning)
-    if isinstance(pruning, ReconstructedPlan):
-        options = {"epochs": pruning.epochs, "progress": False}
-        return reconstruct(shrink(model, pruning.plan), model, pruning.batches, **options)
-    return slimgpt(model, pruning.batches, progress=False, **pruning.options)[0]
-
-
-def _cache_key(pruning: Pruning) -> list:
-    """What the pruned model depends on, beside the dense one."""
-    if isinstance(pruning, PruningPlan):
-        return [pruning.keep, pruning.shift]
-    if isinstance(pruning, ReconstructedPlan):
-        key = _cache_key(pruning.plan)
-        return ["reconstruct", *key, tokens_hash(pruning.batches), pruning.epochs]
-    return ["slimgpt", tokens_hash(pruning.batches), dict(pruning.options)]
-
-
 @checked(
     **PAIR,
     **PROTOCOL,
-    plans=_PLANS,
+    plans=PLANS,
     texts=TEXTS,
     recover_on=Instance(Domain) | None,
     recovery=DictOf(Text()) | None,
@@ -348,7 +234,7 @@ def method_comparison(
     if recover_on is not None:
         cells.insert(1, (dense, None, recover_on))
     for (name, kind, ratio), pruning, train in tqdm(cells, desc="comparison", unit="cell"):
-        key = [pruning and _cache_key(pruning)]
+        key = [pruning and pruning_key(pruning)]
         key += [content_hash(train.train), settings] if train else []
         result = held_out.get(key, partial(measured, pruning, train))
         facts = {"method": name, "sites": kind, "ratio": ratio, "recovered": bool(train)}
@@ -404,7 +290,7 @@ def _mean(losses: Sequence[Perplexity]) -> Perplexity:
     return replace(losses[0], passages=np.mean([loss.passages for loss in losses], axis=0))
 
 
-@checked(plans=_PLANS, sites=OneOf(KINDS), ratio=Number(0, below=1))
+@checked(plans=PLANS, sites=OneOf(KINDS), ratio=Number(0, below=1))
 def method_overlap(plans: Plans, *, sites: str, ratio: float) -> pd.DataFrame:
     """Jaccard overlap of the units that two methods remove, at one ratio.
 

@@ -313,8 +313,8 @@ def study_calls(t: dict) -> dict[str, dict]:
             "model": t["model"], "scores": {"mine": t["scores"]}, "methods": found,
             "statistics": t["statistics"], "ratios": [0.2], "sites": ("ffn",),
         },
-        "methods.pruned_model": {"model": t["model"], "pruning": t["plan"]},
-        "methods.reconstructed_plans": {
+        "prunings.pruned_model": {"model": t["model"], "pruning": t["plan"]},
+        "prunings.reconstructed_plans": {
             "plans": plans, "batches": t["batches"], "epochs": 1,
         },
         "methods.method_scores": {**read, "statistics": t["statistics"], "methods": found,
@@ -323,7 +323,7 @@ def study_calls(t: dict) -> dict[str, dict]:
             "losses": [{(name, "ffn", 0.2, "law"): t["perplexity"] for name in "ab"}],
             "sites": "ffn", "ratio": 0.2, "text": "law",
         },
-        "methods.slimgpt_runs": {"plans": plans, "batches": t["batches"], "variants": {"a": {}}},
+        "prunings.slimgpt_runs": {"plans": plans, "batches": t["batches"], "variants": {"a": {}}},
     }  # fmt: skip
 
 

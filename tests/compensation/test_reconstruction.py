@@ -11,9 +11,9 @@ from helpers import logits, random_model, same, site_counts, windows
 import minigpt_lab as lab
 from minigpt_lab import Reconstruction
 from minigpt_lab.calibration import LayerRunner, Moments, catch_inputs
-from minigpt_lab.compensation import reconstruction
+from minigpt_lab.compensation import block_fitting
+from minigpt_lab.compensation.block_fitting import DenseStream, stream_loss
 from minigpt_lab.compensation.calibration_windows import CalibrationWindows
-from minigpt_lab.compensation.reconstruction import DenseStream, stream_loss
 from minigpt_lab.models.anatomy import Anatomy
 from minigpt_lab.models.runtime import inference
 from minigpt_lab.store.shards import Shards
@@ -169,7 +169,7 @@ def test_an_interrupted_run_continues(name, tmp_path, monkeypatch):
     model = random_model(name)
     options = {"reconstruct": 2, "general": windows(9), "generality": 0.4}
     expected, plan = cut(model, **options)
-    real, done = reconstruction.fit_block, []
+    real, done = block_fitting.fit_block, []
 
     def interrupted(*arguments):
         done.append(arguments[2])
@@ -177,7 +177,7 @@ def test_an_interrupted_run_continues(name, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(reconstruction, "fit_block", interrupted)
+    monkeypatch.setattr(block_fitting, "fit_block", interrupted)
     with pytest.raises(KeyboardInterrupt):
         cut(model, out_dir=tmp_path, **options)
     found, again = cut(model, out_dir=tmp_path, **options)
