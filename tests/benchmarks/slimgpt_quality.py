@@ -1,16 +1,20 @@
-"""What compensation is worth on SmolLM2, inside the domain it was calibrated on and outside.
+"""What compensation and reconstruction are worth on SmolLM2, inside their domain and outside.
 
 ``python tests/benchmarks/slimgpt_quality.py`` calibrates on 8,192 tokens of law and prints held-out
 perplexity on law and on a text it knows nothing of (``--other FILE``; by default the games domain),
 windows of 1,024, without any fine-tuning. With ``--budgets`` it compares ways to spread a cut of
 half of the decoder over the layers, key/value groups or single heads leaving attention (three
-quarters of an hour on one thread, most of it the two searches).
+quarters of an hour on one thread, most of it the two searches). With ``--reconstruct medical`` it
+compares closed form, reconstruction and general text on that domain and on general text, windows of
+256, with paired intervals beside today's `slimgpt` (``--ratios 0.5``; half an hour on one thread).
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import math
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,6 +35,13 @@ VARIANTS = {
     "SlimGPT, damped as in its code": PAPER,
     "without compensation": {"compensate": False},
 }
+FITTED = {  # the first is today's
+    "slimgpt": {},
+    "+ general text": {"generality": 0.5},
+    "+ reconstruction": {"reconstruct": True},
+    "+ both, a quarter general": {"reconstruct": True, "generality": 0.25},
+    "+ both, half general": {"reconstruct": True, "generality": 0.5},
+}
 
 
 def main() -> None:
@@ -38,8 +49,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--other", type=Path, help="a text file, read from its start")
     parser.add_argument("--budgets", action="store_true", help="half of the decoder, by allocation")
+    parser.add_argument("--reconstruct", metavar="DOMAIN", help="closed form and reconstruction")
+    parser.add_argument("--ratios", nargs="+", type=float, default=RATIOS)
+    parser.add_argument("--variants", nargs="+", default=[*FITTED])
+    parser.add_argument("--test-tokens", type=int, default=2 * TEST_TOKENS)
     given = parser.parse_args()
     model, tokenizer = lab.load_model("smollm2-135m")
+    if given.reconstruct:
+        fitted(model, tokenizer, given)
+        return
     law = lab.load_domain("law")
     other = given.other.read_text() if given.other else lab.load_domain("games").test
     cuts = budgets(model, tokenizer, law) if given.budgets else sizes(model, tokenizer, law)
@@ -50,6 +68,48 @@ def main() -> None:
         found = [lab.perplexity(cut, tokenizer, text, **protocol).value for text in texts]
         size = lab.model_size(cut).stored / 1e6
         print(f"| {name} | {size:.1f} | {found[0]:.2f} | {found[1]:.2f} |", flush=True)
+
+
+def fitted(model, tokenizer, given: argparse.Namespace) -> None:
+    """Print perplexities, and their ratios to today's `slimgpt`, with paired intervals."""
+    domain, general = lab.load_domains([given.reconstruct, "general"])
+    own, other = (
+        lab.tokenize(each.calibration, tokenizer, seq_len=SHORT, max_tokens=TOKENS)
+        for each in (domain, general)
+    )
+
+    def measured(cut: PreTrainedModel) -> list[lab.Perplexity]:
+        protocol = {"max_tokens": given.test_tokens, "progress": False}
+        return [lab.perplexity(cut, tokenizer, each.test, **protocol) for each in (domain, general)]
+
+    def show(name: str, found: list[lab.Perplexity], seconds: float, words: list[str]) -> None:
+        values = " | ".join(f"{each.value:.2f}" for each in found)
+        print(f"| {name} | {values} | {' | '.join(words)} | {seconds:.0f} |", flush=True)
+
+    print("| cut | in | out | in / slimgpt | out / slimgpt | CPU s |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    show("dense", measured(model), 0, ["", ""])
+    for ratio in given.ratios:
+        today: list[lab.Perplexity] = []
+        for name in given.variants:
+            options = {"ratio": ratio, "sites": ["ffn"], "progress": False, **FITTED[name]}
+            if "generality" in options:
+                options["general"] = other
+            began = time.process_time()
+            cut, _ = lab.slimgpt(model, own, **options)
+            seconds, found = time.process_time() - began, measured(cut)
+            words = (
+                [paired(*pair) for pair in zip(today, found, strict=True)] if today else ["", ""]
+            )
+            today = today or found
+            show(f"{ratio:.0%} {name}", found, seconds, words)
+
+
+def paired(today: lab.Perplexity, found: lab.Perplexity) -> str:
+    """Ratio of two perplexities on the same passages, with its 95 % interval."""
+    row = lab.compare({"today": today, "now": found}).iloc[0]
+    ratio, low, high = (math.exp(row[name]) for name in ("difference", "low", "high"))
+    return f"{ratio:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def sizes(model, tokenizer, law) -> Iterator[tuple[str, PreTrainedModel]]:
