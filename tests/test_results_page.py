@@ -11,6 +11,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from minigpt_lab.experiments.parameters import smoke_cases
+
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "figures"))
 import results_page  # noqa: E402
@@ -130,3 +132,19 @@ def test_no_interval_of_a_single_passage_and_none_without_passages():
     assert value == pytest.approx(np.exp(-1)) and (low, high) == (0, np.inf)
     with pytest.raises(ValueError, match="without its passages"):
         results_page.ratio(first, pd.DataFrame({"passages": ["20.0/10 0.0/0", None]}))
+
+
+def test_numbers_for_teachers_are_those_of_records_and_expectations():
+    """Every row of the table in notebooks/TEACHING.md; the small cases are the first of each."""
+    text = (ROOT / "notebooks" / "TEACHING.md").read_text("utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| ([\w-]+) \| .+ \| (.+) \| ([\d.]+) \|$", text, re.M)
+    assert len(rows) == text.count("| tiny-llama |") + text.count("| SmolLM2-135M |") >= 15
+    for notebook, model, metric, number in rows:
+        if model == "tiny-llama":
+            case = next(iter(smoke_cases()[notebook]))
+            assert smoke_cases()[notebook][case]["model_name"] == model
+            found = json.loads((ROOT / f"tests/expected/{notebook}-{case}.json").read_text())
+        else:
+            record = results_page.RECORDS / notebook / "record.json"
+            found = json.loads(record.read_text())["metrics"]
+        assert float(number) == pytest.approx(found[metric], rel=0.01), (notebook, metric)
