@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ..architectures import dense_type
 from ..checks import InvalidArgument
-from ..models import Anatomy, is_linear, padding, set_units, weight_axis
+from ..models import Anatomy, is_linear, padding, rebuild_layer, set_units, weight_axis
 from .rounding import padded_width
 
 #: Graph of a family whose layers are alike. Families that are not listed cannot be written.
@@ -140,23 +140,48 @@ def graph_of(model: PreTrainedModel) -> str:
 
 
 def _layers_are_alike(model: PreTrainedModel) -> bool:
-    return all(len({*widths}) == 1 for widths in Anatomy(model).layer_widths().values())
+    widths = Anatomy(model).layer_widths().values()
+    return all(len({*counts}) == 1 and counts[0] for counts in widths)
 
 
 def padded(model: PreTrainedModel, graph: str) -> PreTrainedModel:
-    """The model itself, or a copy with units of zeros where a graph takes one width only."""
+    """The model itself, or a copy with units of zeros where a graph takes one width only.
+
+    ``deci`` takes any width, but reads the width of a head only if layer 0 has some, and no bias of
+    attention without heads: such layers get one head of zeros.
+    """
     units = Anatomy(model).layer_widths()
-    widths = {site: max(counts) for site, counts in units.items()}
+    if graph == "deci":
+        return _with_needed_heads(model)
+    widths = {site: max(1, *counts) for site, counts in units.items()}
     if graph in _ALL_HEADS:
         heads = model.config.hidden_size // Anatomy(model).head_dim
         widths["attention"] = heads // widths["balanced_heads"]
-    if graph == "deci" or all({*units[site]} == {width} for site, width in widths.items()):
+    if all({*units[site]} == {width} for site, width in widths.items()):
         return model
     model = copy.deepcopy(model)
     anatomy = Anatomy(model)
     for site, width in widths.items():
         layers = range(len(anatomy.layers))
         set_units(anatomy, {site: [padding(anatomy, site, layer, width) for layer in layers]})
+    return model
+
+
+def _with_needed_heads(model: PreTrainedModel) -> PreTrainedModel:
+    """The model itself, or a copy with a head of zeros where ``deci`` needs one."""
+    anatomy = Anatomy(model)
+    reader = anatomy.family.consumes["attention"]
+    layers = [
+        layer
+        for layer, groups in enumerate(anatomy.units("attention"))
+        if not groups and (layer == 0 or anatomy.module(layer, reader).bias is not None)
+    ]
+    if not layers:
+        return model
+    model = copy.deepcopy(model)
+    for layer in layers:
+        for site in ("attention", "balanced_heads"):
+            rebuild_layer(Anatomy(model), site, layer, [-1])
     return model
 
 
@@ -258,6 +283,7 @@ def file_tensors(
     if factors is not None:
         yield FileTensor("rope_freqs.weight", "F32", factors.shape, factors.copy)
     prefix = f"{model.base_model_prefix}."
+    no_heads = [i for i, groups in enumerate(anatomy.units("attention")) if not groups]
     for parameter_name, parameter in model.named_parameters():
         path, _, leaf = parameter_name.rpartition(".")
         name = names.get_name(path.removeprefix(prefix)) or names.get_name(path)
@@ -270,6 +296,8 @@ def file_tensors(
         shape = [*parameter.shape][:: -1 if transposed else 1]
         if name.startswith("blk."):
             layer, part = int(name.split(".")[1]), name.split(".")[2]
+            if layer in no_heads and part.startswith("attn"):  # read only where there are heads
+                continue
             order = _row_order(anatomy, graph, layer, part)
             if part in ("ffn_gate", "ffn_up"):
                 shape[0] = ffn[layer]

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import minigpt_lab as lab
 from minigpt_lab.export import KINDS, gguf_file
-from minigpt_lab.models import Anatomy, add_bias
+from minigpt_lab.models import Anatomy, add_bias, keep_all
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +128,13 @@ def test_every_family_is_rounded(family, probe):
             errors.append((each(input_ids=probe).logits - wanted).norm() / wanted.norm())
     assert 0 < errors[0] < errors[1]
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+    anatomy = Anatomy(model)
+    keep = {"ffn": [[], *keep_all(anatomy)["ffn"][1:]]}
+    mini = lab.shrink(model, lab.PruningPlan("", {"ffn": anatomy.units("ffn")}, keep))
+    expected = mini(input_ids=probe).logits
+    assert lab.quantised(mini, "F32")(input_ids=probe).logits.equal(expected)
+    error = lab.quantised(mini, "Q8_0")(input_ids=probe).logits - expected
+    assert 0 < error.norm() < 0.1 * expected.norm()
     down = Anatomy(coarse).module(0, Anatomy(coarse).family.consumes["ffn"])
     rows = down.weight.movedim(0, -1) if "gpt2" in family else down.weight
     assert len({*rows[0, :20].tolist()}) <= 16

@@ -8,6 +8,7 @@ import urllib.request
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from helpers import CONFIGS, random_plan
@@ -300,14 +301,31 @@ def test_rows_without_tokens_and_tokens_without_rows(rows, tiny, tmp_path):
     agree(model, tokenizer, path)
 
 
-def test_a_layer_without_ffn_keeps_its_attention(tiny, tmp_path):
-    model = copy.deepcopy(tiny[0])
-    mlp, hidden = model.model.layers[1].mlp, model.config.hidden_size
-    for projection in (mlp.gate_proj, mlp.up_proj):
-        projection.weight = torch.nn.Parameter(torch.zeros(0, hidden))
-    mlp.down_proj.weight = torch.nn.Parameter(torch.zeros(hidden, 0))
-    path = lab.export_gguf(model, tiny[1], tmp_path / "mini.gguf", kind="F32")
-    agree(model, tiny[1], path)
+def without_blocks(model, attention, ffn):
+    rows = [(layer, "attention", 0.0) for layer in attention] + [(i, "ffn", 0.0) for i in ffn]
+    influence = pd.DataFrame(rows, columns=["layer", "site", "influence"])
+    return lab.shrink(model, lab.plan_dropping(model, influence, count=len(rows)))
+
+
+@pytest.mark.parametrize(
+    ("attention", "ffn"), [([], [1, 3]), ([2, 3], [3]), ([0, 1], [1, 2]), ([0, 1, 2, 3], [])]
+)
+def test_layers_without_attention_or_ffn(attention, ffn, tiny, tmp_path):
+    mini = without_blocks(tiny[0], attention, ffn)
+    path = lab.export_gguf(mini, tiny[1], tmp_path / "mini.gguf", kind="F32")
+    assert b"deci" in path.read_bytes()
+    agree(mini, tiny[1], path)
+    assert lab.gguf_size(mini, tiny[1], kind="F32") == path.stat().st_size
+
+
+@pytest.mark.parametrize(("family", "graph"), [("llama", "deci"), ("gpt2", "gpt2")])
+def test_a_dropped_block_keeps_its_bias(family, graph, tmp_path):
+    tokenizer = byte_level("gpt-2")
+    values = {"attention_bias": True, "mlp_bias": True} if family == "llama" else {}
+    mini = without_blocks(random_family(family, tokenizer, **values), [1, 2], [0, 2])
+    path = lab.export_gguf(mini, tokenizer, tmp_path / "mini.gguf", kind="F32")
+    assert f"{graph}.attention.head_count".encode() in path.read_bytes()
+    agree(mini, tokenizer, path)
 
 
 def round_inputs(model, kind: str):

@@ -369,7 +369,11 @@ def test_adapters_on_a_trimmed_model_leave_its_tokens_alone(tiny, tiny_domain, r
 @pytest.mark.parametrize("name", ["tiny-gpt2", "tiny-bloom"])
 def test_fused_and_transposed_layers_recover_with_adapters(name, tiny_domain, recwarn):
     model, tokenizer = lab.load_model(name, device="cpu")
-    keep = {"ffn": [list(range(64, 512))] * 4, "attention": [[0, 1, 3], [1, 3], [2], [0, 1, 2, 3]]}
+    channels = list(range(64, 512))
+    keep = {
+        "ffn": [channels, channels, [], channels],
+        "attention": [[0, 1, 3], [], [2], [0, 1, 2, 3]],
+    }
     units = {"ffn": [512] * 4, "attention": [4] * 4}
     first = adapters.adapter_targets(model, None)[0]
     plan = lab.PruningPlan("", units, keep, {first: {"input": [3, 5], "output": [7]}})
