@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..architectures import ALL_SITES, FAMILIES, SITES, Projection, dense_type
@@ -24,6 +24,11 @@ def weight_axis(module: nn.Module, side: str) -> int:
     """Dimension of ``module.weight`` that holds its ``"input"`` or ``"output"`` features."""
     transposed = isinstance(module, Conv1D)  # stored [in, out], nn.Linear [out, in]
     return int(transposed) if side == "output" else int(not transposed)
+
+
+def head_features(config: PretrainedConfig) -> int:
+    """Features of a head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 class Anatomy:
@@ -58,9 +63,7 @@ class Anatomy:
         self.model = model
         self.family = FAMILIES[model_type]
         self.layers: Sequence[nn.Module] = model.get_submodule(self.family.layers)
-        self.head_dim = (
-            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        )
+        self.head_dim = head_features(config)
         for site in SITES:
             for projection, _ in self.coupled(site):
                 _require_plain(self.name(0, projection), self.module(0, projection))

@@ -24,8 +24,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from ..architectures import ALL_SITES, FAMILIES, SITES, dense_type, pruned_type
 from ..checks import DictOf, Integer, InvalidArgument, ListOf, OneOf, Text
 from .anatomy import Anatomy
-from .layers import add_bias
-from .resizing import set_units
+from .layers import add_bias, set_widths
+from .remote_code import family_parts
 
 Classes = tuple[type[PretrainedConfig], type[PreTrainedModel]]
 # Of today's largest models a layer has fewer than 2**17 units.
@@ -84,7 +84,8 @@ def _resize_to_config(model: PreTrainedModel) -> None:
     anatomy = Anatomy(model)
     widths = getattr(model.config, "minigpt_lab_widths", None)
     widths = checked_widths(widths, anatomy.layer_widths())
-    set_units(anatomy, {site: [[*range(n)] for n in counts] for site, counts in widths.items()})
+    set_widths(model, family_parts(model.config.model_type), widths)
+    vars(model.config).pop("auto_map", None)  # of a folder with `remote_code`; these classes do
     linears = {name: module for _, name, module in anatomy.linears() if module.bias is None}
     names = getattr(model.config, "minigpt_lab_biases", [])
     for name in _NAMES("minigpt_lab_biases", names):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from .anatomy import weight_axis
+from .anatomy import head_features, weight_axis
 
 
 class LayerConfig:
@@ -63,6 +63,72 @@ def select_heads(argument: str, layer: nn.Module, args: tuple, kwargs: dict) -> 
     return args, {**kwargs, argument: own}
 
 
+def choose_heads(layer: nn.Module, argument: str, heads: Sequence[int] | None) -> None:
+    """Let a layer select these heads of an argument (`select_heads`); None for all."""
+    if not hasattr(layer, "surviving_heads"):
+        layer.register_buffer("surviving_heads", None)
+        layer.register_forward_pre_hook(partial(select_heads, argument), with_kwargs=True)
+    device = next(layer.parameters()).device
+    chosen = None if heads is None else torch.tensor(heads, dtype=torch.int64, device=device)
+    layer.surviving_heads = chosen
+
+
+@torch.no_grad()
+def set_widths(model: nn.Module, parts: dict, widths: dict) -> None:
+    """Give the layers of a new model other numbers of units, in place.
+
+    Which of its weights are kept does not matter: those of a file are loaded next.
+
+    Parameters
+    ----------
+    parts : dict
+        ``layers`` (path of their list), ``outputs`` and ``inputs`` (path of a linear layer to the
+        blocks along its output or input), ``reader`` (path of attention's last projection),
+        ``attributes`` and ``per_head`` as in `Family`.
+    widths : dict
+        Site to the number of units in every layer.
+    """
+    head_dim = head_features(model.config)
+    for index, layer in enumerate(model.get_submodule(parts["layers"])):
+        sites = ("ffn", "attention", "balanced_heads")
+        channels, groups, heads = (widths[site][index] for site in sites)
+        features = {"key": groups * head_dim, "value": groups * head_dim}
+        features["query"] = groups * heads * head_dim
+        for side in ("output", "input"):
+            for path, blocks in parts[f"{side}s"].items():
+                width = sum(features.get(block, channels) for block in blocks)
+                first = np.arange(width)
+                set_features(layer.get_submodule(path), side, first, first, width)
+        set_heads(layer, parts["attributes"], parts["reader"], (groups, heads, head_dim))
+        if parts["per_head"] and groups != model.config.num_attention_heads:
+            choose_heads(layer, parts["per_head"], range(groups))
+
+
+def set_heads(
+    layer: nn.Module, attributes: dict[str, str], reader: str, grid: tuple[int, int, int]
+) -> None:
+    """Set the numbers of heads that the forward pass of a layer's attention reads.
+
+    Parameters
+    ----------
+    attributes : dict
+        As in `Family`.
+    reader : str
+        Path of attention's last projection.
+    grid : tuple of int
+        Key/value groups, query heads per group, features per head.
+    """
+    groups, heads, head_dim = grid
+    values = {"query": groups * heads, "key": groups, "per_key": heads}
+    values["features"] = groups * heads * head_dim
+    for path, held in attributes.items():
+        set_attribute(layer, path, values[held])
+    path, _, name = reader.rpartition(".")
+    attention = layer.get_submodule(path)
+    forward = partial(without_heads, attention, name)
+    set_forward(attention, None if values["query"] else forward)
+
+
 def set_features(
     module: nn.Module, side: str, old: np.ndarray, new: np.ndarray, width: int
 ) -> None:
@@ -88,7 +154,9 @@ def _moved(
     shape = list(tensor.shape)
     shape[axis] = width
     moved = tensor.new_zeros(shape)
-    source, target = (torch.as_tensor(index, device=tensor.device) for index in (old, new))
+    source, target = (
+        torch.as_tensor(index, dtype=torch.int64, device=tensor.device) for index in (old, new)
+    )
     moved.index_copy_(axis, target, tensor.index_select(axis, source))
     return nn.Parameter(moved, requires_grad=tensor.requires_grad)
 

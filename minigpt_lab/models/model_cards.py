@@ -247,7 +247,10 @@ def _loading(model: PreTrainedModel) -> str:
     needed = (
         "" if is_plain else "import minigpt_lab  # its layers have different widths: needed first\n"
     )
-    return f"""With transformers:
+    otherwise = (
+        "" if is_plain else " (or, if `modeling_minigpt.py` is here, `trust_remote_code=True`)"
+    )
+    return f"""With transformers{otherwise}:
 
 ```python
 {needed}from transformers import AutoModelForCausalLM, AutoTokenizer

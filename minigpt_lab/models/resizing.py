@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -10,7 +9,7 @@ import torch
 from ..architectures import ATTENTION_UNITS
 from . import layouts
 from .anatomy import Anatomy
-from .layers import select_heads, set_attribute, set_features, set_forward, without_heads
+from .layers import choose_heads, set_features, set_heads
 
 
 def set_units(anatomy: Anatomy, keep: Mapping[str, Sequence[Sequence[int]]]) -> None:
@@ -51,19 +50,8 @@ def rebuild_layer(anatomy: Anatomy, site: str, layer: int, units: Sequence[int])
     if site == "ffn":
         return
     # 2. Attention: the numbers of heads that its forward pass reads.
-    groups, heads, head_dim = after
-    values = {
-        "query": groups * heads,
-        "key": groups,
-        "per_key": heads,
-        "features": groups * heads * head_dim,
-    }
-    for path, held in anatomy.family.attributes.items():
-        set_attribute(anatomy.layers[layer], path, values[held])
-    attention = anatomy.attention(layer)
-    reader = anatomy.family.consumes["attention"].path.rpartition(".")[2]
-    forward = functools.partial(without_heads, attention, reader)
-    set_forward(attention, None if values["query"] else forward)
+    family = anatomy.family
+    set_heads(anatomy.layers[layer], family.attributes, family.consumes["attention"].path, after)
     if site == "attention" and anatomy.family.per_head:
         _set_surviving_heads(anatomy, layer, before[0], units)
 
@@ -90,18 +78,11 @@ def _set_surviving_heads(anatomy: Anatomy, layer: int, total: int, units: Sequen
     total : int
         Heads of the layer before it was rebuilt with `units`.
     """
-    module, heads = anatomy.layers[layer], _surviving_heads(anatomy, layer, total)
+    heads = _surviving_heads(anatomy, layer, total)
     free = iter(_removed_heads(anatomy, heads))
     heads = [heads[unit] if unit >= 0 else next(free) for unit in units]
-    if not hasattr(module, "surviving_heads"):
-        module.register_buffer("surviving_heads", None)
-        hook = functools.partial(select_heads, anatomy.family.per_head)
-        module.register_forward_pre_hook(hook, with_kwargs=True)
     is_dense = heads == [*range(anatomy.model.config.num_attention_heads)]
-    device = next(module.parameters()).device
-    module.surviving_heads = (
-        None if is_dense else torch.tensor(heads, dtype=torch.int64, device=device)
-    )
+    choose_heads(anatomy.layers[layer], anatomy.family.per_head, None if is_dense else heads)
 
 
 def _surviving_heads(anatomy: Anatomy, layer: int, total: int) -> list[int]:

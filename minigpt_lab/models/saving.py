@@ -6,11 +6,13 @@ import copy
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import ModelCard
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..architectures import dense_type, pruned_type
 from ..checks import (
     Flag,
     Instance,
@@ -24,11 +26,12 @@ from ..checks import (
 )
 from ..store import DamagedFile, atomic_write, read_json, write_json
 from .anatomy import Anatomy
-from .auto_classes import config_widths, update_config
+from .auto_classes import config_widths, dense_classes, update_config
 from .by_name import load_model
 from .layers import has_added_bias
 from .loading import FORMAT, SIDECAR
 from .model_cards import CARD, is_users, model_card
+from .remote_code import FILE, auto_map, modelling_code
 from .resizing import padding, set_units
 from .runtime import inference
 from .vocabulary import tokenizer_for
@@ -39,6 +42,7 @@ from .vocabulary import tokenizer_for
     tokenizer=Tokenizer(),
     path=Location(),
     portable=Flag(),
+    remote_code=Flag(),
     card=Instance(ModelCard, "lab.model_card(model) makes one") | None,
 )
 @torch.no_grad()
@@ -48,6 +52,7 @@ def save_model(
     path: str | os.PathLike,
     *,
     portable: bool = False,
+    remote_code: bool = False,
     card: ModelCard | None = None,
 ) -> Path:
     """Save a model so that it reloads, here or with transformers.
@@ -73,6 +78,10 @@ def save_model(
         field for it), so that transformers loads the folder without this package, at the price of a
         larger file. Not possible if bias compensation added biases that the architecture lacks:
         plain transformers would drop them.
+    remote_code : bool
+        Also write ``modeling_minigpt.py``, with which
+        ``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`` loads layers of
+        different widths without this package. This package never reads it.
     card : huggingface_hub.ModelCard, optional
         Written as ``README.md``; by default that of `model_card` without measured losses. A
         ``README.md`` that is there and was not written by this package is left.
@@ -115,6 +124,8 @@ def save_model(
             # Weights keep their names in memory.
             stored.save_pretrained(staging, max_shard_size="1TB", save_original_format=False)
         tokenizer_for(model, tokenizer).save_pretrained(staging)
+        if remote_code and stored.config.model_type == pruned_type(stored.config.model_type):
+            _add_remote_code(staging, stored)
         if not is_users(final / CARD):
             (staging / CARD).write_text(str(card or model_card(stored)), encoding="utf-8")
         sidecar = {
@@ -126,6 +137,15 @@ def save_model(
         write_json(staging / SIDECAR, sidecar)
         _compare_reloaded(stored, staging)
     return final
+
+
+def _add_remote_code(folder: Path, model: PreTrainedModel) -> None:
+    """Write the modelling file, and name its classes in ``config.json``."""
+    classes = dense_classes(model.config.model_type)
+    text = modelling_code(dense_type(model.config.model_type), *classes)
+    (folder / FILE).write_text(text, encoding="utf-8")
+    entries: Any = read_json(folder / "config.json")
+    write_json(folder / "config.json", {**entries, "auto_map": auto_map(*classes)})
 
 
 def _written_files(folder: Path) -> set[str] | None:

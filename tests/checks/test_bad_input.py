@@ -216,7 +216,8 @@ def calls(t: dict) -> dict[str, dict]:
             "learning_rate": 0.001, "sites": ("ffn",), "general": None, "generality": 0.5,
             "offload": "device", "out_dir": None, "progress": False,
         },
-        "save_model": {**pair, "path": t["folder"] / "saved", "portable": False, "card": None},
+        "save_model": {**pair, "path": t["folder"] / "saved", "portable": False,
+                       "remote_code": False, "card": None},
         "search_counts": {
             **read, "ratio": 0.2, "parameters": None, "sites": ("ffn",), "units": "kv_group",
             "ratio_of": "units", "keep_layers": (0, 0), "multiple_of": 1,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -23,7 +24,14 @@ from transformers import (
 )
 
 import minigpt_lab as lab
-from minigpt_lab.models import FAMILIES, Anatomy, fingerprint, pruned_classes
+from minigpt_lab.models import (
+    FAMILIES,
+    Anatomy,
+    add_bias,
+    fingerprint,
+    pruned_classes,
+    update_config,
+)
 
 
 @pytest.fixture
@@ -189,6 +197,51 @@ assert "minigpt_lab.models" not in sys.modules
 print(type(AutoModelForCausalLM.from_pretrained({folder!r})).__name__)"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["minigpt-llama", "MinigptLlamaForCausalLM"]
+
+
+@pytest.mark.slow
+def test_a_folder_with_its_code_loads_without_this_package(tmp_path, words, probe):
+    """In a process that cannot import minigpt_lab; then with it. Its classes do the same."""
+    cases = []
+    for family in ("llama", "phi3", "gpt2", "bloom"):
+        model = random_model(family)
+        plan = random_plan(model, 3, vocabulary=False)
+        if family in ("gpt2", "bloom"):  # a block gone, and its bias left
+            plan.keep["attention"][1] = plan.keep["balanced_heads"][1] = []
+        mini = lab.shrink(model, plan)
+        if family == "llama":
+            add_bias(mini.model.layers[1].mlp.down_proj)
+            mini.model.layers[1].mlp.down_proj.bias.data.fill_(0.5)
+            update_config(Anatomy(mini))
+        folder = lab.save_model(mini, words, tmp_path / family, remote_code=True)
+        cases.append((str(folder), logits(mini, probe).tolist()))
+    (tmp_path / "cases.json").write_text(json.dumps([probe.tolist(), cases]))
+    code = f"""import json, sys, torch
+sys.modules["minigpt_lab"] = None
+from transformers import AutoModelForCausalLM, AutoTokenizer
+ids, cases = json.loads(open({str(tmp_path / "cases.json")!r}).read())
+for folder, wanted in cases:
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    with torch.no_grad():
+        torch.testing.assert_close(model(torch.tensor(ids)).logits, torch.tensor(wanted))
+    assert len(AutoTokenizer.from_pretrained(folder)) == 97
+model.save_pretrained(folder + "_again")
+again = AutoModelForCausalLM.from_pretrained(folder + "_again", trust_remote_code=True)
+assert torch.equal(again(torch.tensor(ids)).logits, model(torch.tensor(ids)).logits)
+print(len(cases))"""
+    outside = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "cache"), "PYTHONPATH": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=outside, cwd=tmp_path
+    )
+    assert done.stdout.split()[-1:] == ["4"], done.stderr[-2000:]
+    # here the registered classes are used, and what they save names no file that is not there
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "llama")
+    assert type(plain).__module__.startswith("minigpt_lab.")
+    plain.save_pretrained(tmp_path / "plain")
+    assert "auto_map" not in json.loads((tmp_path / "plain" / "config.json").read_text())
+    lab.save_model(plain, words, tmp_path / "llama")
+    assert not (tmp_path / "llama" / "modeling_minigpt.py").exists()
+    assert "auto_map" not in json.loads((tmp_path / "llama" / "config.json").read_text())
 
 
 def test_configs_and_tokenizers_load_alone(tmp_path, uneven, words):
