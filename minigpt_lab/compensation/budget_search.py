@@ -54,6 +54,7 @@ STEP_SIZE = 0.04
     general=Batches() | None,
     generality=Number(0, 1),
     levels=Integer(1),
+    drop_blocks=Flag(),
     rounds=Integer(1),
     steps=Integer(1),
     seed=Integer(0),
@@ -75,6 +76,7 @@ def search_counts(
     general: Iterable[dict[str, torch.Tensor]] | None = None,
     generality: float = GENERALITY,
     levels: int = 16,
+    drop_blocks: bool = False,
     rounds: int = 2,
     steps: int = 60,
     seed: int = 0,
@@ -110,6 +112,8 @@ def search_counts(
         searched on; see `slimgpt`.
     levels : int
         Intervals between keeping all units of a layer's FFN (or attention) and the fewest possible.
+    drop_blocks : bool
+        Whether a layer's FFN or attention may lose all its units.
     rounds : int
         Number of supernets, each built around the best budget of the one before.
     steps : int
@@ -172,7 +176,9 @@ def search_counts(
     cache = ResultCache(out_dir and f"{out_dir}/search.json")
     history: list[dict] = []
     for round_ in range(rounds):
-        budgets = Budgets.around(starts.values(), layer_sites, divisors, levels, dense - size)
+        budgets = Budgets.around(
+            starts.values(), layer_sites, divisors, levels, dense - size, drop_blocks
+        )
         key = [facts, starts, budgets.levels, budgets.target, steps, seed, round_]
         rows = cache.get(key, partial(search_round, round_, budgets, starts))["rows"]
         history += [{"round": round_, **row} for row in rows]
@@ -183,6 +189,7 @@ def search_counts(
     kl = {row["stage"]: row["kl"] for row in history if row["stage"] in STARTS}
     kl = {name: round(value, 6) for name, value in {**kl, "best": best["kl"]}.items()}
     effort = {"levels": levels, "rounds": rounds, "steps": steps, "seed": seed}
+    effort |= {"drop_blocks": True} if drop_blocks else {}
     origin = {**target, "allocation": "search", "ratio_of": ratio_of}
     origin["search"] = {**effort, "kl": kl}
     totals = {site: anatomy.units(site) for site in sites}

@@ -47,6 +47,7 @@ class Budgets:
         steps: Sequence[int],
         intervals: int,
         target: float,
+        drop_blocks: bool = False,
     ) -> Budgets:
         """Make evenly spaced levels, and one at each number of the starts.
 
@@ -54,13 +55,16 @@ class Budgets:
         ----------
         intervals : int
             Intervals between keeping all units of a site and keeping only one step of them.
+        drop_blocks : bool
+            Whether all units is a level too.
         """
         levels = []
         by_site = zip(*starts, strict=True)  # [site][start]
         for layer_site, step, at_starts in zip(layer_sites, steps, by_site, strict=True):
             total = len(layer_site)
             kept = [round(total * i / intervals / step) * step for i in range(intervals + 1)]
-            levels.append(sorted({0, *at_starts, *(total - max(n, step) for n in kept)}))
+            spaced = [total - max(n, step) for n in kept]
+            levels.append(sorted({0, *at_starts, *spaced, *[total] * drop_blocks}))
         return cls(layer_sites, steps, levels, target)
 
     @cached_property
@@ -86,14 +90,15 @@ class Budgets:
         """The budget without the FFN channels beyond the target: no longer one of levels.
 
         As long as it removes more than the target, one step of channels at a time is kept instead,
-        from layer to layer in turn.
+        from layer to layer in turn; none of a dropped FFN.
         """
         counts, before = list(budget), None
         spare = self.removed(budget).sum() - self.target  # parameters beyond the target
         while counts != before:
             before = list(counts)
             for i, (each, step) in enumerate(zip(self.layer_sites, self.steps, strict=True)):
-                if each.site == "ffn" and counts[i] and spare >= each.cost * step:
+                movable = each.site == "ffn" and 0 < counts[i] < len(each)
+                if movable and spare >= each.cost * step:
                     counts[i] -= step
                     spare -= each.cost * step
         return tuple(counts)

@@ -222,7 +222,8 @@ def calls(t: dict) -> dict[str, dict]:
             **read, "ratio": 0.2, "parameters": None, "sites": ("ffn",), "units": "kv_group",
             "ratio_of": "units", "keep_layers": (0, 0), "multiple_of": 1,
             "general": None, "generality": 0.5, "levels": 2, "rounds": 1, "steps": 1, "seed": 0,
-            "offload": "device", "out_dir": None, "progress": False, "bias": "keep",
+            "drop_blocks": True, "offload": "device", "out_dir": None, "progress": False,
+            "bias": "keep",
         },
         "score": {
             "model": t["model"], "criterion": "magnitude", "batches": t["batches"],

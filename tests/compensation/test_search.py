@@ -179,10 +179,10 @@ def test_an_error_leaves_the_model_as_it_was():
 # budgets
 
 
-def some_budgets(target: float) -> Budgets:
+def some_budgets(target: float, drop_blocks: bool = False) -> Budgets:
     groups = [LayerSite("ffn", i, 3, np.zeros(16), 10) for i in range(3)]
     groups += [LayerSite("attention", i, 3, np.zeros(3), 45) for i in range(3)]
-    return Budgets.around([[5] * 3 + [1] * 3], groups, [1] * 6, 4, target)
+    return Budgets.around([[5] * 3 + [1] * 3], groups, [1] * 6, 4, target, drop_blocks)
 
 
 @given(st.integers(0, 10_000), st.floats(0.05, 0.8))
@@ -221,6 +221,25 @@ def test_budgets_between_levels(seed, share):
     assert all(x in pair for each in drawn for x, *pair in zip(each, below, above, strict=True))
     mean = np.mean([budgets.removed(levels) for levels in drawn], axis=0)
     np.testing.assert_allclose(mean, gone, atol=0.15 * gaps.max())
+
+
+def test_whole_blocks_may_be_levels_and_stay_dropped():
+    budgets = some_budgets(200, drop_blocks=True)
+    assert budgets.levels[0] == [0, 4, 5, 8, 12, 15, 16] and budgets.levels[3] == [0, 1, 2, 3]
+    assert budgets.trimmed((16, 5, 0, 3, 0, 0)) == (16, 0, 0, 3, 0, 0)
+    assert budgets.trimmed((16, 12, 0, 3, 0, 0)) == (16, 0, 0, 3, 0, 0)
+
+
+def test_a_search_drops_a_block_that_does_nothing():
+    model = random_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].self_attn.o_proj.weight.zero_()
+    setting = {"ratio": 0.3, "rounds": 1, "steps": 24, "progress": False}
+    for drop_blocks, expected in ((False, 1), (True, 2)):
+        counts = lab.search_counts(model, windows(), **setting, drop_blocks=drop_blocks)
+        assert counts["attention"][1] == expected
+    mini, plan = lab.slimgpt(model, windows(), counts=counts, progress=False)
+    assert Anatomy(mini).units("attention")[1] == 0 and plan.origin["search"]["drop_blocks"]
 
 
 def test_a_group_of_one_level_is_never_moved():
