@@ -130,10 +130,12 @@ def test(arguments: list[str]) -> int:
     return python("-m", "pytest", *workers, *fast, *rest)
 
 
+# the root is the project, so that pictures in figures/ are served too
+LAB = ("--ServerApp.root_dir=.", "--LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb")
 TASKS = {
     **{task: partial(kit, task) for task in ("make", "run", "sweep", "results", "report")},
     "test": test,
-    "lab": lambda rest: python("-m", "jupyter", "lab", "notebooks", *rest),
+    "lab": lambda rest: python("-m", "jupyter", "lab", *LAB, *rest),
     "tiny": lambda rest: python("data/models/train.py", *rest),
     "diagrams": lambda rest: python("-m", "minigpt_lab.figures.diagrams", *rest),
     "results-page": lambda rest: python("figures/results_page.py", *rest),
