@@ -204,7 +204,8 @@ def _as_arrays(output: Any, expected: Any) -> list[np.ndarray]:
     for part in output if several else [output]:
         try:
             if isinstance(part, torch.Tensor):
-                part = part.detach().cpu()
+                part = part.detach().cpu()  # NumPy has no bfloat16
+                part = part if part.dtype == torch.bool else part.double()
             array = np.asarray(part)
             arrays.append(array if array.dtype.kind == "b" else array.astype(np.float64))
         except (TypeError, ValueError, RuntimeError):
@@ -253,6 +254,8 @@ def _difference(
     place = tuple(int(i) for i in np.argwhere(off)[0])
     side = "large" if one[place] > other[place] else "small"
     where = f"the first, at {[*place]}, is" if place else "it is"
+    if other.dtype == bool:
+        return f"{int(off.sum())} of {off.size} values are off; {where} {bool(one[place])}"
     return f"{int(off.sum())} of {off.size} values are off; {where} too {side}"
 
 

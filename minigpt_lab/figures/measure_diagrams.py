@@ -240,3 +240,48 @@ def criteria(d: Drawing) -> None:
         for place, letter in enumerate("wxgh"):
             if letter in read:
                 d.dot(598 + 82 * place, y - 5, 7, "keep")
+
+
+@diagram(340)
+def generality(d: Drawing) -> None:
+    """A share μ of general text's second moments is mixed into the domain's; every μ is a model on
+    the front between specialist and generalist, and smaller models lie further from the dense one.
+    """
+    d.head(225, "One dial", "what the remaining weights are fitted to")
+    moments = (
+        ["951..", "59.1.", "1.9..", ".1.93", "...39"],
+        ["9..3.", ".91.1", ".19.5", "3..91", ".1519"],
+    )
+    for x, name, rows in ((40, "domain", moments[0]), (270, "general", moments[1])):
+        d.text(x + 69, 92, f"H_{{{name}}}", bold=True)
+        for row, line in enumerate(rows):
+            for column, letter in enumerate(line):
+                left, top = x + 28 * column, 106 + 28 * row
+                side = 2 if letter == "." else 5 + 2 * int(letter)
+                d.box(left, top, 25, 25, "soft")
+                look = "keep" if name == "domain" else "other"
+                d.box(left + (25 - side) / 2, top + (25 - side) / 2, side, side, look)
+    d.text(224, 180, "+", size=24)
+    d.text(109, 268, "(1 − μ) ×", size=16)
+    d.text(339, 268, "μ ×", size=16)
+    d.line([(70, 294), (380, 294)], "muted", 3)
+    d.dot(170, 294, 9, "new")
+    d.text(60, 299, "0", "muted", "end")
+    d.text(390, 299, "1", "muted", "start")
+    d.text(170, 324, "μ", "new", bold=True)
+    d.line([(450, 30), (450, 310)], "edge")
+    d.head(680, "One front for each size", "no μ is right for everyone")
+    d.line([(510, 80), (510, 290), (850, 290)], "ink")
+    d.text(680, 318, "loss in the domain →", "muted", size=14)
+    d.text(522, 92, "loss on general text", "muted", "start", 14)
+    d.dot(530, 270, 7, "ink")
+    d.text(544, 275, "dense", "muted", "start", 14)
+    for shift, size in ((0, "80 % kept"), (60, "70 %"), (130, "50 %")):
+        points = [(560 + 0.9 * shift + 90 * t**1.6, 250 - 0.55 * shift - 75 * (1 - t) ** 1.6)
+                  for t in (0, 0.25, 0.5, 0.75, 1)]  # fmt: skip
+        d.line(points, "new", 2)
+        for place, point in enumerate(points):
+            d.dot(*point, 5, ("keep", "new", "new", "new", "other")[place])
+        d.text(points[-1][0] + 12, points[-1][1] + 5, size, "muted", "start", 14)
+    d.text(790, 112, "specialist, μ = 0", "keep", "middle", 14)
+    d.text(790, 134, "generalist, μ = 1", "other", "middle", 14)
