@@ -1,5 +1,6 @@
 """Collect statistics, second moments and gradients over text; run the layers in turn."""
 
+from .examples import Examples
 from .forward import first_output, patched_forward, run_decoder, watch
 from .gradients import collect_gradients
 from .hessians import DAMPING_MODES, Hessians, Indefinite, collect_hessians, damped_inverse, refit

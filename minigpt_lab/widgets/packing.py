@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..calibration import Statistics
 from ..models import Anatomy, label, layer_parameters, token_parameters
 from ..planning import EPSILONS, SHARES, removals, token_removals
 
 SITES = ("ffn", "attention")
+_PLACES = 300_000  # of examples, of all neurons and domains: about a megabyte of the page
 
 
 class Packer:
@@ -50,6 +51,7 @@ def pack(
     statistics: Mapping[str, Statistics],
     token_counts: Mapping[str, np.ndarray],
     sweeps: Mapping[str, pd.DataFrame],
+    tokenizer: PreTrainedTokenizerBase | None,
 ) -> tuple[dict[str, Any], bytes]:
     """Facts as plain data, and the arrays of all domains."""
     packer, anatomy = Packer(), Anatomy(model)
@@ -57,6 +59,8 @@ def pack(
         _add_linear(packer, number, model, found)
         if can_trim(statistics):
             _add_tokens(packer, number, model, found, token_counts.get(name))
+    if tokenizer is not None:
+        _add_examples(packer, list(statistics.values()), tokenizer)
     first = next(iter(statistics.values()))
     layers = range(len(anatomy.layers))
     grouped = max(anatomy.units("balanced_heads")) > 1
@@ -76,9 +80,16 @@ def pack(
         "token_parameters": token_parameters(model),
         "components": list(components(statistics)),
         "domains": [
-            {"name": name, "tokens": found.n_tokens, "sweep": _points(sweeps.get(name))}
+            {
+                "name": name,
+                "examples": found.examples.count if found.examples and tokenizer else 0,
+                "sweep": _points(sweeps.get(name)),
+            }
             for name, found in statistics.items()
         ],
+        "collected": max(
+            found.examples.count if found.examples else 0 for found in statistics.values()
+        ),
         "arrays": packer.index,
     }
     return facts, packer.deflated()
@@ -118,6 +129,36 @@ def _add_tokens(
     own, removal = token_removals(model, found, token_counts=counts)
     packer.add(f"{number}/tokens", _at_most(own), steps=True)
     packer.add(f"{number}/removed-tokens", _at_most(removal), steps=True)
+
+
+def _add_examples(
+    packer: Packer, statistics: list[Statistics], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Places of the windows that excite each neuron, and the text around them.
+
+    As many of each neuron as fit on a page; what a neuron never answered to is no example.
+    """
+    known = {number: each.examples for number, each in enumerate(statistics) if each.examples}
+    if not known:
+        return
+    ids = np.unique(np.concatenate([found.tokens for found in known.values()]))
+    pieces = "\0".join(token_texts(ids.tolist(), tokenizer)).encode("utf-8")
+    packer.add("pieces", np.frombuffer(pieces, np.uint8))
+    for number, found in known.items():
+        fit = max(1, _PLACES // (len(found.values) * len(statistics)))
+        places = np.where(found.values > 0, found.places + 1, 0)[:, :fit]  # 0: none
+        packer.add(f"{number}/places", places.T.ravel())  # [example, neuron]
+        packer.add(f"{number}/read", np.searchsorted(ids, found.tokens))
+        packer.add(f"{number}/starts", found.starts)
+
+
+def token_texts(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Text of every token as it stands within a text, with the space before it."""
+    anchor = tokenizer.encode("a", add_special_tokens=False)[-1:]  # some decoders strip the first
+    plain = {"clean_up_tokenization_spaces": False}
+    begun = tokenizer.decode(anchor, **plain)
+    texts = (tokenizer.decode([*anchor, i], **plain).removeprefix(begun) for i in ids)
+    return [text.replace("\0", " ") for text in texts]
 
 
 def _at_most(indices: np.ndarray) -> np.ndarray:

@@ -14,10 +14,10 @@ import anywidget
 import numpy as np
 import pandas as pd
 import traitlets
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..calibration import Statistics
-from ..checks import Array, DictOf, Frame, Instance, Model, Number, OneOf, Text, checked
+from ..checks import Array, DictOf, Frame, Instance, Model, Number, OneOf, Text, Tokenizer, checked
 from ..figures import activation_histograms, caption_for, png_bytes
 from ..models import PruningPlan, Size
 from ..planning import EPSILONS, contextual_plan
@@ -54,6 +54,8 @@ class ThresholdExplorer(anywidget.AnyWidget):
         Domain to token counts over more text than the statistics saw, see `contextual_plan`.
     sweeps : mapping, optional
         Domain to its `threshold_sweep`: losses to show at ε.
+    tokenizer : transformers.PreTrainedTokenizerBase, optional
+        To show what excites a neuron, if the statistics were collected with ``examples``.
 
     Attributes
     ----------
@@ -87,6 +89,7 @@ class ThresholdExplorer(anywidget.AnyWidget):
         epsilon=Number(low=0),
         token_counts=DictOf(Text(), Array(), 1) | None,
         sweeps=DictOf(Text(), _SWEEP, 1) | None,
+        tokenizer=Tokenizer() | None,
     )
     def __init__(
         self,
@@ -97,11 +100,12 @@ class ThresholdExplorer(anywidget.AnyWidget):
         epsilon: float,
         token_counts: Mapping[str, np.ndarray] | None = None,
         sweeps: Mapping[str, pd.DataFrame] | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ):
         OneOf(statistics)("domain", domain)
         self.model, self.statistics = model, statistics
         self.token_counts = token_counts or {}
-        facts, arrays = pack(model, statistics, self.token_counts, sweeps or {})
+        facts, arrays = pack(model, statistics, self.token_counts, sweeps or {}, tokenizer)
         super().__init__(
             facts=json.dumps(facts, allow_nan=False), arrays=arrays, domain=domain, epsilon=epsilon
         )

@@ -117,7 +117,8 @@ def calls(t: dict) -> dict[str, dict]:
         "check_disjoint": {"parts": {"a": ("one text",), "b": ("another one",)}},
         "cloze_questions": {"domain": t["domain"], "n": 3, "seed": 0},
         "collect_hessians": {**read, "names": t["names"], "progress": False},
-        "collect_statistics": {**read, "path": None, "precision": "auto", "progress": False},
+        "collect_statistics": {**read, "path": None, "precision": "auto", "examples": 2,
+                               "progress": False},
         "compare_answers": {"first": t["answers"], "second": t["answers"]},
         "contextual_plan": {
             "model": t["model"], "statistics": t["statistics"], "epsilon_linear": 0.001,

@@ -17,6 +17,7 @@ from playwright.sync_api import expect
 
 import minigpt_lab as lab
 from minigpt_lab.widgets import ThresholdExplorer
+from minigpt_lab.widgets.packing import token_texts
 
 pytestmark = pytest.mark.slow
 
@@ -35,7 +36,7 @@ def statistics(tiny, tiny_statistics):
     batches = lab.tokenize(
         lab.load_domain("tiny-games").calibration, tiny[1], seq_len=64, max_tokens=512
     )
-    games = lab.collect_statistics(tiny[0], batches, progress=False)
+    games = lab.collect_statistics(tiny[0], batches, examples=3, progress=False)
     return {"tiny-law": tiny_statistics, "tiny-games": games}
 
 
@@ -43,7 +44,7 @@ def statistics(tiny, tiny_statistics):
 def site(tmp_path_factory, tiny, statistics):
     """Address of a folder with pages of one and of two explorers."""
     folder = tmp_path_factory.mktemp("site")
-    options = {"epsilon": 0.05, "sweeps": {"tiny-law": SWEEP}}
+    options = {"epsilon": 0.05, "sweeps": {"tiny-law": SWEEP}, "tokenizer": tiny[1]}
     block = ThresholdExplorer(tiny[0], statistics, "tiny-law", **options).to_html()
     (folder / "one.html").write_text(HEAD + block, encoding="utf-8")
     (folder / "two.html").write_text(HEAD + 2 * block, encoding="utf-8")
@@ -134,7 +135,7 @@ def test_the_page_counts_what_the_plan_counts(site, tiny, statistics):
             assert shown.numbers().items() <= expected(model, plan).items(), (component, text)
 
 
-def test_mouse_keyboard_and_the_address(site):
+def test_mouse_keyboard_and_the_address(site, tiny, statistics):
     with chromium_page("explorer-narrow", width=390) as page:
         page.goto(f"{site[0]}/two.html")
         first, second = Shown(page), Shown(page, 1)
@@ -170,6 +171,17 @@ def test_mouse_keyboard_and_the_address(site):
         expect(heading).to_contain_text("removed")  # ε is at this channel
         page.keyboard.press("Escape")
         expect(first.box.locator("[data-brush]")).to_be_hidden()
+
+        expect(first.box.locator(".lab-x-card")).to_contain_text("No passages: collect_")  # of law
+        first.choose("activation", domain="tiny-games")
+        layer, channel = map(int, re.findall(r"\d+", heading.inner_text()))
+        found = statistics["tiny-games"].examples
+        neuron = layer * (len(found.values) // tiny[0].config.num_hidden_layers) + channel
+        texts = token_texts(found.tokens[found.places[neuron]].tolist(), tiny[1])
+        marks = [item.locator("mark").all_inner_texts() for item in first.box.locator("li").all()]
+        assert len(marks) == 3
+        for text, marked in zip(texts, marks, strict=True):
+            assert text.strip() in [mark.strip() for mark in marked]
 
         second.choose("linear", "share of each layer", "tiny-games")
         second.type("12")

@@ -12,6 +12,7 @@ import traitlets
 import minigpt_lab as lab
 from minigpt_lab.widgets.base import Chooser
 from minigpt_lab.widgets.jobs import ModelJob, perplexity_job
+from minigpt_lab.widgets.packing import token_texts
 from minigpt_lab.widgets.pruning import RatioExplorer
 from minigpt_lab.widgets.recipes import MiniForm
 from minigpt_lab.widgets.threshold_explorer import ThresholdExplorer
@@ -68,6 +69,12 @@ def test_thresholds_have_three_digits(explorer, tiny, statistics):
     start = ThresholdExplorer(tiny[0], statistics, "tiny-law", epsilon=0.0)
     assert start.epsilon == 0.0
     assert start.plan.predicted_size(tiny[0]).stored == lab.model_size(tiny[0]).stored
+
+
+def test_tokens_are_read_as_they_stand_in_a_text(tiny):
+    text = "The court held that Müller's claim, in 1999, failed."
+    ids = tiny[1].encode(text, add_special_tokens=False)
+    assert "".join(token_texts(ids, tiny[1])).replace("\ufffd", "") in (text, text.replace("ü", ""))
 
 
 def test_an_explorer_never_runs_the_model(tiny, statistics, monkeypatch):

@@ -35,6 +35,7 @@ class Explorer {
   constructor(root, facts, arrays, state, options) {
     Object.assign(this, { root, facts, options, id: `lab-x-${++made}`, kept: {} });
     this.counts = new Counts(facts, arrays);
+    this.passages = passagesOf(this.counts, arrays);
     this.state = { ...state, neuron: null, brush: null };
     root.classList.add("lab-x", "mathjax_ignore", "tex2jax_ignore");
     root.setAttribute("role", "region");
@@ -129,12 +130,16 @@ class Explorer {
     if (!this.waiting) this.waiting = requestAnimationFrame(() => { this.waiting = null; this.draw(); });
   }
 
-  /** Where a component starts that was not shown before. */
+  /** Where a component starts that was not shown before: a tenth of its neurons at or below ε. */
   first() {
-    if (this.state.rule === "share") return 10;
-    if (this.state.component === "embedding") return 0;
-    const [low, high] = this.counts.range(this.state.component);
-    return indexOf(10 ** (low + (high - low) / 4));
+    const { domain, component, rule } = this.state;
+    if (rule === "share") return 10;
+    let low = 0, high = THRESHOLDS - 1;
+    while (component !== "embedding" && low < high) {
+      const middle = (low + high) >> 1, [below, total] = this.counts.below(domain, component, middle);
+      if (below < 0.1 * total) low = middle + 1; else high = middle;
+    }
+    return low;
   }
 
   draw() {
@@ -167,8 +172,8 @@ class Explorer {
     const [, what, unit] = COMPONENTS[state.component], total = this.counts.below(state.domain, state.component, 0)[1];
     title(0, `${exact(total)} ${what}`, `${unit}; orange: pruned${facts.domains.length > 1 ? "; one scale for all domains" : ""}`);
     title(1, ...MAP_TITLES[state.component]);
-    const lossTitle = this.picture.losses ? "● measured, with 95 % interval; dashed: interpolated" : "";
-    title(2, this.picture.losses ? "Perplexity ÷ dense" : "Stored share of the model", lossTitle || "no loss was measured here");
+    if (this.picture.losses) title(2, "Perplexity ÷ dense", "● measured, with 95 % interval; dashed: interpolated");
+    else title(2, "Stored share of the model", "");
     this.grid.classList.toggle("lab-x-mapless", state.component === "embedding");
     this.grid.classList.toggle("lab-x-curveless", state.rule === "share");
     const rows = this.picture.mapRows;
@@ -243,7 +248,7 @@ class Explorer {
     const { state, facts } = this, name = facts.domains[state.domain].name;
     let words;
     if (state.rule === "share") words = "Losses are measured at one ε for all layers.";
-    else if (!this.picture.losses) words = `No sweep of ${name} prunes this.`;
+    else if (!this.picture.losses) words = `No loss was measured on ${name}: the curve is the model's size.`;
     else if (!reading) words = "The sweep says nothing about this ε.";
     else if (reading.measured) words = `×${reading.value.toFixed(3)}${reading.low === null ? ", measured on one passage" : ` [${reading.low.toFixed(3)}, ${reading.high.toFixed(3)}], measured`}`;
     else words = `×${reading.value.toFixed(2)}, interpolated between ε = ${short(reading.a)} and ${short(reading.b)}`;
@@ -303,13 +308,14 @@ class Explorer {
 
   /** Windows of the domain's text in which a channel's value was largest. */
   showPassages(columns, neuron, domain) {
-    const passages = this.options.passages?.(domain, neuron) ?? [];
+    const passages = this.passages(domain, neuron), collected = this.facts.domains[domain].examples;
     const box = element("div", {}, columns);
     if (!passages.length) {
-      element("p", { class: "lab-x-note" }, box, "The statistics hold no passages: collect_statistics(…, examples=5) and the tokenizer bring them.");
+      element("p", { class: "lab-x-note" }, box, collected ? "No passage excites it." : "No passages: collect_statistics(…, examples=5) notes them, and the explorer's tokenizer makes them text.");
       return;
     }
-    element("p", { class: "lab-x-note" }, box, `what excites it most in ${this.facts.domains[domain].name}`);
+    const few = passages.length < collected ? `; ${passages.length} of ${collected} noted fit on this page` : "";
+    element("p", { class: "lab-x-note" }, box, `what excites it most in ${this.facts.domains[domain].name}${few}`);
     const list = element("ul", {}, box);
     for (const pieces of passages) element("li", {}, list, ...pieces.map(([text, marked]) => (marked ? element("mark", {}, null, text) : text)));
   }
@@ -356,7 +362,11 @@ class Explorer {
     this.copy.addEventListener("click", () => this.copyLink());
     for (const panel of [this.picture.histogram, this.picture.map, this.picture.curve]) this.point(panel);
     this.picture.map.box.addEventListener("keydown", (event) => this.walk(event));
-    this.root.addEventListener("keydown", (event) => { if (event.key === "Escape" && this.state.brush) this.set({ brush: null }, { tell: false }); });
+    this.root.addEventListener("keydown", (event) => {
+      if (event.key !== "Escape") return; // first the brush goes, then the neuron
+      this.anchor = null;
+      this.set(this.state.brush ? { brush: null } : { neuron: null }, { tell: false });
+    });
     this.watcher = new ResizeObserver(() => {
       if (this.root.clientWidth !== this.seen) { this.seen = this.root.clientWidth; this.whole = true; this.set({}, { tell: false }); }
     });
@@ -453,7 +463,7 @@ class Explorer {
     } else if (event.key === "Enter" && state.neuron && state.rule !== "share") {
       event.preventDefault(); event.stopPropagation();
       this.set({ index: counts.layer(counts.channels(state.domain, state.component), "ffn", state.neuron.layer)[state.neuron.channel] });
-    } else if (event.key === "Escape") { this.anchor = null; this.set({ neuron: null, brush: null }, { tell: false }); }
+    }
   }
 
   async copyLink() {
@@ -514,7 +524,6 @@ async function render({ model, el }) {
   const explorer = new Explorer(element("div", {}, el), facts, arrays, stateOf(model, facts), {
     label: "copy state",
     link: (state) => `#${toHash(facts, state, 0)}`,
-    passages: passagesOf(facts, arrays),
     changed(state) {
       clearTimeout(sending);
       sending = setTimeout(() => {
@@ -530,8 +539,26 @@ async function render({ model, el }) {
   return () => { model.off(null, follow); explorer.undo(); };
 }
 
-/** Passages of a channel: pieces of text, and whether each is marked. */
-function passagesOf() { return undefined; }
+/** A function of a domain and a channel: its passages as pieces of text, and whether each is marked. */
+function passagesOf(counts, arrays) {
+  if (!arrays.pieces) return () => [];
+  const pieces = new TextDecoder().decode(arrays.pieces).split("\0");
+  return (domain, { layer, channel }) => {
+    const places = arrays[`${domain}/places`], read = arrays[`${domain}/read`], starts = arrays[`${domain}/starts`];
+    if (!places) return [];
+    const own = [];
+    for (let at = counts.starts.ffn[layer] + channel; at < places.length; at += counts.neurons)
+      if (places[at]) own.push(places[at] - 1);
+    return own.map((place) => {
+      const window = atMost(starts, place) - 1, end = starts[window + 1] ?? read.length;
+      const from = Math.max(starts[window], place - 16), to = Math.min(end, place + 9), text = [];
+      if (from > starts[window]) text.push(["… ", false]);
+      for (let i = from; i < to; i++) text.push([pieces[read[i]], own.includes(i)]);
+      if (to < end) text.push([" …", false]);
+      return text;
+    });
+  };
+}
 
 // ---- on a page without a kernel -----------------------------------------------------------------
 
@@ -551,8 +578,7 @@ async function mountAll() {
       const explorer = new Explorer(root, facts, arrays, linked ?? first, {
         label: "copy link",
         link: (state) => `${location.href.split("#")[0]}#${toHash(facts, state, place)}`,
-        passages: passagesOf(facts, arrays),
-        changed(state) { history.replaceState(history.state, "", `#${toHash(facts, state, place)}`); },
+            changed(state) { history.replaceState(history.state, "", `#${toHash(facts, state, place)}`); },
       });
       window.addEventListener("hashchange", () => { const to = fromHash(facts, location.hash, place); if (to) explorer.set(to, { tell: false }); });
       box.querySelector(".lab-explorer-still")?.remove();

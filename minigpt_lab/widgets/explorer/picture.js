@@ -3,7 +3,7 @@
 
 const LEFT = 46, RIGHT = 8, BINS = 140, AXIS = 18, TOP = 6;
 const percent = (x) => `${(100 * x).toFixed(x > 0 && x < 0.0995 ? 1 : 0)} %`;
-const short = (x) => (x === 0 ? "0" : x >= 1e-3 && x < 1e4 ? String(Number(x.toPrecision(3))) : x.toExponential(Number(x.toExponential(0)) === x ? 0 : 2));
+const short = (x) => (x === 0 ? "0" : x >= 1e-4 && x < 1e4 ? String(Number(x.toPrecision(3))) : x.toExponential(Number(x.toExponential(0)) === x ? 0 : 2));
 
 class Panel {
   constructor(host, className) {
@@ -115,7 +115,11 @@ class Picture {
     context.fillStyle = this.ink; context.textBaseline = "top"; context.textAlign = "right";
     context.fillText(percent(top / total), LEFT - 4, TOP - 2);
     context.fillText("0", LEFT - 4, base - 10);
-    if (zeros) { context.textAlign = "left"; context.fillText(`exactly 0: ${percent(zeros / total)}`, LEFT + 13, TOP); }
+    if (zeros) {
+      const words = `exactly 0: ${percent(zeros / total)}`;
+      context.textAlign = "left"; context.strokeStyle = this.paper; context.lineWidth = 4;
+      context.strokeText(words, LEFT + 13, TOP); context.fillText(words, LEFT + 13, TOP);
+    }
     this.axis(context, panel, true);
   }
 
