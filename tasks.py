@@ -6,6 +6,7 @@ run   install, then execute notebook 03 on SmolLM2-135M and the medical domain
 test  install, then run the whole test suite; with --fast what is not marked slow (three minutes)
 lab   install, then open JupyterLab on notebooks/
 sweep, results, report: a grid of runs, all records as a table, an HTML page (--help says more)
+pages  the notebooks of some runs as a static site: tasks.py pages runs --out site
 tiny  install, then train the tiny models of data/models again
 diagrams      write the diagrams at the head of the notebooks, notebooks/diagrams/*.svg
 results-page  write figures/README.md from its records (--from RUNS: take the newest runs first)
@@ -133,7 +134,7 @@ def test(arguments: list[str]) -> int:
 # the root is the project, so that pictures in figures/ are served too
 LAB = ("--ServerApp.root_dir=.", "--LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb")
 TASKS = {
-    **{task: partial(kit, task) for task in ("make", "run", "sweep", "results", "report")},
+    **{task: partial(kit, task) for task in ("make", "run", "sweep", "results", "report", "pages")},
     "test": test,
     "lab": lambda rest: python("-m", "jupyter", "lab", *LAB, *rest),
     "tiny": lambda rest: python("data/models/train.py", *rest),

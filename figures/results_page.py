@@ -1,9 +1,10 @@
 """Write figures/README.md from the records beside it: ``python3.11 tasks.py results-page``.
 
 With ``--from RUNS`` the newest completed run of every notebook under RUNS (smoke runs apart; of
-sweeps, all runs of those that page.toml names) is copied to figures/records first: its record, and
-the tables and figures that page.toml names. page.toml says what stands on the page, claims.toml
-what the papers say and how it is measured here. The numbers are the records' own.
+sweeps, all runs of those that page.toml names) is copied to figures/records first: its record, the
+executed notebook (not of sweeps; `tasks.py pages figures/records` shows it), and the tables and
+figures that page.toml names. page.toml says what stands on the page, claims.toml what the papers
+say and how it is measured here. The numbers are the records' own.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pandas as pd
 from pandas.api.types import is_bool_dtype, is_numeric_dtype
 
 from minigpt_lab.experiments.records import RECORD, read_record, read_records
+from minigpt_lab.pages.notebook_pages import published
 
 HERE = Path(__file__).resolve().parent
 RECORDS, README = HERE / "records", HERE / "README.md"
@@ -71,6 +74,10 @@ def copy_runs(runs: Path, *, smoke: bool = False) -> None:
             for file in [RECORD, *(f"{table}.csv" for table in tables)]:
                 if (source / file).is_file():
                     shutil.copy(source / file, target)
+            notebook = source / f"{name}.ipynb"  # a sweep has another name
+            if notebook.is_file():
+                executed = published(nbformat.read(notebook, as_version=4), source)
+                nbformat.write(executed, target / notebook.name)
             for figure, file in section.get("figures", {}).items():
                 if (source / f"{file}.png").is_file():
                     shutil.copy(source / f"{file}.png", HERE / f"{figure}.png")

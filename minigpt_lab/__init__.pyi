@@ -1,4 +1,4 @@
-from . import experiments, figures, studies, widgets
+from . import experiments, figures, pages, studies, widgets
 from .calibration import (
     Hessians,
     Statistics,
@@ -135,6 +135,7 @@ __all__ = [
     "masked",
     "model_card",
     "model_size",
+    "pages",
     "perplexity",
     "plan_dropping",
     "plan_from_scores",

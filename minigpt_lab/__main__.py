@@ -1,4 +1,4 @@
-"""The command line: ``python -m minigpt_lab make | run | sweep | results | report``."""
+"""The command line: ``python -m minigpt_lab make | run | sweep | results | report | pages``."""
 
 from __future__ import annotations
 
@@ -106,6 +106,11 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--out", help="HTML file; default: FOLDER/report.html")
     report.add_argument("--all", action="store_true", help="smoke runs too")
     report.set_defaults(do=_report)
+    pages = tasks.add_parser("pages", help="the notebooks of some runs as a static site")
+    pages.add_argument("folder", metavar="RUNS", help="folder of runs, the newest of each notebook")
+    pages.add_argument("--out", default="site", help="folder of the site; default: site")
+    pages.add_argument("--smoke", action="store_true", help="smoke runs too")
+    pages.set_defaults(do=_pages)
     return parser
 
 
@@ -222,6 +227,12 @@ def _report(arguments: argparse.Namespace) -> None:
     from .experiments import write_report
 
     print(write_report(arguments.folder, arguments.out, smoke=arguments.all))
+
+
+def _pages(arguments: argparse.Namespace) -> None:
+    from .pages import write_site
+
+    print(write_site(arguments.folder, arguments.out, smoke=arguments.smoke))
 
 
 def main() -> None:

@@ -38,7 +38,7 @@ def test_lock_pins_every_dependency_and_no_cuda():
     pins = {name(line): line for line in LOCK if not line.startswith("#")}
     assert all("==" in line and "+" not in line for line in pins.values())
     extras = PROJECT["optional-dependencies"]
-    wanted = [*PROJECT["dependencies"], *extras["test"], *extras["ray"]]
+    wanted = [*PROJECT["dependencies"], *extras["test"], *extras["pages"], *extras["ray"]]
     assert {name(r) for r in wanted} - {PROJECT["name"]} <= set(pins)
     assert pins["torch"] == "torch==2.13.0"
     assert not [pin for pin in pins if re.match("nvidia|triton|cuda", pin)]
@@ -61,15 +61,26 @@ def test_top_level_is_what_the_readme_says():
     )
     top = {path.split("/")[0] for path in tracked.stdout.splitlines()}
     assert top == {
-        ".ci", ".gitignore", ".pre-commit-config.yaml", "CONTRIBUTING.md", "LICENSE", "README.md",
-        "data", "environment.yml", "figures", "minigpt_lab", "notebooks", "pyproject.toml",
-        "requirements.lock", "tasks.py", "tests",
+        ".ci", ".github", ".gitignore", ".pre-commit-config.yaml", "CONTRIBUTING.md", "LICENSE",
+        "README.md", "data", "environment.yml", "figures", "minigpt_lab", "notebooks",
+        "pyproject.toml", "requirements.lock", "tasks.py", "tests",
     }  # fmt: skip
 
 
 def test_ci_runs_the_readmes_test_command():
     assert "python3.11 tasks.py test" in (ROOT / "README.md").read_text()
     assert (ROOT / ".ci" / "run").read_text().rstrip().endswith("exec python3.11 tasks.py test")
+
+
+def test_the_sites_workflow_builds_and_runs_no_notebook():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "pages.yml").read_text())
+    steps = workflow["jobs"]["publish"]["steps"]
+    (command,) = [step["run"] for step in steps if "run" in step]
+    assert command == "python3.11 tasks.py pages figures/records --out site"
+    assert (
+        next(step["with"]["path"] for step in steps if "upload" in step.get("uses", "")) == "site"
+    )
+    assert "pages" in tasks.TASKS and list((ROOT / "figures" / "records").rglob("*.ipynb"))
 
 
 @pytest.mark.slow
