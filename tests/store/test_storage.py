@@ -288,13 +288,6 @@ def prepare():
         file.write("mine")
 
 
-def save_forever():
-    while True:
-        for factor in (2, 1):
-            os.write(ready, b"x")
-            save(factor)
-
-
 def check():
     found = lab.load_model(folder, device="cpu")[0].lm_head.weight
     assert torch.equal(found, weight) or torch.equal(found, weight * 2)
@@ -302,20 +295,29 @@ def check():
         assert file.read() == "mine"
 
 
+def save_forever():
+    check()  # what the last kill left
+    while True:
+        for factor in (2, 1):
+            os.write(ready, b"x")
+            save(factor)
+
+
 assert done(prepare)
 random.seed(0)
-for kill in range(30):
+for kill in range(12):
     wait, ready = os.pipe()
     child = forked(save_forever)
-    os.read(wait, 1)
+    os.close(ready)
+    assert os.read(wait, 1)
     started = time.monotonic()
-    os.read(wait, 1)  # a save has ended, the next begins: kill it at any moment of it
+    assert os.read(wait, 1)  # a save has ended, the next begins: kill it at any moment of it
     time.sleep(random.random() * 1.2 * (time.monotonic() - started))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    os.close(wait), os.close(ready)
+    os.close(wait)
     assert len(os.listdir(home)) <= 2, os.listdir(home)  # the model, and what the last kill left
-    assert done(check)
+assert done(check)
 assert done(lambda: save(1))
 assert os.listdir(home) == [os.path.basename(folder)]
 """
