@@ -1,8 +1,8 @@
 """Gradients without backpropagation: two forward passes per random direction (SPSA).
 
-A direction *z* is never stored: it is generated again from the seed wherever it is needed, one
-layer at a time, as in MeZO (arXiv 2305.17333). So a pass needs the memory of inference, and the
-estimate is kept as one number per direction.
+A direction *z* is never stored: it is made again from the seed wherever it is needed, one layer at
+a time, as in MeZO (arXiv 2305.17333). So a pass needs the memory of inference, and the estimate is
+kept as one number per direction.
 """
 
 from __future__ import annotations
@@ -32,6 +32,64 @@ from .forward import watch
 from .gradients import NAMES, Gradients, collect_gradients, linear_modules
 from .losses import window_losses
 
+#: Places of the pool at which a direction may begin.
+STARTS = 2**18
+
+
+class Directions:
+    """Random directions ``z_k ~ N(0, I)`` of every linear layer.
+
+    ::
+
+        z_k = diag(s) P[o : o + n]        s = ±1 for each row, o uniform
+
+    where *P* is one pool of Gaussian numbers, and *s* and *o* are drawn for each layer and each
+    direction: n Gaussian numbers would take about as long as the layer's product. Each ``z_k`` is
+    an exact draw from ``N(0, I)``. Two layers or two directions may share numbers, but no signs, so
+    ``E[z z'ᵀ] = 0`` as for independent draws, and the estimate is as unbiased.
+
+    Parameters
+    ----------
+    seed : int
+        Of all directions; they are the same on every device.
+    weights : dict
+        Linear layer's name to its weight, for shape, device and type.
+    """
+
+    def __init__(self, seed: int, weights: dict[str, torch.Tensor]):
+        self.seed, self.weights = seed, weights
+        self._places = {name: place for place, name in enumerate(weights)}
+        self._largest = max((W.numel() for W in weights.values()), default=0)
+        state = np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]
+        generator = torch.Generator().manual_seed(int(state))
+        self._pool = torch.randn(self._largest + STARTS, generator=generator)
+        self._copies: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def add(self, W: torch.Tensor, name: str, k: int, step: float) -> torch.Tensor:
+        """``W + step · z_k``, in memory that the next call uses again."""
+        _, room = self._copy(W)
+        out = room[: W.numel()].view(W.shape)
+        return torch.addcmul(W, *self._parts(W, name, k), value=step, out=out)
+
+    def add_(self, g: torch.Tensor, name: str, k: int, step: float) -> None:
+        """Add ``step · z_k`` in place, in the type of *g*."""
+        g.addcmul_(*self._parts(self.weights[name], name, k), value=step)
+
+    def _parts(self, W: torch.Tensor, name: str, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Numbers ``[row, column]`` and the signs of their rows ``[row, 1]``."""
+        rng = np.random.default_rng((self.seed, k, self._places[name]))
+        o = rng.integers(STARTS)
+        s = 2 * rng.integers(0, 2, (len(W), 1), dtype=np.int8) - 1
+        pool, _ = self._copy(W)
+        return pool[o : o + W.numel()].view(W.shape), torch.from_numpy(s).to(W)
+
+    def _copy(self, W: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The pool, and room for one weight, in a weight's type and on its device."""
+        kind = (W.dtype, W.device)
+        if kind not in self._copies:
+            self._copies[kind] = self._pool.to(W), W.new_empty(self._largest)
+        return self._copies[kind]
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -41,28 +99,24 @@ class Estimate:
     ----------
     coefficients : numpy.ndarray
         ``c`` ``[direction]``.
-    seed : int
-        Of all directions.
-    weights : dict
-        Linear layer's name to its weight, for shape and device.
+    directions : Directions
+        ``z``.
     """
 
     coefficients: np.ndarray
-    seed: int
-    weights: dict[str, torch.Tensor]
+    directions: Directions
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        """The estimate for one layer, in float32; generated anew at every call."""
-        place = list(self.weights).index(name)
-        g = torch.zeros_like(self.weights[name], dtype=torch.float32)
+        """The estimate for one layer, in float32; made anew at every call."""
+        g = torch.zeros_like(self.directions.weights[name], dtype=torch.float32)
         for k, c in enumerate(self.coefficients):
-            g.add_(_direction(self.seed, k, place, g), alpha=c / len(self.coefficients))
+            self.directions.add_(g, name, k, c / len(self.coefficients))
         return g
 
     def cosine(self, gradients: Gradients) -> float:
         """Cosine between the estimate and the true gradient over all their weights."""
         dot = estimate_square = truth_square = 0.0
-        for name in self.weights:
+        for name in self.directions.weights:
             estimate, truth = self[name].flatten(), gradients[name].flatten()
             dot += float(estimate @ truth)
             estimate_square += float(estimate @ estimate)
@@ -93,8 +147,8 @@ def estimate_gradients(
 
     Each layer is perturbed as it is about to run, in place, and gets its own bits back right after:
     adding ``ε z`` and subtracting it again would not give them back. Beyond inference this takes a
-    copy of one layer and its direction. MeZO and MINI-LLM perturb all parameters; those that are
-    not scored would only add noise.
+    copy of the largest layer and as many random numbers. MeZO and MINI-LLM perturb all parameters;
+    those that are not scored would only add noise.
 
     In bfloat16 a weight above ¼ moves by nothing or by more than ``ε = 10⁻³``: raise ε there.
 
@@ -114,7 +168,7 @@ def estimate_gradients(
         Give each window directions of its own instead of measuring all along the same ones: for
         as many passes, `n_directions` times as many directions as there are windows.
     seed : int
-        Of the directions; the same on one kind of device.
+        Of the directions.
 
     Raises
     ------
@@ -124,41 +178,34 @@ def estimate_gradients(
     modules = linear_modules(model, names)
     windows = list(unpadded(batches))
     samples = [[row] for ids in windows for row in ids.split(1)] if per_sample else [windows]
+    directions = Directions(seed, {name: each.weight.detach() for name, each in modules.items()})
     coefficients = []
     with inference(model):
         for sample in samples * n_directions:
             k = len(coefficients)
-            with _perturbed(modules, seed, k, eps):
+            with _perturbed(modules, directions, k, eps):
                 loss_plus = _mean_loss(model, sample)
-            with _perturbed(modules, seed, k, -eps):
+            with _perturbed(modules, directions, k, -eps):
                 loss_minus = _mean_loss(model, sample)
             coefficients.append((loss_plus - loss_minus) / (2 * eps))
-    weights = {name: module.weight.detach() for name, module in modules.items()}
-    return Estimate(np.array(coefficients), seed, weights)
+    return Estimate(np.array(coefficients), directions)
 
 
 def _mean_loss(model: PreTrainedModel, windows: list[torch.Tensor]) -> float:
     return float(np.mean([loss for ids in windows for loss in window_losses(model, ids).tolist()]))
 
 
-def _direction(seed: int, k: int, place: int, like: torch.Tensor) -> torch.Tensor:
-    """``z_k ~ N(0, I)`` of one layer, in float32."""
-    state = np.random.SeedSequence((seed, k, place)).generate_state(1, np.uint64)[0]
-    generator = torch.Generator(like.device).manual_seed(int(state))
-    return torch.randn(like.shape, generator=generator, device=like.device, dtype=torch.float32)
-
-
 @safe_contextmanager
-def _perturbed(modules: Mapping[str, nn.Module], seed: int, k: int, step: float) -> Iterator[None]:
+def _perturbed(
+    modules: Mapping[str, nn.Module], directions: Directions, k: int, step: float
+) -> Iterator[None]:
     """While a layer runs, its weight is ``W + step · z_k``."""
-    places = {name: place for place, name in enumerate(modules)}
     originals: dict[str, torch.Tensor] = {}
 
     def perturb(name: str, _x: torch.Tensor) -> None:
         weight = modules[name].weight
         originals[name] = weight.data  # the tensor itself: it is never written to
-        W = weight.detach().clone()
-        weight.data = W.add_(_direction(seed, k, places[name], W), alpha=step)
+        weight.data = directions.add(weight.detach(), name, k, step)
 
     def restore(name: str, *_: object) -> None:
         modules[name].weight.data = originals.pop(name)
