@@ -170,7 +170,7 @@ def set_forward(module: nn.Module, forward: Callable | None) -> None:
 
 def _constant(module: Conv1D, x: torch.Tensor) -> torch.Tensor:
     """Output ``[…, out]`` of a linear layer without inputs: its bias."""
-    return module.bias.expand(*x.shape[:-1], module.nf)
+    return x.new_zeros(*x.shape[:-1], module.nf) + module.bias  # no view of a parameter
 
 
 def without_heads(attention: nn.Module, reader: str, *args, **kwargs) -> tuple[torch.Tensor, None]:
