@@ -34,9 +34,6 @@ def mixed_moment() -> Answer:
             lambda X, Y, mu: H((1 - mu) * X[: len(Y)] + mu * Y[: len(X)])
         ),
         "with H_domain whole; it has the share 1 - μ": lambda X, Y, mu: H(X) + mu * H(Y),
-        "[tokens, tokens]; features times features is asked for": (
-            lambda X, Y, mu: (1 - mu) * X @ X.T / len(X) + mu * Y[: len(X)] @ Y[: len(X)].T
-        ),
     }
     X, Y = normal(12, 4), 2 * normal(20, 4, seed=1)
     cases = {"μ = 0.25": (X, Y, 0.25), "μ = 0.8": (Y, X, 0.8)}

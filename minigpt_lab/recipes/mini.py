@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from tqdm.auto import tqdm
@@ -50,6 +51,7 @@ _DOMAIN = Instance(Domain, "lab.load_domain gives one, also for a folder of text
     general=Number(0, below=1),
     general_domain=_DOMAIN | None,
     vocabulary=Flag(),
+    reconstruct=Flag(),
     minutes=Number(above=0),
     gguf=OneOf(KINDS) | None,
     calibration_tokens=Integer(256),
@@ -68,6 +70,7 @@ def make_mini(
     general: float = 0.3,
     general_domain: Domain | None = None,
     vocabulary: bool = True,
+    reconstruct: bool = False,
     minutes: float = 60,
     gguf: str | None = None,
     calibration_tokens: int = 16_384,
@@ -96,11 +99,14 @@ def make_mini(
         Instead: prune as much as lets the validation perplexity grow by this share, before
         recovery (see `smallest_within`), however long the search takes. Exactly one of the two.
     general : float
-        Share of general text in the training; 0 for none.
+        Share of general text in the calibration of `slimgpt` and in the training; 0 for none.
     general_domain : Domain, optional
         By default ``load_domain("general")``.
     vocabulary : bool
         Trim the vocabulary; compare bits per character then, not perplexities.
+    reconstruct : bool
+        Fit every pruned block to the dense model before the training (see `reconstruct`): worth its
+        time where there is little text to train on.
     minutes : float
         Time for all of it on this machine, as far as two short trials can tell: what pruning leaves
         is spent on training, `recover` and the control on equally many tokens, but no more than
@@ -138,7 +144,7 @@ def make_mini(
     folder = Path(out_dir or tempfile.mkdtemp(prefix="mini-"))
     make_folder(folder)
     facts: dict[str, object] = {"size": size, "increase": increase, "general": general}
-    facts |= {"vocabulary": vocabulary, "gguf": gguf}
+    facts |= {"vocabulary": vocabulary, "gguf": gguf, "reconstruct": reconstruct}
     facts |= {"calibration_tokens": calibration_tokens, "seq_len": seq_len, "seed": seed}
     facts |= {"model": fingerprint(model)[:16], "minutes": minutes}
     facts |= {"domain": _digest(domain), "general_domain": _digest(general_domain)}
@@ -150,9 +156,11 @@ def make_mini(
         run.measure_speed(model, tokenizer, domain, seq_len, calibration_tokens)
         trimmed = _trimmed(model, tokenizer, domain, seq_len) if vocabulary else model
         words = tokenizer_for(trimmed, tokenizer)
-        batches = tokenize(
-            domain.calibration, words, seq_len=seq_len, max_tokens=calibration_tokens
-        )
+        shape = {"seq_len": seq_len, "max_tokens": calibration_tokens}
+        batches = tokenize(domain.calibration, words, **shape)
+        pruning: dict[str, Any] = {"reconstruct": reconstruct, "generality": general}
+        if general:
+            pruning["general"] = tokenize(general_domain.calibration, words, **shape)
 
         # 2. Heads and channels.
         run.enter("prune")
@@ -162,11 +170,12 @@ def make_mini(
             if increase is not None:
                 how = {"increase": increase, "seq_len": seq_len, "out_dir": folder / "search"}
                 pruned = smallest_within(
-                    trimmed, words, domain, batches=batches, progress=False, **how
+                    trimmed, words, domain, batches=batches, progress=False, **how, **pruning
                 )[0]
             else:
                 target = round(size * model.num_parameters())
-                pruned = _pruned(trimmed, batches, target, folder / "pruning")
+                pruning |= {"parameters": target, "out_dir": folder / "pruning"}
+                pruned = _pruned(trimmed, batches, **pruning)
             save_model(pruned, words, folder / "pruned")
 
         # 3. Training, on as many tokens as the time allows.
@@ -225,11 +234,11 @@ def _trimmed(
     return shrink(model, plan)
 
 
-def _pruned(model: PreTrainedModel, batches, parameters: int, out_dir: Path) -> PreTrainedModel:
+def _pruned(model: PreTrainedModel, batches, *, parameters: int, **options) -> PreTrainedModel:
     """The model at a size; a copy if it is small enough already."""
     if model.num_parameters() <= parameters:
         return copy.deepcopy(model)
-    return slimgpt(model, batches, parameters=parameters, out_dir=out_dir, progress=False)[0]
+    return slimgpt(model, batches, parameters=parameters, progress=False, **options)[0]
 
 
 def _random(model: PreTrainedModel, parameters: int, seed: int) -> PreTrainedModel:

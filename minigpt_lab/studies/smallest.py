@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -30,6 +30,8 @@ _MAX_CHARACTERS = 65_536  # of the validation part
     batches=BATCHES,
     domain=Instance(Domain),
     increase=Number(0),
+    other=Instance(Domain) | None,
+    other_increase=Number(0),
     most=Number(above=0, below=1),
     tolerance=Number(),
     seq_len=Integer(2),
@@ -44,6 +46,8 @@ def smallest_within(
     *,
     batches: Iterable[dict[str, torch.Tensor]],
     increase: float = 0.05,
+    other: Domain | None = None,
+    other_increase: float = 0.2,
     most: float = 0.8,
     tolerance: float = 0.01,
     seq_len: int = 256,
@@ -68,6 +72,10 @@ def smallest_within(
         Calibration tokens.
     increase : float
         Largest relative increase of the perplexity over the dense model's: 0.05 is 5 %.
+    other : Domain, optional
+        Another domain, e.g. general text, whose validation part has a limit too.
+    other_increase : float
+        That limit.
     most : float
         Largest ratio.
     tolerance : float
@@ -80,14 +88,15 @@ def smallest_within(
     progress : bool
         Show a progress bar.
     **options
-        Arguments of `slimgpt`: ``allocation="search"``, ``sites``, … ``ratio_of`` is ``"decoder"``
-        unless it is given.
+        Arguments of `slimgpt`: ``allocation="search"``, ``sites``, ``reconstruct``, ``general``, …
+        ``ratio_of`` is ``"decoder"`` unless it is given.
 
     Returns
     -------
     transformers.PreTrainedModel, PruningPlan, pandas.DataFrame
         The smallest model within the limit, its plan, and the curve that was seen: one row per size
-        with ``ratio, stored, perplexity, increase, within``, from the dense model down. If none
+        with ``ratio, stored, perplexity, increase, within``, from the dense model down, and with
+        `other` also ``other_perplexity, other_increase``. If none
         was within the limit there is a warning, and the model is a copy of the dense one.
 
     Raises
@@ -100,10 +109,16 @@ def smallest_within(
     if taken := sorted({"ratio", "parameters", "counts", "inplace"} & set(options)):
         raise ValueError(f"{', '.join(taken)}: chosen by smallest_within; leave it out")
     options = {"ratio_of": "decoder", "allocation": "log-increase", **options}
-    text = excerpt(domain.validation, tokenizer, max_characters=_MAX_CHARACTERS)
+    limits = {"perplexity": 1 + increase}  # column to the most, relative to dense
+    texts = [excerpt(domain.validation, tokenizer, max_characters=_MAX_CHARACTERS)]
+    if other is not None:
+        limits["other_perplexity"] = 1 + other_increase
+        texts.append(excerpt(other.validation, tokenizer, max_characters=_MAX_CHARACTERS))
     path = out_dir and Path(out_dir) / "sizes.json"
-    held_out = HeldOut(model, tokenizer, [text], max_tokens=max_tokens, seq_len=seq_len, path=path)
-    settings = {name: str(value) for name, value in options.items()}
+    held_out = HeldOut(model, tokenizer, texts, max_tokens=max_tokens, seq_len=seq_len, path=path)
+    settings = {name: str(value) for name, value in options.items() if name != "general"}
+    general = options.get("general")
+    settings["general"] = "" if general is None else tokens_hash(general)
     facts = [tokens_hash(batches), settings, allocation_name(options["allocation"])]
 
     def folder(ratio: float) -> Path | None:
@@ -124,8 +139,12 @@ def smallest_within(
             return held_out.measure(made[0])
 
         found = held_out.get([facts, ratio], compute)
-        value = found["rows"][0]["perplexity"]
-        return {"ratio": ratio, "stored": found["stored"], "perplexity": value}, made
+        values = [row["perplexity"] for row in found["rows"]]
+        levels = dict(zip(limits, values, strict=True))
+        return {"ratio": ratio, "stored": found["stored"], **levels}, made
+
+    def within(row: Mapping[str, float]) -> bool:
+        return all(row[name] <= dense[name] * most for name, most in limits.items())
 
     # Bisection on the ratio: `low` is within the limit, `high` is not.
     dense, _ = measure(0.0)
@@ -136,7 +155,7 @@ def smallest_within(
             middle = (low + high) / 2
             row, made = measure(middle)
             rows.append(row)
-            if row["perplexity"] <= dense["perplexity"] * (1 + increase):
+            if within(row):
                 low, best = middle, made
             else:
                 high = middle
@@ -144,12 +163,15 @@ def smallest_within(
             bar.set_postfix(ratio=f"{low:.3f}")
 
     curve = pd.DataFrame(rows).sort_values("ratio", ignore_index=True)
-    curve["increase"] = curve["perplexity"] / dense["perplexity"] - 1
-    curve["within"] = curve["perplexity"] <= dense["perplexity"] * (1 + increase)
+    for name in limits:
+        curve[name.replace("perplexity", "increase")] = curve[name] / dense[name] - 1
+    curve["within"] = [within(row) for row in curve.to_dict("records")]
     if low == 0:
+        names = " or ".join(map(str, texts))
+        allowed = " or ".join(f"{most - 1:.1%}" for most in limits.values())
         warnings.warn(
-            f"even pruning {high:.1%} raises the perplexity on {domain.validation} by more than "
-            f"{increase:.1%}: the model returned is the dense one; allow a larger increase",
+            f"even pruning {high:.1%} raises the perplexity on {names} by more than {allowed}: the "
+            "model returned is the dense one; allow a larger increase",
             stacklevel=2,
         )
     pruned, plan = (best or prune(low)) if low else _unpruned(model, increase)

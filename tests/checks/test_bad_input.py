@@ -176,7 +176,8 @@ def calls(t: dict) -> dict[str, dict]:
         "load_model": {"name_or_path": "tiny-llama", "dtype": "auto", "device": "cpu"},
         "make_mini": {
             **pair, "domain": t["domain"], "size": 0.9, "increase": None, "general": 0.3,
-            "general_domain": t["domain"], "vocabulary": False, "minutes": 1e-3, "gguf": None,
+            "general_domain": t["domain"], "vocabulary": False, "reconstruct": False,
+            "minutes": 1e-3, "gguf": None,
             "calibration_tokens": 256, "seq_len": 32, "out_dir": None, "seed": 0,
             "progress": False,
         },
@@ -241,6 +242,7 @@ def calls(t: dict) -> dict[str, dict]:
         },
         "smallest_within": {
             **pair, "batches": t["batches"], "domain": t["domain"], "increase": 0.5, "most": 0.5,
+            "other": None, "other_increase": 0.5,
             "tolerance": 0.4, "seq_len": 32, "max_tokens": 64, "out_dir": None, "progress": False,
         },
         "tokenize": {"text": test, "tokenizer": t["tokenizer"], "seq_len": 16, "max_tokens": 64,

@@ -529,6 +529,18 @@ def test_the_smallest_model_within_a_limit(tiny, tiny_domain, batches, tmp_path,
     assert same_curve.equals(curve) and same_plan == plan and same(again, mini)
 
 
+def test_another_text_may_have_a_limit_of_its_own(tiny, tiny_domain, batches):
+    games = lab.load_domain("tiny-games")
+    general = lab.tokenize(games.calibration, tiny[1], seq_len=64, max_tokens=256)
+    arguments = {"batches": batches, "general": general, "increase": 9.0, "tolerance": 0.3}
+    arguments |= {"other": games, "seq_len": 64, "progress": False}
+    _, _, curve = lab.smallest_within(*tiny, tiny_domain, **arguments, other_increase=9.0)
+    assert curve["within"].all() and (curve["other_increase"][1:] > 0).all()
+    with pytest.warns(UserWarning, match=r"tiny-law.* or tiny-games.* by more than 900.0% or 0.0%"):
+        _, _, curve = lab.smallest_within(*tiny, tiny_domain, **arguments, other_increase=0)
+    assert curve["within"].sum() == 1
+
+
 def test_no_cut_within_the_limit(tiny, tiny_domain, batches):
     model = tiny[0]
     with pytest.warns(UserWarning, match=r"even pruning .* allow a larger increase"):

@@ -34,9 +34,9 @@ def test_every_notebook_begins_with_a_diagram_and_says_what_it_shows():
     seen = []
     for path in sorted(NOTEBOOKS.glob("[0-9]*.ipynb")):
         first, *others = nbformat.read(path, as_version=4).cells
-        assert shown(first) or path.stem.startswith("11"), path.stem
+        assert shown(first), path.stem
         seen += shown(first) + [pair for cell in others for pair in shown(cell)]
-    assert {name for _, name in seen} >= {*DIAGRAMS} - {"generality"}
+    assert {name for _, name in seen} >= {*DIAGRAMS}
     assert all(words == alt_text(name) for words, name in seen)
 
 
