@@ -27,6 +27,7 @@ _PAGES = {
     "README.md": "index.md",
     "figures/README.md": "results.md",
     "notebooks/README.md": "glossary.md",
+    "notebooks/TEACHING.md": "teaching.md",
     "data/README.md": "data.md",
 }
 _PICTURES = (".png", ".svg")
@@ -62,7 +63,7 @@ def write_sources(runs: Mapping[str, Run], folder: Path) -> None:
             shutil.copy(picture, target)
     names = list(dict.fromkeys([*notebook_names(), *sorted(runs)]))
     shown = {name: _write_notebook(name, runs.get(name), folder) for name in names}
-    for path in ("figures/README.md", "data/README.md"):
+    for path in ("figures/README.md", "data/README.md", "notebooks/TEACHING.md"):
         text = relinked((ROOT / path).read_text("utf-8"), path)
         (folder / _PAGES[path]).write_text(text, "utf-8")
     section = glossary_section((NOTEBOOKS / "README.md").read_text("utf-8"))
@@ -148,7 +149,7 @@ def _index(notebooks: Mapping[str, nbformat.NotebookNode], runs: Mapping[str, Ru
             seen.add(picture.partition("](")[2])
     for caption, pages in (
         ("Notebooks", [f"notebooks/{name}" for name in notebooks]),
-        ("Reference", ["results", "glossary", "data", "api"]),
+        ("Reference", ["results", "glossary", "teaching", "data", "api"]),
     ):
         lines += ["```{toctree}", ":hidden:", f":caption: {caption}", "", *pages, "```", ""]
     return "\n".join(lines)
