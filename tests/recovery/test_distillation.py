@@ -152,7 +152,6 @@ def test_sampled_tokens_are_drawn_once_and_alike(mini, tiny, tiny_domain, monkey
 @pytest.mark.parametrize(
     "options",
     [
-        {"loss": "kl"},
         {"loss": "mix", "mix": 0.8},
         {"loss": "kl", "temperature": 2.0},
         {"loss": "kl", "method": "lora", "learning_rate": 5e-3},
