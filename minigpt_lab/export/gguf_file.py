@@ -55,9 +55,11 @@ def export_gguf(
     Llama (SmolLM too), Mistral, Qwen2, Qwen3, Phi, GPT-2, GPT-NeoX, BLOOM, Gemma and Gemma 3, with
     the BPE tokenizers of GPT-2, SmolLM, Qwen2, Llama, Mistral or Gemma, trimmed or not. A Llama,
     Mistral or Qwen2 whose layers have different numbers of FFN channels or key/value groups gets
-    llama.cpp's architecture ``deci``, which takes a width per layer. In the other families, layers
-    are padded with units of zeros to the widest, and in Phi, GPT-2, GPT-NeoX and BLOOM to the dense
-    model's heads: such a file is larger than need be.
+    llama.cpp's architecture ``deci``, which takes a width per layer, also 0: a dropped block gets
+    units of zeros only where that graph cannot do without (an FFN; the first layer's attention, or
+    one that adds a bias). In the other families, layers are padded with units of zeros to the
+    widest, and in Phi, GPT-2, GPT-NeoX and BLOOM to the dense model's heads: such a file is larger
+    than need be.
 
     Linear layers and token embedding get the type `kind`; norms, biases and positions are float32.
 

@@ -270,9 +270,11 @@ class PruningPlan:
         origin = ", ".join(f"{key}={value}" for key, value in self.origin.items())
         lines = [f"PruningPlan ({_HASH.sub(lambda digest: digest[0][:12], origin)})"]
         for site, removed in self.removed.items():
+            dropped = sum(not units for units in self.keep[site])
             lines.append(
                 f"  {site}: {sum(removed)} of {sum(self.units[site])} units removed "
-                f"(per layer {min(removed)} to {max(removed)})"
+                f"(per layer {min(removed)} to {max(removed)}"
+                f"{f'; none left in {dropped} layers' if dropped else ''})"
             )
         if self.vocabulary is not None:
             n_removed = self.vocabulary_size - len(self.vocabulary)

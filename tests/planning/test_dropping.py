@@ -46,6 +46,7 @@ def test_the_lowest_are_dropped_and_dropped_blocks_are_not_scored_again(family):
     model, batches = random_model(family), windows(count=2)
     influence = lab.block_influence(model, batches, sites=("ffn", "attention"))
     plan = lab.plan_dropping(model, influence, count=2)
+    assert "none left in" in repr(plan)
     mini = lab.shrink(model, plan)
     lowest = influence.nsmallest(2, "influence")
     for site in SITES:
