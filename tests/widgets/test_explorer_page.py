@@ -145,6 +145,8 @@ def test_mouse_keyboard_and_the_address(site, tiny, statistics):
         expect(words).to_contain_text("ε = 0.08")
         expect(first.box).to_contain_text("×6.000 [5.455, 6.600], measured")
         assert second.numbers() == before  # each has a state of its own
+        for shown in (first, second):
+            expect(shown.box.get_by_label("one ε", exact=True)).to_be_checked()
 
         slider = first.box.locator("input[type=range]")
         slider.focus()

@@ -99,6 +99,16 @@ class Counts {
     return [table[index], component === "embedding" ? this.facts.vocabulary : this.facts.features];
   }
 
+  /** Index of the smallest threshold that prunes a share of a component's neurons. */
+  reaching(domain, component, share) {
+    let low = 0, high = THRESHOLDS - 1;
+    while (low < high) {
+      const middle = (low + high) >> 1, [below, total] = this.below(domain, component, middle);
+      if (below < share * total) low = middle + 1; else high = middle;
+    }
+    return low;
+  }
+
   /** Units removed from every layer, by site. */
   removed({ domain, component, rule, index }) {
     const removed = {};
@@ -165,6 +175,8 @@ class Counts {
         }
       });
       if (low > high) [low, high] = [-6, 0];
+      // a few neurons lie far above all others: the last bin holds the highest thousandth
+      if (component !== "embedding") high = Math.min(high, Math.max(...this.facts.domains.map((_, domain) => LOGS[this.reaching(domain, component, 0.999)])));
       this.facts.domains.forEach((_, domain) => {
         for (const [epsilon] of this.points(domain, component))
           if (epsilon > 0 && Math.log10(epsilon) < low && Math.log10(epsilon) > low - 0.5)

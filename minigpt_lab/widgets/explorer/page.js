@@ -23,7 +23,6 @@ const MAP_TITLES = {
 const exact = (n) => Math.round(n).toLocaleString("en");
 const bytes = (n) => (n >= 1e9 ? `${(n / 1e9).toFixed(2)} GB` : n >= 1e6 ? `${(n / 1e6).toFixed(1)} MB` : `${(n / 1e3).toFixed(0)} kB`);
 const clamp = (x, low, high) => Math.min(Math.max(x, low), high);
-let made = 0;
 
 class Explorer {
   /**
@@ -33,7 +32,7 @@ class Explorer {
    * @param options changed(state): called after a move; link(state): a text to copy, and its label
    */
   constructor(root, facts, arrays, state, options) {
-    Object.assign(this, { root, facts, options, id: `lab-x-${++made}`, kept: {} });
+    Object.assign(this, { root, facts, options, id: `lab-x-${Math.random().toString(36).slice(2)}`, kept: {} });
     this.counts = new Counts(facts, arrays);
     this.passages = passagesOf(this.counts, arrays);
     this.state = { ...state, neuron: null, brush: null };
@@ -134,12 +133,7 @@ class Explorer {
   first() {
     const { domain, component, rule } = this.state;
     if (rule === "share") return 10;
-    let low = 0, high = THRESHOLDS - 1;
-    while (component !== "embedding" && low < high) {
-      const middle = (low + high) >> 1, [below, total] = this.counts.below(domain, component, middle);
-      if (below < 0.1 * total) low = middle + 1; else high = middle;
-    }
-    return low;
+    return component === "embedding" ? 0 : this.counts.reaching(domain, component, 0.1);
   }
 
   draw() {
@@ -317,7 +311,7 @@ class Explorer {
     const few = passages.length < collected ? `; ${passages.length} of ${collected} noted fit on this page` : "";
     element("p", { class: "lab-x-note" }, box, `what excites it most in ${this.facts.domains[domain].name}${few}`);
     const list = element("ul", {}, box);
-    for (const pieces of passages) element("li", {}, list, ...pieces.map(([text, marked]) => (marked ? element("mark", {}, null, text) : text)));
+    for (const pieces of passages) element("li", {}, list, ...pieces.flatMap(([text, marked]) => (marked ? [text.match(/^\s*/)[0], element("mark", {}, null, text.trimStart() || text)] : [text])));
   }
 
   /** The channel of a layer that lies nearest to a place on the axis. */

@@ -199,7 +199,7 @@ class Picture {
     let last = Infinity;
     for (const tick of ticks) {
       const y = this.yLoss(tick);
-      if (y < TOP - 2 || y > base + 1 || last - y < 13) continue;
+      if (y < TOP - 2 || y > base + 1 || last - y < 13 || (tick === 0.9 && this.yLoss(1) > y - 13)) continue;
       last = y;
       context.fillStyle = this.ink; context.fillText(this.losses ? `×${short(tick)}` : percent(tick), LEFT - 5, y);
       context.strokeStyle = this.faint; context.globalAlpha = tick === 1 ? 1 : 0.45;
