@@ -33,8 +33,10 @@ from .result import Mini
 _MEASURING, _TEST_TOKENS = 0.15, 65_536
 #: The most passes over the train part.
 _PASSES = 4
-#: Tokens of the two trial runs that tell how fast this machine trains.
+#: Tokens of the trial runs that tell how fast this machine reads and trains.
 _TRIAL = 2_048
+#: Validation text of an evaluation, in characters; it is evaluated thrice while training.
+_EVAL_CHARACTERS = 16_384
 _NOTES = "trained on the domain's train part, on its text and on the dense model's predictions"
 _STEPS = ("trim the vocabulary", "prune", "recover", "train the control", "measure", "save")
 
@@ -108,9 +110,10 @@ def make_mini(
         Fit every pruned block to the dense model before the training (see `reconstruct`): worth its
         time where there is little text to train on.
     minutes : float
-        Time for all of it on this machine, as far as two short trials can tell: what pruning leaves
-        is spent on training, `recover` and the control on equally many tokens, but no more than
-        four passes over the train part.
+        Time for all of it on this machine, as far as short trials can tell: what pruning leaves is
+        spent on training, `recover` and the control on equally many tokens, but no more than four
+        passes over the train part; and what training leaves on measuring, at most 65,536 tokens of
+        a text.
     gguf : str, optional
         Also write ``mini-KIND.gguf`` for llama.cpp, e.g. ``"Q8_0"``, and measure that rounding; the
         kinds are those of `export_gguf`.
@@ -179,13 +182,13 @@ def make_mini(
             save_model(pruned, words, folder / "pruned")
 
         # 3. Training, on as many tokens as the time allows.
-        mixed_in = {"general": general_domain, "generality": general} if general else {}
-        options = run.training(domain, words, general, seq_len) | mixed_in
-        options |= {"seq_len": seq_len, "seed": seed, "progress": False}
-        options |= {"other": general_domain}
         run.enter("recover")
         mini, control = copy.deepcopy(pruned), copy.deepcopy(model)
+        options = {"seq_len": seq_len, "seed": seed, "progress": False, "other": general_domain}
+        options |= {"general": general_domain, "generality": general} if general else {}
         distil = {"teacher": model, "loss": "mix"}
+        trainings = [(mini, words, distil), (control, tokenizer, {})]
+        options |= run.training(trainings, domain, options)
         recover(mini, words, domain, out_dir=folder / "recovery", **distil, **options)
         run.enter("train the control")
         recover(control, tokenizer, domain, out_dir=folder / "control", **options)
@@ -289,25 +292,25 @@ class _Run:
         seq_len: int,
         calibration_tokens: int,
     ) -> None:
-        """Seconds per token of reading and of training, by two short trials.
+        """Seconds per token of reading, by a short trial.
 
         Raises
         ------
         ValueError
-            If the minutes do not suffice for one pass over a few windows.
+            If the minutes do not suffice for a short training.
         """
-        if "training" not in self.known:
-            options = {"seq_len": seq_len, "progress": False}
-            began = time.monotonic()
-            perplexity(model, tokenizer, domain.validation, max_tokens=_TRIAL, **options)
-            self.known["reading"] = (time.monotonic() - began) / _TRIAL
-            cut = {"max_tokens": max(_TRIAL, seq_len), "eval_characters": 512}
-            history = recover(copy.deepcopy(model), tokenizer, domain, **cut, **options)
-            evaluating, whole = history["seconds"].iloc[[0, -1]]  # evaluated before and after
-            trained = max(0.0, whole - 2 * evaluating) / cut["max_tokens"]
-            self.known["training"] = max(self.known["reading"], trained)
-        # Pruning reads the calibration text three times or so in float32, half as fast.
-        least = 6 * calibration_tokens * self.known["reading"] + 8 * _TRIAL * self._update
+        if "reading" not in self.known:
+            options, gone = {"seq_len": seq_len, "progress": False}, []
+            # The first call of all takes longer, and every call some time whatever its tokens.
+            for tokens in (seq_len, seq_len, seq_len + _TRIAL):
+                began = time.monotonic()
+                perplexity(model, tokenizer, domain.validation, max_tokens=tokens, **options)
+                gone.append(time.monotonic() - began)
+            _, least, most = gone
+            self.known["reading"] = max(most - least, 0.1 * most) / _TRIAL
+        # Pruning reads the calibration text three times or so in float32, half as fast; training
+        # takes the time of reading five times, here that of two models and a teacher.
+        least = (6 * calibration_tokens + 11 * 8 * _TRIAL) * self.known["reading"]
         if least > self.seconds * (1 - _MEASURING):
             raise ValueError(
                 f"minutes is {self.seconds / 60:g}, too few: pruning and a short training take "
@@ -315,30 +318,54 @@ class _Run:
                 "calibration_tokens"
             )
 
-    @property
-    def _update(self) -> float:
-        """Seconds for a token of the mini with its teacher, and of the control."""
-        return 2 * self.known["training"] + self.known["reading"]
+    def training(self, trainings: Sequence[tuple], domain: Domain, options: Mapping) -> dict:
+        """Arguments of `recover`: tokens or epochs for the time that is left, evaluations.
 
-    def training(
-        self, domain: Domain, words: PreTrainedTokenizerBase, general: float, seq_len: int
-    ) -> dict:
-        """Arguments of `recover`: tokens and epochs for the time that is left, evaluations."""
+        Each training is tried on a few tokens and copies: seconds for a token, and for what comes
+        with a run whatever its tokens (five evaluations, three checkpoints).
+
+        Parameters
+        ----------
+        trainings : sequence of tuple
+            Model, tokenizer and arguments of `recover` of each.
+        domain : Domain
+            Trained on.
+        options : mapping
+            Arguments of all of them.
+        """
+        words, share = trainings[0][1], options.get("generality", 0.0)
         if "tokens" not in self.known:
-            gone = time.monotonic() - self.began
-            left = self.seconds * (1 - _MEASURING) - gone
-            self.known["tokens"] = max(8 * _TRIAL, int(0.9 * left / self._update))
-            reading = self.seconds * _MEASURING / self.known["reading"]
-            self.known["test_tokens"] = max(_TRIAL, min(_TEST_TOKENS, int(reading / 12)))
+            per_token, fixed = 0.0, 0.0
+            for model, tokenizer, own in trainings:
+                began, cut = time.monotonic(), max(_TRIAL, 2 * options["seq_len"])
+                trial = {"max_tokens": cut, "eval_every": cut, "eval_characters": 1_024}
+                tried = copy.deepcopy(model)
+                history = recover(tried, tokenizer, domain, **own, **trial, **options)
+                whole, (evaluation, end) = (
+                    time.monotonic() - began,
+                    history["seconds"].iloc[[0, -1]],
+                )
+                per_token += max(0.0, end - 2 * evaluation) / cut
+                more = (_EVAL_CHARACTERS - 1_024) / 4 * (2 if "other" in options else 1)  # tokens
+                fixed += 5 * (evaluation + more * self.known["reading"])
+                fixed += 3 * max(0.0, whole - end)
+            left = self.seconds * (1 - _MEASURING) - (time.monotonic() - self.began) - fixed
+            per_token = max(per_token, self.known["reading"])
+            self.known["tokens"] = max(8 * _TRIAL, int(left / per_token))
+            self.state.write(**self.known)
         tokens = self.known["tokens"]
-        windows = tokenize(domain.train, words, seq_len=seq_len)
-        whole = sum(batch["input_ids"].numel() for batch in windows) / (1 - general)
+        windows = tokenize(domain.train, words, seq_len=options["seq_len"])
+        whole = sum(batch["input_ids"].numel() for batch in windows) / (1 - share)
         if tokens < whole:
             budget: dict[str, float] = {"max_tokens": tokens}
         else:
             tokens = min(tokens, int(_PASSES * whole))
             budget = {"epochs": tokens / whole}
-        return {**budget, "eval_every": max(_TRIAL, tokens // 3), "eval_characters": 16_384}
+        return {
+            **budget,
+            "eval_every": max(_TRIAL, tokens // 3),
+            "eval_characters": _EVAL_CHARACTERS,
+        }
 
     def measured(
         self,
@@ -350,6 +377,12 @@ class _Run:
         seq_len: int,
     ) -> tuple[pd.DataFrame, str]:
         """Every variant on every text with its bytes, and the protocol."""
+        if "test_tokens" not in self.known:  # as many as the time that is left allows
+            left = self.seconds - (time.monotonic() - self.began)
+            passes = len(texts) * (len(variants) + 1)
+            tokens = int(0.8 * left / (passes * self.known["reading"]))
+            self.known["test_tokens"] = max(_TRIAL, min(_TEST_TOKENS, tokens))
+            self.state.write(**self.known)
         path, tokens = self.folder / "measured.json", self.known["test_tokens"]
         held_out = HeldOut(dense, tokenizer, texts, max_tokens=tokens, seq_len=seq_len, path=path)
         rows = []

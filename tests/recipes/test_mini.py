@@ -5,16 +5,19 @@ from __future__ import annotations
 import copy
 import dataclasses
 import sys
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
+from tqdm.auto import tqdm
 
 import minigpt_lab as lab
 from minigpt_lab import __main__ as command_line
 from minigpt_lab.recipes import mini
 
 HOW = {"minutes": 1, "seq_len": 64, "calibration_tokens": 512, "progress": False}
+TRAINING = mini._Run.training
 
 
 @pytest.fixture(scope="module")
@@ -25,11 +28,10 @@ def general():
 @pytest.fixture(scope="module", autouse=True)
 def few_tokens():
     """Short trials, and so few tokens to train on that a test ends soon."""
-    real = mini._Run.training
 
     def training(self, *arguments):
         self.known = {"tokens": 2048, "test_tokens": 1024, **self.known}
-        return real(self, *arguments)
+        return TRAINING(self, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mini, "_TRIAL", 256)
@@ -123,6 +125,40 @@ def test_a_call_goes_on_where_it_was_stopped(tiny, tiny_domain, general, tmp_pat
     assert all(same)
     with pytest.raises(ValueError, match=r"holds a run with another size \(0.7, now 0.6\)"):
         lab.make_mini(*tiny, tiny_domain, **{**how, "size": 0.6})
+
+
+@pytest.mark.parametrize("slow", [1, 3])
+def test_training_fills_the_minutes_that_measuring_leaves(
+    slow, tiny, tiny_domain, tmp_path, monkeypatch
+):
+    """On a machine whose clock is made up: reading, training twice, evaluations, checkpoints."""
+    now = [0.0]
+    clock = SimpleNamespace(monotonic=lambda: now[0])
+
+    def recover(model, tokenizer, domain, *, max_tokens, eval_characters, eval_every, **options):
+        now[0] += 2  # made ready
+        began, evaluation = now[0], eval_characters * 1e-4
+        now[0] += evaluation
+        rows = [evaluation]
+        for _ in range(max_tokens // eval_every):
+            now[0] += slow * eval_every * (3e-3 if "teacher" in options else 2e-3) + evaluation
+            rows.append(now[0] - began)
+            now[0] += 1  # a checkpoint
+        return pd.DataFrame({"seconds": rows})
+
+    bar = tqdm(disable=True)
+    monkeypatch.setattr(mini, "time", clock)
+    monkeypatch.setattr(mini, "recover", recover)
+    monkeypatch.setattr(mini, "tokenize", lambda *_, **__: [{"input_ids": torch.zeros(10**6)}])
+    run = mini._Run(tmp_path, {}, 10, bar)
+    run.known["reading"] = 5e-4
+    monkeypatch.setattr(mini._Run, "training", TRAINING)
+    options = {"seq_len": 64}
+    trainings = [(*tiny, {"teacher": tiny[0]}), (*tiny, {})]
+    how = run.training(trainings, tiny_domain, options)
+    for _, _, own in trainings:
+        mini.recover(None, None, None, **own, **options, **how)
+    assert now[0] == pytest.approx(600 * (1 - mini._MEASURING), rel=0.05)
 
 
 @pytest.mark.slow
