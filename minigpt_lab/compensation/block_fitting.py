@@ -203,7 +203,7 @@ def block_modules(anatomy: Anatomy, layer: int, site: str) -> list[nn.Module]:
     return [anatomy.module(layer, each) for each in (*family.produces[site], family.consumes[site])]
 
 
-def losses_of(layers: Sequence[dict[str, dict]]) -> dict[str, list]:
+def losses_of(layers: Sequence[dict[str, dict]]) -> dict[str, dict[str, list]]:
     """``{"loss": {site: [[before, after], …]}}`` by layer, None where a block was not fitted."""
     fitted = {site for each in layers for site, result in each.items() if LOSSES in result}
     losses = {site: [each.get(site, {}).get(LOSSES) for each in layers] for site in fitted}

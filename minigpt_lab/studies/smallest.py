@@ -175,9 +175,9 @@ def smallest_within(
             stacklevel=2,
         )
     pruned, plan = (best or prune(low)) if low else _unpruned(model, increase)
-    for other in map(folder, set(curve["ratio"]) - {low}):
-        if other:
-            discard(other)
+    for unused in map(folder, set(curve["ratio"]) - {low}):
+        if unused:
+            discard(unused)
     return pruned, plan, curve
 
 
