@@ -96,11 +96,11 @@ def title(notebook: NotebookNode) -> str:
     return notebook.cells[0].source.split("\n")[0].lstrip("# ")
 
 
-def picture(notebook: NotebookNode) -> str:
-    """A picture of the notebook, in Markdown: of results, or else the first; empty without any."""
+def pictures(notebook: NotebookNode) -> list[str]:
+    """The pictures in the notebook's words, in Markdown; those of results first."""
     texts = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
-    pictures = re.findall(r"!\[[^]]*\]\([^)]+\)", "\n".join(texts))
-    return next((p for p in pictures if "figures/" in p), pictures[0] if pictures else "")
+    found = re.findall(r"!\[[^]]*\]\([^)]+\)", "\n".join(texts))
+    return sorted(found, key=lambda picture: "figures/" not in picture)
 
 
 def _tags(cell: NotebookNode) -> NotebookNode:

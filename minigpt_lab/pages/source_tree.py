@@ -141,12 +141,12 @@ def _index(notebooks: Mapping[str, nbformat.NotebookNode], runs: Mapping[str, Ru
     seen: set[str] = set()
     for name, notebook in notebooks.items():
         here = f"notebooks/{name}.ipynb"
-        picture = relinked(notebook_pages.picture(notebook), here, "index.md")
         lines += [f"## {notebook_pages.title(notebook)}\n"]
         lines += [f"{notebook_pages.question(notebook)} [To the notebook]({here})\n"]
-        if picture and picture.partition("](")[2] not in seen:
-            lines += [f"[{picture}]({here})\n"]
-            seen.add(picture.partition("](")[2])
+        pictures = [relinked(p, here, "index.md") for p in notebook_pages.pictures(notebook)]
+        if new := [p for p in pictures if p.partition("](")[2] not in seen]:
+            lines += [f"[{new[0]}]({here})\n"]
+            seen.add(new[0].partition("](")[2])
     for caption, pages in (
         ("Notebooks", [f"notebooks/{name}" for name in notebooks]),
         ("Reference", ["results", "glossary", "teaching", "data", "api"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,10 +11,12 @@ import imagesize
 import latex2mathml.converter
 from docutils import nodes
 from sphinx.application import Sphinx
+from sphinx.util import logging
 
 from .api_reference import escape_bars
 from .glossary import Term
 
+_LOGGER = logging.getLogger(__name__)
 GLOSSARY = "glossary"
 #: Parts of a page in which no term is linked: what is a link, code, a formula or a heading.
 _CLOSED = (
@@ -34,8 +37,15 @@ def setup(app: Sphinx) -> dict:
 
 
 def mathml(formula: str, display: str = "inline") -> str:
-    """A formula of TeX as MathML, with TeX's spaces around bars and after functions."""
-    text = latex2mathml.converter.convert(formula, display=display)
+    """A formula of TeX as MathML, with TeX's spaces around bars and after functions.
+
+    One that cannot be converted stays as it is written.
+    """
+    try:
+        text = latex2mathml.converter.convert(formula, display=display)
+    except Exception:  # noqa: BLE001 - of the converter, of many kinds
+        _LOGGER.warning("no MathML for the formula %s", formula)
+        return f"<code>{html.escape(formula)}</code>"
     text = re.sub(r"<mo[^>]*>(&#x(?:0007C|02016);)</mo>", _BAR, text)
     return re.sub(r"(<mi>(?:log|exp)</mi>)(?=<m(?!o))", r'\1<mspace width="0.167em"/>', text)
 
