@@ -207,6 +207,7 @@ def test_the_explorer_in_a_browser(tmp_path):
     cell["source"].append("".join(f"\n{name} = {value!r}" for name, value in values.items()))
     folder, state = tmp_path / "notebooks", tmp_path / "state"
     shutil.copytree(ROOT / "figures", folder / "figures")  # pictures of the first cells
+    shutil.copytree(NOTEBOOKS / "diagrams", folder / "diagrams")
     state.mkdir()
     (folder / NOTEBOOK).write_text(json.dumps(notebook), encoding="utf-8")
     with jupyter_lab(folder, state) as address, chromium_page("explorer") as page:
