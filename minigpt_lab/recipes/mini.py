@@ -107,8 +107,8 @@ def make_mini(
     vocabulary : bool
         Trim the vocabulary; compare bits per character then, not perplexities.
     reconstruct : bool
-        Fit every pruned block to the dense model before the training (see `reconstruct`): worth its
-        time where there is little text to train on.
+        Fit every pruned block to the dense model before the training (see `reconstruct`), at the
+        cost of time for the training.
     minutes : float
         Time for all of it on this machine, as far as short trials can tell: what pruning leaves is
         spent on training, `recover` and the control on equally many tokens, but no more than four
