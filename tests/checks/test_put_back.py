@@ -422,7 +422,7 @@ def test_a_job_says_that_it_waits_and_can_be_cancelled():
     job.wait()
     job.start()
     job.wait()
-    assert "(3, 2)" in job.result.value and job.state.value == ""
+    assert "(3, 3)" in job.result.value and job.state.value == ""
 
 
 def wait_until(happens) -> None:
