@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..domains import unpadded
-from ..models import SITES, Anatomy, inference
+from ..models import SITES, Anatomy, inference, weight_axis
 from ..store import Shards
 from .forward import first_output, patched_forward, run_decoder, watch
 
@@ -141,22 +141,27 @@ class LayerRunner:
         """Drop the kept inputs of a site's projection: the weights before it have changed."""
         self.read[site].clear()
 
+    def keep_attention(self) -> None:
+        """Compute attention's outputs, unless they are kept, to run only the FFN from now on."""
+        if not self.attention_outputs:
+            for _ in self.inputs("ffn"):
+                pass
+        self.forget("ffn")
+
     def residual_stream(self, window: int, site: str) -> torch.Tensor:
         """Residual stream behind a part of the layer ``[batch, token, feature]``.
 
         Behind attention it is the output of a layer whose FFN returns 0; with parallel blocks too.
         Gradients flow to the part's projections where they are enabled. Behind the FFN, attention's
-        outputs are those that ``inputs("ffn")`` has kept.
+        outputs are those that `keep_attention` has kept.
         """
         if site == "ffn":
             return self.run(window)
-        silent = self.hidden[window]  # the shape of what the FFN adds
+        reader = self.readers["ffn"]
+        width = reader.weight.shape[weight_axis(reader, "output")]
         with (
             patched_forward(self.ffn_producers, lambda _forward, x: x),
-            patched_forward(
-                [self.readers["ffn"]],
-                lambda _forward, x: x.new_zeros(*x.shape[:-1], silent.shape[-1]),
-            ),
+            patched_forward([reader], lambda _forward, x: x.new_zeros(*x.shape[:-1], width)),
         ):
             return self.run(window, resume=False)
 

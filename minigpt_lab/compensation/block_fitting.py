@@ -130,12 +130,10 @@ def fit_block(
     """
     # 1. The block's projections, as float32; attention's outputs are computed once for the FFN.
     modules = block_modules(anatomy, layer, site)
-    runner.forget(site)
     if site == "ffn":
-        if not runner.attention_outputs:
-            for _ in runner.inputs("ffn"):
-                pass
-        runner.forget("ffn")
+        runner.keep_attention()
+    else:
+        runner.forget(site)
     n_windows = len(runner.hidden)
     order = torch.Generator().manual_seed(layer)
     with _trainable(runner, modules):
@@ -199,8 +197,7 @@ def reconstruct_block(
 
 def block_modules(anatomy: Anatomy, layer: int, site: str) -> list[nn.Module]:
     """The projections of attention or of the FFN."""
-    family = anatomy.family
-    return [anatomy.module(layer, each) for each in (*family.produces[site], family.consumes[site])]
+    return [anatomy.module(layer, projection) for projection, _ in anatomy.coupled(site)]
 
 
 def losses_of(layers: Sequence[dict[str, dict]]) -> dict[str, dict[str, list]]:

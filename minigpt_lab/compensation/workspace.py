@@ -23,6 +23,7 @@ from ..store import (
     write_tensors,
 )
 from .block_fitting import LOSSES
+from .projection import part_of
 
 STATE = "state.json"
 _KIND = "finished"  # written into the tensor files of a run, to tell them from others
@@ -165,7 +166,7 @@ def _changed_modules(
     family = anatomy.family
     modules = {site: anatomy.module(layer, family.consumes[site])}
     if LOSSES in result:
-        produces = family.produces["ffn" if site == "ffn" else "attention"]
+        produces = family.produces[part_of(site)]
         modules |= {f"{site}.{each.path}": anatomy.module(layer, each) for each in produces}
     return modules
 

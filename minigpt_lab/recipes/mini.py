@@ -159,17 +159,17 @@ def make_mini(
         run.measure_speed(model, tokenizer, domain, seq_len, calibration_tokens)
         trimmed = _trimmed(model, tokenizer, domain, seq_len) if vocabulary else model
         words = tokenizer_for(trimmed, tokenizer)
-        shape = {"seq_len": seq_len, "max_tokens": calibration_tokens}
-        batches = tokenize(domain.calibration, words, **shape)
-        pruning: dict[str, Any] = {"reconstruct": reconstruct, "generality": general}
-        if general:
-            pruning["general"] = tokenize(general_domain.calibration, words, **shape)
 
         # 2. Heads and channels.
         run.enter("prune")
         if (folder / "pruned").is_dir():
             pruned = load_model(folder / "pruned", device=model.device)[0]
         else:
+            shape = {"seq_len": seq_len, "max_tokens": calibration_tokens}
+            batches = tokenize(domain.calibration, words, **shape)
+            pruning: dict[str, Any] = {"reconstruct": reconstruct, "generality": general}
+            if general:
+                pruning["general"] = tokenize(general_domain.calibration, words, **shape)
             if increase is not None:
                 how = {"increase": increase, "seq_len": seq_len, "out_dir": folder / "search"}
                 pruned = smallest_within(

@@ -108,9 +108,7 @@ def reconstruction_curve(
         problem = read_problem(anatomy, runners[0], layer, "ffn", solver)
         count = round(ratio * len(problem.unit_columns))
         apply_elimination(anatomy, runners[0], problem, solve(problem, count, solver), solver)
-        for _ in runners[1].inputs("ffn"):  # attention's outputs are kept
-            pass
-        runners[1].forget("ffn")
+        runners[1].keep_attention()
         # 3. Epoch by epoch, the loss on both.
         for epoch in fit_block(anatomy, runners[0], layer, "ffn", own.targets, settings):
             for text, runner, stream in zip(
