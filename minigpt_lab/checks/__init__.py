@@ -6,7 +6,7 @@ it is, what is allowed, what to do.
 """
 
 from .arguments import check_fields, checked
-from .interrupts import safe_contextmanager
+from .interrupts import deferred, safe_contextmanager
 from .messages import InvalidArgument, first_line, invalid, suggest
 from .model_locks import GLOBAL_STATE, locked, on_wait, waits_for_this_thread
 from .objects import (

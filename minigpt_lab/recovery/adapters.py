@@ -13,7 +13,15 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from ..checks import GLOBAL_STATE, Snapshot, locked, restore_on_exit, safe_contextmanager, suggest
+from ..checks import (
+    GLOBAL_STATE,
+    Snapshot,
+    deferred,
+    locked,
+    restore_on_exit,
+    safe_contextmanager,
+    suggest,
+)
 from ..models import Anatomy, weight_axis
 
 
@@ -109,7 +117,7 @@ def trainable(
     smaller than half a unit in the last place would be lost in bfloat16, and gradients in float16.
     Adapters are in float32 too; the weights below them stay as stored, except float16. If the block
     ends in an exception, or `Trainable.improved` is False, the weights are the old ones, bit for
-    bit.
+    bit. An interrupt while the new ones are being written is raised when all of them are.
 
     Parameters
     ----------
@@ -144,6 +152,7 @@ def trainable(
                 sources = dict(zip(stored, map(model.get_submodule, names), strict=True))
             subject = Trainable(model, module, before, sources)
             yield subject
+        deferred.raise_pending()  # nothing has changed yet
         if subject.improved:
             with torch.no_grad():
                 for parameter, value in subject.values():

@@ -155,7 +155,8 @@ def recover(
     device is fast at it. Zero weights are kept at zero (with LoRA: rows and columns of zeros).
     The best state by validation perplexity is restored at the end, also after interruption,
     divergence or early stopping; if nothing was better than the start, the model is unchanged. An
-    exception restores it, bit for bit.
+    exception restores it, bit for bit; an interrupt that comes as the finished model is written
+    is raised right after, and the model is the finished one.
 
     Weights stored in bfloat16 or float16 are trained as float32 and rounded at the end; every
     evaluation measures the model as it would be returned: adapters merged, weights rounded.
