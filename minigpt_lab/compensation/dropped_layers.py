@@ -15,6 +15,7 @@ from ..calibration import run_decoder, sum_dtype, watch
 from ..checks import Batches, Flag, Instance, InvalidArgument, Model, Number, checked
 from ..domains import unpadded
 from ..models import Anatomy, PruningPlan, inference, masked, weight_axis
+from .projection import require_plain_sums
 
 
 @checked(
@@ -70,7 +71,9 @@ def linear_compensated(
         hidden state is not finite.
     """
     anatomy = plan.require(model)
-    _require_plain_sums(anatomy)
+    require_plain_sums(
+        anatomy, "drop the layers without a map (plan_dropping), and fine-tune with lab.recover"
+    )
     runs = list(_dropped_runs(anatomy, plan))
     updated = copy.deepcopy(model)
     for first, last in runs:
@@ -158,18 +161,3 @@ def _dropped_runs(anatomy: Anatomy, plan: PruningPlan) -> Iterator[tuple[int, in
                 f"keep layer {max(first - 1, 0)}'s FFN, or drop it without a map"
             )
         yield first, run[-1]
-
-
-def _require_plain_sums(anatomy: Anatomy) -> None:
-    """Refuse a model where a norm stands between the FFN and the residual stream."""
-    layer, config = anatomy.layers[0], anatomy.model.config
-    if hasattr(layer, "post_feedforward_layernorm"):
-        what = "a norm behind the FFN"
-    elif not getattr(config, "do_layer_norm_before", True):
-        what = "a norm of the residual stream in every layer (do_layer_norm_before=False)"
-    else:
-        return
-    raise InvalidArgument(
-        f"the model has {what}, so that no map of the FFN's output fits into its weights; drop the "
-        "layers without one, and fine-tune with lab.recover"
-    )

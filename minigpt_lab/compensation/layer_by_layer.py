@@ -69,7 +69,14 @@ from .budget_search import search_counts
 from .calibration_windows import GENERALITY, CalibrationWindows
 from .layer_counts import SearchedCounts, by_layer, require_counts, unscored_sites
 from .obs import full_precision
-from .projection import apply_elimination, part_of, read_problem, solve
+from .projection import (
+    aim_at_stream,
+    apply_elimination,
+    part_of,
+    read_problem,
+    require_plain_sums,
+    solve,
+)
 from .solver import Solver
 from .workspace import Workspace
 
@@ -81,6 +88,7 @@ from .workspace import Workspace
     parameters=Integer() | None,
     ratio_of=OneOf(RATIOS),
     counts=Instance(SearchedCounts) | DictOf(Text(), ListOf(Integer(0))) | None,
+    stream_share=Number(0, 1),
     reconstruct=RECONSTRUCT,
     general=Batches() | None,
     generality=Number(0, 1),
@@ -104,6 +112,7 @@ def slimgpt(
     ratio_of: str = "units",
     keep_layers: tuple[int, int] = (0, 0),
     multiple_of: int | Mapping[str, int] = 1,
+    stream_share: float = 0.0,
     reconstruct: bool | int | Reconstruction = False,
     general: Iterable[dict[str, torch.Tensor]] | None = None,
     generality: float = GENERALITY,
@@ -136,6 +145,9 @@ def slimgpt(
         See `plan_from_scores`. The default is SlimGPT's incremental ratio. Rounding to whole heads
         is balanced by pruning more or fewer FFN channels of the layer. ``"search"`` calls
         `search_counts`, which takes longer; `out_dir` then keeps its finished rounds too.
+    stream_share : float
+        Share α of what the layers before have lost that a projection also makes up for, see
+        `aim_at_stream`; 0 fits it to its own outputs alone, as SlimGPT does.
     reconstruct : bool, int or Reconstruction
         Fit every block after its closed form to the dense model's residual stream, see
         `reconstruct`: True, a number of epochs, or the settings.
@@ -173,7 +185,8 @@ def slimgpt(
     ------
     ValueError
         If the target cannot be met or an option is out of range, a hidden state is not finite (its
-        layer is named), or `out_dir` holds a run with other arguments.
+        layer is named), `out_dir` holds a run with other arguments, or the family has norms behind
+        its projections and `stream_share` is not 0.
     """
     # 1. Settings, the size to reach, and the layers and sites that may be pruned.
     settings = Solver.from_options(solver, inspect.signature(slimgpt).parameters)
@@ -202,12 +215,17 @@ def slimgpt(
     require({"reconstruct": reconstruction and reconstruction.to_dict()})
     if general is not None:
         require({"generality": generality})
+    if stream_share:
+        require_plain_sums(anatomy, "leave stream_share at 0")
+        require({"stream_share": stream_share})
 
     # 3. Units to remove from every layer: searched for, spread by a rule, or given.
     origin = {"method": "slimgpt", **settings.to_dict()}
     origin["keep_layers"] = [*check_keep_layers(keep_layers)]
     if general is not None:
         origin["generality"] = generality
+    if stream_share:
+        origin["stream_share"] = stream_share
     if counts is None and isinstance(allocation, str) and allocation == "search":
         require({"search": {**target, "ratio_of": ratio_of}})
         counts = search_counts(
@@ -241,7 +259,7 @@ def slimgpt(
 
     # 4. Prune layer after layer.
     dense, pruned = dense_counts(model), model if inplace else copy.deepcopy(model)
-    run = _Run(settings, reconstruction, windows, workspace)
+    run = _Run(settings, stream_share, reconstruction, windows, workspace)
     _prune_layers(Anatomy(pruned), counts, run, progress)
 
     # 5. The plan of what was kept.
@@ -262,6 +280,7 @@ class _Run:
     """What every layer of a run shares."""
 
     solver: Solver
+    stream_share: float
     reconstruction: Reconstruction | None
     windows: CalibrationWindows
     workspace: Workspace
@@ -276,7 +295,7 @@ def _prune_layers(
     with inference(anatomy.model), full_precision():
         # 1. Inputs of the first layer, or of the first that an earlier run did not finish.
         calls = catch_inputs(anatomy.model, run.windows.batches(), hidden)
-        if run.reconstruction is not None:
+        if run.reconstruction is not None or run.stream_share:
             dense = DenseStream(hidden, calls)
         workspace.restore_hidden()
         # 2. Prune a layer, then run it over all windows: its outputs are the next layer's inputs.
@@ -315,7 +334,7 @@ def _prune_layer(
     remove : mapping
         Site to the number of units to remove.
     dense : DenseStream, optional
-        Behind the blocks of this layer, if they are reconstructed.
+        Behind the blocks of this layer, if anything is fitted to it.
 
     Returns
     -------
@@ -329,6 +348,9 @@ def _prune_layer(
         kept, error = [*range(anatomy.units(site)[layer])], 0.0
         if remove.get(site):
             problem = read_problem(anatomy, runner, layer, site, run.solver)
+            if run.stream_share:
+                targets = dense.behind[part]
+                problem = aim_at_stream(problem, runner, targets, run.stream_share, run.solver)
             elimination = solve(problem, remove[site], run.solver)
             apply_elimination(anatomy, runner, problem, elimination, run.solver)
             kept, error = elimination.kept, round(elimination.relative_loss, 6)

@@ -8,8 +8,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..calibration import Indefinite, LayerRunner, Moments
+from ..calibration import Indefinite, LayerRunner, Moments, damped_inverse
+from ..checks import InvalidArgument
 from ..models import Anatomy, add_bias, rebuild_layer, weight_axis
+from ..store import Shards
 from .obs import Elimination, eliminate_levels
 from .solver import Solver
 
@@ -30,6 +32,8 @@ class Problem:
         Second moment of the input ``[in, in]``; the covariance if the bias is updated.
     mean : torch.Tensor
         Mean of the input ``[in]``.
+    mean_output : torch.Tensor
+        Mean of what the projection should write, without its bias ``[out]``.
     unit_columns : torch.Tensor
         Columns of every unit ``[unit, feature]``.
     """
@@ -40,6 +44,7 @@ class Problem:
     W: torch.Tensor
     H: torch.Tensor
     mean: torch.Tensor
+    mean_output: torch.Tensor
     unit_columns: torch.Tensor
 
     def columns(self, units: Sequence[int]) -> torch.Tensor:
@@ -85,7 +90,45 @@ def read_problem(
     # 2. The weight, and the columns of every unit.
     W = module.weight.detach().to(H.dtype).movedim(weight_axis(module, "input"), 1)  # [out, in]
     unit_columns = torch.as_tensor(anatomy.unit_features(reader, layer), device=H.device)
-    return Problem(name, layer, site, W, H, moments.mean, unit_columns)
+    mean = moments.mean
+    return Problem(name, layer, site, W, H, mean, W @ mean, unit_columns)
+
+
+def aim_at_stream(
+    problem: Problem, runner: LayerRunner, targets: Shards, share: float, solver: Solver
+) -> Problem:
+    """The same projection, which shall also make up for what the layers before it have lost.
+
+    With m the residual stream before the projection adds W x to it, and h the dense model's behind
+    it (the asymmetric calibration of GPTAQ, arXiv 2504.02692, for pruning):
+
+        R = h - (m + W x),   C = E[R xᵀ],   W ← W + α C (H + λ diag H)⁻¹ .
+
+    Parameters
+    ----------
+    problem : Problem
+        From `read_problem`; the runner still keeps the inputs that were read for it.
+    targets : Shards
+        h ``[batch, token, feature]``, by window.
+    share : float
+        α.
+    """
+    W, H, site = problem.W, problem.H, part_of(problem.site)
+    C, mean, total = torch.zeros_like(W), torch.zeros_like(problem.mean_output), 0.0
+    for window, weight in enumerate(runner.weights):
+        x = runner.read[site][window]
+        stream = runner.residual_stream(window, site)  # m + W x
+        runner.read[site][window] = x
+        R = (targets[window].to(W) - stream.to(W)).flatten(0, -2)  # [token, out]
+        x = x.to(W).flatten(0, -2)  # [token, in]
+        if solver.updates_bias(runner.readers[site]):
+            x = x - problem.mean  # then C is a covariance, as H
+        C.addmm_(R.mT, x, alpha=weight)
+        mean += weight * R.sum(0)
+        total += weight * len(R)
+    _, H_inv = damped_inverse(H, solver.damping, solver.damping_mode)
+    W = W + share / total * C @ H_inv
+    return replace(problem, W=W, mean_output=problem.mean_output + share / total * mean)
 
 
 def solve(problem: Problem, count: int, solver: Solver) -> Elimination:
@@ -121,10 +164,31 @@ def solve_levels(problem: Problem, counts: Sequence[int], solver: Solver) -> lis
     ) from failure
 
 
+def require_plain_sums(anatomy: Anatomy, instead: str) -> None:
+    """Refuse a model where a norm stands between its projections and the residual stream.
+
+    Parameters
+    ----------
+    instead : str
+        What the user can do.
+    """
+    layer, config = anatomy.layers[0], anatomy.model.config
+    if hasattr(layer, "post_feedforward_layernorm"):
+        what = "a norm behind the FFN"
+    elif not getattr(config, "do_layer_norm_before", True):
+        what = "a norm of the residual stream in every layer (do_layer_norm_before=False)"
+    else:
+        return
+    raise InvalidArgument(
+        f"the model has {what}, so that the stream is no sum of what its projections write; "
+        f"{instead}"
+    )
+
+
 def bias_update(problem: Problem, elimination: Elimination) -> torch.Tensor:
     """``W E[x] - W' E[x_kept]``: mean output that the updated weights lack ``[out]``."""
     columns = problem.columns(elimination.kept)
-    return problem.W @ problem.mean - elimination.W @ problem.mean[columns]
+    return problem.mean_output - elimination.W @ problem.mean[columns]
 
 
 def apply_elimination(

@@ -238,7 +238,7 @@ def calls(t: dict) -> dict[str, dict]:
             "counts": None, "inplace": False, "offload": "device", "out_dir": None,
             "progress": False, "saliency": "exact", "damping": 0.3, "damping_mode": "feature",
             "bias": "keep", "block_size": "dynamic", "reconstruct": False, "general": None,
-            "generality": 0.5,
+            "generality": 0.5, "stream_share": 0.5,
         },
         "smallest_within": {
             **pair, "batches": t["batches"], "domain": t["domain"], "increase": 0.5, "most": 0.5,
