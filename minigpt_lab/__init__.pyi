@@ -47,6 +47,7 @@ from .evaluation import (
     generate,
     perplexity,
     position_bias,
+    sample_texts,
     write_answers,
 )
 from .exercises import check
@@ -143,6 +144,7 @@ __all__ = [
     "quantised",
     "reconstruct",
     "recover",
+    "sample_texts",
     "save_model",
     "score",
     "search_counts",

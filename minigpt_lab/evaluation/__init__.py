@@ -4,7 +4,7 @@ from .answers import Answers, answer_questions, compare_answers, position_bias
 from .benchmarks import benchmark
 from .comparison import compare
 from .costs import efficiency, peak_memory, timed
-from .generation import generate, write_answers
+from .generation import generate, sample_texts, write_answers
 from .language import Perplexity, perplexity
 from .predictions import Divergence, divergence, same_vocabulary
 from .presets import PERPLEXITY_PRESETS

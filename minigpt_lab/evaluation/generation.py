@@ -1,7 +1,8 @@
-"""Greedy continuation of prompts: of one, and of questions that a model answers in writing."""
+"""Text that a model writes: after a prompt, as answers to questions, or of its own accord."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -21,7 +22,7 @@ from ..checks import (
     safe_contextmanager,
 )
 from ..domains import Question, split_words, token_ids, window_prefix
-from ..models import PRECISION, check_token_ids, inference, tokenizer_for
+from ..models import PRECISION, check_token_ids, inference, seeded, tokenizer_for
 from .answers import QUESTIONS, Answers
 from .windows import by_length, finite_or_float32
 
@@ -70,7 +71,7 @@ def generate(
         )
     check_token_ids(model, ids)
     ids = ids.to(model.device)
-    with inference(model), _greedy(model, max_new_tokens):
+    with inference(model), _generating(model, max_new_tokens):
         settings = {"generation_config": model.generation_config}
         mask = torch.ones_like(ids)
         output = model.generate(input_ids=ids, attention_mask=mask, **settings).sequences
@@ -150,7 +151,7 @@ def write_answers(
 
     def read(precision: str) -> np.ndarray:
         logits = np.zeros(len(prompts))  # the highest of the first token: NaN if any is
-        with inference(model, precision), _greedy(model, max_new_tokens):
+        with inference(model, precision), _generating(model, max_new_tokens):
             for group in tqdm(groups, desc="writing", unit="batch", disable=not progress):
                 texts, logits[group] = _continued(model, tokenizer, [prompts[i] for i in group])
                 for number, text in zip(group, texts, strict=True):
@@ -179,6 +180,88 @@ def write_answers(
     return Answers(pd.DataFrame(rows), tuple(questions), "match", "written", dtype)
 
 
+@checked(
+    model=Model(),
+    tokenizer=Tokenizer(),
+    max_tokens=Integer(1),
+    seq_len=Integer(2),
+    batch_size=Integer(1),
+    precision=PRECISION,
+    seed=Integer(0, 2**32 - 1),
+    progress=Flag(),
+)
+def sample_texts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_tokens: int = 8_192,
+    seq_len: int = 256,
+    batch_size: int = 32,
+    precision: str = "auto",
+    seed: int = 0,
+    progress: bool = True,
+) -> list[str]:
+    """Texts that the model writes of its own accord: general text for those who have none.
+
+    Each begins with a random word of the vocabulary and goes on with tokens drawn from the model's
+    own predictions, ``x_t ~ p(x | x_<t)``, until its end-of-text token (as the calibration text of
+    LLM-QAT, arXiv 2305.17888). Tokenized, they can be the ``general=`` of `slimgpt`.
+
+    Parameters
+    ----------
+    model, tokenizer
+        A causal language model, dense as a rule, and its tokenizer.
+    max_tokens : int
+        Tokens of all texts together.
+    seq_len : int
+        Longest text, in tokens.
+    batch_size : int
+        Texts written together.
+    precision, progress
+        As for `write_answers`.
+    seed : int
+        Of the first words and of the draws.
+
+    Returns
+    -------
+    list of str
+
+    Raises
+    ------
+    ValueError
+        If the model takes no text of `seq_len` tokens, its predictions are not finite, or the
+        tokenizer has no token that is a word.
+    """
+    tokenizer = tokenizer_for(model, tokenizer)
+    prefix = window_prefix(tokenizer)
+    if len(prefix) + seq_len > _longest(model):
+        raise InvalidArgument(
+            f"seq_len is {seq_len}, this model takes {_longest(model) - len(prefix)} tokens; "
+            "shorten it"
+        )
+    words = _words(tokenizer)
+    texts: list[str] = []
+    left = max_tokens
+    bar = tqdm(total=max_tokens, desc="sampling", unit="token", disable=not progress)
+    with bar, seeded(seed), inference(model, precision):
+        while left > 0:
+            # 1. Rows for what is left, each with its first word.
+            length = min(seq_len, max(left, 2))
+            rows = min(batch_size, -(-left // length))
+            first = words[torch.randint(len(words), (rows,))]
+            ids = torch.cat([torch.tensor([prefix] * rows, dtype=torch.long), first[:, None]], 1)
+            check_token_ids(model, ids)
+            # 2. x_t ~ p(x | x_<t).
+            with _generating(model, length - 1, do_sample=True, top_k=0) as ends:
+                output = _sampled(model, ids.to(model.device))[:, len(prefix) :].tolist()
+            # 3. A row ends before its end-of-text token.
+            written = [[*itertools.takewhile(lambda x: x not in ends, row)] for row in output]
+            texts += tokenizer.batch_decode(written)
+            left -= (count := sum(map(len, written)))
+            bar.update(count)
+    return texts
+
+
 def _longest(model: PreTrainedModel) -> int:
     """Most tokens of prompt and continuation."""
     return getattr(model.config, "max_position_embeddings", None) or 1 << 30
@@ -205,6 +288,32 @@ def _continued(
     return texts, output.logits[0].amax(-1).float().cpu().numpy()
 
 
+def _words(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """Ids of the tokens that are a word, or the beginning of one ``[token]``."""
+    special = {*tokenizer.all_special_ids}
+    ids = [token for token in sorted(tokenizer.get_vocab().values()) if token not in special]
+    texts = tokenizer.batch_decode([[token] for token in ids])
+    words = [token for token, text in zip(ids, texts, strict=True) if text.strip().isalpha()]
+    if not words:
+        raise ValueError(f"none of the tokenizer's {len(ids)} tokens is a word to begin with")
+    return torch.tensor(words)
+
+
+def _sampled(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """Rows of tokens continued by the model's own settings ``[batch, token]``."""
+    settings = {"generation_config": model.generation_config}
+    try:
+        return model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), **settings
+        ).sequences
+    except RuntimeError as error:
+        if "probability" not in str(error):
+            raise
+        raise ValueError(
+            "the model's predictions are NaN or infinite: check its weights"
+        ) from error
+
+
 def _choice_written(text: str, choices: Sequence[str]) -> int | None:
     """Index of the choice whose words a text begins with, the longest; None if not exactly one."""
     words, found = split_words(text.casefold()), {}
@@ -217,14 +326,17 @@ def _choice_written(text: str, choices: Sequence[str]) -> int | None:
 
 
 @safe_contextmanager
-def _greedy(model: PreTrainedModel, max_new_tokens: int) -> Iterator[None]:
-    """Within the block, only the end-of-text token of the model's generation settings is used."""
+def _generating(model: PreTrainedModel, max_new_tokens: int, **sampling) -> Iterator[list[int]]:
+    """Within the block, only the end-of-text tokens of the model's generation settings are used.
+
+    Greedy, unless `sampling` says otherwise. Yields those tokens.
+    """
     own = model.generation_config  # None where someone removed it
     end = getattr(own, "eos_token_id", None)
     end = model.config.eos_token_id if end is None else end
     ends = end if isinstance(end, list) else [end]
     model.generation_config = GenerationConfig(
-        do_sample=False,
+        **{"do_sample": False, **sampling},
         num_beams=1,
         max_new_tokens=max_new_tokens,
         eos_token_id=end,
@@ -233,6 +345,6 @@ def _greedy(model: PreTrainedModel, max_new_tokens: int) -> Iterator[None]:
         output_logits=True,
     )
     try:
-        yield
+        yield [each for each in ends if each is not None]
     finally:
         model.generation_config = own

@@ -160,6 +160,10 @@ def calls(t: dict) -> dict[str, dict]:
         "export_vllm": {**pair, "path": t["folder"] / "vllm", "card": None},
         "excerpt": {"text": test, "tokenizer": t["tokenizer"], "max_tokens": 64,
                     "max_characters": 100},
+        "sample_texts": {
+            **pair, "max_tokens": 32, "seq_len": 16, "batch_size": 2, "precision": "float32",
+            "seed": 0, "progress": False,
+        },
         "write_answers": {
             **pair, "questions": t["questions"], "max_new_tokens": 2, "batch_size": 2,
             "precision": "auto", "progress": False,
