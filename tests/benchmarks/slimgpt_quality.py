@@ -5,13 +5,15 @@ perplexity on law and on a text it knows nothing of (``--other FILE``; by defaul
 windows of 1,024, without any fine-tuning. With ``--budgets`` it compares ways to spread a cut of
 half of the decoder over the layers, key/value groups or single heads leaving attention (three
 quarters of an hour on one thread, most of it the two searches). With ``--reconstruct medical`` it
-compares closed form, reconstruction and general text on that domain and on general text, windows of
-256, with paired intervals beside today's `slimgpt` (``--ratios 0.5``; half an hour on one thread).
+compares closed form, stream error, reconstruction, general text and text that the model writes
+itself on that domain and on general text, windows of 256, with paired intervals beside today's
+`slimgpt` (``--ratios 0.5``; half an hour on one thread).
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import math
 import time
@@ -37,10 +39,14 @@ VARIANTS = {
 }
 FITTED = {  # the first is today's
     "slimgpt": {},
+    "+ half of the stream's error": {"stream_share": 0.5},
+    "+ general text, a quarter": {"generality": 0.25},
+    "+ its own text, a quarter": {"general": "own", "generality": 0.25},
     "+ general text": {"generality": 0.5},
     "+ reconstruction": {"reconstruct": True},
     "+ both, a quarter general": {"reconstruct": True, "generality": 0.25},
     "+ both, half general": {"reconstruct": True, "generality": 0.5},
+    "+ all three": {"stream_share": 0.5, "reconstruct": True, "generality": 0.25},
 }
 
 
@@ -78,6 +84,9 @@ def fitted(model, tokenizer, given: argparse.Namespace) -> None:
         for each in (domain, general)
     )
 
+    own_text = functools.cache(lambda: written(model, tokenizer))
+    texts = {"own": own_text, None: lambda: other}
+
     def measured(cut: PreTrainedModel) -> list[lab.Perplexity]:
         protocol = {"max_tokens": given.test_tokens, "progress": False}
         return [lab.perplexity(cut, tokenizer, each.test, **protocol) for each in (domain, general)]
@@ -94,7 +103,7 @@ def fitted(model, tokenizer, given: argparse.Namespace) -> None:
         for name in given.variants:
             options = {"ratio": ratio, "sites": ["ffn"], "progress": False, **FITTED[name]}
             if "generality" in options:
-                options["general"] = other
+                options["general"] = texts[options.get("general")]()
             began = time.process_time()
             cut, _ = lab.slimgpt(model, own, **options)
             seconds, found = time.process_time() - began, measured(cut)
@@ -103,6 +112,12 @@ def fitted(model, tokenizer, given: argparse.Namespace) -> None:
             )
             today = today or found
             show(f"{ratio:.0%} {name}", found, seconds, words)
+
+
+def written(model, tokenizer) -> list[dict]:
+    """Text that the model writes itself, as many tokens as of the others."""
+    texts = lab.sample_texts(model, tokenizer, max_tokens=TOKENS, seq_len=SHORT)
+    return lab.tokenize(texts, tokenizer, seq_len=SHORT, max_tokens=TOKENS)
 
 
 def paired(today: lab.Perplexity, found: lab.Perplexity) -> str:
