@@ -42,9 +42,9 @@ CLAIMS_HEADER = """\
 
 The papers prune models of 1.3 to 13 billion parameters and measure by other protocols: what is
 compared is the direction of a claim, not its numbers. "×" is a ratio of two perplexities, the first
-over the second, on the text of the domain that was pruned for, with its 95 % interval over the
-passages, which both read. The intervals are not corrected for the number of claims. A claim holds,
-or does not, only if its whole interval says so.
+over the second, with its 95 % interval over the passages, which both read: text of the domain that
+was pruned for, unless the claim names another. The intervals are not corrected for the number of
+claims. A claim holds, or does not, only if its whole interval says so.
 
 | paper | says | published | measured here | verdict |
 | --- | --- | --- | --- | --- |
