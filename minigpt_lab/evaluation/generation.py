@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation import BaseStreamer
 
 from ..checks import (
     Flag,
@@ -253,12 +254,13 @@ def sample_texts(
             check_token_ids(model, ids)
             # 2. x_t ~ p(x | x_<t).
             with _generating(model, length - 1, do_sample=True, top_k=0) as ends:
-                output = _sampled(model, ids.to(model.device))[:, len(prefix) :].tolist()
+                output = _sampled(model, ids.to(model.device), bar)[:, len(prefix) :].tolist()
             # 3. A row ends before its end-of-text token.
             written = [[*itertools.takewhile(lambda x: x not in ends, row)] for row in output]
             texts += tokenizer.batch_decode(written)
-            left -= (count := sum(map(len, written)))
-            bar.update(count)
+            left -= sum(map(len, written))
+            bar.n = max_tokens - left
+            bar.refresh()
     return texts
 
 
@@ -299,9 +301,23 @@ def _words(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     return torch.tensor(words)
 
 
-def _sampled(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+class _Steps(BaseStreamer):
+    """Advances a bar by a token of every row."""
+
+    def __init__(self, bar: tqdm):
+        self.bar = bar
+
+    def put(self, value: torch.Tensor) -> None:
+        """Called with the prompts, then with the next token of every row."""
+        self.bar.update(min(len(value), self.bar.total - self.bar.n))
+
+    def end(self) -> None:
+        """Nothing is left to show."""
+
+
+def _sampled(model: PreTrainedModel, ids: torch.Tensor, bar: tqdm) -> torch.Tensor:
     """Rows of tokens continued by the model's own settings ``[batch, token]``."""
-    settings = {"generation_config": model.generation_config}
+    settings = {"generation_config": model.generation_config, "streamer": _Steps(bar)}
     try:
         return model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), **settings
