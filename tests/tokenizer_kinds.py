@@ -133,6 +133,9 @@ _MAKERS = {
     "characters": _characters,
 }
 KINDS = (*_MAKERS, "Python")
+#: Those that can write any text, and a text of characters that take several of their tokens.
+SPELLS_ALL = ("byte-level", "prefix space", "full stop and newlines", "one word")
+SCRIPTS = "Müller naïve (n = 8) 裁判所は棄却した。👩‍👩‍👧 🇨🇭 and �: 🙂🙂 résumé Δx≤½ सूरज"
 
 
 @functools.cache

@@ -6,6 +6,7 @@ Python's ``m <= ε``, exactly.
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Mapping
 from typing import Any
@@ -20,6 +21,7 @@ from ..planning import EPSILONS, SHARES, removals, token_removals
 
 SITES = ("ffn", "attention")
 _PLACES = 300_000  # of examples, of all neurons and domains: about a megabyte of the page
+_LONGEST = 12  # tokens of a run: characters take one to four
 
 
 class Packer:
@@ -141,24 +143,50 @@ def _add_examples(
     known = {number: each.examples for number, each in enumerate(statistics) if each.examples}
     if not known:
         return
-    ids = np.unique(np.concatenate([found.tokens for found in known.values()]))
-    pieces = "\0".join(token_texts(ids.tolist(), tokenizer)).encode("utf-8")
-    packer.add("pieces", np.frombuffer(pieces, np.uint8))
+    pieces: dict[str, int] = {}
     for number, found in known.items():
+        texts, begins = whole_characters(found.tokens, found.starts, tokenizer)
+        packer.add(f"{number}/read", np.array([pieces.setdefault(t, len(pieces)) for t in texts]))
+        packer.add(f"{number}/starts", np.searchsorted(begins, found.starts))
         fit = max(1, _PLACES // (len(found.values) * len(statistics)))
-        places = np.where(found.values > 0, found.places + 1, 0)[:, :fit]  # 0: none
+        places = np.searchsorted(begins, found.places, side="right")  # from 1; 0: none
+        places = np.where(found.values > 0, places, 0)[:, :fit]
         packer.add(f"{number}/places", places.T.ravel())  # [example, neuron]
-        packer.add(f"{number}/read", np.searchsorted(ids, found.tokens))
-        packer.add(f"{number}/starts", found.starts)
+    packer.add("pieces", np.frombuffer("\0".join(pieces).encode("utf-8"), np.uint8))
 
 
-def token_texts(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Text of every token as it stands within a text, with the space before it."""
+def whole_characters(
+    tokens: np.ndarray, starts: np.ndarray, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[str], np.ndarray]:
+    """Text of the shortest runs of tokens that end with a whole character, and where each begins.
+
+    Mostly a run is a token. One that ends within a character decodes to U+FFFD at its end: the
+    tokens after it complete the character.
+
+    Parameters
+    ----------
+    tokens, starts : numpy.ndarray
+        Token ids of windows one after the other, and index of the first of every window.
+    tokenizer : transformers.PreTrainedTokenizerBase
+        That they are of.
+    """
     anchor = tokenizer.encode("a", add_special_tokens=False)[-1:]  # some decoders strip the first
-    plain = {"clean_up_tokenization_spaces": False}
-    begun = tokenizer.decode(anchor, **plain)
-    texts = (tokenizer.decode([*anchor, i], **plain).removeprefix(begun) for i in ids)
-    return [text.replace("\0", " ") for text in texts]
+    decode = functools.partial(tokenizer.decode, clean_up_tokenization_spaces=False)
+    begun = decode(anchor)
+
+    @functools.cache
+    def text_of(*run: int) -> str:  # within a text: with the space before it
+        return decode([*anchor, *run]).removeprefix(begun).replace("\0", " ")
+
+    ids, ends = tokens.tolist(), {*starts.tolist(), len(tokens)}
+    texts: list[str] = []
+    begins = [0]
+    for end in range(1, len(ids) + 1):
+        text = text_of(*ids[begins[-1] : end])
+        if not text.endswith("\ufffd") or end in ends or end - begins[-1] == _LONGEST:
+            texts.append(text)
+            begins.append(end)
+    return texts, np.array(begins[:-1])
 
 
 def _at_most(indices: np.ndarray) -> np.ndarray:

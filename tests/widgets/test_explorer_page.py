@@ -14,10 +14,11 @@ import torch
 from chromium import chromium_page
 from helpers import random_model
 from playwright.sync_api import expect
+from tokenizer_kinds import SCRIPTS, model_of, tokenizer_of
 
 import minigpt_lab as lab
 from minigpt_lab.widgets import ThresholdExplorer
-from minigpt_lab.widgets.packing import token_texts
+from minigpt_lab.widgets.packing import whole_characters
 
 pytestmark = pytest.mark.slow
 
@@ -179,7 +180,9 @@ def test_mouse_keyboard_and_the_address(site, tiny, statistics):
         layer, channel = map(int, re.findall(r"\d+", heading.inner_text()))
         found = statistics["tiny-games"].examples
         neuron = layer * (len(found.values) // tiny[0].config.num_hidden_layers) + channel
-        texts = token_texts(found.tokens[found.places[neuron]].tolist(), tiny[1])
+        runs, begins = whole_characters(found.tokens, found.starts, tiny[1])
+        at = np.searchsorted(begins, found.places[neuron], side="right") - 1
+        texts = [runs[place] for place in at]
         marks = [item.locator("mark").all_inner_texts() for item in first.box.locator("li").all()]
         assert len(marks) == 3
         for text, marked in zip(texts, marks, strict=True):
@@ -196,6 +199,31 @@ def test_mouse_keyboard_and_the_address(site, tiny, statistics):
         second.type("many")
         expect(second.box.locator("input[type=text]")).to_have_attribute("aria-invalid", "true")
         assert second.numbers() == numbers
+
+
+def test_passages_of_several_scripts_are_the_text(tmp_path):
+    for kind in ("byte-level", "one word"):
+        tokenizer = tokenizer_of(kind)
+        model = model_of(tokenizer)
+        model.config.max_position_embeddings = 256
+        ids = tokenizer.encode(SCRIPTS, return_tensors="pt", add_special_tokens=False)
+        found = lab.collect_statistics(model, [{"input_ids": ids}], examples=1, progress=False)
+        explorer = ThresholdExplorer(model, {"x": found}, "x", epsilon=0.1, tokenizer=tokenizer)
+        (tmp_path / f"{kind}.html").write_text(HEAD + explorer.to_html(), encoding="utf-8")
+    with chromium_page("explorer-scripts") as page:
+        for kind in ("byte-level", "one word"):
+            page.goto(f"file://{tmp_path}/{kind}.html")
+            shown, marked = Shown(page), set()
+            shown.box.locator(".lab-x-map").focus()
+            page.keyboard.press("ArrowRight")
+            for _ in range(20):
+                page.keyboard.press("ArrowRight")
+                passage = shown.box.locator(".lab-x-card li")
+                text = passage.inner_text().removeprefix("…").removesuffix("…").strip()
+                assert text in SCRIPTS and len(text) > 8
+                marked |= {*passage.locator("mark").all_inner_texts()}
+            assert any(not mark.isascii() for mark in marked)
+            assert all(len(mark.strip()) <= 3 for mark in marked if not mark.isascii())
 
 
 def test_everything_is_reached_by_tab_and_has_a_name(site):

@@ -5,14 +5,16 @@ from __future__ import annotations
 import re
 import threading
 
+import numpy as np
 import pandas as pd
 import pytest
 import traitlets
+from tokenizer_kinds import KINDS, SCRIPTS, SPELLS_ALL, tokenizer_of
 
 import minigpt_lab as lab
 from minigpt_lab.widgets.base import Chooser
 from minigpt_lab.widgets.jobs import ModelJob, perplexity_job
-from minigpt_lab.widgets.packing import token_texts
+from minigpt_lab.widgets.packing import whole_characters
 from minigpt_lab.widgets.pruning import RatioExplorer
 from minigpt_lab.widgets.recipes import MiniForm
 from minigpt_lab.widgets.threshold_explorer import ThresholdExplorer
@@ -71,10 +73,31 @@ def test_thresholds_have_three_digits(explorer, tiny, statistics):
     assert start.plan.predicted_size(tiny[0]).stored == lab.model_size(tiny[0]).stored
 
 
-def test_tokens_are_read_as_they_stand_in_a_text(tiny):
-    text = "The court held that Müller's claim, in 1999, failed."
-    ids = tiny[1].encode(text, add_special_tokens=False)
-    assert "".join(token_texts(ids, tiny[1])).replace("\ufffd", "") in (text, text.replace("ü", ""))
+@pytest.mark.parametrize("kind", KINDS)
+def test_whole_characters_appear_where_tokens_complete_them(kind):
+    tokenizer, spells_all = tokenizer_of(kind), kind in SPELLS_ALL
+    text = SCRIPTS if spells_all else "The court held that."
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    texts, begins = whole_characters(np.array(2 * ids), np.array([0, len(ids)]), tokenizer)
+    assert len(texts) == len(begins) and len(ids) in begins  # no character reaches over two windows
+    half = "".join(texts[: len(texts) // 2])
+    assert texts == 2 * texts[: len(texts) // 2]
+    assert half.removeprefix(" ") == tokenizer.decode(ids).removeprefix(" ")
+    if spells_all:
+        assert half.removeprefix(" ") == SCRIPTS
+        assert len(begins) < 2 * len(ids)
+        ends = [*begins[1:], 2 * len(ids)]
+        for text, begin, end in zip(texts, begins, ends, strict=True):  # each is as short as can be
+            assert end - begin == 1 or len(text.strip()) <= 2, text
+
+
+def test_half_a_character_is_told(tiny):
+    ids = tiny[1].encode("ab 🙂", add_special_tokens=False)[:-1]
+    texts, begins = whole_characters(np.array(ids), np.array([0]), tiny[1])
+    assert "".join(texts).startswith("ab") and texts[-1].endswith("\ufffd")
+    marks = tiny[1].encode("\ufffd" * 40, add_special_tokens=False)  # never completed: in pieces
+    texts, begins = whole_characters(np.array(marks), np.array([0]), tiny[1])
+    assert "".join(texts) == "\ufffd" * 40 and len(texts) > 1
 
 
 def test_an_explorer_never_runs_the_model(tiny, statistics, monkeypatch):
