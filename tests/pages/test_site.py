@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import io
 import re
 import shutil
 import threading
@@ -17,6 +18,7 @@ import pytest
 from bs4 import BeautifulSoup
 from chromium import chromium_page
 from nbformat import v4
+from PIL import Image
 
 import minigpt_lab as lab
 from minigpt_lab.experiments.parameters import notebook_names
@@ -230,6 +232,21 @@ def test_the_site_in_a_browser(site, pages, address):
         read_own_page(page)
     assert failed == []
     assert [url for url in asked if not url.startswith((address, "data:"))] == []
+
+
+@pytest.mark.parametrize("system", ["light", "dark"])
+def test_diagrams_follow_the_theme_button(site, system):
+    with chromium_page(f"site-theme-{system}", color_scheme=system) as page:
+        page.goto(f"{site.as_uri()}/notebooks/00_start_here.html")
+        diagram = page.locator("article img[src$='.svg']").first
+        seen = {}
+        for _ in range(3):  # auto, and the two of the button
+            theme = page.evaluate("document.body.dataset.theme")
+            picture = Image.open(io.BytesIO(diagram.screenshot())).convert("L")
+            middle = picture.getpixel((picture.width // 2, 6))
+            seen[theme] = "dark" if middle < 60 else "light" if middle > 200 else middle
+            page.locator(".theme-toggle").locator("visible=true").first.click()
+        assert seen == {"auto": system, "light": "light", "dark": "dark"}
 
 
 def read_own_page(page) -> None:
