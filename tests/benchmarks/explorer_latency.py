@@ -3,12 +3,15 @@
     .venv/bin/python tests/benchmarks/explorer_latency.py [page.html]
 
 Reads the page's own performance marks: a move (goal: at most 16 ms), and a whole picture, as after
-another domain or component. Statistics of few tokens will do: the time does not depend on them. The
-page is kept where a name is given.
+another domain or component; and from a trace the processor time of their frames, which says what
+the page costs where other work makes it wait. Statistics of few tokens will do: the time does not
+depend on them. The page is kept where a name is given.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 import tempfile
 import time
@@ -69,8 +72,26 @@ def page(path: Path) -> None:
     print(f"page {len(block) / 1e6:.2f} MB, of which arrays {arrays / 1e6:.2f}")
 
 
+def processor_times(events: list[dict], name: str) -> list[float]:
+    """Processor time in milliseconds of the animation frames with a mark of a name."""
+    frames = [e for e in events if e["name"] == "FireAnimationFrame" and "tdur" in e]
+    begun = [e["ts"] for e in events if e["name"] == f"lab-explorer:{name}" and e["ph"] == "b"]
+    return [
+        frame["tdur"] / 1000
+        for frame in frames
+        if any(frame["ts"] <= at <= frame["ts"] + frame["dur"] for at in begun)
+    ]
+
+
+def told(found: list[float]) -> str:
+    """Median, 99th percentile and largest, in words."""
+    ordered = sorted(found)
+    high = ordered[int(0.99 * len(ordered))]
+    return f"median {median(found):.1f} ms, 99 % {high:.1f}, worst {ordered[-1]:.1f}"
+
+
 def main() -> None:
-    """Move, switch components and domains; print the marks."""
+    """Move, switch components and domains; print the marks and the processor times."""
     given = sys.argv[1:]
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         path = Path(given[0] if given else f"{folder}/page.html").resolve()
@@ -80,12 +101,14 @@ def main() -> None:
         opened = browser.new_page(viewport={"width": 1280, "height": 1100})
         opened.goto(path.as_uri())
         opened.wait_for_selector(".lab-x[data-milliseconds]", timeout=120_000)
-        for name, found in opened.evaluate(MOVES).items():
-            ordered = sorted(found)
-            high = ordered[int(0.99 * len(ordered))]
-            print(f"{name:>6}: {len(found)} times, median {median(found):.1f} ms, ", end="")
-            print(f"99 % {high:.1f}, worst {ordered[-1]:.1f}")
+        browser.start_tracing(categories=["devtools.timeline", "blink.user_timing"])
+        found = opened.evaluate(MOVES)
+        events = json.loads(browser.stop_tracing())["traceEvents"]
         browser.close()
+        print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
+        for name, times in found.items():
+            print(f"{name:>6}: {len(times)} times, {told(times)}")
+            print(f"        processor time of the frame: {told(processor_times(events, name))}")
 
 
 if __name__ == "__main__":

@@ -190,6 +190,7 @@ def test_mouse_keyboard_and_the_address(site, tiny, statistics):
 
         second.choose("linear", "share of each layer", "tiny-games")
         second.type("12")
+        page.wait_for_function("location.hash.includes('share=0.12')")  # once moves have ended
         numbers, address = second.numbers(), page.url
         assert "explorer=1" in address and "domain=tiny-games" in address
         page.goto("about:blank")

@@ -20,7 +20,8 @@ const MAP_TITLES = {
   embedding: ["Layers", ""],
   all: ["Layers", "FFN channels by the ε that removes them"],
 };
-const exact = (n) => Math.round(n).toLocaleString("en");
+const integers = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
+const exact = (n) => integers.format(n);
 const bytes = (n) => (n >= 1e9 ? `${(n / 1e9).toFixed(2)} GB` : n >= 1e6 ? `${(n / 1e6).toFixed(1)} MB` : `${(n / 1e3).toFixed(0)} kB`);
 const clamp = (x, low, high) => Math.min(Math.max(x, low), high);
 
@@ -568,11 +569,15 @@ async function mountAll() {
       const arrays = await unpack(facts, packed), linked = fromHash(facts, location.hash, place);
       const first = { ...start, index: start.rule === "share" ? Math.round(100 * start.share) : indexOf(start.epsilon) };
       const root = element("div", {}, null);
+      let writing = null; // an address costs as much as a picture, and a browser takes only some in a time
       box.append(root);
       const explorer = new Explorer(root, facts, arrays, linked ?? first, {
         label: "copy link",
         link: (state) => `${location.href.split("#")[0]}#${toHash(facts, state, place)}`,
-            changed(state) { history.replaceState(history.state, "", `#${toHash(facts, state, place)}`); },
+        changed(state) {
+          clearTimeout(writing);
+          writing = setTimeout(() => history.replaceState(history.state, "", `#${toHash(facts, state, place)}`), 200);
+        },
       });
       window.addEventListener("hashchange", () => { const to = fromHash(facts, location.hash, place); if (to) explorer.set(to, { tell: false }); });
       box.querySelector(".lab-explorer-still")?.remove();
