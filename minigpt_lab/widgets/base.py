@@ -27,12 +27,10 @@ class Explorer:
     """
 
     def __init__(self, controls: Sequence[ipywidgets.Widget], inputs: Sequence[ipywidgets.Widget]):
-        self.summary = ipywidgets.HTML()
-        self.summary.add_class("lab-summary")
-        self.image = ipywidgets.Image(format="png")
-        self.image.layout.align_self = "flex-start"  # else a column stretches it
-        self.image.add_class("lab-figure")
-        self.view = ipywidgets.VBox([*controls, self.summary, self.image])
+        self.words, self.picture = "", b""
+        self.shown = ipywidgets.HTML()  # words and picture in one, so that both change at once
+        self.shown.add_class("lab-summary")
+        self.view = ipywidgets.VBox([*controls, self.shown])
         for control in inputs:
             control.observe(lambda _change: self.render(), "value")
         self.render()
@@ -44,10 +42,18 @@ class Explorer:
     def render(self) -> None:
         """Show numbers and picture; an error shows in their place, with the last picture."""
         try:
-            words, picture = self.choose()
+            self.words, self.picture = self.choose()
         except Exception as error:  # noqa: BLE001 - a front end would swallow it
-            words, picture = alarm(error), self.image.value
-        self.summary.value, self.image.value = words, picture
+            self.words = alarm(error)
+        self.shown.value = self.to_html()
+
+    def to_html(self) -> str:
+        """Numbers and picture as HTML that needs no kernel."""
+        if not self.picture:
+            return self.words
+        encoded = base64.b64encode(self.picture).decode("ascii")
+        source = f"data:image/png;base64,{encoded}"
+        return f'{self.words}<br><img style="max-width: 100%" src="{source}">'
 
     def show(self, interactive: bool) -> Page:
         """Page for a notebook cell: the live controls, or their numbers and picture alone."""
@@ -64,13 +70,11 @@ class Page:
         self.explorer, self.interactive = explorer, interactive
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> dict:
-        words, picture = self.explorer.summary.value, self.explorer.image.value
-        bundle = dict(self.explorer.view._repr_mimebundle_()) if self.interactive else {}
-        if picture:
-            encoded = base64.b64encode(picture).decode("ascii")
-            bundle["image/png"] = encoded
-            words += f'<br><img src="data:image/png;base64,{encoded}">'
-        return bundle | {"text/html": words}
+        explorer = self.explorer
+        bundle = dict(explorer.view._repr_mimebundle_()) if self.interactive else {}
+        if explorer.picture:
+            bundle["image/png"] = base64.b64encode(explorer.picture).decode("ascii")
+        return bundle | {"text/html": explorer.to_html()}
 
 
 def alarm(error: Exception) -> str:
@@ -119,7 +123,24 @@ class Chooser(Explorer):
         if isinstance(drawn, Figure):
             return "", png_bytes(drawn)
         table = Instance(pd.DataFrame, "or a Figure")("what draw returned", drawn)
-        # long texts in full, and no formulas
-        with pd.option_context("display.max_colwidth", None, "display.html.use_mathjax", False):
-            words = table.to_html(index=False, float_format="{:.3g}".format, border=0)
-        return words, b""
+        return _table_html(table), b""
+
+
+def _table_html(table: pd.DataFrame) -> str:
+    """A table as HTML: texts in full and at the left, numbers short and at the right."""
+    numbers = [*table.select_dtypes("number")]
+    right = {name: [{"selector": "", "props": "text-align: right"}] for name in numbers}
+    look = "text-align: left; padding: 0.2em 1.5em 0.2em 0; line-height: 1.4"
+    cells = {"selector": "th, td", "props": look}
+    shown = table.reset_index(drop=True).style.hide(axis="index")
+    shown.format(escape="html", na_rep="–").format_index(escape="html", axis=1)
+    shown.format(_number, subset=numbers, na_rep="–")
+    shown.set_table_styles([cells]).set_table_styles(right, overwrite=False)
+    with pd.option_context("styler.html.mathjax", False):
+        return shown.to_html()
+
+
+def _number(value: float) -> str:
+    """Three digits, or all that stand before the decimal point."""
+    whole = value == round(value) or abs(value) >= 100
+    return f"{value:,.0f}" if whole else f"{value:.3g}"

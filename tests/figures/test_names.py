@@ -252,11 +252,11 @@ def test_widgets_show_names_and_run_none(tiny, tiny_statistics):
     )
     failing = Chooser(lambda name: 1 / 0 if name else None, name=[TAG])
     page = ratios.show(interactive=False)._repr_mimebundle_()["text/html"]
-    for words in (ratios.summary.value, page, job.result.value, job.show(False).data,
-                  table.summary.value, explorer.to_html(), failing.summary.value):  # fmt: skip
+    for words in (ratios.shown.value, page, job.result.value, job.show(False).data,
+                  table.shown.value, explorer.to_html(), failing.shown.value):  # fmt: skip
         assert "<img src=x" not in words
-    assert "ZeroDivisionError" in failing.summary.value
-    assert "$a$" not in ratios.summary.value
+    assert "ZeroDivisionError" in failing.shown.value
+    assert "$a$" not in ratios.shown.value
 
 
 def test_widgets_take_numbers_of_any_kind_and_refuse_what_they_cannot_show(tiny, tiny_statistics):
@@ -281,4 +281,4 @@ def test_widgets_take_numbers_of_any_kind_and_refuse_what_they_cannot_show(tiny,
             Chooser(lambda domain: None, domain=choices)
     with pytest.raises(ValueError, match="draw is None; expected a function"):
         Chooser(None, domain=["law"])
-    assert "what draw returned is None" in Chooser(lambda n: None, n=["three"]).summary.value
+    assert "what draw returned is None" in Chooser(lambda n: None, n=["three"]).shown.value

@@ -146,23 +146,50 @@ def ratios(tiny):
 
 
 def test_ratio_and_method(ratios, tiny):
-    before = ratios.image.value
+    before = ratios.picture
     ratios.method.set_state({"index": 1})
     ratios.ratio.set_state({"value": 0.5})
     ratios.allocation.value = "global"
     random = ratios.scores["random"]
     assert ratios.plan == lab.plan_from_scores(tiny[0], random, ratio=0.5, allocation="global")
-    assert f"stored {ratios.plan.predicted_size(tiny[0]).stored:,}" in ratios.summary.value
-    assert ratios.image.value != before
+    assert f"stored {ratios.plan.predicted_size(tiny[0]).stored:,}" in ratios.shown.value
+    assert ratios.picture != before
+
+
+def test_what_changes_is_said_while_it_is_computed(ratios):
+    seen = []
+    ratios.shown.observe(lambda change: seen.append(change["new"]), "value")
+    ratios.ratio.value = 0.5
+    busy, done = seen
+    assert "computing…" in busy and "computing…" not in done
+    assert "data:image/png" in done and ratios.words in done  # words and picture at once
+
+
+def test_a_share_that_rounds_to_nothing_is_said(tiny):
+    scores = lab.score(tiny[0], "random", sites=("attention", "ffn"))
+    ratios = RatioExplorer(tiny[0], {"random": scores}, ratio=0.1)
+    assert ratios.allocation.value == "global" and "rounds to 0" not in ratios.words
+    ratios.allocation.value = "uniform"
+    assert "attention: nothing is removed, as 10% of 2 units per layer rounds to 0" in ratios.words
+    assert "ffn: nothing" not in ratios.words
+    ratios.ratio.value = 0.5
+    assert "rounds to 0" not in ratios.words
 
 
 def test_choosing_among_results():
     table = pd.DataFrame({"domain": ["law", "law", "games"], "n": [1, 2, 3]})
     chooser = Chooser(lambda domain: table[table["domain"] == domain], domain=["law", "games"])
-    assert "<td>2</td>" in chooser.summary.value and "<td>3</td>" not in chooser.summary.value
+    assert ">2</td>" in chooser.shown.value and ">3</td>" not in chooser.shown.value
     chooser.controls["domain"].set_state({"index": 1})
-    assert "<td>3</td>" in chooser.summary.value and "<td>2</td>" not in chooser.summary.value
+    assert ">3</td>" in chooser.shown.value and ">2</td>" not in chooser.shown.value
     assert set(chooser.show(interactive=False)._repr_mimebundle_()) == {"text/html"}
+    assert "<img" not in chooser.shown.value
+
+
+def test_numbers_of_a_table_are_short_and_all_of_their_digits_are_read():
+    columns = {"n": [94_700_000], "loss": [1234.5], "kl": [0.01234], "low": [float("nan")]}
+    shown = Chooser(lambda name: pd.DataFrame(columns), name=["law"]).shown.value
+    assert all(f">{text}<" in shown for text in ("94,700,000", "1,234", "0.0123", "–"))
 
 
 def test_a_job_reports_and_keeps_its_last_result():
@@ -220,10 +247,10 @@ def test_measuring_the_explorers_choice(explorer, tiny, tiny_domain):
 def test_the_form_of_a_mini_says_what_is_kept(tiny):
     form = MiniForm(tiny[0], domain="tiny-law", size=0.5, minutes=10)
     dense = lab.model_size(tiny[0]).stored
-    assert f"at most {dense // 2:,} of {dense:,} parameters" in form.summary.value
+    assert f"at most {dense // 2:,} of {dense:,} parameters" in form.shown.value
     form.size.value, form.minutes.value = 0.25, 20
     assert form.chosen == {"size": 0.25, "minutes": 20}
-    assert f"at most {dense // 4:,} of" in form.summary.value
+    assert f"at most {dense // 4:,} of" in form.shown.value
     assert "image/png" not in form.show(False)._repr_mimebundle_()
     with pytest.raises(ValueError, match="size is 2; expected a number above 0 and below 1"):
         MiniForm(tiny[0], domain="tiny-law", size=2, minutes=10)
