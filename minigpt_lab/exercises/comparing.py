@@ -187,13 +187,17 @@ def exact_loss(W: torch.Tensor, H: torch.Tensor, removed: Sequence[int]) -> Answ
 
     tr W_r ([H⁻¹]_rr)⁻¹ W_rᵀ for the removed inputs r.
     """
-    H_inv, W_removed = torch.linalg.inv(H), W[:, removed]
+    H_inv = torch.linalg.inv(H)
     block = H_inv[removed][:, removed]
+    others = [j for j in range(len(H)) if j not in removed]
 
-    def cost(moment: torch.Tensor) -> float:
-        return float(torch.trace(W_removed @ moment @ W_removed.T))
+    def cost(moment: torch.Tensor, pruned: Sequence[int] = removed) -> float:
+        return float(torch.trace(W[:, pruned] @ moment @ W[:, pruned].T))
 
     mistakes = {
+        "the loss of the pair that was removed above; the other pair is asked for": (
+            cost(torch.linalg.inv(H_inv[others][:, others]), others)
+        ),
         "the error without compensation; take a block of H⁻¹": cost(H[removed][:, removed]),
         "with the block of H⁻¹ as it is; invert that block": cost(block),
         "with the diagonal of H⁻¹ alone; the inputs are removed together": cost(

@@ -156,7 +156,9 @@ def _named(error: BaseException, function: Callable) -> str:
         if code and frame.filename == code.co_filename and frame.lineno
     ]
     words = f"{type(error).__name__}: {first_line(error)}"
-    return f"{words[:120]}{'…' * (len(words) > 120)}{f' (its line {lines[-1]})' * bool(lines)}"
+    hint = "; change weights within `with torch.no_grad():`" * ("in-place" in words)
+    where = f" (its line {lines[-1]})" if lines else ""
+    return f"{words[:120]}{'…' * (len(words) > 120)}{hint}{where}"
 
 
 def _change(name: str, before: Any, after: Any) -> str | None:
@@ -170,7 +172,8 @@ def _change(name: str, before: Any, after: Any) -> str | None:
             return f"it leaves a hook on {name}; keep its handle, and call handle.remove()"
         old, new = before.state_dict(), after.state_dict()
         same = old.keys() == new.keys() and all(torch.equal(old[k], new[k]) for k in old)
-        return None if same else f"it changes the weights of {name}; put them back at the end"
+        how = "put them back at the end, from a clone, as a slice is a view"
+        return None if same else f"it changes the weights of {name}; {how}"
     if isinstance(before, torch.Tensor | np.ndarray):
         same = before.shape == after.shape and bool((before == after).all())
         how = "clone" if isinstance(before, torch.Tensor) else "copy"
@@ -228,11 +231,13 @@ def _difference(
 ) -> str:
     """The first property that fails: shape, finite values, sign, scale, order, single values."""
     pairs = [pair for case in zip(found, wanted, strict=True) for pair in zip(*case, strict=True)]
-    for one, other in pairs:
+    several = len(wanted[0])
+    for number, (one, other) in enumerate(pairs):
         if one.shape != other.shape:
             turned = one.shape == other.shape[::-1]
+            which = f" as value {number % several + 1} of {several}" * (several > 1)
             return (
-                f"it returns shape {[*one.shape]}; expected {[*other.shape]}"
+                f"it returns shape {[*one.shape]}{which}; expected {[*other.shape]}"
                 f"{'; transpose it' if turned else ''}"
             )
     for one, _ in pairs:

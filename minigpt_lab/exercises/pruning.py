@@ -37,15 +37,20 @@ def _channel(model: PreTrainedModel) -> tuple[int, dict[str, int]]:
 def channel_cost(model: PreTrainedModel) -> Answer:
     """Parameters that are removed with one FFN channel."""
     cost, mistakes = _channel(model)
-    whole = "all channels of a layer; one is removed"
-    return Answer(cost, {**mistakes, whole: Anatomy(model).units("ffn")[0] * cost})
+    anatomy = Anatomy(model)
+    row = min(mistakes.values())
+    mistakes["all channels of a layer; one is removed"] = anatomy.units("ffn")[0] * cost
+    mistakes["the number of matrices; count the weights of the channel in each"] = cost // row
+    return Answer(cost, mistakes)
 
 
 @exercise("share")
 def stored_share(model: PreTrainedModel, mini: PreTrainedModel) -> Answer:
     """Share of the dense model's parameters that the small one stores."""
     size = model_size(mini, model)
+    kept, channels = (sum(Anatomy(each).units("ffn")) for each in (mini, model))
     mistakes = {
+        "the share of the FFN channels; attention and embeddings are stored whole": kept / channels,
         "the share removed; the share kept is asked for": 1 - size.stored / size.dense,
         "the share of the decoder layers; the embeddings are stored too": size.layer_ratio,
         "the dense size over the small one; turn it round": size.dense / size.stored,

@@ -288,6 +288,8 @@ def test_a_channel_costs_what_leaves_with_it(model):
     assert lab.check("channels alone", 3 * cost, model=model, plan=plan)
     one_matrix = lab.check("channel cost", model.config.hidden_size, model=model)
     assert "what one of the FFN's matrices loses" in one_matrix.message
+    matrices = lab.check("channel cost", cost // model.config.hidden_size, model=model)
+    assert "this is the number of matrices" in matrices.message
     assert (
         "the number of channels" in lab.check("channels alone", 3, model=model, plan=plan).message
     )
@@ -311,6 +313,18 @@ def test_an_exact_loss_and_what_it_is_taken_for(answer, message):
     found = torch.trace(gone @ answer(hessian[leaves][:, leaves], block) @ gone.T)
     verdict = lab.check("exact loss", found, W=weight, H=hessian, removed=leaves)
     assert verdict.right == (message is None) and (message or "right") in verdict.message
+
+
+def test_the_loss_of_the_other_pair_and_the_share_of_the_channels_have_sentences():
+    W, H = torch.tensor([[1.0, 2, 3, 4]]), torch.eye(4)
+    given = {"W": W, "H": H, "removed": [2, 3]}
+    assert lab.check("exact loss", 25, **given)
+    assert "the pair that was removed above" in lab.check("exact loss", 5, **given).message
+    model = random_model("llama")
+    mini = lab.shrink(model, lab.contextual_plan(model, _statistics(model), quantile=0.25))
+    kept = sum(Anatomy(mini).units("ffn")) / sum(Anatomy(model).units("ffn"))
+    said = lab.check("stored share", kept, model=model, mini=mini).message
+    assert "this is the share of the FFN channels" in said
 
 
 def test_the_tokens_that_invert_a_moment(model):

@@ -197,6 +197,10 @@ def test_a_model_is_left_as_it_was():
         model.model.layers[layer].mlp.down_proj.weight.data[:, channel] = 0
         return model(ids).logits
 
+    def without_no_grad(model, ids, layer, channel):
+        model.model.layers[layer].mlp.down_proj.weight[:, channel] = 0
+        return model(ids).logits
+
     def changes_a_batch(model, name, batches):
         batches[0]["input_ids"].zero_()
         return 0
@@ -204,9 +208,16 @@ def test_a_model_is_left_as_it_was():
     said = lab.check("mean magnitude", leaves_a_hook).message
     assert "it leaves a hook on model; keep its handle, and call handle.remove()" in said
     said = lab.check("masked logits", changes_weights).message
-    assert "it changes the weights of model; put them back at the end (input: layer 0)" in said
+    assert "it changes the weights of model; put them back at the end, from a clone" in said
+    said = lab.check("masked logits", without_no_grad).message
+    assert "; change weights within `with torch.no_grad():` (its line 2)" in said
     said = lab.check("mean magnitude", changes_a_batch).message
     assert "it changes its input batches; work on a copy" in said
+
+
+def test_the_matrix_of_a_wrong_shape_is_named():
+    said = lab.check("shrunk ffn", lambda g, u, d, keep: (g[keep], u, d[:, keep])).message
+    assert "it returns shape [7, 4] as value 2 of 3; expected [3, 4]" in said
 
 
 def test_a_stub_and_what_is_no_function():
