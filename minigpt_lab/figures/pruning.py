@@ -118,7 +118,9 @@ def pruning_heatmap(kept: pd.DataFrame, *, caption: str = "") -> Figure:
         f"{site} {'–'.join(f'{n:,}' for n in sorted({counts.min(), counts.max()}))}"
         for site, counts in kept.groupby("site", sort=False)["units"]
     )
-    note = f"in the cells: % of the layer's units that are removed; units per layer: {units}"
+    uniform = shares.groupby(["domain", "site"])["removed"].nunique().eq(1).all()
+    cells = "" if uniform else "in the cells: % of the layer's units that are removed; "
+    note = f"{cells}units per layer: {units}"
     if not shares["removed"].any():
         note += "\nno unit is removed: weights that a plan only zeroes are not counted here"
     width, height = min(max(0.3 * layers, 3.6), 12.0) + 2.6, 0.32 * len(sites) + 0.6
@@ -127,12 +129,17 @@ def pruning_heatmap(kept: pd.DataFrame, *, caption: str = "") -> Figure:
     axes = figure.subplots(len(panels), 1, squeeze=False).ravel()
     for axis, (name, table) in zip(axes, panels.items(), strict=True):
         words = table.mul(100).map(lambda share, form=forms[name]: form.format(share))
-        words = words.replace("-", "−", regex=True).where(table != 0, "")
-        bar = {"label": "removed", "format": percent}
+        same = table.nunique(axis=1) == 1  # the axis says how much, once
+        words = words.replace("-", "−", regex=True).where(table.ne(0).mul(~same, axis=0), "")
+        ends = sorted({scales[name]["vmin"], 0, scales[name]["vmax"]})
+        bar = {"label": "removed", "format": percent, "ticks": ends}
         heat(axis, table, words, 7, linewidths=0.5, cbar_kws=bar, **scales[name])
         every = 1 if layers <= 40 else 5
         axis.set_xticks(np.arange(0, layers, every) + 0.5, table.columns[::every])
-        means = [f"{site} (mean {percent(mean)})" for site, mean in table.mean(axis=1).items()]
+        means = [
+            f"{site} ({percent(mean)} each)" if same[site] else f"{site} (mean {percent(mean)})"
+            for site, mean in table.mean(axis=1).items()
+        ]
         axis.set_yticks(np.arange(len(sites)) + 0.5, means)
         axis.tick_params(rotation=0)
         axis.set_title(name)
@@ -160,10 +167,12 @@ def budget_bars(budget: pd.DataFrame, *, caption: str = "") -> Figure:
     left = np.zeros(len(variants))
     for part, (tint, hatch) in PART_STYLE.items():
         if part in table:
-            look = {"color": tint, "hatch": hatch, "edgecolor": "white", "label": part}
+            most = table[part].max()
+            label = part if most > 0.01 * totals.max() else f"{part} ({most:.2g} M)"  # too thin
+            look = {"color": tint, "hatch": hatch, "edgecolor": "white", "label": label}
             bars = axis.barh(variants, table[part], left=left, **look)
-            fits = table[part] > 0.09 * totals.max()
-            words = np.where(fits, table[part].map("{:.3g} M".format), "")
+            fits = table[part] > 0.05 * totals.max()
+            words = np.where(fits, table[part].map("{:.3g}".format), "")
             box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
             axis.bar_label(bars, words, label_type="center", fontsize=7.5, bbox=box)
             left += table[part].to_numpy()

@@ -218,7 +218,10 @@ def test_budget_bars_add_up():
     axis = figures.budget_bars(frame).axes[0]
     words = [text.get_text() for text in axis.texts]
     assert [word for word in words if word.startswith(" ")] == [" 5 M", " 3 M"]
-    assert sorted(words)[2:] == ["1 M", "2 M", "2 M", "3 M"]  # each part says its own
+    assert sorted(words)[2:] == ["1", "2", "2", "3"]  # each part says its own
+    thin = pd.DataFrame([*rows, ("dense", "other", 1e4)], columns=frame.columns)
+    legend = figures.budget_bars(thin).legends[0]
+    assert [text.get_text() for text in legend.texts] == ["embeddings", "ffn", "other (0.01 M)"]
 
 
 def test_speed_stands_beside_size_with_its_spread():
@@ -257,7 +260,18 @@ def test_pruning_heatmap_numbers_every_layer_and_every_cut(kept):
     assert words[:3] == ["", "3", "6"] and words[30:].count("33") == 1
     assert cells.collections[0].get_clim() == (0, pytest.approx(0.87))
     assert bar.get_ylabel() == "removed"
+    assert [tick.get_text() for tick in bar.get_yticklabels()] == ["0 %", "87 %"]
     assert "ffn 1,000; attention 3" in figure._supxlabel.get_text()
+
+
+def test_a_share_that_all_layers_lose_is_said_once(kept):
+    figure = figures.pruning_heatmap(kept.assign(kept=kept["units"] * 0.9))
+    cells = figure.axes[0]
+    assert [tick.get_text() for tick in cells.get_yticklabels()] == [
+        *("ffn (10 % each)", "attention (10 % each)")
+    ]
+    assert {text.get_text() for text in cells.texts} == {""}
+    assert "in the cells" not in figure._supxlabel.get_text()
 
 
 def test_a_plan_that_cuts_no_unit_says_so(kept):
