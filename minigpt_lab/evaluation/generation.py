@@ -206,10 +206,10 @@ def sample_texts(
 
     Each begins with a random word of the vocabulary and goes on with tokens drawn from the model's
     own predictions, ``x_t ~ p(x | x_<t)``, until its end-of-text token (as the calibration text of
-    LLM-QAT, arXiv 2305.17888). Tokenized, they can be the ``general=`` of `slimgpt`: measured on
-    SmolLM2-135M with half of its FFN channels (medicine, share ``generality=0.25``, 8,192 tokens of each), they
-    take 10 % off the perplexity on general text, where real general text takes 29 %, and like it
-    cost nothing in the domain.
+    LLM-QAT, arXiv 2305.17888). Tokenized, they can be the ``general=`` of `slimgpt`. Measured on
+    SmolLM2-135M without half of its FFN channels (medicine; ``generality=0.25``, 8,192 tokens of
+    each text): they take 10 % off the perplexity on general text, real general text 29 %; neither
+    costs anything in the domain.
 
     Parameters
     ----------
