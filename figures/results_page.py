@@ -91,7 +91,7 @@ def name_of(section: dict) -> str:
 
 def write_page() -> str:
     """The page, from the records alone."""
-    parts = [HEADER, *map(section_text, SECTIONS), CLAIMS_HEADER + "".join(map(claim_row, CLAIMS))]
+    parts = [HEADER, *map(section_text, SECTIONS), CLAIMS_HEADER + claim_rows()]
     return "\n".join(parts)
 
 
@@ -194,11 +194,15 @@ def filled(template: str, values: dict) -> str:
     return re.sub(r"\bnan\b%?", "–", text)
 
 
-def claim_row(claim: dict) -> str:
-    """A line of the table of claims."""
-    measured, verdict = judged(claim)
-    source = f"{claim['paper']}, {claim['where']}"
-    return f"| {source} | {claim['says']} | {claim['published']} | {measured} | {verdict} |\n"
+def claim_rows() -> str:
+    """Lines of the table of claims, the measured ones first."""
+    lines = []
+    for claim in CLAIMS:
+        measured, verdict = judged(claim)
+        source = f"{claim['paper']}, {claim['where']}"
+        line = f"| {source} | {claim['says']} | {claim['published']} | {measured} | {verdict} |\n"
+        lines.append((verdict == "not measured", line))
+    return "".join(line for _, line in sorted(lines, key=lambda each: each[0]))
 
 
 def judged(claim: dict) -> tuple[str, str]:
@@ -216,7 +220,7 @@ def judged(claim: dict) -> tuple[str, str]:
     number = "{:+.3f}" if "difference" in claim else "× {:.3f}"
     if len(found) == 1:
         text = f"{number} [{number}, {number}]".replace("[× ", "[").replace(", × ", ", ")
-        text = text.format(*found[0])
+        text = "× < 0.001" if "×" in number and high < 0.001 else text.format(*found[0])
     else:
         ends = f"{number} to {number}".format(value.min(), value.max())
         text = f"{holds.sum()} of {len(found)} hold, {fails.sum()} do not; {ends}"

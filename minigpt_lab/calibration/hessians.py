@@ -12,11 +12,10 @@ from dataclasses import dataclass
 
 import pandas as pd
 import torch
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..checks import Batches, Flag, Instance, Model, Number, OneOf, checked, invalid
-from ..domains import unpadded
+from ..domains import read_windows
 from ..models import fingerprint, inference, require_weights
 from .forward import run_decoder
 from .gradients import NAMES, linear_modules
@@ -97,7 +96,7 @@ def collect_hessians(
     modules = linear_modules(model, names)
     n_tokens = 0
     with inference(model), second_moments(modules) as moments:
-        for ids in tqdm(unpadded(batches), desc="Hessians", unit="batch", disable=not progress):
+        for ids in read_windows(batches, "Hessians", progress):
             run_decoder(model, ids)
             n_tokens += ids.numel()
     matrices = {name: moments[name].second() for name in modules}

@@ -17,11 +17,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..checks import Batches, Flag, Integer, Location, Model, check_fields, checked
-from ..domains import unpadded
+from ..domains import read_windows
 from ..models import (
     PRECISION,
     Anatomy,
@@ -376,7 +375,7 @@ def _one_pass(
     vocabulary = model.get_input_embeddings().weight.shape[0]
     token_counts = torch.zeros(vocabulary, dtype=torch.int64)
     with inference(model, precision), feature_sums.watching(), finder.watching():
-        for ids in tqdm(unpadded(batches), desc="statistics", unit="batch", disable=not progress):
+        for ids in read_windows(batches, "statistics", progress):
             finder.begin(ids)
             run_decoder(model, ids)
             token_counts += torch.bincount(ids.flatten().cpu(), minlength=vocabulary)

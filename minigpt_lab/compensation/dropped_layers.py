@@ -8,12 +8,11 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..calibration import run_decoder, sum_dtype, watch
 from ..checks import Batches, Flag, Instance, InvalidArgument, Model, Number, checked
-from ..domains import unpadded
+from ..domains import read_windows
 from ..models import Anatomy, PruningPlan, inference, masked, weight_axis
 from .projection import require_plain_sums
 
@@ -112,7 +111,7 @@ def _sums(
     own = {"M": module, "X": Anatomy(pruned).layers[last]}
     sums, n_tokens = [0.0] * 4, 0
     with inference(model), inference(pruned), watch({**dense, **own}, after=note):
-        for ids in tqdm(unpadded(batches), "dropped layers", unit="batch", disable=not progress):
+        for ids in read_windows(batches, "dropped layers", progress):
             run_decoder(model, ids)
             run_decoder(pruned, ids)
             M, R = found["M"], found["Y"] - found["X"]

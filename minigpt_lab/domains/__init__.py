@@ -6,4 +6,4 @@ from .parts import Part, check_disjoint
 from .passages import split_words
 from .questions import Question
 from .running import SEPARATOR, RunningText, encode, running_text, token_ids, window_prefix
-from .tokens import count_tokens, excerpt, tokenize, unpadded
+from .tokens import count_tokens, excerpt, read_windows, tokenize, unpadded

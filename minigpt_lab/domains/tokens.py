@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
+from operator import length_hint
 
 import numpy as np
 import torch
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..checks import Integer, InvalidArgument, Texts, Tokenizer, check_batch, checked
@@ -233,3 +235,11 @@ def unpadded(batches: Iterable[dict[str, torch.Tensor]]) -> Iterator[torch.Tenso
                 yield window
     if not found:
         raise ValueError("no tokens: batches is empty, all padding, or of single tokens")
+
+
+def read_windows(
+    batches: Iterable[dict[str, torch.Tensor]], title: str, progress: bool
+) -> Iterator[torch.Tensor]:
+    """`unpadded` with a progress bar, which knows its end if `batches` has a length."""
+    total = length_hint(batches) or None
+    return tqdm(unpadded(batches), title, total=total, unit="batch", disable=not progress)

@@ -155,14 +155,18 @@ def layer_budgets(layers: pd.DataFrame, *, caption: str = "") -> Figure:
 
 
 @draws_frame(names="variant text", numbers="perplexity low high compensated")
-def variant_dots(table: pd.DataFrame, *, caption: str = "", title: str = "") -> Figure:
+def variant_dots(
+    table: pd.DataFrame, *, filled: str = "compensated", caption: str = "", title: str = ""
+) -> Figure:
     """Perplexity of variants with its interval, a panel per text; the dense model is a line.
 
     Parameters
     ----------
     table : pandas.DataFrame
         From `minigpt_lab.studies.slimgpt_variants`: columns ``variant, compensated, text,
-        perplexity, low, high``. A variant that is not compensated is hollow.
+        perplexity, low, high``.
+    filled : str
+        Column of what a variant is or is not: those that are not are hollow.
     caption : str
         Model, calibration, protocol.
     title : str
@@ -176,13 +180,13 @@ def variant_dots(table: pd.DataFrame, *, caption: str = "", title: str = "") -> 
     for axis, text, rows in panels:
         level = dense.loc[dense["text"] == text, "perplexity"].iloc[0]
         rows = rows.set_index("variant").loc[variants]
-        dot_rows(axis, rows, columns, short_number, **styles[text])
+        dot_rows(axis, rows, columns, short_number, filled=rows[filled], **styles[text])
         axis.axvline(level, color="black", ls="--", lw=1)
         axis.set(xscale="log", xlabel="test perplexity (95 % interval)")
         log_labels(axis.xaxis, [level, *rows[[*columns]].to_numpy().ravel()])
         axis.set_title(f"{text} (dense {short_number(level)})")
-    if not pruned["compensated"].all():
-        side_legend(figure, key("compensated"), key("not compensated", mfc="white"))
+    if not pruned[filled].all():
+        side_legend(figure, key(filled), key(f"not {filled}", mfc="white"))
     return figure
 
 

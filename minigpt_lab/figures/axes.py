@@ -165,6 +165,8 @@ def dot_rows(
     rows: pd.DataFrame,
     columns: tuple[str, str, str],
     words: Callable[[float], str],
+    *,
+    filled: Iterable[bool] | None = None,
     **look,
 ) -> None:
     """A dot with its interval and its number per row, from the top.
@@ -174,15 +176,18 @@ def dot_rows(
     axis : matplotlib.axes.Axes
         Drawn on.
     rows : pandas.DataFrame
-        Indexed by the names of the rows; where it has ``compensated``, a false one is hollow.
+        Indexed by the names of the rows.
     columns : tuple of str
         The middle and the ends of its interval.
     words : callable
         A value to the number above its dot.
+    filled : iterable of bool, optional
+        By row; the others are hollow. By default all.
     **look
         As for `Axes.errorbar`.
     """
-    lengths, filled = spread(rows, *columns), rows.get("compensated", [True] * len(rows))
+    lengths = spread(rows, *columns)
+    filled = [True] * len(rows) if filled is None else filled
     box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # not in the line of the interval
     style = {"xytext": (0, 6), "textcoords": "offset points", "ha": "center", "fontsize": 7.5}
     for place, (value, fill) in enumerate(zip(rows[columns[0]], filled, strict=True)):

@@ -57,7 +57,7 @@ class Size:
         paper = ""
         if self.paper_nonzero is not None:
             share = self.paper_nonzero / self.dense
-            paper = f"; {self.paper_nonzero:,} ({share:.1%}) as Mini-GPTs counts"
+            paper = f"; Mini-GPTs' code would count {self.paper_nonzero:,} ({share:.1%}) non-zero"
         return (
             f"stored {self.stored:,} ({self.stored / self.dense:.1%}), non-zero {self.nonzero:,} "
             f"({self.nonzero / self.dense:.1%}) of {self.dense:,}; "

@@ -288,7 +288,7 @@ def slimgpt_timing(
     -------
     pandas.DataFrame
         A row per calibration: ``tokens, forward_seconds, slimgpt_seconds`` (medians),
-        ``passes`` (SlimGPT over the plain pass, median of the rounds), ``low, high`` (the extremes
+        ``passes`` (SlimGPT over the plain pass, median of the rounds), ``min, max`` (the extremes
         of it), ``repeats, device``.
     """
 
@@ -312,8 +312,8 @@ def slimgpt_timing(
             "tokens": sum(batch["input_ids"].numel() for batch in batches),
             **seconds.median(),
             "passes": passes.median(),
-            "low": passes.min(),
-            "high": passes.max(),
+            "min": passes.min(),
+            "max": passes.max(),
             "repeats": repeats,
             "device": str(model.device),
         }

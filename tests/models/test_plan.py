@@ -138,7 +138,7 @@ def test_the_papers_count_is_what_its_code_would_count(name, before, linear, act
     if name == "tiny-opt" and (linear, activation) == (0.1, None):
         assert size.paper_nonzero / size.dense == pytest.approx(0.739, abs=0.01)
         assert size.nonzero / size.dense == pytest.approx(0.499, abs=0.01)
-    assert "as Mini-GPTs counts" in str(size)
+    assert "Mini-GPTs' code would count" in str(size)
     assert size.to_frame()["paper_nonzero"][0] == size.paper_nonzero
 
 

@@ -168,8 +168,8 @@ def test_time_is_measured_beside_a_plain_pass(study, tiny, tmp_path, monkeypatch
     )
     tokens = [batch["input_ids"].numel() for batch in batches]
     assert list(table["tokens"]) == [tokens[0], sum(tokens)]
-    assert (table["low"] <= table["passes"]).all() and (table["passes"] <= table["high"]).all()
-    assert (table["low"] > 0).all()
+    assert (table["min"] <= table["passes"]).all() and (table["passes"] <= table["max"]).all()
+    assert (table["min"] > 0).all()
     monkeypatch.setattr(ablations, "slimgpt", None)
     again = ablations.slimgpt_timing(
         tiny[0], [batches[:1], batches], repeats=2, out_dir=tmp_path, **FULL
