@@ -143,7 +143,10 @@ def _index(notebooks: Mapping[str, nbformat.NotebookNode], runs: Mapping[str, Ru
         here = f"notebooks/{name}.ipynb"
         lines += [f"## {notebook_pages.title(notebook)}\n"]
         lines += [f"{notebook_pages.question(notebook)} [To the notebook]({here})\n"]
-        pictures = [relinked(p, here, "index.md") for p in notebook_pages.pictures(notebook)]
+        drawn = notebook_pages.pictures(notebook)
+        if (current := NOTEBOOKS / f"{name}.ipynb").is_file():  # the run may be of an older one
+            drawn += notebook_pages.pictures(nbformat.read(current, as_version=4))
+        pictures = [relinked(picture, here, "index.md") for picture in drawn]
         if new := [p for p in pictures if p.partition("](")[2] not in seen]:
             lines += [f"[{new[0]}]({here})\n"]
             seen.add(new[0].partition("](")[2])

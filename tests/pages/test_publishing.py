@@ -184,3 +184,9 @@ def test_links_of_the_project_lead_to_the_pages():
     assert source_tree.relinked("![b](loss.png) [h](#here)", "figures/README.md") == (
         "![b](figures/loss.png) [h](#here)"
     )
+
+
+def test_the_first_page_has_a_picture_of_a_notebook_whose_run_is_older():
+    bare = v4.new_notebook(cells=[v4.new_markdown_cell("# 12 · Without a diagram\n\n**Why?**")])
+    page = source_tree._index({"12_your_own_mini": bare}, {})
+    assert "(notebooks/diagrams/make_mini.svg)](notebooks/12_your_own_mini.ipynb)" in page

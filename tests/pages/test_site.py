@@ -158,6 +158,8 @@ def test_each_notebook_has_a_page_and_a_download(site, pages):
         nbformat.validate(bare)
         assert not any(cell.get("outputs") for cell in bare.cells)
     assert "shown without outputs: notebooks 00, 01, 02, 04" in said
+    shown = [image["src"] for image in pages["index.html"].article.find_all("img")]
+    assert len({*shown}) == len(shown) == len(notebook_names())  # a picture each; my_own's is seen
     facts = pages["notebooks/03_contextual_pruning.html"].find(class_="facts").get_text()
     assert "tiny-llama" in facts and "commit" in facts
 
