@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -44,24 +43,17 @@ class CalibrationWindows:
         generality: float = 0.0,
         joined: bool = False,
     ):
-        shares = [(batches, 1.0)]
-        if general is not None:
-            _require_one_tokenizer(batches, general)
-            shares = [(batches, 1 - generality), (general, generality)]
-        texts = [([*unpadded(text)], share) for text, share in shares if share]
-        if joined:
-            texts = [([*_joined(windows)], share) for windows, share in texts]
-        self._set(texts)
-
-    def _set(self, texts: Sequence[tuple[list[torch.Tensor], float]]) -> None:
-        """Windows and weights of texts with their shares."""
-        self.texts = texts
-        total = sum(ids.numel() for windows, _ in texts for ids in windows)
-        self.windows: list[torch.Tensor] = []  # each [row, token]
+        self.generality = 0.0 if general is None else generality
+        _require_one_tokenizer(batches, general)
+        shares = (1 - self.generality, self.generality)
+        self.texts: list[list[torch.Tensor]] = [  # windows of the domain, and of general text
+            [*(_joined(unpadded(text)) if joined else unpadded(text))] if share else []
+            for text, share in zip((batches, general), shares, strict=True)
+        ]
+        self.windows = [ids for windows in self.texts for ids in windows]  # each [row, token]
         self.weights: list[float] = []  # of every token of a window
-        for windows, share in texts:
-            self.windows += windows
-            weight = share * total / sum(ids.numel() for ids in windows)
+        for windows, share in zip(self.texts, shares, strict=True):
+            weight = share * _n_tokens(self.windows) / max(_n_tokens(windows), 1)
             self.weights += [weight] * len(windows)
 
     def batches(self) -> list[dict[str, torch.Tensor]]:
@@ -73,19 +65,19 @@ class CalibrationWindows:
 
         If all windows of a text are held out, its others are all windows again.
         """
-        held_out, others = [], []
-        for windows, share in self.texts:
-            rows = [row for ids in windows for row in ids]
-            count = max(round(len(rows) * fraction), 1)
+        held_out, others = [], []  # batches of every text
+        for windows in self.texts:
+            rows = [row[None] for ids in windows for row in ids]
+            count = min(max(round(len(rows) * fraction), 1), len(rows))
             chosen = np.linspace(0, len(rows) - 1, count).round().astype(int).tolist()
-            picked = sorted((rows[i] for i in chosen), key=len)
-            held_out.append(([*_joined(row[None] for row in picked)], share))
-            left = [rows[i][None] for i in sorted({*range(len(rows))} - {*chosen})]
-            others.append((left or windows, share))
-        parts = (copy.copy(self), copy.copy(self))
-        for part, texts in zip(parts, (held_out, others), strict=True):
-            part._set(texts)
-        return parts
+            left = [row for i, row in enumerate(rows) if i not in chosen]
+            picked = sorted((rows[i] for i in chosen), key=torch.numel)
+            held_out.append([{"input_ids": ids} for ids in picked])
+            others.append([{"input_ids": ids} for ids in left or windows])
+        return (
+            CalibrationWindows(held_out[0], held_out[1], self.generality, joined=True),
+            CalibrationWindows(others[0], others[1], self.generality),
+        )
 
 
 def _require_one_tokenizer(batches: object, general: object) -> None:
@@ -97,6 +89,10 @@ def _require_one_tokenizer(batches: object, general: object) -> None:
         f"general was tokenized with {len(second):,} tokens, batches with other {len(first):,}; "
         "tokenize both with the model's tokenizer"
     )
+
+
+def _n_tokens(windows: Iterable[torch.Tensor]) -> int:
+    return sum(ids.numel() for ids in windows)
 
 
 def _joined(windows: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:

@@ -65,6 +65,8 @@ def block_influence(
         """Run a layer, and compare its output with those without its blocks."""
         output = forward(*args, **kwargs)
         for site in sites:
+            if (layer, site) not in cosines:  # dropped before
+                continue
             if site == "layer":
                 other = args[0] if args else kwargs["hidden_states"]
             else:
@@ -79,8 +81,7 @@ def block_influence(
         cosine = functional.cosine_similarity(before.float(), after.float(), dim=-1)
         if not torch.isfinite(cosine).all():
             raise ValueError(f"layer {layer} reads or writes NaN or infinite values")
-        if (layer, site) in cosines:
-            cosines[layer, site] += float(cosine.sum())
+        cosines[layer, site] += float(cosine.sum())
 
     with inference(model), contextlib.ExitStack() as patches:
         for index, layer in enumerate(anatomy.layers):
