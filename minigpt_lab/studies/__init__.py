@@ -11,6 +11,7 @@ from .ablations import (
 )
 from .activations import activation_frame, calibration_stability, neuron_overlap
 from .analysis import PAPER_EPSILONS, knee, matched_plan, measure, threshold_sweep
+from .dropped_blocks import dropped_or_narrowed
 from .formats import format_losses
 from .held_out import HeldOut
 from .matrix import domain_matrix, domain_plans, kept_overlap

@@ -1,4 +1,4 @@
-"""The studies of reconstruction and of the dial between a domain and general text."""
+"""The studies of reconstruction, of the dial to general text, and of dropped blocks."""
 
 from __future__ import annotations
 
@@ -76,3 +76,20 @@ def test_plans_are_compared_with_and_without_reconstruction(tiny, tiny_domain, t
     )
     levels = table.set_index("method")["perplexity"]
     assert levels["dense"] < levels["magnitude, reconstructed"] < levels["magnitude"]
+
+
+def test_dropped_blocks_are_compared_at_their_size(tiny, tiny_domain, texts):
+    model, tokenizer = tiny
+    influence = lab.block_influence(model, texts[0], sites=("ffn", "attention"))
+    given = {"general": texts[2], "texts": [tiny_domain.test], "influence": influence, **SHORT}
+    table = studies.dropped_or_narrowed(model, tokenizer, texts[0], ratio=0.2, **given)
+    table = table.set_index("variant")
+    dropped = lab.shrink(model, lab.plan_dropping(model, influence, ratio=0.2))
+    assert table["stored"]["dropped"] == lab.model_size(dropped).stored
+    ratios = table["stored"] / table["stored"]["dropped"]
+    assert ratios["dense"] > 1.1 and ratios.drop("dense").between(0.99, 1).all()
+    text = lab.excerpt(tiny_domain.test, tokenizer, max_tokens=256)
+    expected = lab.perplexity(dropped, tokenizer, text, seq_len=64, max_characters=None)
+    assert table["perplexity"]["dropped"] == pytest.approx(expected.value)
+    assert [*table.index] == ["dense", "dropped", "narrowed", "narrowed, μ 0.5"]
+    assert table["perplexity"].is_unique and (table["decode_speedup"] > 0).all()
