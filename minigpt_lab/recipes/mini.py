@@ -166,19 +166,14 @@ def make_mini(
             pruned = load_model(folder / "pruned", device=model.device)[0]
         else:
             shape = {"seq_len": seq_len, "max_tokens": calibration_tokens}
-            batches = tokenize(domain.calibration, words, **shape)
-            pruning: dict[str, Any] = {"reconstruct": reconstruct, "generality": general}
-            if general:
-                pruning["general"] = tokenize(general_domain.calibration, words, **shape)
+            pruning = _calibration(words, domain, general_domain, general, **shape)
+            pruning |= {"reconstruct": reconstruct, "progress": False}
             if increase is not None:
                 how = {"increase": increase, "seq_len": seq_len, "out_dir": folder / "search"}
-                pruned = smallest_within(
-                    trimmed, words, domain, batches=batches, progress=False, **how, **pruning
-                )[0]
+                pruned = smallest_within(trimmed, words, domain, **how, **pruning)[0]
             else:
                 target = round(size * model.num_parameters())
-                pruning |= {"parameters": target, "out_dir": folder / "pruning"}
-                pruned = _pruned(trimmed, batches, **pruning)
+                pruned = _pruned(trimmed, target, out_dir=folder / "pruning", **pruning)
             save_model(pruned, words, folder / "pruned")
 
         # 3. Training, on as many tokens as the time allows.
@@ -187,8 +182,7 @@ def make_mini(
         options = {"seq_len": seq_len, "seed": seed, "progress": False, "other": general_domain}
         options |= {"general": general_domain, "generality": general} if general else {}
         distil = {"teacher": model, "loss": "mix"}
-        trainings = [(mini, words, distil), (control, tokenizer, {})]
-        options |= run.training(trainings, domain, options)
+        options |= run.training([(mini, words, distil), (control, tokenizer, {})], domain, options)
         recover(mini, words, domain, out_dir=folder / "recovery", **distil, **options)
         run.enter("train the control")
         recover(control, tokenizer, domain, out_dir=folder / "control", **options)
@@ -197,12 +191,12 @@ def make_mini(
         run.enter("measure")
         variants = {"dense": model, "dense, fine-tuned": control, "pruned": pruned, "mini": mini}
         variants["random"] = _random(trimmed, pruned.num_parameters(), seed)
-        sizes = {name: sum(p.nbytes for p in each.parameters()) for name, each in variants.items()}
+        sizes = {}
         if gguf is not None:
             variants[f"mini, {gguf}"] = quantised(mini, gguf)
             sizes[f"mini, {gguf}"] = gguf_size(mini, words, kind=gguf)
         texts = [domain.test, general_domain.test]
-        table, protocol = run.measured(variants, sizes, model, tokenizer, texts, seq_len)
+        table, protocol = run.measured(variants, sizes, tokenizer, texts, seq_len)
 
         # 5. The model with its card, and the table.
         run.enter("save")
@@ -237,11 +231,25 @@ def _trimmed(
     return shrink(model, plan)
 
 
-def _pruned(model: PreTrainedModel, batches, *, parameters: int, **options) -> PreTrainedModel:
+def _calibration(
+    tokenizer: PreTrainedTokenizerBase,
+    domain: Domain,
+    general_domain: Domain,
+    generality: float,
+    **shape: int,
+) -> dict[str, Any]:
+    """Arguments of `slimgpt`: tokens of the domain, and of general text if it has a share."""
+    found: dict[str, Any] = {"batches": tokenize(domain.calibration, tokenizer, **shape)}
+    if generality:
+        found["general"] = tokenize(general_domain.calibration, tokenizer, **shape)
+    return {**found, "generality": generality}
+
+
+def _pruned(model: PreTrainedModel, parameters: int, **options) -> PreTrainedModel:
     """The model at a size; a copy if it is small enough already."""
     if model.num_parameters() <= parameters:
         return copy.deepcopy(model)
-    return slimgpt(model, batches, parameters=parameters, progress=False, **options)[0]
+    return slimgpt(model, parameters=parameters, **options)[0]
 
 
 def _random(model: PreTrainedModel, parameters: int, seed: int) -> PreTrainedModel:
@@ -253,19 +261,7 @@ def _random(model: PreTrainedModel, parameters: int, seed: int) -> PreTrainedMod
 
 
 class _Run:
-    """State of a call in its folder: what it was begun with, the time gone, the tokens to train on.
-
-    Parameters
-    ----------
-    folder : pathlib.Path
-        Of the call.
-    facts : mapping
-        What its result depends on.
-    minutes : float
-        Time for all of it.
-    bar : tqdm.tqdm
-        Shows the step.
-    """
+    """State of a call in its folder: what it was begun with, time gone, tokens to train on."""
 
     def __init__(self, folder: Path, facts: Mapping[str, object], minutes: float, bar: tqdm):
         self.folder, self.bar, self.seconds, self.step = folder, bar, 60 * minutes, ""
@@ -321,17 +317,9 @@ class _Run:
     def training(self, trainings: Sequence[tuple], domain: Domain, options: Mapping) -> dict:
         """Arguments of `recover`: tokens or epochs for the time that is left, evaluations.
 
-        Each training is tried on a few tokens and copies: seconds for a token, and for what comes
-        with a run whatever its tokens (five evaluations, three checkpoints).
-
-        Parameters
-        ----------
-        trainings : sequence of tuple
-            Model, tokenizer and arguments of `recover` of each.
-        domain : Domain
-            Trained on.
-        options : mapping
-            Arguments of all of them.
+        Each training (model, tokenizer, arguments of its own) is tried on a few tokens and copies:
+        seconds for a token, and for what comes with a run whatever its tokens (five evaluations,
+        three checkpoints).
         """
         words, share = trainings[0][1], options.get("generality", 0.0)
         if "tokens" not in self.known:
@@ -341,10 +329,8 @@ class _Run:
                 trial = {"max_tokens": cut, "eval_every": cut, "eval_characters": 1_024}
                 tried = copy.deepcopy(model)
                 history = recover(tried, tokenizer, domain, **own, **trial, **options)
-                whole, (evaluation, end) = (
-                    time.monotonic() - began,
-                    history["seconds"].iloc[[0, -1]],
-                )
+                whole = time.monotonic() - began
+                evaluation, end = history["seconds"].iloc[[0, -1]]
                 per_token += max(0.0, end - 2 * evaluation) / cut
                 more = (_EVAL_CHARACTERS - 1_024) / 4 * (2 if "other" in options else 1)  # tokens
                 fixed += 5 * (evaluation + more * self.known["reading"])
@@ -371,12 +357,11 @@ class _Run:
         self,
         variants: Mapping[str, PreTrainedModel],
         sizes: Mapping[str, int],
-        dense: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         texts: Sequence[Part],
         seq_len: int,
     ) -> tuple[pd.DataFrame, str]:
-        """Every variant on every text with its bytes, and the protocol."""
+        """Every variant on every text with its bytes (those of `sizes` first), and the protocol."""
         if "test_tokens" not in self.known:  # as many as the time that is left allows
             left = self.seconds - (time.monotonic() - self.began)
             passes = len(texts) * (len(variants) + 1)
@@ -384,11 +369,14 @@ class _Run:
             self.known["test_tokens"] = max(_TRIAL, min(_TEST_TOKENS, tokens))
             self.state.write(**self.known)
         path, tokens = self.folder / "measured.json", self.known["test_tokens"]
-        held_out = HeldOut(dense, tokenizer, texts, max_tokens=tokens, seq_len=seq_len, path=path)
+        held_out = HeldOut(
+            variants["dense"], tokenizer, texts, max_tokens=tokens, seq_len=seq_len, path=path
+        )
         rows = []
         for name, model in variants.items():
             measure = partial(held_out.measure, model)
-            facts = {"variant": name, "bytes": sizes[name]}
+            stored = sum(weight.nbytes for weight in model.parameters())
+            facts = {"variant": name, "bytes": sizes.get(name, stored)}
             rows += held_out.table_rows(held_out.get(fingerprint(model), measure), **facts)
         table = pd.DataFrame(rows).drop(columns="passages")
         return table, f"at most {tokens:,} tokens per text, windows of {seq_len}, no overlap"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -35,7 +35,7 @@ from ..checks import (
     Tokenizer,
     checked,
 )
-from ..domains import Domain, excerpt
+from ..domains import Domain, Part, excerpt
 from ..models import (
     PRECISION,
     dtype_name,
@@ -50,7 +50,7 @@ from ..models import (
 from ..store import content_hash
 from .adapters import adapter_targets, trainable
 from .checkpoints import run_folder
-from .distillation import LOSSES, DistillationLoss, teacher_of
+from .distillation import LOSSES, DistillationLoss, Teacher, teacher_of
 from .texts import training_windows
 from .training import RecoveryTrainer, history_of
 
@@ -270,10 +270,7 @@ def recover(
 
     # 1. The texts, and what is trained.
     windows = training_windows(words, domain, general, generality, seq_len, max_tokens)
-    other = other or general
-    texts = {"perplexity": excerpt(domain.validation, max_characters=eval_characters)}
-    if other is not None:
-        texts["other_perplexity"] = excerpt(other.validation, max_characters=eval_characters)
+    texts = _validation_texts(domain, other or general, eval_characters)
     names, lora = None, {}
     if method == "lora":
         names = adapter_targets(model, target_modules)
@@ -284,33 +281,17 @@ def recover(
     autocast = product_dtype(model.device, precision)
     warmup = warmup_ratio if warmup_steps is None else warmup_steps  # below 1 a share of all
     share = {"label": 0.0, "kl": 1.0, "mix": mix}[loss]
-    facts = {
-        "method": method,
-        "epochs": epochs,
-        "max_tokens": max_tokens,
-        "learning_rate": rate,
-        "lr_scheduler_type": lr_scheduler_type,
-        "warmup": warmup,
-        "loss": loss,
-        "mix": share,
-        "stop_at": stop_at,
-        "eval_every": eval_every,
-        "eval_characters": eval_characters,
-        "patience": patience,
-        "seq_len": seq_len,
-        "batch_size": batch_size,
-        "gradient_accumulation_steps": gradient_accumulation_steps,
-        **lora,
-        "target_modules": target_modules and list(target_modules),
-        "precision": dtype_name(autocast),
-        "seed": seed,
-        "model": fingerprint(model)[:16],
-        "training text": _digest(windows.tolist()),
-        "validation text": _digest([list(text) for text in texts.values()]),
-    }
+    facts: dict[str, object] = {"method": method, "seed": seed, **lora}
+    facts |= {"target_modules": target_modules and list(target_modules)}
+    facts |= {"epochs": epochs, "max_tokens": max_tokens}
+    facts |= {"learning_rate": rate, "lr_scheduler_type": lr_scheduler_type, "warmup": warmup}
+    facts |= {"loss": loss, "mix": share, "stop_at": stop_at, "patience": patience}
+    facts |= {"eval_every": eval_every, "eval_characters": eval_characters}
+    facts |= {"seq_len": seq_len, "batch_size": batch_size, "precision": dtype_name(autocast)}
+    facts |= {"gradient_accumulation_steps": gradient_accumulation_steps}
+    facts |= _hashes(model, guide, windows, texts)
     if guide is not None:
         facts |= {"temperature": temperature, "teacher_samples": teacher_samples}
-        facts["teacher"] = fingerprint(guide.model)[:16]
 
     # 3. Train. Adapters are initialised at random: the seed comes before them. The weights get
     # their new values when all else is done: an interrupt before that leaves the old ones.
@@ -342,12 +323,10 @@ def recover(
         trainer = RecoveryTrainer(
             subject,
             words,
+            windows,
             texts,
-            seq_len,
             precision,
             args=arguments,
-            train_dataset=[{"input_ids": ids, "labels": ids} for ids in windows],
-            eval_dataset=[{}],  # required, never read: see RecoveryTrainer.evaluate
             compute_loss_func=DistillationLoss(guide, share) if guide and share else None,
             callbacks=[EarlyStoppingCallback(patience)],
         )
@@ -370,8 +349,35 @@ def _require_trainable(
         raise ValueError(f"target_modules is for method='lora', this is {method!r}; leave it out")
 
 
-def _digest(value: list) -> str:
-    return content_hash([json.dumps(value)])[:16]
+def _validation_texts(
+    domain: Domain, other: Domain | None, max_characters: int | None
+) -> dict[str, Part]:
+    """What an evaluation measures, by the column of the history."""
+    judged = {"perplexity": domain, "other_perplexity": other}
+    return {
+        column: excerpt(each.validation, max_characters=max_characters)
+        for column, each in judged.items()
+        if each is not None
+    }
+
+
+def _hashes(
+    model: PreTrainedModel,
+    teacher: Teacher | None,
+    windows: torch.Tensor,
+    texts: Mapping[str, Sequence[str]],
+) -> dict[str, str]:
+    """Of the models and the texts of a run."""
+
+    def digest(value: list) -> str:
+        return content_hash([json.dumps(value)])[:16]
+
+    hashes = {
+        "model": fingerprint(model)[:16],
+        "training text": digest(windows.tolist()),
+        "validation text": digest([list(text) for text in texts.values()]),
+    }
+    return hashes if teacher is None else hashes | {"teacher": fingerprint(teacher.model)[:16]}
 
 
 def _arguments(folder: Path, device: str, **options) -> TrainingArguments:

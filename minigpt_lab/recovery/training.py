@@ -6,11 +6,12 @@ import dataclasses
 import math
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
@@ -54,10 +55,10 @@ class RecoveryTrainer(Trainer):
         The model in training.
     tokenizer : transformers.PreTrainedTokenizerBase
         The model's tokenizer.
+    windows : torch.Tensor
+        Token ids to train on ``[window, token]``; evaluations read windows of this length too.
     texts : dict of str to passages
         Evaluated texts; the perplexity of the first (``"perplexity"``) decides.
-    seq_len : int
-        Window length of an evaluation.
     precision : {"auto", "bfloat16", "float32"}
         Of an evaluation.
     **options
@@ -68,14 +69,19 @@ class RecoveryTrainer(Trainer):
         self,
         subject: Trainable,
         tokenizer: PreTrainedTokenizerBase,
-        texts: dict[str, Sequence[str]],
-        seq_len: int,
+        windows: torch.Tensor,
+        texts: Mapping[str, Sequence[str]],
         precision: str,
         **options,
     ):
-        super().__init__(model=subject.module, **options)
+        super().__init__(
+            model=subject.module,
+            train_dataset=[{"input_ids": ids, "labels": ids} for ids in windows],
+            eval_dataset=[{}],  # required, never read: see `evaluate`
+            **options,
+        )
         self.remove_callback(PrinterCallback)
-        self.subject, self.texts, self.seq_len = subject, texts, seq_len
+        self.subject, self.texts, self.seq_len = subject, texts, windows.shape[1]
         self.words, self.precision = tokenizer, precision
         self.began = time.time()
         self.limit = math.inf

@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -108,7 +109,7 @@ def smallest_within(
     Number(above=0, below=most)("tolerance", tolerance)
     if taken := sorted({"ratio", "parameters", "counts", "inplace"} & set(options)):
         raise ValueError(f"{', '.join(taken)}: chosen by smallest_within; leave it out")
-    options = {"ratio_of": "decoder", "allocation": "log-increase", **options}
+    options = {"ratio_of": "decoder", "allocation": "log-increase", "progress": progress, **options}
     limits = {"perplexity": 1 + increase}  # column to the most, relative to dense
     texts = [excerpt(domain.validation, tokenizer, max_characters=_MAX_CHARACTERS)]
     if other is not None:
@@ -116,56 +117,20 @@ def smallest_within(
         texts.append(excerpt(other.validation, tokenizer, max_characters=_MAX_CHARACTERS))
     path = out_dir and Path(out_dir) / "sizes.json"
     held_out = HeldOut(model, tokenizer, texts, max_tokens=max_tokens, seq_len=seq_len, path=path)
-    settings = {name: str(value) for name, value in options.items() if name != "general"}
-    general = options.get("general")
-    settings["general"] = "" if general is None else tokens_hash(general)
-    facts = [tokens_hash(batches), settings, allocation_name(options["allocation"])]
+    trials = _Trials(model, batches, held_out, limits, options, out_dir)
 
-    def folder(ratio: float) -> Path | None:
-        name = f"ratio-{ratio:.6f}-{cache_key([held_out.facts, facts])[:8]}"
-        return Path(out_dir) / name if out_dir else None
-
-    def prune(ratio: float) -> tuple[PreTrainedModel, PruningPlan]:
-        given = {"progress": progress, **options}
-        return slimgpt(model, batches, ratio=ratio, out_dir=folder(ratio), **given)
-
-    def measure(ratio: float) -> tuple[dict, tuple | None]:
-        """A row of the curve; and the pruned model with its plan, if the row was not known."""
-        made = None
-
-        def compute() -> dict:
-            nonlocal made
-            made = prune(ratio) if ratio else (model, None)
-            return held_out.measure(made[0])
-
-        found = held_out.get([facts, ratio], compute)
-        values = [row["perplexity"] for row in found["rows"]]
-        levels = dict(zip(limits, values, strict=True))
-        return {"ratio": ratio, "stored": found["stored"], **levels}, made
-
-    def within(row: Mapping[str, float]) -> bool:
-        return all(row[name] <= dense[name] * most for name, most in limits.items())
-
-    # Bisection on the ratio: `low` is within the limit, `high` is not.
-    dense, _ = measure(0.0)
-    rows, best = [dense], None
-    low, high = 0.0, most
+    # Bisection on the ratio: `low` is within the limits, `high` is not.
+    low, high, best = 0.0, most, None
     with tqdm(desc="smallest within", unit="size", disable=not progress) as bar:
         while high - low > tolerance:
             middle = (low + high) / 2
-            row, made = measure(middle)
-            rows.append(row)
-            if within(row):
+            row, made = trials.measure(middle)
+            if trials.within(row):
                 low, best = middle, made
             else:
                 high = middle
             bar.update()
             bar.set_postfix(ratio=f"{low:.3f}")
-
-    curve = pd.DataFrame(rows).sort_values("ratio", ignore_index=True)
-    for name in limits:
-        curve[name.replace("perplexity", "increase")] = curve[name] / dense[name] - 1
-    curve["within"] = [within(row) for row in curve.to_dict("records")]
     if low == 0:
         names = " or ".join(map(str, texts))
         allowed = " or ".join(f"{most - 1:.1%}" for most in limits.values())
@@ -174,11 +139,77 @@ def smallest_within(
             "model returned is the dense one; allow a larger increase",
             stacklevel=2,
         )
-    pruned, plan = (best or prune(low)) if low else _unpruned(model, increase)
-    for unused in map(folder, set(curve["ratio"]) - {low}):
+    pruned, plan = (best or trials.prune(low)) if low else _unpruned(model, increase)
+    curve = trials.curve()
+    for unused in map(trials.folder, {*curve["ratio"]} - {low}):
         if unused:
             discard(unused)
     return pruned, plan, curve
+
+
+class _Trials:
+    """Sizes that were tried: how to prune to one, what it loses, and whether that is allowed.
+
+    Parameters
+    ----------
+    limits : mapping
+        Perplexity's column to the most of it, relative to the dense model's; one for each text.
+    options : mapping
+        Of `slimgpt`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        batches: Iterable[dict[str, torch.Tensor]],
+        held_out: HeldOut,
+        limits: Mapping[str, float],
+        options: Mapping[str, Any],
+        out_dir: str | os.PathLike | None,
+    ):
+        self.model, self.batches, self.held_out = model, batches, held_out
+        self.limits, self.options, self.out_dir = limits, options, out_dir
+        general = options.get("general")
+        plain = {k: str(v) for k, v in options.items() if k not in ("general", "progress")}
+        plain["general"] = "" if general is None else tokens_hash(general)
+        self.facts = [tokens_hash(batches), plain, allocation_name(options["allocation"])]
+        self.rows: list[dict] = []
+        self.dense, _ = self.measure(0.0)
+
+    def folder(self, ratio: float) -> Path | None:
+        """Of the checkpoints of a size."""
+        name = f"ratio-{ratio:.6f}-{cache_key([self.held_out.facts, self.facts])[:8]}"
+        return Path(self.out_dir) / name if self.out_dir else None
+
+    def prune(self, ratio: float) -> tuple[PreTrainedModel, PruningPlan]:
+        folder = self.folder(ratio)
+        return slimgpt(self.model, self.batches, ratio=ratio, out_dir=folder, **self.options)
+
+    def measure(self, ratio: float) -> tuple[dict, tuple | None]:
+        """A row of the curve; and the pruned model with its plan, if the row was not known."""
+        made = None
+
+        def compute() -> dict:
+            nonlocal made
+            made = self.prune(ratio) if ratio else (self.model, None)
+            return self.held_out.measure(made[0])
+
+        found = self.held_out.get([self.facts, ratio], compute)
+        values = [row["perplexity"] for row in found["rows"]]
+        levels = dict(zip(self.limits, values, strict=True))
+        self.rows.append({"ratio": ratio, "stored": found["stored"], **levels})
+        return self.rows[-1], made
+
+    def within(self, row: Mapping[str, float]) -> bool:
+        """Whether a row keeps every limit."""
+        return all(row[name] <= self.dense[name] * most for name, most in self.limits.items())
+
+    def curve(self) -> pd.DataFrame:
+        """All rows, from the dense model down."""
+        curve = pd.DataFrame(self.rows).sort_values("ratio", ignore_index=True)
+        for name in self.limits:
+            curve[name.replace("perplexity", "increase")] = curve[name] / self.dense[name] - 1
+        return curve.assign(within=[self.within(row) for row in curve.to_dict("records")])
 
 
 def _unpruned(model: PreTrainedModel, increase: float) -> tuple[PreTrainedModel, PruningPlan]:
