@@ -119,7 +119,7 @@ def reconstruction_curve(table: pd.DataFrame, *, caption: str = "") -> Figure:
     axis.set(xlabel="epoch (0: the closed form)", ylim=(0, None))
     axis.set_ylabel("squared error of the residual stream\n÷ each token's energy")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    side_legend(figure, key("lowest", color="black", marker="o", mfc="none", ls=""))
+    side_legend(figure, key("lowest", color="black", mfc="none"))
     return figure
 
 

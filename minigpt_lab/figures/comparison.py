@@ -87,16 +87,16 @@ def size_and_loss(table: pd.DataFrame, *, caption: str = "") -> Figure:
     figure, panels = panel_row(table, "text", caption, title, size=(3.8, 3.8), sharex=True)
     styles = looks(table["variant"], VARIANT_STYLE)
     for axis, _, rows in panels:
-        for row in rows.to_dict("records"):
-            value, look = row["bits_per_character"], styles[row["variant"]]
-            spread = [[value - row["bits_low"]], [row["bits_high"] - value]]
-            axis.errorbar(row["bytes"] / 1e6, value, np.nan_to_num(spread), lw=1, ms=8, **look)
+        lengths = np.nan_to_num(spread(rows, "bits_per_character", "bits_low", "bits_high"))
+        for place, row in enumerate(rows.itertuples()):
+            bar = {"yerr": lengths[:, [place]], "lw": 1, "ms": 8, **styles[row.variant]}
+            axis.errorbar(row.bytes / 1e6, row.bits_per_character, **bar)
         axis.set(xscale="log", yscale="log", xlabel="weights in MB")
         log_labels(axis.xaxis, rows["bytes"] / 1e6, n=4)
         log_labels(axis.yaxis, rows["bits_per_character"])
         axis.margins(0.12)
     figure.axes[0].set_ylabel("bits per character (lower is better)")
-    side_legend(figure, *(key(name, **{**look, "ls": ""}) for name, look in styles.items()))
+    side_legend(figure, *(key(name, **look) for name, look in styles.items()))
     return figure
 
 
@@ -175,7 +175,7 @@ def generality_front(table: pd.DataFrame, *, domain: str, other: str, caption: s
         log_labels(axis, [*own, dense[str(text)]])
     keys = [key(name, **{**look, "ls": "-"}) for name, look in styles.items()]
     keys += [key(text, color="gray", ls=line, marker="") for text, line in lines.items()]
-    side_legend(figure, *keys, key("dense", color="black", marker="*", ls=""))
+    side_legend(figure, *keys, key("dense", color="black", marker="*"))
     return figure
 
 

@@ -129,11 +129,11 @@ def restore_or_adapt(table: pd.DataFrame, *, domain: str, other: str, caption: s
     places = table.pivot(index="variant", columns="text", values="perplexity")
     places = (places / places.loc["dense"])[[str(domain), str(other)]]
     axis.plot(1, 1, "*", color="black", ms=13)
-    keys = [key("dense", color="black", marker="*", ls="", ms=11)]
+    keys = [key("dense", color="black", marker="*", ms=11)]
     tuned = [name for name in places.index if name.startswith("dense, ")]
     for name in tuned:
         axis.plot(*places.loc[name], "P", color="tab:green", ms=9)
-        keys.append(key("dense, fine-tuned", color="tab:green", marker="P", ls="", ms=8))
+        keys.append(key("dense, fine-tuned", color="tab:green", marker="P", ms=8))
     trained = [name for name in places.index if name.count(", ") == 2]
     styles = looks(sorted({name.split(", ", 1)[1] for name in trained}), _TRAINING)
     regimes = dict(zip(dict.fromkeys(n.split(", ")[0] for n in trained), cycle(["-", "--", ":"])))
@@ -144,8 +144,8 @@ def restore_or_adapt(table: pd.DataFrame, *, domain: str, other: str, caption: s
         axis.plot(*zip(before, places.loc[name], strict=True), **line)
         axis.plot(*before, "o", color=look["color"], mfc="white")
         axis.plot(*places.loc[name], look["marker"], color=look["color"], ms=8)
-    keys += [key(name, **{**look, "ls": ""}) for name, look in styles.items()]
-    keys.append(key("pruned, not trained", color="gray", marker="o", mfc="white", ls=""))
+    keys += [key(name, **look) for name, look in styles.items()]
+    keys.append(key("pruned, not trained", color="gray", mfc="white"))
     keys += [key(name, color="gray", ls=line) for name, line in regimes.items()]
     for line in (axis.axvline, axis.axhline):
         line(1, color="black", lw=0.8, ls="--", zorder=0)
