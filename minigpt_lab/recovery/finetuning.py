@@ -282,14 +282,13 @@ def recover(
     warmup = warmup_ratio if warmup_steps is None else warmup_steps  # below 1 a share of all
     share = {"label": 0.0, "kl": 1.0, "mix": mix}[loss]
     facts: dict[str, object] = {"method": method, "seed": seed, **lora}
-    facts |= {"target_modules": target_modules and list(target_modules)}
-    facts |= {"epochs": epochs, "max_tokens": max_tokens}
+    facts |= {"target_modules": target_modules and list(target_modules), "epochs": epochs}
     facts |= {"learning_rate": rate, "lr_scheduler_type": lr_scheduler_type, "warmup": warmup}
     facts |= {"loss": loss, "mix": share, "stop_at": stop_at, "patience": patience}
     facts |= {"eval_every": eval_every, "eval_characters": eval_characters}
-    facts |= {"seq_len": seq_len, "batch_size": batch_size, "precision": dtype_name(autocast)}
+    facts |= {"max_tokens": max_tokens, "seq_len": seq_len, "batch_size": batch_size}
     facts |= {"gradient_accumulation_steps": gradient_accumulation_steps}
-    facts |= _hashes(model, guide, windows, texts)
+    facts |= {"precision": dtype_name(autocast), **_hashes(model, guide, windows, texts)}
     if guide is not None:
         facts |= {"temperature": temperature, "teacher_samples": teacher_samples}
 

@@ -150,12 +150,7 @@ def smallest_within(
 class _Trials:
     """Sizes that were tried: how to prune to one, what it loses, and whether that is allowed.
 
-    Parameters
-    ----------
-    limits : mapping
-        Perplexity's column to the most of it, relative to the dense model's; one for each text.
-    options : mapping
-        Of `slimgpt`.
+    `limits` are the largest perplexities relative to the dense model's, one for each text.
     """
 
     def __init__(

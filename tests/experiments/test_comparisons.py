@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pandas as pd
 import pytest
 
+from minigpt_lab import __main__ as command_line
 from minigpt_lab import figures
 from minigpt_lab.experiments import comparisons
 from minigpt_lab.experiments.records import write_record
@@ -163,11 +166,13 @@ def test_a_figure_of_nothing_says_so(runs):
 
 
 @pytest.mark.slow
-def test_report_is_one_page_with_everything(runs, tmp_path):
+def test_report_is_one_page_with_everything(runs, tmp_path, monkeypatch):
     failed = {"notebook": "03_contextual_pruning", "status": "failed", "parameters": {},
               "metrics": {}, "error": "no <luck>"}  # fmt: skip
     write_record(runs / "failed" / "e", failed)
-    page = write_report(runs).read_text()
+    monkeypatch.setattr(sys, "argv", ["minigpt_lab", "report", str(runs)])
+    command_line.main()
+    page = (runs / "report.html").read_text()
     assert "4 runs completed, 1 failed" in page and "no &lt;luck&gt;" in page
     assert "data:image/png;base64," in page and "experiments." not in page
     for words in ("quickly", "abc", "nonzero", "tiny", "law"):

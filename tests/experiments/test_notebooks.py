@@ -65,13 +65,3 @@ def test_unknown_names_are_refused_before_anything_runs(tmp_path):
     with pytest.raises(ValueError, match="set by the runner"):
         run_notebook("03_contextual_pruning", {"interactive": True}, tmp_path / "run")
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.slow
-def test_a_failed_run_leaves_a_record_and_the_notebook(tmp_path):
-    wrong = {"model_name": "tiny-llama", "seq_len": 64, "domain_name": "tiny-lore"}
-    with pytest.raises(RuntimeError, match="unknown domain 'tiny-lore'.*tiny-law"):
-        run_notebook("03_contextual_pruning", wrong, tmp_path / "run")
-    record = read_record(tmp_path / "run")
-    assert record["status"] == "failed" and "tiny-lore" in record["error"]
-    assert (tmp_path / "run" / "03_contextual_pruning.ipynb").is_file()

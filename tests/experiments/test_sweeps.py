@@ -17,7 +17,7 @@ import pytest
 
 from minigpt_lab import __main__ as command_line
 from minigpt_lab import experiments
-from minigpt_lab.experiments import grids, sweeps
+from minigpt_lab.experiments import executors, grids, sweeps
 from minigpt_lab.experiments.records import RECORD, read_record, results, write_record
 from minigpt_lab.experiments.runs import is_finished
 
@@ -55,17 +55,23 @@ def ends(folder: Path) -> list[str]:
     return sorted(line for line in diary(folder) if line.startswith("end"))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("own", [None, "3"])
 def test_runs_get_one_thread_unless_the_user_says_otherwise(small, tmp_path, monkeypatch, own):
     monkeypatch.delenv("OMP_NUM_THREADS")
     if own:
         monkeypatch.setenv("OMP_NUM_THREADS", own)
-    notebook = nbformat.read(tmp_path / "small.ipynb", as_version=4)
-    notebook.cells[-1].source = "print(os.environ['OMP_NUM_THREADS'], file=file)"
-    nbformat.write(notebook, tmp_path / "small.ipynb")
-    sweeps.sweep(grids.read_grid(small("grid: {number: [1]}\n")), tmp_path / "runs")
-    assert diary(tmp_path)[-1] == (own or "1")
+    handed = []
+
+    def process(command, **options):
+        if "run" in command:  # a kernel inherits what its run was given
+            handed.append(options["env"]["OMP_NUM_THREADS"])
+            command = [sys.executable, "-c", ""]
+        return real(command, **options)
+
+    real = subprocess.Popen
+    monkeypatch.setattr(executors.subprocess, "Popen", process)
+    table = sweeps.sweep(grids.read_grid(small("grid: {number: [1]}\n")), tmp_path / "runs")
+    assert handed == [own or "1"] and table["status"].tolist() == ["failed"]  # it left no record
 
 
 def sweep_command(grid: Path, folder: Path, *words: str) -> list[str]:
@@ -84,21 +90,20 @@ def wait_for(condition, seconds: float = 1200) -> None:
 @pytest.mark.xdist_group("sweep")
 def test_a_killed_sweep_of_a_real_notebook_goes_on(tiny_sweep):
     assert tiny_sweep.status == 0, tiny_sweep.printed
-    assert 1 <= len(tiny_sweep.before) <= 4
+    assert 1 <= len(tiny_sweep.before) <= 2
     runs = {path.parent.name: path.read_bytes() for path in tiny_sweep.folder.glob(f"*/{RECORD}")}
-    assert len(runs) == 5 and tiny_sweep.before.items() <= runs.items()  # not done again
+    assert len(runs) == 3 and tiny_sweep.before.items() <= runs.items()  # not done again
     counts = {
         word: int(n)
         for n, word in re.findall(r"(\d+) (skipped|completed|failed)", tiny_sweep.printed)
     }
     # a run that was under way when the sweep was killed may have ended before the second call
-    assert counts["skipped"] >= len(tiny_sweep.before) and sum(counts.values()) == 5
+    assert counts["skipped"] >= len(tiny_sweep.before) and sum(counts.values()) == 3
     assert set(counts) <= {"skipped", "completed"}
     frame = results(tiny_sweep.folder)
     shrunk = frame[frame["metric"] == "shrunk stored"]
     pairs = set(zip(shrunk["domain_name"], shrunk["quantile_activation"], strict=True))
-    assert pairs == {("tiny-law", 0.1), ("tiny-law", 0.3), ("tiny-law", 0.5), ("tiny-games", 0.1),
-                     ("tiny-games", 0.3)}  # fmt: skip
+    assert pairs == {("tiny-law", 0.1), ("tiny-law", 0.5), ("tiny-games", 0.1)}
     assert set(shrunk["better"]) == {"lower"} and shrunk["value"].between(1e5, 1e6).all()
     record = read_record(tiny_sweep.folder / shrunk["run"].iloc[0])
     assert "tiny-law" in record["data"] and record["git"]["commit"] and record["model"]["sha256"]
@@ -107,13 +112,12 @@ def test_a_killed_sweep_of_a_real_notebook_goes_on(tiny_sweep):
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("sweep")
-def test_results_and_report_of_a_sweep(tiny_sweep, monkeypatch, capsys, tmp_path):
-    page, table = tmp_path / "page.html", tmp_path / "table.csv"
-    for words in (["report", "--out", page], ["results", "--csv", table], ["results"]):
-        words = [words[0], tiny_sweep.folder, *words[1:]]
-        monkeypatch.setattr(sys, "argv", ["minigpt_lab", *map(str, words)])
+def test_results_of_a_sweep(tiny_sweep, monkeypatch, capsys, tmp_path):
+    table = tmp_path / "table.csv"
+    for words in (["--csv", str(table)], []):
+        argv = ["minigpt_lab", "results", str(tiny_sweep.folder), *words]
+        monkeypatch.setattr(sys, "argv", argv)
         command_line.main()
-    assert "5 runs completed, 0 failed" in page.read_text() and "base64" in page.read_text()
     assert "metric,value,better" in table.read_text().splitlines()[0]
     assert re.search(r"tiny-law +0\.5 +shrunk stored +[\d,]+ +lower", capsys.readouterr().out)
 
@@ -121,23 +125,23 @@ def test_results_and_report_of_a_sweep(tiny_sweep, monkeypatch, capsys, tmp_path
 @pytest.mark.slow
 def test_a_failed_run_stops_no_other_and_gets_another_chance(small, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    grid = small("grid: {number: [1, 2, 3]}\nparameters: {wrong: 2}\njobs: 3\n")
+    grid = small("grid: {number: [1, 2]}\nparameters: {wrong: 1}\n")
     monkeypatch.setattr(sys, "argv", ["minigpt_lab", "sweep", str(grid)])
     with pytest.raises(SystemExit) as stopped:
         command_line.main()
     assert stopped.value.code == 1
     printed = capsys.readouterr()
-    assert "2 completed" in printed.out and "1 failed" in printed.out
+    assert "1 completed" in printed.out and "1 failed" in printed.out
     assert "AssertionError: no luck" in printed.err
     home = tmp_path / "runs" / "sweeps" / "grid"
     [failed] = (home / "failed").iterdir()
     assert read_record(failed)["error"] == "AssertionError: no luck"
     assert "no luck" in (failed / "small.ipynb").read_text()
-    assert len(results(tmp_path / "runs")) == 2
-    assert ends(tmp_path) == ["end 1", "end 3"]
+    assert len(results(tmp_path / "runs")) == 1
+    assert ends(tmp_path) == ["end 2"]
     table = sweeps.sweep(grids.read_grid(grid))
-    assert sorted(table["status"]) == ["failed", "skipped", "skipped"]
-    assert diary(tmp_path).count("start 2") == 2 and len(diary(tmp_path)) == 6
+    assert sorted(table["status"]) == ["failed", "skipped"]
+    assert diary(tmp_path).count("start 1") == 2 and len(diary(tmp_path)) == 4
 
 
 @pytest.mark.slow
@@ -347,7 +351,7 @@ def test_ray_completes_every_run_once_though_a_node_dies(small, tmp_path):
         initialize_head=True, head_node_args={**node, "include_dashboard": False}
     )
     # so long that a run on the node is in its middle when the node is gone, on a slow machine too
-    grid = small("grid: {number: [1, 2, 3, 4, 5, 6]}\nparameters: {seconds: 5}\n")
+    grid = small("grid: {number: [1, 2, 3, 4]}\nparameters: {seconds: 5}\n")
     words = ["--executor", "ray", "--address", cluster.address]
     try:
         doomed = cluster.add_node(**node)
@@ -361,9 +365,9 @@ def test_ray_completes_every_run_once_though_a_node_dies(small, tmp_path):
         printed, _ = sweep.communicate(timeout=1800)
     finally:
         cluster.shutdown()
-    assert sweep.returncode == 0 and "6 completed" in printed, printed
-    assert ends(tmp_path) == [f"end {number}" for number in range(1, 7)]
-    assert len([run for run in (tmp_path / "s").iterdir() if is_finished(run)]) == 6
+    assert sweep.returncode == 0 and "4 completed" in printed, printed
+    assert ends(tmp_path) == [f"end {number}" for number in range(1, 5)]
+    assert len([run for run in (tmp_path / "s").iterdir() if is_finished(run)]) == 4
 
 
 def test_a_finished_run_is_not_run_again(tmp_path, small):

@@ -26,6 +26,7 @@ from minigpt_lab.models import runtime
 from minigpt_lab.recovery import adapters, training
 
 SMALL = {"seq_len": 64, "eval_every": 1024, "max_tokens": 4096, "eval_characters": 3000}
+PLAIN = {"learning_rate": 1e-3, "progress": False, **SMALL}
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +44,16 @@ def mini(pruned):
     return copy.deepcopy(pruned)
 
 
+@pytest.fixture(scope="module")
+def whole(pruned, tiny, tiny_domain):
+    """An uninterrupted recovery by each method: the model and its history."""
+    made = {}
+    for method in ("full", "lora"):
+        model = copy.deepcopy(pruned)
+        made[method] = model, lab.recover(model, tiny[1], tiny_domain, method=method, **PLAIN)
+    return made
+
+
 def zeros(model) -> dict[str, torch.Tensor]:
     return {name: p.detach() == 0 for name, p in model.named_parameters() if (p == 0).any()}
 
@@ -51,6 +62,11 @@ def reached(model, tiny, domain) -> float:
     """The model's perplexity, as recovery measures it."""
     text = lab.excerpt(domain.validation, max_characters=SMALL["eval_characters"])
     return lab.perplexity(model, tiny[1], text, seq_len=64).value
+
+
+def assert_same_curve(one: pd.DataFrame, other: pd.DataFrame, **tolerance) -> None:
+    columns = other.columns.drop("seconds")
+    pd.testing.assert_frame_equal(one[columns], other[columns], **tolerance)
 
 
 def same_weights(model, other) -> bool:
@@ -132,35 +148,32 @@ def test_interrupting_keeps_what_was_reached(mini, tiny, tiny_domain):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", ["", "teacher=dense, loss='mix', teacher_samples=8, "])
-def test_a_killed_run_resumes_to_the_same_curve(tmp_path, pruned, tiny, options):
+@pytest.mark.parametrize("options", [{}, {"loss": "mix", "teacher_samples": 8}])
+def test_a_killed_run_resumes_to_the_same_curve(tmp_path, pruned, tiny, tiny_domain, options):
     lab.save_model(pruned, tiny[1], tmp_path / "mini")
-    script = tmp_path / "run.py"
-    script.write_text(f"""
-import sys
+    given, out = {"epochs": 2, **PLAIN, **options}, tmp_path / "checkpoints"
+    script = f"""
 import minigpt_lab as lab
-dense, _ = lab.load_model("tiny-llama", device="cpu")
 model, tokenizer = lab.load_model({str(tmp_path / "mini")!r}, device="cpu")
-history = lab.recover(model, tokenizer, lab.load_domain("tiny-law"), epochs=3, learning_rate=1e-3,
-                      {options}out_dir=sys.argv[1], **{SMALL!r})
-history.drop(columns="seconds").to_csv(sys.argv[2], index=False)
-""")
-
-    def start(folder: str, out: str) -> subprocess.Popen:
-        command = [sys.executable, str(script), str(tmp_path / folder), str(tmp_path / out)]
-        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-    killed = start("checkpoints", "none.csv")
+given = {given!r}
+if "loss" in given:
+    given["teacher"] = lab.load_model("tiny-llama", device="cpu")[0]
+lab.recover(model, tokenizer, lab.load_domain("tiny-law"), out_dir={str(out)!r}, **given)
+"""
+    killed = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
     deadline = time.time() + 1800
-    while not (tmp_path / "checkpoints" / "checkpoint-8" / "trainer_state.json").is_file():
+    while not (out / "checkpoint-8" / "trainer_state.json").is_file():
         assert killed.poll() is None and time.time() < deadline
         time.sleep(0.02)
     killed.send_signal(signal.SIGKILL)
-    assert killed.wait() == -signal.SIGKILL and not (tmp_path / "none.csv").exists()
-    assert start("checkpoints", "resumed.csv").wait(1800) == 0
-    assert start("fresh", "whole.csv").wait(1800) == 0
-    resumed, whole = (pd.read_csv(tmp_path / name) for name in ("resumed.csv", "whole.csv"))
-    pd.testing.assert_frame_equal(resumed, whole, rtol=1e-4)
+    assert killed.wait() == -signal.SIGKILL
+    if "loss" in given:
+        given["teacher"] = tiny[0]
+    resumed, whole = (
+        lab.recover(copy.deepcopy(pruned), tiny[1], tiny_domain, out_dir=folder, **given)
+        for folder in (out, None)
+    )
+    assert_same_curve(resumed, whole, rtol=1e-4)
 
 
 @pytest.mark.slow
@@ -175,9 +188,10 @@ history.drop(columns="seconds").to_csv(sys.argv[2], index=False)
     ],
 )
 @pytest.mark.usefixtures("interrupted")
-def test_a_broken_checkpoint_is_passed_over(tmp_path, pruned, tiny, tiny_domain, method, damage):
-    arguments = {"method": method, "learning_rate": 1e-3, "progress": False, **SMALL}
-    mini, whole, out = copy.deepcopy(pruned), copy.deepcopy(pruned), tmp_path / "run"
+def test_a_broken_checkpoint_is_passed_over(
+    tmp_path, whole, mini, pruned, tiny, tiny_domain, method, damage
+):
+    arguments, out = {"method": method, **PLAIN}, tmp_path / "run"
     lab.recover(mini, tiny[1], tiny_domain, out_dir=out, **arguments)
     last = out / "checkpoint-8"
     weights = f"{'adapter_' if method == 'lora' else ''}model.safetensors"
@@ -195,26 +209,23 @@ def test_a_broken_checkpoint_is_passed_over(tmp_path, pruned, tiny, tiny_domain,
         broken.write_bytes(broken.read_bytes()[: broken.stat().st_size // 2])
     again = copy.deepcopy(pruned)
     resumed = lab.recover(again, tiny[1], tiny_domain, out_dir=out, **arguments)
-    expected = lab.recover(whole, tiny[1], tiny_domain, **arguments)
-    columns = resumed.columns.drop("seconds")
-    pd.testing.assert_frame_equal(resumed[columns], expected[columns])
+    expected, history = whole[method]
+    assert_same_curve(resumed, history)
     assert resumed["seconds"].is_monotonic_increasing and len(resumed) == 5
-    assert same_weights(again, whole)
+    assert same_weights(again, expected)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_gradients_that_a_caller_has_switched_off_are_taken(
-    pruned, tiny, tiny_domain, method, mode
+    whole, mini, tiny, tiny_domain, method, mode
 ):
-    mini, again = copy.deepcopy(pruned), copy.deepcopy(pruned)
-    arguments = {"method": method, "progress": False, **SMALL}
-    expected = lab.recover(again, tiny[1], tiny_domain, **arguments)
+    expected, history = whole[method]
     with mode():
-        history = lab.recover(mini, tiny[1], tiny_domain, **arguments)
-    assert history["perplexity"].tolist() == expected["perplexity"].tolist()
-    assert same_weights(again, mini)
+        found = lab.recover(mini, tiny[1], tiny_domain, method=method, **PLAIN)
+    assert found["perplexity"].tolist() == history["perplexity"].tolist()
+    assert same_weights(mini, expected)
 
 
 @pytest.mark.parametrize(
@@ -254,7 +265,7 @@ def test_another_run_in_the_same_folder_is_refused(tmp_path, pruned, tiny, tiny_
 
 
 @pytest.mark.slow
-def test_a_full_disk_stops_clearly_and_is_resumed(tmp_path, pruned, tiny, tiny_domain):
+def test_a_full_disk_stops_clearly_and_is_resumed(tmp_path, whole, pruned, tiny, tiny_domain):
     lab.save_model(pruned, tiny[1], tmp_path / "mini")
     script = tmp_path / "run.py"
     script.write_text(f"""
@@ -287,14 +298,9 @@ assert abs(now / history["perplexity"].min() - 1) < 1e-4, (now, history)
     assert done.returncode == 0, done.stderr
     left = sorted(path.name for path in out.iterdir())
     assert left == ["checkpoint-4", "checkpoint-8", "run.json"]
-    histories = [
-        lab.recover(
-            lab.load_model(tmp_path / "mini", device="cpu")[0], tiny[1], tiny_domain,
-            learning_rate=1e-3, out_dir=folder, **SMALL
-        ).drop(columns="seconds")
-        for folder in (out, None)
-    ]  # fmt: skip
-    pd.testing.assert_frame_equal(*histories, rtol=1e-4)
+    again, _ = lab.load_model(tmp_path / "mini", device="cpu")
+    resumed = lab.recover(again, tiny[1], tiny_domain, out_dir=out, **PLAIN)
+    assert_same_curve(resumed, whole["full"][1], rtol=1e-4)
 
 
 @pytest.mark.slow
@@ -425,18 +431,13 @@ def test_adapters_go_where_they_are_asked_to(mini, tiny, tiny_domain):
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_the_model_is_left_as_it_was_but_for_its_weights(mini, tiny, tiny_domain, method, capfd):
-    mini.config.use_cache = True
-    plain = lab.recover(copy.deepcopy(mini), tiny[1], tiny_domain, method=method, **SMALL)
+def test_the_model_is_left_as_it_was_but_for_its_weights(
+    whole, mini, tiny, tiny_domain, method, capfd
+):
+    mini.config.use_cache, plain = True, whole[method][1]
     capfd.readouterr()
     saving = lab.recover(
-        mini,
-        tiny[1],
-        tiny_domain,
-        method=method,
-        gradient_checkpointing=True,
-        progress=False,
-        **SMALL,
+        mini, tiny[1], tiny_domain, method=method, gradient_checkpointing=True, **PLAIN
     )
     assert capfd.readouterr() == ("", "")
     assert saving["perplexity"].tolist() == pytest.approx(plain["perplexity"].tolist(), rel=1e-3)
