@@ -16,6 +16,8 @@ _PICTURES = {"image/png", "image/jpeg", "image/svg+xml"}
 _SAVED = re.compile(r"save_figure\([^\"]*\"[^\"]*/(\w+)\"")
 _NO_ALT = re.compile(r"<img(?![^>]*\balt=)")
 _INJECTED = "injected-parameters"
+_PAPERMILLS = "# Parameters\n"
+_OURS = "# parameters of this run, in place of those above\n"
 _RUNNER = re.compile(r"^(out_dir|interactive) = .*\n?", re.MULTILINE)
 
 
@@ -52,10 +54,12 @@ def published(notebook: NotebookNode, run: Path) -> NotebookNode:
             heading = titles[-1] if titles else heading
             continue
         if _INJECTED in cell.metadata.get("tags", ()):
-            cell.source = _RUNNER.sub("", cell.source).strip()
+            given = cell.source.removeprefix(_PAPERMILLS).removeprefix(_OURS)
+            given = _RUNNER.sub("", given).strip()
+            cell.source = f"{_OURS}{given}" if given else ""
         alt = _words_of_figure(cell.source, run) or f"Picture of the section “{heading}”"
         cell.outputs = [each for each in cell.get("outputs", ()) if _make_static(each, alt)]
-    page.cells = [cell for cell in page.cells if cell.source != "# Parameters"]  # none but those
+    page.cells = [cell for cell in page.cells if cell.source]  # none but the runner's
     text = nbformat.writes(page)
     return nbformat.reads(text.replace(folder, "runs") if folder else text, as_version=4)
 

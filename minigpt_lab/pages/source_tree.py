@@ -5,6 +5,7 @@ from __future__ import annotations
 import posixpath
 import re
 import shutil
+import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +32,7 @@ _PAGES = {
     "data/README.md": "data.md",
 }
 _PICTURES = (".png", ".svg")
+_BLOCK = "lab-explorer"  # class of an explorer that needs no kernel
 _LINK = re.compile(r"(!?)\[((?:!\[[^]]*\]\([^)]*\)|[^]!])*)\]\(([^)\s]+)\)")
 
 
@@ -101,8 +103,8 @@ def relinked(text: str, path: str, page: str | None = None) -> str:
 
 def _write_notebook(name: str, run: Run | None, folder: Path) -> nbformat.NotebookNode:
     """Write a notebook's page and its download; return it as it was."""
-    path = run.notebook if run else NOTEBOOKS / f"{name}.ipynb"
-    notebook = nbformat.read(path, as_version=4)
+    text = run.notebook.read_text("utf-8") if run else _committed(NOTEBOOKS / f"{name}.ipynb")
+    notebook = nbformat.reads(text, as_version=4)
     bare = notebook_pages.stripped(notebook)
     nbformat.write(bare, folder / "downloads" / f"{name}.ipynb")
     download = f"{{download}}`Download the notebook </downloads/{name}.ipynb>` to run it yourself."
@@ -112,6 +114,15 @@ def _write_notebook(name: str, run: Run | None, folder: Path) -> nbformat.Notebo
     page = notebook_pages.as_page(shown, facts, relink)
     nbformat.write(page, folder / "notebooks" / f"{name}.ipynb")
     return bare
+
+
+def _committed(path: Path) -> str:
+    """A file as the project has it, without what a reader typed into it; as it is if git is not."""
+    show = ["git", "-C", str(path.parent), "show", f"HEAD:./{path.name}"]
+    try:
+        return subprocess.run(show, capture_output=True, check=True, encoding="utf-8").stdout
+    except (OSError, subprocess.CalledProcessError):
+        return path.read_text("utf-8")
 
 
 def _facts(run: Run | None) -> str:
@@ -138,6 +149,14 @@ def _index(notebooks: Mapping[str, nbformat.NotebookNode], runs: Mapping[str, Ru
     lines = [(_HERE / "index.md").read_text("utf-8")]
     if missing := [name[:2] for name in notebooks if name not in runs]:
         lines += [f"Not run here, and so shown without outputs: notebooks {', '.join(missing)}.\n"]
+    texts = {name: run.notebook.read_text("utf-8") for name, run in runs.items()}
+    still = [n for n, text in texts.items() if "ThresholdExplorer(" in text and _BLOCK not in text]
+    if still:
+        lines += [
+            f"The runs shown of notebooks {', '.join(name[:2] for name in sorted(still))} kept no "
+            "explorer; to have one on its page, run the notebook again (`python -m minigpt_lab run "
+            f"{still[0][:2]}`) and make the pages of that run.\n"
+        ]
     seen: set[str] = set()
     for name, notebook in notebooks.items():
         here = f"notebooks/{name}.ipynb"

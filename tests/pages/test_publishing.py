@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import warnings
 
@@ -190,3 +191,30 @@ def test_the_first_page_has_a_picture_of_a_notebook_whose_run_is_older():
     bare = v4.new_notebook(cells=[v4.new_markdown_cell("# 12 · Without a diagram\n\n**Why?**")])
     page = source_tree._index({"12_your_own_mini": bare}, {})
     assert "(notebooks/diagrams/make_mini.svg)](notebooks/12_your_own_mini.ipynb)" in page
+
+
+def test_a_notebook_that_was_not_run_is_shown_without_what_a_reader_typed(tmp_path):
+    path = tmp_path / "notebooks" / "mine.ipynb"
+    path.parent.mkdir()
+    path.write_text("answer = None")
+    assert source_tree._committed(path) == "answer = None"  # no repository: as it is
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@example.org"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "mine"]):
+        subprocess.run([*git, *words], check=True)
+    path.write_text("answer = 0.73")
+    assert source_tree._committed(path) == "answer = None"
+    path.with_name("new.ipynb").write_text("new")
+    assert source_tree._committed(path.with_name("new.ipynb")) == "new"
+
+
+def test_the_parameters_of_a_run_are_said_to_be_its_own(tmp_path):
+    given = '# Parameters\nquantile = 0.25\nout_dir = "x"'
+    cells = [
+        v4.new_markdown_cell("# Title"),
+        v4.new_code_cell(given, metadata={"tags": ["injected-parameters"]}),
+    ]
+    said = "# parameters of this run, in place of those above\nquantile = 0.25"
+    once = published(v4.new_notebook(cells=cells), tmp_path)
+    assert once.cells[1].source == published(once, tmp_path).cells[1].source == said
+    cells[1].source = '# Parameters\nout_dir = "x"'
+    assert len(published(v4.new_notebook(cells=cells), tmp_path).cells) == 1

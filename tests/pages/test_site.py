@@ -171,7 +171,8 @@ def test_a_page_keeps_what_works_without_a_kernel(site, pages):
     assert "Picture of the section “A token of my own”" in {i["alt"] for i in page.find_all("img")}
     assert page.find(id="kept") and page.find(id="made")
     assert "0%|" not in words and "hush" not in words
-    assert "quantile = 0.25" in words and "interactive = False" not in words
+    assert "# parameters of this run, in place of those above\nquantile = 0.25" in words
+    assert "interactive = False" not in words
     assert page.find("a", href="../glossary.html#glossary")
     assert "The grid" in words and "grids/x" not in str(page)
     for path in [*site.rglob("*.html"), *site.rglob("*.ipynb"), *site.rglob("*.js")]:
