@@ -245,8 +245,11 @@ def test_everything_is_reached_by_tab_and_has_a_name(site):
         order += ["threshold, on", "Layer map"]
         assert [name[: len(part)] for name, part in zip(names, order, strict=False)] == order
         expect(shown.box).to_have_class(re.compile("lab-x-dark"))
+        expect(page.get_by_role("button", name="copy link")).to_have_attribute(
+            "title", "Copies the address of this page with what is chosen"
+        )
         page.get_by_role("button", name="full screen").click()
-        expect(page.get_by_role("button", name="full screen")).to_have_attribute(
+        expect(page.get_by_role("button", name="leave full screen")).to_have_attribute(
             "aria-pressed", "true"
         )
 

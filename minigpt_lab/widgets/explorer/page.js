@@ -30,7 +30,7 @@ class Explorer {
    * @param root where to draw
    * @param facts, arrays what Python packed
    * @param state domain, component, rule, index
-   * @param options changed(state): called after a move; link(state): a text to copy, and its label
+   * @param options changed(state): called after a move; link(state): a text to copy; label and hint of its button
    */
   constructor(root, facts, arrays, state, options) {
     Object.assign(this, { root, facts, options, id: `lab-x-${Math.random().toString(36).slice(2)}`, kept: {} });
@@ -65,8 +65,8 @@ class Explorer {
       return radio;
     });
     const push = element("span", { class: "lab-x-push" }, row);
-    this.copy = element("button", { type: "button" }, push, this.options.label);
-    this.full = element("button", { type: "button", "aria-pressed": "false" }, push, "full screen");
+    this.copy = element("button", { type: "button", title: this.options.hint }, push, this.options.label);
+    this.full = element("button", { type: "button", "aria-pressed": "false", title: "Escape leaves full screen" }, push, "full screen");
     const threshold = element("div", { class: "lab-x-threshold" }, root);
     this.name = element("label", { for: `${id}-typed` }, threshold, "ε");
     this.typed = element("input", { type: "text", id: `${id}-typed`, inputmode: "decimal", autocomplete: "off" }, threshold);
@@ -165,7 +165,8 @@ class Explorer {
     this.picture.background(state);
     const title = (at, bold, words) => this.titles[at].replaceChildren(bold, element("span", {}, null, words ? ` · ${words}` : ""));
     const [, what, unit] = COMPONENTS[state.component], total = this.counts.below(state.domain, state.component, 0)[1];
-    title(0, `${exact(total)} ${what}`, `${unit}; orange: pruned${facts.domains.length > 1 ? "; one scale for all domains" : ""}`);
+    const orange = state.rule === "share" ? "" : "; orange: pruned"; // a share has no one ε, so no colour here
+    title(0, `${exact(total)} ${what}`, `${unit}${orange}${facts.domains.length > 1 ? "; one scale for all domains" : ""}`);
     title(1, ...MAP_TITLES[state.component]);
     if (this.picture.losses) title(2, "Perplexity ÷ dense", "● measured, with 95 % interval; dashed: interpolated");
     else title(2, "Stored share of the model", "");
@@ -242,7 +243,7 @@ class Explorer {
   showLoss(reading) {
     const { state, facts } = this, name = facts.domains[state.domain].name;
     let words;
-    if (state.rule === "share") words = "Losses are measured at one ε for all layers.";
+    if (state.rule === "share") words = this.picture.losses ? "Losses are measured at one ε for all layers." : "";
     else if (!this.picture.losses) words = `No loss was measured on ${name}: the curve is the model's size.`;
     else if (!reading) words = "The sweep says nothing about this ε.";
     else if (reading.measured) words = `×${reading.value.toFixed(3)}${reading.low === null ? ", measured on one passage" : ` [${reading.low.toFixed(3)}, ${reading.high.toFixed(3)}], measured`}`;
@@ -277,11 +278,10 @@ class Explorer {
     const { neuron, component, domain, index, rule } = this.state, { facts, counts } = this;
     const key = neuron && `${neuron.layer}/${neuron.channel}/${domain}`;
     if (component === "embedding" || !neuron) {
-      if (this.shown === null) return;
-      this.shown = null;
-      this.card.replaceChildren(element("p", { class: "lab-x-note" }, null,
-        component === "embedding" ? "Tokens are removed by frequency; bytes, special tokens and all that a kept token is merged from are kept."
-          : "Point at the layer map, or tab to it and use the arrow keys: which channel, how active it is in every domain, and what excites it. A click sets ε there; dragging selects a range."));
+      const note = component === "embedding" ? "Tokens are removed by frequency; bytes, special tokens and all that a kept token is merged from are kept."
+        : "Point at the layer map, or tab to it and use the arrow keys: which channel, how active it is in every domain, and what excites it. A click sets ε there; dragging selects a range.";
+      if (this.shown !== note) this.card.replaceChildren(element("p", { class: "lab-x-note" }, null, note));
+      this.shown = note;
       return;
     }
     const cut = rule === "share" ? counts.layerThreshold(domain, component, neuron.layer, index) : index;
@@ -352,7 +352,8 @@ class Explorer {
     this.typed.addEventListener("keydown", (event) => { event.stopPropagation(); if (event.key === "Enter") { this.take(); event.preventDefault(); } });
     this.full.addEventListener("click", () => (document.fullscreenElement ? document.exitFullscreen() : this.root.requestFullscreen?.()));
     this.root.addEventListener("fullscreenchange", () => {
-      this.full.setAttribute("aria-pressed", String(document.fullscreenElement === this.root)); this.whole = true; this.set({}, { tell: false });
+      const full = document.fullscreenElement === this.root;
+      this.full.setAttribute("aria-pressed", String(full)); this.full.textContent = full ? "leave full screen" : "full screen"; this.whole = true; this.set({}, { tell: false });
     });
     this.copy.addEventListener("click", () => this.copyLink());
     for (const panel of [this.picture.histogram, this.picture.map, this.picture.curve]) this.point(panel);
@@ -518,6 +519,7 @@ async function render({ model, el }) {
   let sending = null;
   const explorer = new Explorer(element("div", {}, el), facts, arrays, stateOf(model, facts), {
     label: "copy state",
+    hint: "Copies what is chosen as #…: put it behind the address of this notebook's page on the site, and that page opens so",
     link: (state) => `#${toHash(facts, state, 0)}`,
     changed(state) {
       clearTimeout(sending);
@@ -573,6 +575,7 @@ async function mountAll() {
       box.append(root);
       const explorer = new Explorer(root, facts, arrays, linked ?? first, {
         label: "copy link",
+        hint: "Copies the address of this page with what is chosen",
         link: (state) => `${location.href.split("#")[0]}#${toHash(facts, state, place)}`,
         changed(state) {
           clearTimeout(writing);
