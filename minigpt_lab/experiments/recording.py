@@ -122,7 +122,7 @@ def record(
     if model is not None:
         identity = {"label": label(model), "sha256": fingerprint(model), "dtype": str(model.dtype)}
         facts = {"model": identity, "device": _device(model)}
-    return write_record(
+    written = write_record(
         folder,
         {
             **blank_record(source, parameters, _started),
@@ -133,6 +133,14 @@ def record(
             **facts,
         },
     )
+    return _Recorded(written)
+
+
+class _Recorded(type(Path())):  # type: ignore[misc]  # of this system
+    """The path of a record; a notebook cell shows it as a sentence."""
+
+    def _repr_pretty_(self, printer, cycle: bool) -> None:
+        printer.text(f"recorded in {self}")
 
 
 def current_notebook(namespace: Mapping[str, Any]) -> Path:

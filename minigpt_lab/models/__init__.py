@@ -17,6 +17,7 @@ from .runtime import (
     inference,
     label,
     origin_of,
+    quiet,
     require_weights,
     seeded,
 )

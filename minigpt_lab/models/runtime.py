@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel, set_seed
+from transformers.utils import logging
 
 from ..architectures import dense_type
 from ..checks import Instance, Model, Text, checked, locked, safe_contextmanager
@@ -90,6 +91,20 @@ def seeded(seed: int) -> Iterator[None]:
             undo.callback(torch.mps.set_rng_state, torch.mps.get_rng_state())
         set_seed(seed)
         yield
+
+
+@safe_contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' warnings (missing keys that are tied) and bars per file."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 # Config fields that do not change what the model computes.

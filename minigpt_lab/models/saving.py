@@ -33,7 +33,7 @@ from .loading import FORMAT, SIDECAR
 from .model_cards import CARD, is_users, model_card
 from .remote_code import FILE, auto_map, modelling_code
 from .resizing import padding, set_units
-from .runtime import inference
+from .runtime import inference, quiet
 from .vocabulary import tokenizer_for
 
 
@@ -120,7 +120,7 @@ def save_model(
         )
     stored = _padded(model) if portable else model
     with atomic_write(final, lambda folder: _written_files(folder) or set()) as staging:
-        with _original_generation_config(stored):
+        with _original_generation_config(stored), quiet():
             # Weights keep their names in memory.
             stored.save_pretrained(staging, max_shard_size="1TB", save_original_format=False)
         tokenizer_for(model, tokenizer).save_pretrained(staging)
@@ -207,7 +207,8 @@ def _pad(anatomy: Anatomy, site: str, widths: list[int]) -> None:
 
 def _compare_reloaded(model: PreTrainedModel, folder: Path) -> None:
     """Refuse a folder whose model gives other logits, on a fixed probe, than the one in memory."""
-    reloaded, _ = load_model(folder, device=model.device)
+    with quiet():  # a bar would look as if a reader's own load ran twice
+        reloaded, _ = load_model(folder, device=model.device)
     reloaded.set_attn_implementation(model.config._attn_implementation)
     # Rotary frequencies and the like are not saved but computed anew; a model cast to bfloat16 has
     # them rounded, which is no fault of the file.

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +24,10 @@ from transformers import (
     TrainerControl,
     TrainerState,
 )
-from transformers.utils import logging
 
-from ..checks import first_line, safe_contextmanager
+from ..checks import first_line
 from ..evaluation import perplexity
+from ..models import quiet
 from ..store import WriteFailed
 from .adapters import Trainable
 from .checkpoints import (
@@ -141,13 +141,13 @@ class RecoveryTrainer(Trainer):
         best = folder / f"checkpoint-{self.state.best_global_step}"
         if self.subject.improved and is_complete(best):  # else the model is in its best state
             self.state.best_model_checkpoint = str(best)
-            with _quiet():
+            with quiet():
                 self._load_best_model()
         return why, start
 
     def _train(self, checkpoint: Path | None, progress: bool) -> str:
         """Train until the end, an interruption, divergence or a full disk."""
-        with tqdm(desc="recover", unit="step", disable=not progress) as bar, _quiet():
+        with tqdm(desc="recover", unit="step", disable=not progress) as bar, quiet():
             self.add_callback(ProgressBar(bar))
             try:
                 self.train(resume_from_checkpoint=checkpoint and str(checkpoint))
@@ -296,17 +296,3 @@ class ProgressBar(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         """Early stopping is no failure."""
         self.bar.total = state.global_step
-
-
-@safe_contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' warnings (missing keys that are tied) and bars per file."""
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from helpers import running_notebook
+from IPython.lib.pretty import pretty
 
 from minigpt_lab import __main__ as command_line
 from minigpt_lab import experiments
@@ -108,7 +109,9 @@ def test_record_finds_data_and_seed_and_needs_no_model(tmp_path, monkeypatch, ti
     variables = {"seed": 4, "out_dir": str(tmp_path / "run"), "domains": [tiny_domain], "other": 1}
     table = pd.DataFrame({"a": [1]})
     with running_notebook(variables):
-        experiments.record({"a": 1}, {"summary": table}, notebook="mine.ipynb")
+        path = experiments.record({"a": 1}, {"summary": table}, notebook="mine.ipynb")
+    assert path == tmp_path / "run" / "record.json"
+    assert pretty(path) == f"recorded in {path}"  # as a notebook shows it
     found = read_record(tmp_path / "run")
     assert found["seed"] == 4 and found["parameters"] == {"seed": 4} and found["model"] is None
     parts = found["data"]["tiny-law"]
