@@ -153,9 +153,8 @@ def _index(notebooks: Mapping[str, nbformat.NotebookNode], runs: Mapping[str, Ru
     still = [n for n, text in texts.items() if "ThresholdExplorer(" in text and _BLOCK not in text]
     if still:
         lines += [
-            f"The runs shown of notebooks {', '.join(name[:2] for name in sorted(still))} kept no "
-            "explorer; to have one on its page, run the notebook again (`python -m minigpt_lab run "
-            f"{still[0][:2]}`) and make the pages of that run.\n"
+            f"Run without their explorer: notebooks {', '.join(name[:2] for name in sorted(still))}; "
+            f"`python -m minigpt_lab run {still[0][:2]}`, and the pages of that run have one.\n"
         ]
     seen: set[str] = set()
     for name, notebook in notebooks.items():
