@@ -152,8 +152,9 @@ def _index(notebooks: Mapping[str, nbformat.NotebookNode], runs: Mapping[str, Ru
     texts = {name: run.notebook.read_text("utf-8") for name, run in runs.items()}
     still = [n for n, text in texts.items() if "ThresholdExplorer(" in text and _BLOCK not in text]
     if still:
+        names = ", ".join(name[:2] for name in sorted(still))
         lines += [
-            f"Run without their explorer: notebooks {', '.join(name[:2] for name in sorted(still))}; "
+            f"Run without their explorer: notebooks {names}; "
             f"`python -m minigpt_lab run {still[0][:2]}`, and the pages of that run have one.\n"
         ]
     seen: set[str] = set()
