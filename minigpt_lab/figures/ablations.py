@@ -6,6 +6,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from ..checks import Frame
 from .axes import (
     dot_rows,
     group_lines,
@@ -154,7 +155,7 @@ def layer_budgets(layers: pd.DataFrame, *, caption: str = "") -> Figure:
     return figure
 
 
-@draws_frame(names="variant text", numbers="perplexity low high compensated")
+@draws_frame(names="variant text", numbers="perplexity low high")
 def variant_dots(
     table: pd.DataFrame, *, filled: str = "compensated", caption: str = "", title: str = ""
 ) -> Figure:
@@ -172,6 +173,7 @@ def variant_dots(
     title : str
         The question.
     """
+    Frame(numbers=[filled])("table", table)
     dense, pruned = table[table["variant"] == "dense"], table[table["variant"] != "dense"]
     variants, styles = list(pruned["variant"].unique()), looks(pruned["text"])
     size = (3.1, 1.3 + 0.34 * len(variants))

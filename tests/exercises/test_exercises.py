@@ -55,7 +55,8 @@ def test_exercises_say_how_hard_they_are_and_one_of_each_notebook_asks_for_a_fun
 
 
 def test_the_first_cell_tells_time_needs_and_gain():
-    form = r"\*\*Time:\*\* (\d+) minutes, and (\d+) for the exercises\. "
+    form = r"\*\*Time:\*\* (\d+) minutes(?:, \w+ of them the machine.s)?, and (\d+) for the "
+    form += r"exercises\. "
     form += r"\*\*You should know\*\* .+\. \*\*Afterwards you can\*\* .+\."
     for path in NOTEBOOKS[:-1]:
         first, *cells = nbformat.read(path, as_version=4).cells
