@@ -213,19 +213,18 @@ def slimgpt(
     tokens = tokens_hash(windows.batches())
     require({"model": model_hash, "tokens": tokens, **settings.to_dict()})
     require({"reconstruct": reconstruction and reconstruction.to_dict()})
-    if general is not None:
-        require({"generality": generality})
     if stream_share:
         require_plain_sums(anatomy, "leave stream_share at 0")
-        require({"stream_share": stream_share})
+    beyond = {  # what goes beyond SlimGPT; None: not asked for
+        "generality": None if general is None else generality,
+        "stream_share": stream_share or None,
+    }
+    require(beyond)
 
     # 3. Units to remove from every layer: searched for, spread by a rule, or given.
     origin = {"method": "slimgpt", **settings.to_dict()}
     origin["keep_layers"] = [*check_keep_layers(keep_layers)]
-    if general is not None:
-        origin["generality"] = generality
-    if stream_share:
-        origin["stream_share"] = stream_share
+    origin |= {name: value for name, value in beyond.items() if value is not None}
     if counts is None and isinstance(allocation, str) and allocation == "search":
         require({"search": {**target, "ratio_of": ratio_of}})
         counts = search_counts(

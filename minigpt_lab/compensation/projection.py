@@ -115,15 +115,13 @@ def aim_at_stream(
     """
     W, H, site = problem.W, problem.H, part_of(problem.site)
     C, mean, total = torch.zeros_like(W), torch.zeros_like(problem.mean_output), 0.0
+    centre = problem.mean if solver.updates_bias(runner.readers[site]) else 0.0  # as that of H
     for window, weight in enumerate(runner.weights):
         x = runner.read[site][window]
         stream = runner.residual_stream(window, site)  # m + W x
         runner.read[site][window] = x
         R = (targets[window].to(W) - stream.to(W)).flatten(0, -2)  # [token, out]
-        x = x.to(W).flatten(0, -2)  # [token, in]
-        if solver.updates_bias(runner.readers[site]):
-            x = x - problem.mean  # then C is a covariance, as H
-        C.addmm_(R.mT, x, alpha=weight)
+        C.addmm_(R.mT, x.to(W).flatten(0, -2) - centre, alpha=weight)  # x [token, in]
         mean += weight * R.sum(0)
         total += weight * len(R)
     _, H_inv = damped_inverse(H, solver.damping, solver.damping_mode)

@@ -1,5 +1,6 @@
 """Whatever a public function is given, it works with it or refuses it in one sentence."""
 
+import importlib
 import inspect
 import operator
 import traceback
@@ -12,17 +13,7 @@ import pytest
 import torch
 
 import minigpt_lab as lab
-from minigpt_lab.studies import (
-    ablations,
-    activations,
-    analysis,
-    dropped_blocks,
-    matrix,
-    methods,
-    projections,
-    prunings,
-    reconstruction,
-)
+from minigpt_lab.studies import methods, projections
 
 PACKAGE = Path(lab.__file__).resolve().parent
 
@@ -356,19 +347,16 @@ FUNCTIONS = sorted(
     if inspect.isfunction(getattr(lab, name)) and name not in ("check", "masked")
 )
 ELSEWHERE = ("domain_matrix", "domain_plans", "set_overlap", "registered_methods", "pruning_key")
+MODULES = [
+    importlib.import_module(f"minigpt_lab.studies.{name}")
+    for name in (
+        *("ablations", "activations", "analysis", "dropped_blocks", "matrix", "methods"),
+        *("projections", "prunings", "reconstruction"),
+    )
+]
 STUDIES = sorted(
     f"{module.__name__.split('.')[-1]}.{name}"
-    for module in (
-        ablations,
-        activations,
-        analysis,
-        dropped_blocks,
-        matrix,
-        methods,
-        projections,
-        prunings,
-        reconstruction,
-    )
+    for module in MODULES
     for name, value in vars(module).items()
     if inspect.isfunction(value) and value.__module__ == module.__name__
     if not name.startswith("_") and name not in ELSEWHERE

@@ -80,5 +80,7 @@ def test_it_is_noted_and_a_run_with_another_share_is_refused(tmp_path):
     assert same(mini, again)
     with pytest.raises(ValueError, match="stream_share"):
         lab.slimgpt(model, windows(), stream_share=0.25, **given)
+    with pytest.raises(ValueError, match="stream_share"):
+        lab.slimgpt(model, windows(), **given)  # none is another share too
     ids = windows()[0]["input_ids"]
     assert not torch.equal(logits(mini, ids), logits(cut(model), ids))
