@@ -108,7 +108,7 @@ def format_curves(table: pd.DataFrame, *, caption: str = "") -> Figure:
     """Bytes on disk against bits per character: a line per format, a point per size of the model.
 
     Where the line of a format with fewer bits is lower at the same bytes, rounding costs less there
-    than pruning.
+    than pruning. A model called ``dense`` is a star of its own, as it was not trained.
 
     Parameters
     ----------
@@ -122,13 +122,18 @@ def format_curves(table: pd.DataFrame, *, caption: str = "") -> Figure:
     figure, panels = panel_row(table, "text", caption, title, size=(4.2, 4.0), sharex=True)
     styles = looks(table["kind"], _KINDS)
     for axis, _, rows in panels:
-        for kind, points in rows.sort_values("bytes").groupby("kind", sort=False):
-            axis.plot(points["bytes"] / 1e6, points["bits_per_character"], lw=1.4, **styles[kind])
+        rows = rows.assign(dense=rows["model"] == "dense").sort_values("bytes")
+        for (kind, dense), points in rows.groupby(["kind", "dense"]):
+            look = styles[kind] | ({"marker": "*", "ms": 11, "ls": ""} if dense else {"lw": 1.4})
+            axis.plot(points["bytes"] / 1e6, points["bits_per_character"], **look)
         axis.set(xscale="log", yscale="log", xlabel="file in MB")
         log_labels(axis.xaxis, rows["bytes"] / 1e6, n=5)
         log_labels(axis.yaxis, rows["bits_per_character"])
     figure.axes[0].set_ylabel("bits per character (lower is better)")
-    side_legend(figure, *(key(name, **look) for name, look in styles.items()))
+    keys = [key(name, **look) for name, look in styles.items()]
+    if "dense" in set(table["model"]):
+        keys.append(key("dense, not trained", color="gray", marker="*"))
+    side_legend(figure, *keys)
     return figure
 
 

@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checks import DictOf, Flag, Instance, Integer, ListOf, Model, OneOf, Text, checked
 from ..domains import Part, Question
-from ..evaluation import answer_questions
+from ..evaluation import Perplexity, answer_questions, compare
 from ..export import KINDS, gguf_size, quantised
 from ..models import fingerprint
 from .arguments import FOLDER, PAIR, TEXTS
@@ -51,7 +52,7 @@ def format_losses(
     model, tokenizer
         The dense pair.
     models : mapping
-        Name to a pruned model (or the dense one).
+        Name to a pruned model, one that is not pruned, or the dense one.
     texts : sequence of Part
         Held out.
     kinds : sequence of str
@@ -69,7 +70,10 @@ def format_losses(
     -------
     pandas.DataFrame
         One row per model, format and text: ``model, kind, bytes, stored`` and the numbers of
-        `perplexity`; with questions also ``accuracy``.
+        `perplexity`; with questions also ``accuracy``. ``coarser`` names the best model on this
+        text of at most as many bytes that stores more weights, in fewer bits each; ``difference``
+        is how much better that one is, in bits per character (``difference_low``,
+        ``difference_high``: paired 95 % interval).
 
     Raises
     ------
@@ -80,7 +84,7 @@ def format_losses(
     held_out = HeldOut(model, tokenizer, texts, max_tokens=max_tokens, seq_len=seq_len, path=path)
     cells = [(name, each, kind) for name, each in models.items() for kind in kinds]
     asked = [asdict(question) for question in questions or ()]
-    rows = []
+    rows, losses = [], []
     for name, each, kind in tqdm(cells, desc="formats", unit="model", disable=not progress):
 
         def compute(each=each, kind=kind) -> dict:
@@ -95,4 +99,29 @@ def format_losses(
         found = {column: result[column] for column in ("bytes", "accuracy") if column in result}
         facts = {"model": name, "kind": kind, **found}
         rows += held_out.table_rows(result, **facts)
-    return pd.DataFrame(rows)
+        losses += held_out.perplexities(result)
+    columns = [*rows[0], "coarser", "difference", "difference_low", "difference_high"]
+    return pd.DataFrame(_against_coarser(rows, losses), columns=columns)
+
+
+def _against_coarser(rows: list[dict], losses: list[Perplexity]) -> list[dict]:
+    """Every row with the best model at most as large that was pruned less and rounded more."""
+    found = []
+    for row, loss in zip(rows, losses, strict=True):
+        others = [
+            (other["bits_per_character"], f"{other['model']} {other['kind']}", other_loss)
+            for other, other_loss in zip(rows, losses, strict=True)
+            if other["text"] == row["text"]
+            and other["stored"] > row["stored"]
+            and other["bytes"] <= row["bytes"]
+        ]
+        if others:
+            _, name, best = min(others, key=lambda each: each[:2])
+            gap = compare({"coarser": best, "own": loss}, n_permutations=1).iloc[0]
+            scale = 1 / np.log(2)  # from nats to bits
+            if gap["unit"] == "nats per token":
+                scale *= loss.passages[:, 1].sum() / loss.passages[:, 2].sum()
+            row = {**row, "coarser": name, "difference": scale * gap["difference"]}
+            row |= {f"difference_{end}": scale * gap[end] for end in ("low", "high")}
+        found.append(row)
+    return found
