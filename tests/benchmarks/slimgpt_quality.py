@@ -5,9 +5,9 @@ perplexity on law and on a text it knows nothing of (``--other FILE``; by defaul
 windows of 1,024, without any fine-tuning. With ``--budgets`` it compares ways to spread a cut of
 half of the decoder over the layers, key/value groups or single heads leaving attention (three
 quarters of an hour on one thread, most of it the two searches). With ``--reconstruct medical`` it
-compares closed form, stream error, reconstruction, general text and text that the model writes
-itself on that domain and on general text, windows of 256, with paired intervals beside today's
-`slimgpt` (``--ratios 0.5``; half an hour on one thread).
+compares closed form, Wanda, stream error, reconstruction, general text and text that the model
+writes itself on that domain and on general text, windows of 256, with paired intervals beside
+today's `slimgpt` (``--ratios 0.5``; half an hour on one thread).
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ VARIANTS = {
     "SlimGPT, damped as in its code": PAPER,
     "without compensation": {"compensate": False},
 }
-FITTED = {  # the first is today's
+FITTED: dict[str, dict | None] = {  # the first is today's
     "slimgpt": {},
+    "Wanda": None,  # not compensated
     "+ half of the stream's error": {"stream_share": 0.5},
     "+ general text, a quarter": {"generality": 0.25},
     "+ its own text, a quarter": {"general": "own", "generality": 0.25},
@@ -101,11 +102,15 @@ def fitted(model, tokenizer, given: argparse.Namespace) -> None:
     for ratio in given.ratios:
         today: list[lab.Perplexity] = []
         for name in given.variants:
-            options = {"ratio": ratio, "sites": ["ffn"], "progress": False, **FITTED[name]}
+            options = {"ratio": ratio, "sites": ["ffn"], "progress": False, **(FITTED[name] or {})}
             if "generality" in options:
                 options["general"] = texts[options.get("general")]()
             began = time.process_time()
-            cut, _ = lab.slimgpt(model, own, **options)
+            if FITTED[name] is None:
+                scores = lab.score(model, "wanda", own, sites=["ffn"])
+                cut = lab.shrink(model, lab.plan_from_scores(model, scores, ratio=ratio))
+            else:
+                cut, _ = lab.slimgpt(model, own, **options)
             seconds, found = time.process_time() - began, measured(cut)
             words = (
                 [paired(*pair) for pair in zip(today, found, strict=True)] if today else ["", ""]

@@ -542,3 +542,7 @@ def test_formats_are_lines_over_bytes():
     for axis in figure.axes:
         drawn = {tuple(np.round(line.get_xdata() * 1e6)) for line in axis.lines}
         assert drawn == {(16, 32, 48), (4, 8, 12)}
+    dense = table.assign(model=table["model"].replace("3", "dense"))
+    for axis in figures.format_curves(dense).axes:
+        drawn = {tuple(np.round(line.get_xdata() * 1e6)) for line in axis.lines}
+        assert drawn == {(16, 32), (48,), (4, 8), (12,)}

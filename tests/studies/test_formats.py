@@ -21,6 +21,22 @@ def test_a_row_for_every_model_format_and_text(tiny, tiny_domain, tmp_path):
     assert "accuracy" not in table
 
 
+def test_every_row_is_compared_with_the_best_file_pruned_less_and_rounded_more(tiny, tiny_domain):
+    text = tiny_domain.test
+    plan = lab.plan_from_scores(tiny[0], lab.score(tiny[0], "random"), ratio=0.5)
+    half = lab.shrink(tiny[0], plan)
+    models = {"dense": tiny[0], "half": half}
+    how = HOW | {"max_tokens": 1024}  # several passages
+    table = studies.format_losses(*tiny, models=models, texts=[text], **how)
+    table = table.set_index(["model", "kind"])
+    assert list(table.dropna(subset=["coarser"]).index) == [("half", "F16")]
+    row, other = table.loc["half", "F16"], table.loc["dense", "Q4_0"]
+    assert row["coarser"] == "dense Q4_0" and other["bytes"] <= row["bytes"]
+    gap = row["bits_per_character"] - other["bits_per_character"]
+    assert row["difference"] == pytest.approx(gap)
+    assert row["difference_low"] < gap < row["difference_high"]
+
+
 def test_finished_cells_are_kept_by_the_questions_asked(tiny, tiny_domain, tmp_path, monkeypatch):
     asked, real = [], formats.answer_questions
 
