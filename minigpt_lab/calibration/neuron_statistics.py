@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -294,7 +295,8 @@ def collect_statistics(
         file refused; a full disk only warns.
     precision : {"auto", "bfloat16", "float32"}
         Type that the model is read in; sums are in float32 or more. ``"auto"``: bfloat16 for
-        float32 weights where the device is fast at it, else as stored.
+        float32 weights where the device is fast at it, else as stored. Where that gives NaN, all is
+        read again in float32, with a warning.
     examples : int
         Windows to remember of every FFN neuron, those in which its |activation| was largest, in the
         same pass; 0 remembers none. Takes 12 bytes per neuron and example.
@@ -340,11 +342,16 @@ def _collect(
     }
     finder = ExampleFinder(readers if examples else {}, examples)
     sums, token_counts = _one_pass(model, batches, precision, finder, progress)
+    dtype = reading_dtype(model, precision)
     for (module, side), table in sums.items():
         if not np.isfinite(table).all():
-            raise ValueError(
-                f"{module} has NaN or infinite values at its {side}: check the weights"
+            found = f"{module} has NaN or infinite values at its {side}"
+            if dtype in (torch.float32, torch.float64):
+                raise ValueError(f"{found}: check the weights")
+            warnings.warn(
+                f"{found} in {dtype_name(dtype)}; all is read again in float32", stacklevel=2
             )
+            return _collect(model, batches, content, "float32", examples, progress)
     empty = np.zeros(0, dtype=np.int64)
     return Statistics(
         sums=sums,
@@ -358,7 +365,7 @@ def _collect(
         model_name=label(model),
         domain=getattr(batches, "source", ""),
         content_hash=content,
-        precision=dtype_name(reading_dtype(model, precision)),
+        precision=dtype_name(dtype),
         examples=finder.examples(),
     )
 

@@ -83,7 +83,7 @@ def block_influence(
             raise ValueError(f"layer {layer} reads or writes NaN or infinite values")
         cosines[layer, site] += float(cosine.sum())
 
-    with inference(model), contextlib.ExitStack() as patches:
+    with inference(model, "auto"), contextlib.ExitStack() as patches:
         for index, layer in enumerate(anatomy.layers):
             patches.enter_context(patched_forward([layer], partial(record, index)))
         for ids in unpadded(batches):

@@ -293,11 +293,14 @@ def compare_answers(first: Answers, second: Answers) -> Comparison:
     Raises
     ------
     ValueError
-        If they did not answer the same questions.
+        If they did not answer the same questions, or were asked, judged or read differently.
     """
     from scipy.stats import binomtest  # here, because it takes a second to import
 
     require_same("precision", first.precision, second.precision)
+    if "written" not in (first.style, second.style):  # writing may be compared with choosing
+        require_same("score", first.score, second.score)
+        require_same("style", first.style, second.style)
     if first.questions != second.questions:
         place = first_difference(first.questions, second.questions)
         raise ValueError(

@@ -85,6 +85,7 @@ def compare(
         if isinstance(one, Answers):
             row = _answers_row(one, other)
         else:
+            _require_one_protocol(one, other, f"{first} and {second}")
             row = _loss_row(one, other, n_bootstrap, n_permutations, seed)
         rows.append({"first": first, "second": second, **row})
     table = pd.DataFrame(rows)
@@ -125,12 +126,22 @@ def _answers_row(first: Answers, second: Answers) -> dict:
     return {**numbers, "p": found.p, "unit": "accuracy"}
 
 
+def _require_one_protocol(first: Perplexity, second: Perplexity, names: str) -> None:
+    """Refuse losses of other passages, windows or precision."""
+    for what in ("text", "seq_len", "stride", "chunked", "precision"):
+        require_same(what, getattr(first, what), getattr(second, what), names)
+    if first.content != second.content:
+        counts = [f"{int(each.passages[:, 2].sum()):,} characters" for each in (first, second)]
+        raise ValueError(
+            f"{names} are of different excerpts of {first.text} ({' and '.join(counts)}); measure "
+            "both with the same max_tokens and max_characters"
+        )
+
+
 def _loss_row(
     first: Perplexity, second: Perplexity, n_bootstrap: int, n_permutations: int, seed: int
 ) -> dict:
     """Difference of two mean losses on the same passages."""
-    for what in ("text", "content", "seq_len", "stride", "chunked", "precision"):
-        require_same(what, getattr(first, what), getattr(second, what))
     same_tokens = np.array_equal(first.passages[:, 1], second.passages[:, 1])
     columns = [0, 1 if same_tokens else 2]  # loss, and tokens or characters
     table = np.hstack([first.passages[:, columns], second.passages[:, columns]])  # [passage, 4]

@@ -104,7 +104,8 @@ class WindowedText:
         values = np.empty((0, 0))  # until the number of columns is known
         for step in tqdm(self.steps, desc=title, unit="batch", disable=not progress):
             rows = torch.tensor([self.prefix + ids[w.start : w.stop] for w in step])
-            check_token_ids(models[0], rows)
+            for model in dict.fromkeys(models):
+                check_token_ids(model, rows)
             logits = {
                 model: model(input_ids=rows.to(model.device), use_cache=False).logits[:, :-1]
                 for model in dict.fromkeys(models)
@@ -279,6 +280,7 @@ def finite_or_float32(
     dtypes = [dtype_name(reading_dtype(model, precision)) for model in models]
     for dtype in dtypes:
         require_same("precision", dtypes[0], dtype)
+    subject = "the model" if len({*models}) == 1 else "the model or its reference"
     for attempt in dict.fromkeys([precision, "float32"]):
         values = read(attempt)
         bad = np.flatnonzero(np.isnan(values).reshape(len(values), -1).any(1))
@@ -287,10 +289,10 @@ def finite_or_float32(
         if dtypes[0] in ("float32", "float64"):
             break
         warnings.warn(
-            f"the model gives NaN on {name(bad[0])} in {dtypes[0]}; all is read again in float32",
+            f"{subject} gives NaN on {name(bad[0])} in {dtypes[0]}; all is read again in float32",
             stacklevel=3,
         )
-    raise ValueError(f"the model gives NaN on {name(bad[0])}: check its weights, dtype")
+    raise ValueError(f"{subject} gives NaN on {name(bad[0])}: check its weights, dtype")
 
 
 def by_length(lengths: Sequence[int], batch_size: int) -> list[np.ndarray]:
@@ -299,8 +301,8 @@ def by_length(lengths: Sequence[int], batch_size: int) -> list[np.ndarray]:
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 
-def require_same(what: str, first: object, second: object) -> None:
-    """Refuse to compare two numbers that were measured differently.
+def require_same(what: str, first: object, second: object, names: str = "the two") -> None:
+    """Refuse to compare two numbers (called `names`) that were measured differently.
 
     Raises
     ------
@@ -309,5 +311,5 @@ def require_same(what: str, first: object, second: object) -> None:
     """
     if first != second:
         raise ValueError(
-            f"the two differ in {what}: {first} and {second}; measure both with the same"
+            f"{names} differ in {what}: {first} and {second}; measure both with the same"
         )

@@ -188,8 +188,10 @@ def require_weights(model: PreTrainedModel, model_hash: str, what: str) -> None:
         )
 
 
-def check_token_ids(model: PreTrainedModel, input_ids: torch.Tensor) -> None:
-    """Refuse token ids, or windows, that the model has no embedding for.
+def check_token_ids(
+    model: PreTrainedModel, input_ids: torch.Tensor, name: str = "this model"
+) -> None:
+    """Refuse token ids, or windows, that the model (called `name`) has no embedding for.
 
     Raises
     ------
@@ -211,6 +213,6 @@ def check_token_ids(model: PreTrainedModel, input_ids: torch.Tensor) -> None:
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest is not None and input_ids.shape[1] > longest:
         raise ValueError(
-            f"windows of {input_ids.shape[1]} tokens are longer than this model's {longest}; use a "
+            f"windows of {input_ids.shape[1]} tokens are longer than {name}'s {longest}; use a "
             "shorter seq_len"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Iterator
 
@@ -10,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from ..checks import InvalidArgument
-from ..models import TrimmedVocabulary
+from ..models import TrimmedVocabulary, check_token_ids, inference
 
 #: Losses of `recover`.
 LOSSES = ("label", "kl", "mix")
@@ -27,7 +28,7 @@ class Teacher:
         The teacher.
     student : transformers.PreTrainedModel
         Has the teacher's vocabulary, or a part of it: then the teacher's probabilities are
-        normalised over the tokens that the student kept.
+        normalised over the tokens that the student kept. A teacher's vocabulary may be padded.
     temperature : float
         *T* in ``p_T = softmax(logits / T)``.
     samples : int, optional
@@ -38,7 +39,7 @@ class Teacher:
     ------
     ValueError
         If the teacher is the student or shares its weights, its vocabulary is masked, or it does
-        not have the student's tokens.
+        not have the student's tokens; see also `check`.
     """
 
     def __init__(
@@ -48,8 +49,7 @@ class Teacher:
         temperature: float = 1.0,
         samples: int | None = None,
     ):
-        trained = {parameter.data_ptr() for parameter in student.parameters()}
-        if any(parameter.data_ptr() in trained for parameter in model.parameters()):
+        if _places(student) & _places(model):
             raise InvalidArgument(
                 "the teacher is the student, or shares weights with it; give a copy: "
                 "copy.deepcopy(model), or the dense model that the student was shrunk from"
@@ -57,6 +57,26 @@ class Teacher:
         self.model, self.temperature, self.samples = model, temperature, samples
         self.rows = _rows(model, student)
         self._sampled: dict[bytes, torch.Tensor] = {}
+
+    def check(self, ids: torch.Tensor, precision: str) -> None:
+        """Read a window ``[1, token]`` of the training text, before any long work.
+
+        Raises
+        ------
+        ValueError
+            If it is too long for the teacher, or the teacher predicts NaN or worse than a guess
+            among all tokens, as one of another tokenizer would.
+        """
+        check_token_ids(self.model, ids if self.rows is None else self.rows[ids], "the teacher")
+        with inference(self.model, precision):
+            log_p = _log_p(self.logits(ids)[0, :-1], 1.0)  # [token - 1, vocabulary]
+        loss = -log_p.gather(1, ids[0, 1:, None].to(log_p.device)).mean().item()
+        if loss >= math.log(log_p.shape[1]):
+            raise InvalidArgument(
+                f"the teacher loses {loss:.1f} nats per token on the training text, more than a "
+                f"guess among its {log_p.shape[1]:,} tokens ({math.log(log_p.shape[1]):.1f}): it "
+                "is of another tokenizer, or broken; give the dense model of this tokenizer"
+            )
 
     @torch.no_grad()
     def logits(self, ids: torch.Tensor) -> torch.Tensor:
@@ -84,6 +104,11 @@ class Teacher:
         return torch.stack(rows).long().to(ids.device)
 
 
+def _places(model: PreTrainedModel) -> set[int]:
+    """Where a model's weights lie in memory; those without numbers lie nowhere."""
+    return {each.data_ptr() for each in model.parameters() if each.numel() and not each.is_meta}
+
+
 def _log_p(logits: torch.Tensor, T: float) -> torch.Tensor:
     """``log softmax(logits / T)`` of a teacher, at least in float32; NaN is refused."""
     log_p = _scaled(logits, T).log_softmax(-1)
@@ -107,7 +132,7 @@ def _rows(teacher: PreTrainedModel, student: PreTrainedModel) -> torch.Tensor | 
             "the teacher's vocabulary is masked: it says nothing of the other tokens; leave the "
             "with block first, or give it shrink(model, plan)"
         )
-    if own.size != wanted.size or not {*wanted.rows} <= {*own.rows}:
+    if own.size < wanted.size or not {*wanted.rows} <= {*own.rows}:
         raise InvalidArgument(
             f"the teacher has {len(own.rows):,} of {own.size:,} tokens, the student "
             f"{len(wanted.rows):,} of {wanted.size:,}, not all of them the teacher's; give a "

@@ -259,8 +259,8 @@ def recover(
     ValueError
         If an argument is out of range, the training text shorter than one window, the general
         text too short for its share, `out_dir` holds another run, a loss lacks its teacher or a
-        teacher its use, or the teacher has another tokenizer, shares weights with the model or
-        predicts NaN.
+        teacher its use, or the teacher has another tokenizer, reads no windows of this length,
+        shares weights with the model or predicts NaN.
     TypeError
         If a part of a domain is given, or its name, instead of the domain.
     """
@@ -270,6 +270,8 @@ def recover(
 
     # 1. The texts, and what is trained.
     windows = training_windows(words, domain, general, generality, seq_len, max_tokens)
+    if guide is not None:
+        guide.check(windows[:1], precision)
     texts = _validation_texts(domain, other or general, eval_characters)
     names, lora = None, {}
     if method == "lora":

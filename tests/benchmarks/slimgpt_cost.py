@@ -1,7 +1,7 @@
 """Cost of SlimGPT against one plain forward pass over the same calibration tokens.
 
 ``python tests/benchmarks/slimgpt_cost.py`` prunes SmolLM2 on 32 windows of 256 tokens and prints
-the ratio (the bound is 3) and where the time goes; ``--scaling`` how the ratio moves with tokens
+the ratio (the goal is 2) and where the time goes; ``--scaling`` how the ratio moves with tokens
 and width (random Llamas); ``--large`` a random model of LLaMA-7B's shape in bfloat16 on 256 windows
 of 2,048 tokens, for a CUDA device: seconds, and memory beside weights and hidden states.
 """

@@ -173,6 +173,22 @@ def test_the_variance_of_large_and_nearly_constant_activations(mean, probe):
     np.testing.assert_allclose(variance, expected, rtol=1e-2, atol=slack)
 
 
+def test_nan_of_low_precision_is_read_again_in_float32(tiny, tiny_domain):
+    model = copy.deepcopy(tiny[0])
+    batches = lab.tokenize(tiny_domain.calibration, tiny[1], seq_len=64, max_tokens=256)
+
+    def overflow(module, args, output):
+        return output * float("nan") if output.dtype == torch.bfloat16 else output
+
+    model.model.layers[1].mlp.down_proj.register_forward_hook(overflow)
+    with pytest.warns(UserWarning, match=r"down_proj .* in bfloat16; all is read again in float32"):
+        found = lab.collect_statistics(model, batches, precision="bfloat16", progress=False)
+    wanted = lab.collect_statistics(tiny[0], batches, precision="float32", progress=False)
+    assert found.precision == "float32"
+    for key, table in wanted.sums.items():
+        np.testing.assert_array_equal(found.sums[key], table)
+
+
 @pytest.mark.parametrize("wrong", [0, -1, float("nan"), None, 1.5])
 def test_statistics_of_no_tokens_give_nothing(wrong, tiny, tiny_statistics):
     with pytest.raises(ValueError, match="n_tokens is"):

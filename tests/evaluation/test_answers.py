@@ -289,6 +289,12 @@ def test_the_choice_that_was_written(tiny):
     chosen = lab.answer_questions(model, tokenizer, asked, precision="float32")
     assert lab.compare({"chosen": chosen, "written": given})["unit"][0] == "accuracy"
     assert lab.compare_answers(given, given).p == 1
+    for other in ({"style": "letters"}, {"score": "logprob"}):
+        asked_otherwise = lab.answer_questions(
+            model, tokenizer, asked, precision="float32", **other
+        )
+        with pytest.raises(ValueError, match=f"differ in {[*other][0]}"):
+            lab.compare_answers(chosen, asked_otherwise)
     shared = (lab.Question(prompts[0], (first[0], f"{first[0]}."), 0),)
     assert not lab.write_answers(model, tokenizer, shared).correct.any()
 

@@ -270,7 +270,13 @@ def test_teachers_that_cannot_teach_are_refused(mini, tiny, tiny_domain):
     broken, other = copy.deepcopy(tiny[0]), copy.deepcopy(tiny[0])
     with torch.no_grad():
         broken.model.norm.weight[0] = float("nan")
-    other.resize_token_embeddings(tiny[0].config.vocab_size + 8)
+    other.resize_token_embeddings(tiny[0].config.vocab_size - 8)
+    scrambled, brief = copy.deepcopy(tiny[0]), copy.deepcopy(tiny[0])
+    with torch.no_grad():  # as of another tokenizer of as many tokens
+        rows = scrambled.get_input_embeddings().weight
+        rows.copy_(rows.roll(100, 0))
+        scrambled.lm_head.weight.mul_(3)
+    brief.config.max_position_embeddings = 32
     shared = copy.deepcopy(tiny[0])
     shared.model.norm.weight = mini.model.norm.weight
     before = copy.deepcopy(mini.state_dict())
@@ -282,7 +288,10 @@ def test_teachers_that_cannot_teach_are_refused(mini, tiny, tiny_domain):
         ({"teacher": mini, "loss": "kl"}, "the teacher is the student, or shares weights"),
         ({"teacher": shared, "loss": "kl"}, "the teacher is the student, or shares weights"),
         ({"teacher": other, "loss": "kl"}, "give a teacher with the same tokenizer"),
+        ({"teacher": scrambled, "loss": "kl"}, "more than a guess among its .* another tokenizer"),
+        ({"teacher": brief, "loss": "kl"}, "windows of 64 tokens are longer than the teacher's 32"),
         ({"teacher": broken, "loss": "kl"}, "the teacher's predictions are NaN; check its weights"),
+        ({"teacher": broken, "loss": "mix", "stop_at": "teacher"}, "the teacher's predictions are"),
         ({"teacher": broken, "loss": "kl", "teacher_samples": 2}, "predictions are NaN"),
         ({"teacher": tiny[0], "loss": "KL"}, "loss is 'KL'; expected one of"),
         ({"teacher": tiny[0], "loss": "kl", "temperature": 0}, "temperature is 0; expected a"),
@@ -295,6 +304,20 @@ def test_teachers_that_cannot_teach_are_refused(mini, tiny, tiny_domain):
         assert all(torch.equal(value, mini.state_dict()[name]) for name, value in before.items())
     with pytest.raises(TypeError, match="teacher is 'dense'; expected a"):
         lab.recover(mini, tiny[1], tiny_domain, teacher="dense", loss="kl")
+
+
+def test_a_padded_teacher_and_one_with_dropped_blocks_teach(tiny, tiny_domain):
+    batches = lab.tokenize(tiny_domain.calibration, tiny[1], seq_len=64, max_tokens=512)
+    influence = lab.block_influence(tiny[0], batches)
+    plan = lab.plan_dropping(tiny[0], influence, ratio=0.3)
+    padded, options = copy.deepcopy(tiny[0]), {**SMALL, "max_tokens": 512, "eval_every": 512}
+    padded.resize_token_embeddings(tiny[0].config.vocab_size + 64, mean_resizing=False)
+    curves = []
+    for teacher in (tiny[0], padded, lab.shrink(tiny[0], plan)):
+        student = lab.shrink(tiny[0], plan)
+        history = lab.recover(student, tiny[1], tiny_domain, teacher=teacher, loss="kl", **options)
+        curves.append(history["perplexity"].iloc[-1])
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4) and curves[2] < 1000
 
 
 def test_a_masked_model_teaches_unless_its_vocabulary_is(mini, tiny, tiny_domain):
