@@ -127,7 +127,8 @@ def provenance(folders: list[Path]) -> str:
     tokens = [f"{used[k]:,} {k.replace('_', ' ')}" for k in sorted(used) if k.endswith("_tokens")]
     frames = [pd.read_csv(path) for folder in folders for path in folder.glob("*.csv")]
     found = [frame["precision"].dropna() for frame in frames if "precision" in frame]
-    precisions = sorted({*pd.concat(found)}) if found else []
+    known = (record.get("model") or {}).get("read_in", "")
+    precisions = sorted({*pd.concat(found)}) if found else [known]
     protocol = record.get("protocol") or ""
     unsaid = [precision for precision in precisions if precision not in protocol]
     device = record.get("device") or ""

@@ -52,14 +52,14 @@ def measurements(root: str | os.PathLike = "runs", *, smoke: bool = False) -> pd
     Returns
     -------
     pandas.DataFrame
-        Columns ``run, notebook, model, protocol`` (test tokens and window), ``text, domain`` (of
-        the text), ``method`` (``"dense"``, ``"pruned"``, ``"recovered, full"``, ``"random"``, …),
-        ``inside`` (the model was pruned for this domain), ``stored, nonzero`` (parameters; the
-        second is NaN where a notebook does not say), ``perplexity`` on the scale of the dense
-        model's tokens: :math:`P_\text{dense}^{b/b_\text{dense}}` with bits per character
-        :math:`b` where the vocabulary was pruned, its 95 % interval ``low, high`` (likewise; NaN
-        where a notebook gives none), and ``stored_ratio, nonzero_ratio, perplexity_ratio`` to
-        dense.
+        Columns ``run, notebook, model, protocol`` (test tokens, window and precision), ``text,
+        domain`` (of the text), ``method`` (``"dense"``, ``"pruned"``, ``"recovered, full"``,
+        ``"random"``, …), ``inside`` (the model was pruned for this domain), ``stored, nonzero``
+        (parameters; the second is NaN where a notebook does not say), ``perplexity`` on the scale
+        of the dense model's tokens: :math:`P_\text{dense}^{b/b_\text{dense}}` with bits per
+        character :math:`b` where the vocabulary was pruned, its 95 % interval ``low, high``
+        (likewise; NaN where a notebook gives none), and ``stored_ratio, nonzero_ratio,
+        perplexity_ratio`` to dense.
 
     Raises
     ------
@@ -118,6 +118,7 @@ def _measured(table: pd.DataFrame, content: dict) -> pd.DataFrame:
     for size in SIZES:
         table[f"{size}_ratio"] = table[size] / table["text"].map(dense.get(size, {}))
     tokens, window = parameters.get("test_tokens", 0), parameters.get("seq_len")
+    read_in = f", in {model['read_in']}" if "read_in" in model else ""
     hashes = {
         f"{domain}/{part}": digest
         for domain, parts in (content.get("data") or {}).items()
@@ -125,7 +126,7 @@ def _measured(table: pd.DataFrame, content: dict) -> pd.DataFrame:
     }
     return table.assign(
         model=model.get("label", ""),
-        protocol=f"at most {tokens:,} test tokens, windows of {window}",
+        protocol=f"at most {tokens:,} test tokens, windows of {window}" + read_in,
         perplexity_ratio=table["perplexity"] / dense_perplexity,
         weights=model.get("sha256", "?"),
         content=[hashes.get(text, "?") for text in table["text"]],

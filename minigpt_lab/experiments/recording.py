@@ -25,7 +25,7 @@ from ..checks import (
     writable_file,
 )
 from ..domains import Domain
-from ..models import fingerprint, label
+from ..models import dtype_name, fingerprint, label, reading_dtype
 from ..store import atomic_write, content_hash
 from .parameters import RUNNER_PARAMETERS, default_parameters, find_notebook
 from .records import blank_record, write_record
@@ -121,6 +121,7 @@ def record(
     facts: dict[str, Any] = {"model": None, "device": None}
     if model is not None:
         identity = {"label": label(model), "sha256": fingerprint(model), "dtype": str(model.dtype)}
+        identity["read_in"] = dtype_name(reading_dtype(model))
         facts = {"model": identity, "device": _device(model)}
     written = write_record(
         folder,
