@@ -172,10 +172,12 @@ def _make(arguments: argparse.Namespace) -> None:
         gguf=arguments.gguf,
         out_dir=arguments.out or f"runs/mini/{domain.name}",
     )
-    columns = ["text", "variant", "stored", "perplexity", "bits_per_character"]
+    columns = ["text", "variant", "stored", "bytes", "perplexity", "bits_per_character"]
     print()
     _print_table(mini.table[columns].sort_values("text", kind="stable"))
     print(f"\n{mini!r}")
+    for path in sorted(mini.folder.parent.glob("mini-*.gguf")):
+        print(f"for llama.cpp: {path}")
 
 
 def _sweep(arguments: argparse.Namespace) -> int:

@@ -2,32 +2,53 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..calibration import collect_statistics
-from ..checks import Flag, Instance, Integer, Location, Model, Number, OneOf, Tokenizer, checked
+from ..checks import (
+    Flag,
+    Instance,
+    Integer,
+    InvalidArgument,
+    Location,
+    Model,
+    Number,
+    OneOf,
+    Tokenizer,
+    checked,
+)
 from ..compensation import slimgpt
 from ..criteria import score
-from ..domains import Domain, Part, count_tokens, load_domain, tokenize
+from ..domains import Domain, Part, load_domain, tokenize
 from ..evaluation import perplexity
 from ..export import KINDS, export_gguf, gguf_size, quantised
-from ..models import fingerprint, load_model, model_card, save_model, shrink, tokenizer_for
-from ..planning import contextual_plan, one_target, plan_from_scores
+from ..models import (
+    dtype_name,
+    fingerprint,
+    load_model,
+    model_card,
+    reading_dtype,
+    refuse_masked,
+    save_model,
+    shrink,
+    tokenizer_for,
+)
+from ..planning import one_target, plan_from_scores
 from ..recovery import recover
-from ..store import RunState, content_hash, make_folder
+from ..store import RunState, make_folder
 from ..studies import HeldOut, smallest_within
-from .result import Mini
+from .preparation import calibration, digest, require_own, require_texts, trimmed_for
+from .result import Mini, training_note
 
 #: Share of the minutes for measuring, and the most tokens of a text that are read.
 _MEASURING, _TEST_TOKENS = 0.15, 65_536
@@ -37,7 +58,6 @@ _PASSES = 4
 _TRIAL = 2_048
 #: Validation text of an evaluation, in characters; it is evaluated thrice while training.
 _EVAL_CHARACTERS = 16_384
-_NOTES = "trained on the domain's train part, on its text and on the dense model's predictions"
 _STEPS = ("trim the vocabulary", "prune", "recover", "train the control", "measure", "save")
 
 
@@ -86,8 +106,8 @@ def make_mini(
     The vocabulary is trimmed to the domain's tokens, `slimgpt` prunes heads and FFN channels, and
     `recover` trains what is left on the domain's text and on general text, half on labels and half
     on the dense model's predictions. Beside it stand the dense model, the dense model fine-tuned
-    on as many tokens, and a model of the same size pruned at random. All are measured on the test
-    part and on general text.
+    on as many tokens, the model that only lost tokens, and one of the same size pruned at random.
+    All are measured on the test part and on general text.
 
     Parameters
     ----------
@@ -99,7 +119,8 @@ def make_mini(
         Share of the dense model's stored parameters to keep, vocabulary included.
     increase : float, optional
         Instead: prune as much as lets the validation perplexity grow by this share, before
-        recovery (see `smallest_within`), however long the search takes. Exactly one of the two.
+        recovery (see `smallest_within`; beside the model whose vocabulary is trimmed already),
+        however long the search takes. Exactly one of the two.
     general : float
         Share of general text in the calibration of `slimgpt` and in the training; 0 for none.
     general_domain : Domain, optional
@@ -121,7 +142,8 @@ def make_mini(
         Tokens that `slimgpt` reads; tokens per window.
     out_dir : str or path, optional
         Folder for the model (``model/``), its card, ``table.csv`` and the state of every step: the
-        same call goes on at the step in which it was stopped. By default a temporary folder.
+        same call goes on at the step in which it was stopped. By default a temporary folder. A call
+        that was refused leaves it free for another.
     seed : int
         Of training, and of the random control.
     progress : bool
@@ -135,54 +157,58 @@ def make_mini(
     ------
     ValueError
         If both or neither of `size` and `increase` are given, the minutes do not suffice for one
-        update, a text is too short, the trimmed vocabulary alone exceeds the size, llama.cpp has no
-        graph for the model whose `gguf` is asked for, or `out_dir` holds another run.
+        update, a text is too short, two texts have one name, the model is masked, the trimmed
+        vocabulary alone exceeds the size, llama.cpp has no graph for the model whose `gguf` is
+        asked for, or `out_dir` holds another run or what no run left there.
     """
     one_target(size=size, increase=increase)
+    refuse_masked(model)
     general_domain = load_domain("general") if general_domain is None else general_domain
-    # A text too short for a window is found here, and a model that llama.cpp cannot run.
-    tokenize(domain.train, tokenizer, seq_len=seq_len, max_tokens=seq_len)
+    require_texts(tokenizer, domain, general_domain, general, seq_len)
     if gguf is not None:
         gguf_size(model, tokenizer, kind=gguf)
     folder = Path(out_dir or tempfile.mkdtemp(prefix="mini-"))
     make_folder(folder)
+    require_own(folder)
     facts: dict[str, object] = {"size": size, "increase": increase, "general": general}
     facts |= {"vocabulary": vocabulary, "gguf": gguf, "reconstruct": reconstruct}
     facts |= {"calibration_tokens": calibration_tokens, "seq_len": seq_len, "seed": seed}
-    facts |= {"model": fingerprint(model)[:16], "minutes": minutes}
-    facts |= {"domain": _digest(domain), "general_domain": _digest(general_domain)}
+    facts |= {"model": fingerprint(model)[:16]}
+    facts |= {"domain": digest(domain), "general_domain": digest(general_domain)}
     with tqdm(total=len(_STEPS), unit="step", disable=not progress) as bar:
         run = _Run(folder, facts, minutes, bar)
 
-        # 1. The vocabulary: tokens that the domain's calibration and train part use.
-        run.enter("trim the vocabulary")
-        run.measure_speed(model, tokenizer, domain, seq_len, calibration_tokens)
-        trimmed = _trimmed(model, tokenizer, domain, seq_len) if vocabulary else model
-        words = tokenizer_for(trimmed, tokenizer)
+        with run.given_up_unless(folder / "pruned"):
+            # 1. The vocabulary: tokens that the domain's calibration and train part use.
+            run.enter("trim the vocabulary")
+            run.measure_speed(model, tokenizer, domain, seq_len, calibration_tokens)
+            trimmed = trimmed_for(model, tokenizer, domain, seq_len) if vocabulary else model
+            words = tokenizer_for(trimmed, tokenizer)
 
-        # 2. Heads and channels.
-        run.enter("prune")
-        if (folder / "pruned").is_dir():
-            pruned = load_model(folder / "pruned", device=model.device)[0]
-        else:
-            shape = {"seq_len": seq_len, "max_tokens": calibration_tokens}
-            pruning = _calibration(words, domain, general_domain, general, **shape)
-            pruning |= {"reconstruct": reconstruct, "progress": False}
-            if increase is not None:
-                how = {"increase": increase, "seq_len": seq_len, "out_dir": folder / "search"}
-                pruned = smallest_within(trimmed, words, domain, **how, **pruning)[0]
+            # 2. Heads and channels.
+            run.enter("prune")
+            if (folder / "pruned").is_dir():
+                pruned = load_model(folder / "pruned", device=model.device)[0]
             else:
-                target = round(size * model.num_parameters())
-                pruned = _pruned(trimmed, target, out_dir=folder / "pruning", **pruning)
-            save_model(pruned, words, folder / "pruned")
+                shape = {"seq_len": seq_len, "max_tokens": calibration_tokens}
+                pruning = calibration(words, domain, general_domain, general, **shape)
+                pruning |= {"reconstruct": reconstruct, "progress": progress}
+                if increase is not None:
+                    how = {"increase": increase, "seq_len": seq_len, "out_dir": folder / "search"}
+                    pruned = smallest_within(trimmed, words, domain, **how, **pruning)[0]
+                else:
+                    target = round(size * model.num_parameters())
+                    pruned = _pruned(trimmed, target, out_dir=folder / "pruning", **pruning)
+                save_model(pruned, words, folder / "pruned")
 
         # 3. Training, on as many tokens as the time allows.
         run.enter("recover")
         mini, control = copy.deepcopy(pruned), copy.deepcopy(model)
-        options = {"seq_len": seq_len, "seed": seed, "progress": False, "other": general_domain}
+        options = {"seq_len": seq_len, "seed": seed, "other": general_domain}
         options |= {"general": general_domain, "generality": general} if general else {}
         distil = {"teacher": model, "loss": "mix"}
         options |= run.training([(mini, words, distil), (control, tokenizer, {})], domain, options)
+        options["progress"] = progress
         recover(mini, words, domain, out_dir=folder / "recovery", **distil, **options)
         run.enter("train the control")
         recover(control, tokenizer, domain, out_dir=folder / "control", **options)
@@ -190,17 +216,20 @@ def make_mini(
         # 4. What was lost, on text that nothing was chosen on.
         run.enter("measure")
         variants = {"dense": model, "dense, fine-tuned": control, "pruned": pruned, "mini": mini}
+        if vocabulary:
+            variants["only trimmed"] = trimmed
         variants["random"] = _random(trimmed, pruned.num_parameters(), seed)
         sizes = {}
         if gguf is not None:
             variants[f"mini, {gguf}"] = quantised(mini, gguf)
             sizes[f"mini, {gguf}"] = gguf_size(mini, words, kind=gguf)
-        texts = [domain.test, general_domain.test]
+        texts = [*{str(each.test): each.test for each in (domain, general_domain)}.values()]
         table, protocol = run.measured(variants, sizes, tokenizer, texts, seq_len)
 
         # 5. The model with its card, and the table.
         run.enter("save")
-        card = model_card(mini, table=table, protocol=protocol, domain=domain.name, notes=_NOTES)
+        notes = training_note(run.known["trained"], general, general_domain.name, reconstruct)
+        card = model_card(mini, table=table, protocol=protocol, domain=domain.name, notes=notes)
         path = save_model(mini, words, folder / "model", card=card)
         file = folder / f"mini-{gguf}.gguf"
         if gguf is not None and not file.exists():  # written whole or not at all
@@ -208,41 +237,6 @@ def make_mini(
         table.to_csv(folder / "table.csv", index=False)
         run.enter("")
     return Mini(mini, words, table, path, protocol)
-
-
-def _digest(domain: Domain) -> str:
-    """Hash of all passages of a domain."""
-    return content_hash([text for part in domain.parts.values() for text in part])[:16]
-
-
-def _trimmed(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, domain: Domain, seq_len: int
-) -> PreTrainedModel:
-    """The model with only the tokens that the domain's calibration and train part use."""
-    batches = tokenize(domain.calibration, tokenizer, seq_len=seq_len, max_tokens=2 * seq_len)
-    counts = sum(count_tokens(part, tokenizer) for part in (domain.calibration, domain.train))
-    plan = contextual_plan(
-        model,
-        collect_statistics(model, batches, progress=False),
-        epsilon_embedding=0.0,
-        token_counts=counts,
-        tokenizer=tokenizer,
-    )
-    return shrink(model, plan)
-
-
-def _calibration(
-    tokenizer: PreTrainedTokenizerBase,
-    domain: Domain,
-    general_domain: Domain,
-    generality: float,
-    **shape: int,
-) -> dict[str, Any]:
-    """Arguments of `slimgpt`: tokens of the domain, and of general text if it has a share."""
-    found: dict[str, Any] = {"batches": tokenize(domain.calibration, tokenizer, **shape)}
-    if generality:
-        found["general"] = tokenize(general_domain.calibration, tokenizer, **shape)
-    return {**found, "generality": generality}
 
 
 def _pruned(model: PreTrainedModel, parameters: int, **options) -> PreTrainedModel:
@@ -268,6 +262,12 @@ class _Run:
         self.state = RunState(folder / "state.json")
         self.state.require(facts)
         self.known = dict(self.state.progress or {})
+        planned = self.known.get("minutes", minutes)
+        if planned != minutes:
+            raise InvalidArgument(
+                f"minutes is {minutes:g}; {folder} holds a run whose training was planned for "
+                f"{planned:g}; repeat that call to resume it, or choose another out_dir"
+            )
         self.began = time.monotonic() - self.known.get("seconds", 0.0)
 
     def enter(self, step: str) -> None:
@@ -278,7 +278,17 @@ class _Run:
         self.bar.update(bool(self.step))
         self.step = step
         self.bar.set_description_str(step or "done", refresh=False)
-        self.bar.set_postfix_str(f"{gone / 60:.0f} of {self.seconds / 60:.0f} min")
+        self.bar.set_postfix_str(f"{gone / 60:.1f} of {self.seconds / 60:g} min")
+
+    @contextlib.contextmanager
+    def given_up_unless(self, finished: Path) -> Iterator[None]:
+        """Input that is refused within the block leaves no run, unless this is finished."""
+        try:
+            yield
+        except ValueError:
+            if not finished.exists():
+                (self.folder / "state.json").unlink(missing_ok=True)
+            raise
 
     def measure_speed(
         self,
@@ -296,21 +306,24 @@ class _Run:
             If the minutes do not suffice for a short training.
         """
         if "reading" not in self.known:
-            options, gone = {"seq_len": seq_len, "progress": False}, []
+            options, gone, read = {"seq_len": seq_len, "progress": False}, [], []
             # The first call of all takes longer, and every call some time whatever its tokens.
             for tokens in (seq_len, seq_len, seq_len + _TRIAL):
                 began = time.monotonic()
-                perplexity(model, tokenizer, domain.validation, max_tokens=tokens, **options)
+                found = perplexity(
+                    model, tokenizer, domain.validation, max_tokens=tokens, **options
+                )
                 gone.append(time.monotonic() - began)
-            _, least, most = gone
-            self.known["reading"] = max(most - least, 0.1 * most) / _TRIAL
+                read.append(found.tokens)  # fewer, of a short text
+            seconds, tokens = max(gone[2] - gone[1], 0.1 * gone[2]), read[2] - read[1]
+            self.known["reading"] = seconds / max(tokens, 0.1 * read[2])
         # Pruning reads the calibration text three times or so in float32, half as fast; training
         # takes the time of reading five times, here that of two models and a teacher.
         least = (6 * calibration_tokens + 11 * 8 * _TRIAL) * self.known["reading"]
         if least > self.seconds * (1 - _MEASURING):
             raise ValueError(
                 f"minutes is {self.seconds / 60:g}, too few: pruning and a short training take "
-                f"about {least / 60 / (1 - _MEASURING):.1f} on this machine; give more, or fewer "
+                f"about {least / 60 / (1 - _MEASURING):.2g} on this machine; give more, or fewer "
                 "calibration_tokens"
             )
 
@@ -328,6 +341,7 @@ class _Run:
                 began, cut = time.monotonic(), max(_TRIAL, 2 * options["seq_len"])
                 trial = {"max_tokens": cut, "eval_every": cut, "eval_characters": 1_024}
                 tried = copy.deepcopy(model)
+                trial["progress"] = False
                 history = recover(tried, tokenizer, domain, **own, **trial, **options)
                 whole = time.monotonic() - began
                 evaluation, end = history["seconds"].iloc[[0, -1]]
@@ -338,6 +352,7 @@ class _Run:
             left = self.seconds * (1 - _MEASURING) - (time.monotonic() - self.began) - fixed
             per_token = max(per_token, self.known["reading"])
             self.known["tokens"] = max(8 * _TRIAL, int(left / per_token))
+            self.known["minutes"] = self.seconds / 60
             self.state.write(**self.known)
         tokens = self.known["tokens"]
         windows = tokenize(domain.train, words, seq_len=options["seq_len"])
@@ -347,6 +362,7 @@ class _Run:
         else:
             tokens = min(tokens, int(_PASSES * whole))
             budget = {"epochs": tokens / whole}
+        self.known["trained"] = int(tokens)
         return {
             **budget,
             "eval_every": max(_TRIAL, tokens // 3),
@@ -379,4 +395,6 @@ class _Run:
             facts = {"variant": name, "bytes": sizes.get(name, stored)}
             rows += held_out.table_rows(held_out.get(fingerprint(model), measure), **facts)
         table = pd.DataFrame(rows).drop(columns="passages")
-        return table, f"at most {tokens:,} tokens per text, windows of {seq_len}, no overlap"
+        precision = dtype_name(reading_dtype(variants["dense"]))
+        protocol = f"at most {tokens:,} tokens per text, windows of {seq_len}, no overlap"
+        return table, f"{protocol}, read in {precision}"

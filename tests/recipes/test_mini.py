@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 import sys
 from types import SimpleNamespace
 
@@ -65,6 +66,10 @@ def test_its_card_has_the_table(made):
     row = made.table[made.table["variant"] == "mini"].iloc[0]
     assert f"| {row['text']} | mini | {row['perplexity']:.2f} |" in made.card
     assert made.protocol in made.card and "license: apache-2.0" in made.card
+    assert re.search(
+        r"trained on [\d,]+ tokens, 30% of them general text \(tiny-games\)", made.card
+    )
+    assert "read in " in made.protocol
 
 
 def test_its_file_for_llama_cpp_is_of_the_size_and_loss_in_the_table(made):
@@ -78,10 +83,10 @@ def test_its_file_for_llama_cpp_is_of_the_size_and_loss_in_the_table(made):
 
 def test_the_table_has_every_control_on_both_texts(made):
     table = made.to_frame()
-    assert set(table["text"]) == {"tiny-law/test", "tiny-games/test"} and len(table) == 12
+    assert set(table["text"]) == {"tiny-law/test", "tiny-games/test"} and len(table) == 14
     own = table[table["text"] == "tiny-law/test"].set_index("variant")["bits_per_character"]
     assert own["mini"] < own["pruned"] < own["random"]
-    assert own["dense, fine-tuned"] < own["dense"]
+    assert own["dense, fine-tuned"] < own["dense"] <= own["only trimmed"] + 0.05
     sizes = table.drop_duplicates("variant").set_index("variant")["stored"]
     assert sizes["random"] == pytest.approx(sizes["mini"], rel=0.02)
     pd.testing.assert_series_equal(
@@ -90,7 +95,7 @@ def test_the_table_has_every_control_on_both_texts(made):
     assert "bits per character on tiny-law/test (dense" in repr(made) and len(repr(made)) < 400
     assert "<table" in made._repr_html_() and "passages" not in made._repr_html_()
     points = [c for axis in made.figure().axes for c in axis.containers]
-    assert len(points) == 12
+    assert len(points) == 14
 
 
 @pytest.mark.slow
@@ -170,10 +175,39 @@ def test_a_size_by_its_loss(tiny, tiny_domain, general, tmp_path, monkeypatch):
     assert {"kl", "agreement"} <= set(found.table) and found.table["kl"].notna().all()
 
 
+@pytest.mark.slow
+def test_what_was_refused_leaves_the_folder_for_the_next_call(tiny, general, tmp_path):
+    """As a first-time user meets it: too few minutes, then a size out of reach; general text."""
+    how = {**HOW, "general_domain": general, "out_dir": tmp_path}
+    with pytest.raises(ValueError, match="minutes is 0.001, too few"):
+        lab.make_mini(*tiny, general, size=0.02, **{**how, "minutes": 1e-3})
+    with pytest.raises(ValueError, match="the target cannot be met"):
+        lab.make_mini(*tiny, general, size=0.02, **how)
+    found = lab.make_mini(*tiny, general, size=0.5, **how)
+    assert set(found.table["text"]) == {"tiny-games/test"} and "tiny-games/test" in repr(found)
+    assert not found.table["variant"].duplicated().any()
+
+
+def test_what_no_run_left_there_is_not_taken_for_one(tiny, tiny_domain, general, tmp_path):
+    for name in ("pruned", "model", "mini-Q8_0.gguf"):
+        folder = tmp_path / name.replace(".", "-")
+        folder.mkdir()
+        (folder / name).write_text("mine")
+        with pytest.raises(ValueError, match=f"holds {name} and no run of make_mini; choose"):
+            lab.make_mini(
+                *tiny, tiny_domain, size=0.5, general_domain=general, out_dir=folder, **HOW
+            )
+        assert (folder / name).read_text() == "mine" and len([*folder.iterdir()]) == 1
+
+
 def test_bad_input_is_refused_before_the_work(tiny, tiny_domain, general, tmp_path, monkeypatch):
     monkeypatch.setattr(mini, "slimgpt", None)
     how = {**HOW, "general_domain": general, "out_dir": tmp_path}
-    short = dataclasses.replace(tiny_domain, train=lab.Part("tiny-law", "train", ("A word.",)))
+    short = {
+        part: dataclasses.replace(tiny_domain, **{part: lab.Part("tiny-law", part, ("A word.",))})
+        for part in ("calibration", "train", "validation", "test")
+    }
+    namesake = dataclasses.replace(general, name="tiny-law")
     for domain, options, words in (
         (tiny_domain, {}, "give exactly one of size, increase; got none"),
         (tiny_domain, {"size": 0.5, "increase": 0.1}, "give exactly one of size, increase"),
@@ -182,10 +216,16 @@ def test_bad_input_is_refused_before_the_work(tiny, tiny_domain, general, tmp_pa
         (tiny_domain, {"size": 0.5, "minutes": 1e-3}, "minutes is 0.001, too few: pruning and a"),
         (tiny_domain, {"size": 0.5, "general": 1}, "general is 1; expected"),
         (tiny_domain, {"size": 0.5, "gguf": "Q9"}, "gguf is 'Q9'; expected one of"),
-        (short, {"size": 0.5}, "tiny-law/train has .* less than one window"),
+        *((each, {"size": 0.5}, f"tiny-law/{part} has .* less") for part, each in short.items()),
+        (general, {"size": 0.5, "general_domain": short["train"]}, "tiny-law/train has .* less"),
+        (namesake, {"size": 0.5, "general_domain": tiny_domain}, "both called 'tiny-law'"),
     ):
         with pytest.raises(ValueError, match=words):
             lab.make_mini(*tiny, domain, **{**how, **options})
+    scores = lab.score(tiny[0], "magnitude", sites=("ffn",))
+    plan = lab.plan_from_scores(tiny[0], scores, ratio=0.2)
+    with lab.masked(tiny[0], plan), pytest.raises(ValueError, match="mask"):
+        lab.make_mini(*tiny, tiny_domain, size=0.5, **how)
     with pytest.raises(TypeError, match="domain is 'law'; expected a Domain"):
         lab.make_mini(*tiny, "law", size=0.5)
 

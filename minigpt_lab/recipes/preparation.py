@@ -1,0 +1,95 @@
+"""What `make_mini` needs before the long work: checked texts, a trimmed vocabulary, calibration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..calibration import collect_statistics
+from ..checks import InvalidArgument
+from ..domains import Domain, count_tokens, tokenize
+from ..models import shrink
+from ..planning import contextual_plan
+from ..store import content_hash
+
+#: What a run leaves in its folder and reads again.
+_OWN = ("pruned", "model", "recovery", "control", "mini-*.gguf")
+
+
+def require_texts(
+    tokenizer: PreTrainedTokenizerBase,
+    domain: Domain,
+    general_domain: Domain,
+    general: float,
+    seq_len: int,
+) -> None:
+    """Refuse texts shorter than a window, and two different ones of one name.
+
+    Raises
+    ------
+    ValueError
+        Naming the part, or the name.
+    """
+    read = [*domain.parts.values(), *(general_domain.parts.values() if general else ())]
+    for part in (*read, general_domain.test):
+        tokenize(part, tokenizer, seq_len=seq_len, max_tokens=seq_len)
+    if domain.name == general_domain.name and digest(domain) != digest(general_domain):
+        raise InvalidArgument(
+            f"domain and general_domain are both called {domain.name!r}, and their texts differ; "
+            "give one of them another name"
+        )
+
+
+def require_own(folder: Path) -> None:
+    """Refuse a folder with what looks like a run's results, and no run.
+
+    Raises
+    ------
+    ValueError
+        Naming what was found; it is left alone.
+    """
+    if (folder / "state.json").is_file():
+        return
+    for pattern in _OWN:
+        for path in folder.glob(pattern):
+            raise InvalidArgument(
+                f"out_dir is {str(folder)!r}, which holds {path.name} and no run of make_mini; "
+                "choose another folder, or move that away"
+            )
+
+
+def digest(domain: Domain) -> str:
+    """Hash of all passages of a domain."""
+    return content_hash([text for part in domain.parts.values() for text in part])[:16]
+
+
+def trimmed_for(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, domain: Domain, seq_len: int
+) -> PreTrainedModel:
+    """The model with only the tokens that the domain's calibration and train part use."""
+    batches = tokenize(domain.calibration, tokenizer, seq_len=seq_len, max_tokens=2 * seq_len)
+    counts = sum(count_tokens(part, tokenizer) for part in (domain.calibration, domain.train))
+    plan = contextual_plan(
+        model,
+        collect_statistics(model, batches, progress=False),
+        epsilon_embedding=0.0,
+        token_counts=counts,
+        tokenizer=tokenizer,
+    )
+    return shrink(model, plan)
+
+
+def calibration(
+    tokenizer: PreTrainedTokenizerBase,
+    domain: Domain,
+    general_domain: Domain,
+    generality: float,
+    **shape: int,
+) -> dict[str, Any]:
+    """Arguments of `slimgpt`: tokens of the domain, and of general text if it has a share."""
+    found: dict[str, Any] = {"batches": tokenize(domain.calibration, tokenizer, **shape)}
+    if generality:
+        found["general"] = tokenize(general_domain.calibration, tokenizer, **shape)
+    return {**found, "generality": generality}
