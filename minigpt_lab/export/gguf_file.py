@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +15,19 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checks import Location, Model, OneOf, Tokenizer, checked, writable_file
-from ..models import label, origin_of, tokenizer_for
+from ..models import Anatomy, label, origin_of, tokenizer_for
 from ..store import atomic_write
 from .byte_pairs import tokenizer_fields
 from .graphs import FileTensor, ffn_widths, file_tensors, graph_of, hyperparameters, padded
-from .rounding import KINDS, decode, encode, matrix_kinds, refuse_masked_or_offloaded
+from .rounding import (
+    FALLBACK,
+    KINDS,
+    block_size,
+    decode,
+    encode,
+    matrix_kinds,
+    refuse_masked_or_offloaded,
+)
 
 _ALIGNMENT = 32  # bytes; every tensor begins at a multiple
 
@@ -30,6 +39,7 @@ class _Content:
     graph: str
     fields: dict[str, object]
     tensors: list[FileTensor]
+    channels: int  # of all FFNs
 
 
 _CHECKS = {
@@ -105,6 +115,8 @@ def export_gguf(
     if os.path.lexists(final):
         raise FileExistsError(f"{final} exists; choose another path, or remove it first")
     content = _content(model, tokenizer, kind, embedding)
+    if filled := _filled(model, content, kind):
+        warnings.warn(filled, stacklevel=4)
     with atomic_write(final) as staging:
         _write_header(staging, content)
         with staging.open("ab") as file:
@@ -161,7 +173,23 @@ def _content(
         **tokenizer_fields(own, rows),
     }
     kinds = matrix_kinds(model, kind, embedding)
-    return _Content(graph, fields, list(file_tensors(model, graph, kinds, ffn)))
+    return _Content(graph, fields, list(file_tensors(model, graph, kinds, ffn)), sum(ffn))
+
+
+def _filled(model: PreTrainedModel, content: _Content, kind: str) -> str:
+    """What the file holds beside the model so that llama.cpp can read it, in words."""
+    channels = content.channels - sum(Anatomy(model).units("ffn"))
+    layers = [tensor for tensor in content.tensors if tensor.name.startswith("blk.")]
+    others, size = sum(tensor.kind == FALLBACK for tensor in layers), block_size(kind)
+    said = [f"{channels:,} FFN channels of zeros are added"] * (channels > 0)
+    said += [f"{others} matrices are stored as {FALLBACK}"] * (size > 1 and others > 0)
+    if not said:
+        return ""
+    if size == 1:
+        return f"{said[0]}: {content.graph} takes layers of one width; prune uniformly to avoid it"
+    return (
+        f"{' and '.join(said)}: rows of {kind} are whole blocks of {size}; see multiple_of={size}"
+    )
 
 
 def _write_header(path: Path, content: _Content) -> None:

@@ -18,7 +18,7 @@ from ..models import Anatomy, is_linear, is_masked, is_offloaded, weight_axis
 KINDS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
 
 #: What a row is stored in whose length is no multiple of the block.
-_FALLBACK = "F16"
+FALLBACK = "F16"
 
 
 def block_size(kind: str) -> int:
@@ -73,7 +73,7 @@ def matrix_kinds(model: PreTrainedModel, kind: str, embedding: str | None) -> di
         seen.add(id(module.weight))
         wanted = embedding if module in tokens else kind
         fits = module.weight.shape[_input_axis(module)] % block_size(wanted) == 0
-        kinds[name] = wanted if fits or name in padded else _FALLBACK
+        kinds[name] = wanted if fits or name in padded else FALLBACK
     return kinds
 
 
