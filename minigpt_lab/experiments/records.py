@@ -147,13 +147,13 @@ def blank_record(notebook: Path, parameters: Mapping[str, object], started: floa
         "versions": {"python": platform.python_version(), **{p: version(p) for p in _PACKAGES}},
         "machine": {
             "system": platform.system(),
-            "processor": _processor(),
+            "processor": processor_name(),
             "cores": os.cpu_count(),
         },
     }
 
 
-def _processor() -> str:
+def processor_name() -> str:
     """The processor's name; on Linux `platform` does not know it."""
     try:
         facts = Path("/proc/cpuinfo").read_text()

@@ -3,7 +3,7 @@
 ``python tests/benchmarks/precision_gain.py`` prints ratios of processor time (on a GPU: of time)
 for every round, both precisions right after each other in one process: perplexity (and how far its
 value is off), statistics (also against a plain pass in the same precision, which reads no logits),
-questions, and a fine-tune. What bfloat16 gains depends on the processor: say which it was.
+questions, and a fine-tune. What bfloat16 gains depends on the processor, whose name is printed.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from functools import partial
 import torch
 
 import minigpt_lab as lab
+from minigpt_lab.experiments.records import processor_name
 from minigpt_lab.models import has_fast_bfloat16, inference
 
 SEQ_LEN = 256
@@ -68,7 +69,9 @@ def main() -> None:
         ),
         "fine-tune": trained,
     }
-    where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU, one thread"
+    where = (
+        torch.cuda.get_device_name() if device.type == "cuda" else f"{processor_name()}, one thread"
+    )
     print(f"{where}; fast bfloat16: {has_fast_bfloat16(device)}; {options.tokens:,} tokens")
     plain("bfloat16"), plain("float32")  # warm up
     gains: dict[str, list[float]] = {}

@@ -1,9 +1,8 @@
 """Cost of the statistics pass against a plain forward pass over the same tokens.
 
 ``python tests/benchmarks/statistics_cost.py`` prints ratios of processor time for every round: to a
-forward pass as anyone would call it (with logits of every token; the bound is 1.15), and to one
-that, like the pass itself, leaves the logits and the cache out. Rounds alternate, because machines
-drift.
+forward pass of the same precision (with logits of every token; the goal is 1.15), and to one that,
+like the pass itself, leaves the logits and the cache out. Rounds alternate, because machines drift.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import time
 import torch
 
 import minigpt_lab as lab
+from minigpt_lab.models import inference
 
 ROUNDS, TOKENS, SEQ_LEN = 5, 4096, 256
 
@@ -36,7 +36,7 @@ def main() -> None:
     )
 
     def forward(**options) -> None:
-        with torch.no_grad():
+        with inference(model, "auto"):
             for batch in batches:
                 model(**{key: value.to(model.device) for key, value in batch.items()}, **options)
 
