@@ -279,8 +279,7 @@ def collect_statistics(
 ) -> Statistics:
     """Mean absolute value, mean and second moment of every neuron, in one pass (Mini-GPTs §3).
 
-    Memory grows with the number of neurons, not of tokens. Padding is not counted. The model is
-    unchanged afterwards.
+    Memory grows with the number of neurons, not of tokens. Padding is not counted.
 
     Parameters
     ----------
@@ -295,8 +294,7 @@ def collect_statistics(
         file refused; a full disk only warns.
     precision : {"auto", "bfloat16", "float32"}
         Type that the model is read in; sums are in float32 or more. ``"auto"``: bfloat16 for
-        float32 weights where the device is fast at it, else as stored. Where that gives NaN, all is
-        read again in float32, with a warning.
+        float32 weights where the device is fast at it, else as stored; if NaN, again in float32.
     examples : int
         Windows to remember of every FFN neuron, those in which its |activation| was largest, in the
         same pass; 0 remembers none. Takes 12 bytes per neuron and example.
@@ -343,15 +341,12 @@ def _collect(
     finder = ExampleFinder(readers if examples else {}, examples)
     sums, token_counts = _one_pass(model, batches, precision, finder, progress)
     dtype = reading_dtype(model, precision)
-    for (module, side), table in sums.items():
-        if not np.isfinite(table).all():
-            found = f"{module} has NaN or infinite values at its {side}"
-            if dtype in (torch.float32, torch.float64):
-                raise ValueError(f"{found}: check the weights")
-            warnings.warn(
-                f"{found} in {dtype_name(dtype)}; all is read again in float32", stacklevel=2
-            )
-            return _collect(model, batches, content, "float32", examples, progress)
+    if bad := [key for key, table in sums.items() if not np.isfinite(table).all()]:
+        found = "{} has NaN or infinite values at its {}".format(*bad[0])
+        if dtype in (torch.float32, torch.float64):
+            raise ValueError(f"{found}: check the weights")
+        warnings.warn(f"{found} in {dtype_name(dtype)}; all is read again in float32", stacklevel=2)
+        return _collect(model, batches, content, "float32", examples, progress)
     empty = np.zeros(0, dtype=np.int64)
     return Statistics(
         sums=sums,

@@ -107,8 +107,8 @@ _KINDS = {"F16": ("#000000", "o"), "Q8_0": ("#0072B2", "s"), "Q4_0": ("#D55E00",
 def format_curves(table: pd.DataFrame, *, caption: str = "") -> Figure:
     """Bytes on disk against bits per character: a line per format, a point per size of the model.
 
-    Where the line of a format with fewer bits is lower at the same bytes, rounding costs less there
-    than pruning. A model called ``dense`` is a star of its own, as it was not trained.
+    Where the line of fewer bits is lower, rounding costs less than pruning. The model ``dense`` is
+    a star of its own, as it was not trained.
 
     Parameters
     ----------
@@ -117,9 +117,9 @@ def format_curves(table: pd.DataFrame, *, caption: str = "") -> Figure:
     caption : str
         Model, text, protocol.
     """
-    title = "Prune or quantise?"
     caption = with_note(caption, "a line: one format; a point: one size of the model")
-    figure, panels = panel_row(table, "text", caption, title, size=(4.2, 4.0), sharex=True)
+    how = {"size": (4.2, 4.0), "sharex": True}
+    figure, panels = panel_row(table, "text", caption, "Prune or quantise?", **how)
     styles = looks(table["kind"], _KINDS)
     for axis, _, rows in panels:
         rows = rows.assign(dense=rows["model"] == "dense").sort_values("bytes")
@@ -131,9 +131,8 @@ def format_curves(table: pd.DataFrame, *, caption: str = "") -> Figure:
         log_labels(axis.yaxis, rows["bits_per_character"])
     figure.axes[0].set_ylabel("bits per character (lower is better)")
     keys = [key(name, **look) for name, look in styles.items()]
-    if "dense" in set(table["model"]):
-        keys.append(key("dense, not trained", color="gray", marker="*"))
-    side_legend(figure, *keys)
+    star = [key("dense, not trained", color="gray", marker="*")] * ("dense" in {*table["model"]})
+    side_legend(figure, *keys, *star)
     return figure
 
 

@@ -230,8 +230,7 @@ def recover(
     r, lora_alpha, lora_dropout
         Rank, scale (``lora_alpha / r``) and dropout of the LoRA adapters.
     target_modules : sequence of str, optional
-        Linear layers that get a LoRA adapter: full names or their last parts (``"q_proj"``). By
-        default every linear layer of the decoder.
+        Linear layers that get one: full names or last parts (``"q_proj"``); by default all.
     out_dir : str or path, optional
         Folder for checkpoints, by default a temporary one. The same call resumes from the last
         whole checkpoint there, to the same curve; if the run had ended, it returns what that
@@ -257,10 +256,9 @@ def recover(
     Raises
     ------
     ValueError
-        If an argument is out of range, the training text shorter than one window, the general
-        text too short for its share, `out_dir` holds another run, a loss lacks its teacher or a
-        teacher its use, or the teacher has another tokenizer, reads no windows of this length,
-        shares weights with the model or predicts NaN.
+        If an argument is out of range, a text too short, `out_dir` holds another run, a loss lacks
+        its teacher or a teacher its use, or the teacher has another tokenizer, reads no windows of
+        this length, shares weights with the model or predicts NaN.
     TypeError
         If a part of a domain is given, or its name, instead of the domain.
     """
