@@ -2,8 +2,8 @@
 
 ``python tests/benchmarks/runtime_speed.py`` prints processor time per token of prefill (a prompt
 read at once) and of decode (token by token, greedy), as ratios of dense PyTorch in float32: the
-dense model and one with a trimmed vocabulary and half of its FFN channels, in every format. One
-thread, one process; medians over rounds in which every variant takes its turn. Speed depends on
+dense model, one with a trimmed vocabulary, and one with half of its FFN channels too, in every
+format. One thread, one process; medians over rounds in which every variant takes its turn. Speed depends on
 shapes alone, so that channels are chosen by magnitude and nothing is recovered.
 """
 
@@ -25,14 +25,15 @@ PROMPT, WRITTEN = 256, 32
 
 
 def pruned(model, tokenizer, domain: lab.Domain):
-    """Half of the channels, and only the tokens of the domain's calibration and train part."""
+    """Only the tokens of the domain's calibration and train part; and half of the channels too."""
     batches = lab.tokenize(domain.calibration, tokenizer, seq_len=256, max_tokens=256)
     counts = sum(lab.count_tokens(part, tokenizer) for part in (domain.calibration, domain.train))
     statistics_ = lab.collect_statistics(model, batches, progress=False)
     how = {"epsilon_embedding": 0.0, "token_counts": counts, "tokenizer": tokenizer}
     trimmed = lab.shrink(model, lab.contextual_plan(model, statistics_, **how))
     scores = lab.score(trimmed, "magnitude", sites=("ffn",))
-    return lab.shrink(trimmed, lab.plan_from_scores(trimmed, scores, ratio=0.5, multiple_of=32))
+    plan = lab.plan_from_scores(trimmed, scores, ratio=0.5, multiple_of=32)
+    return {"trimmed": trimmed, "mini": lab.shrink(trimmed, plan)}
 
 
 def in_pytorch(model) -> Callable[[int, int], object]:
@@ -83,7 +84,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     model, tokenizer = lab.load_model(options.model, dtype="float32", device="cpu")
-    models = {"dense": model, "mini": pruned(model, tokenizer, lab.load_domain(options.domain))}
+    models = {"dense": model, **pruned(model, tokenizer, lab.load_domain(options.domain))}
     with tempfile.TemporaryDirectory() as folder:
         runs, sizes = {}, {}
         for name, each in models.items():
