@@ -3,8 +3,8 @@
 ``python tests/benchmarks/runtime_speed.py`` prints processor time per token of prefill (a prompt
 read at once) and of decode (token by token, greedy), as ratios of dense PyTorch in float32: the
 dense model, one with a trimmed vocabulary, and one with half of its FFN channels too, in every
-format. One thread, one process; medians over rounds in which every variant takes its turn. Speed depends on
-shapes alone, so that channels are chosen by magnitude and nothing is recovered.
+format. One thread, one process; medians over rounds in which every variant takes its turn. Speed
+depends on shapes alone, so that channels are chosen by magnitude and nothing is recovered.
 """
 
 from __future__ import annotations
