@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 
 from minigpt_lab.experiments.parameters import smoke_cases
+from minigpt_lab.experiments.records import read_record
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "figures"))
@@ -52,6 +53,29 @@ def test_readme_is_short_and_has_no_results():
     for link in re.findall(r"\]\(([\w/]+\.md)(?:#\w+)?\)", text):
         assert (ROOT / link).is_file(), link
     assert "## Glossary" in (ROOT / "notebooks" / "README.md").read_text("utf-8")
+
+
+def test_readme_says_what_the_records_say():
+    text = " ".join((ROOT / "README.md").read_text("utf-8").split())
+    said = re.search(
+        r"rounded to 4 bits \((\d+) MB\) loses ([\d.]+) bits per character on medicine; pruned to "
+        r"70 % and trained too \((\d+) MB\) ([\d.]+), .* On law the two lose ([\d.]+) and ([\d.]+)",
+        text,
+    ).groups()
+    measured: dict[str, list[str]] = {}
+    for domain in ("medical", "law"):
+        (folder,) = (
+            folder
+            for folder in results_page.run_folders("how_small")
+            if read_record(folder)["parameters"]["domain_name"] == domain
+        )
+        own = pd.read_csv(folder / "summary.csv").query(f"text == '{domain}/test'")
+        rows = own.set_index("variant")[["bytes", "bits_per_character"]]
+        sizes = [f"{rows['bytes'][name] / 1e6:.0f}" for name in ("dense Q4_0", "70% Q4_0")]
+        bits = rows["bits_per_character"] - rows["bits_per_character"]["dense F16"]
+        measured[domain] = [*sizes, *(f"{bits[name]:.2f}" for name in ("dense Q4_0", "70% Q4_0"))]
+    (mb, mb_pruned, *medicine), (_, _, *law) = measured["medical"], measured["law"]
+    assert said == (mb, medicine[0], mb_pruned, medicine[1], *law)
 
 
 @pytest.fixture
