@@ -97,7 +97,7 @@ def write_run(folder, finished, tables, **changes):
     (folder / "record.json").write_text(json.dumps({**record, **changes}))
     for name, rows in tables.items():
         frame = pd.DataFrame(rows, columns="text variant perplexity low high passages".split())
-        frame["stored"] = 1000
+        frame["stored"], frame["kl"] = 1000, 0.25
         frame.to_csv(folder / f"{name}.csv", index=False)
     (folder / "sizes.png").write_bytes(b"picture")
 
@@ -124,7 +124,7 @@ def test_newest_run_makes_the_page(fresh):
     results_page.copy_runs(fresh)
     page = results_page.write_page()
     assert (fresh.parent / "slimgpt.png").is_file() and "](slimgpt.png)" in page
-    assert "| uniform | 1,000 | 40.00 [38.00, 42.00] |" in page
+    assert "| uniform | 1,000 | 40.00 [38.00, 42.00] | 0.250 |" in page
     assert "a model; windows; 512 test tokens; cpu (unnamed); 2 min; 2026-01-02" in page
     assert "2 runs; a model" in page and "| g | dense | 3.00 [2.00, 4.00] |" in page
     assert "(This run has no such table: left_out.)" in page
