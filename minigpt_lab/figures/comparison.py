@@ -118,8 +118,8 @@ def format_curves(table: pd.DataFrame, *, caption: str = "") -> Figure:
         Model, text, protocol.
     """
     caption = with_note(caption, "a line: one format; a point: one size of the model")
-    how = {"size": (4.2, 4.0), "sharex": True}
-    figure, panels = panel_row(table, "text", caption, "Prune or quantise?", **how)
+    shape, ask = (4.2, 4.0), "Prune or quantise?"
+    figure, panels = panel_row(table, "text", caption, ask, size=shape, sharex=True)
     styles = looks(table["kind"], _KINDS)
     for axis, _, rows in panels:
         rows = rows.assign(dense=rows["model"] == "dense").sort_values("bytes")

@@ -17,7 +17,7 @@ import minigpt_lab as lab
 from minigpt_lab import __main__ as command_line
 from minigpt_lab.recipes import mini
 
-HOW = {"minutes": 1, "seq_len": 64, "calibration_tokens": 512, "progress": False}
+HOW = {"minutes": 60, "seq_len": 64, "calibration_tokens": 512, "progress": False}
 TRAINING = mini._Run.training
 
 
@@ -238,7 +238,7 @@ def test_the_command_makes_one_of_a_folder_of_texts(tmp_path, monkeypatch, capsy
     for number in range(8):
         (texts / f"{number}.txt").write_text("\n\n".join(passages[number::8]))
     out = tmp_path / "out"
-    command = f"make --model tiny-llama --size 0.7 --minutes 2 --out {out} --domain".split()
+    command = f"make --model tiny-llama --size 0.7 --minutes 60 --out {out} --domain".split()
     monkeypatch.setattr(sys, "argv", ["minigpt_lab", *command, str(texts)])
     command_line.main()
     printed = capsys.readouterr().out
