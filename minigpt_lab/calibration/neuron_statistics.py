@@ -279,7 +279,7 @@ def collect_statistics(
 ) -> Statistics:
     """Mean absolute value, mean and second moment of every neuron, in one pass (Mini-GPTs §3).
 
-    Memory grows with the number of neurons, not of tokens. Padding is not counted.
+    Memory grows with neurons, not with tokens; padding is not counted; the model is left unchanged.
 
     Parameters
     ----------

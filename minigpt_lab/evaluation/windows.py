@@ -102,13 +102,14 @@ class WindowedText:
         """
         ids = self.running.ids
         values = np.empty((0, 0))  # until the number of columns is known
+        distinct = [*dict.fromkeys(models)]
         for step in tqdm(self.steps, desc=title, unit="batch", disable=not progress):
             rows = torch.tensor([self.prefix + ids[w.start : w.stop] for w in step])
-            for model in dict.fromkeys(models):
+            for model in distinct:
                 check_token_ids(model, rows)
             logits = {
                 model: model(input_ids=rows.to(model.device), use_cache=False).logits[:, :-1]
-                for model in dict.fromkeys(models)
+                for model in distinct
             }
             targets = rows[:, 1:].to(logits[models[0]].device)
             new_values = per_token([logits[model] for model in models], targets)

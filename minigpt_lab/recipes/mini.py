@@ -341,9 +341,8 @@ class _Run:
             for model, tokenizer, own in trainings:
                 began, cut = time.monotonic(), max(_TRIAL, 2 * options["seq_len"])
                 trial = {"max_tokens": cut, "eval_every": cut, "eval_characters": 1_024}
-                tried = copy.deepcopy(model)
-                trial["progress"] = False
-                history = recover(tried, tokenizer, domain, **own, **trial, **options)
+                how = {**own, **trial, **options}
+                history = recover(copy.deepcopy(model), tokenizer, domain, progress=False, **how)
                 whole = time.monotonic() - began
                 evaluation, end = history["seconds"].iloc[[0, -1]]
                 per_token += max(0.0, end - 2 * evaluation) / cut

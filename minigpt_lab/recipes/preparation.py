@@ -32,8 +32,8 @@ def require_texts(
     ValueError
         Naming the part, or the name.
     """
-    read = [*domain.parts.values(), *(general_domain.parts.values() if general else ())]
-    for part in (*read, general_domain.test):
+    of_general = general_domain.parts.values() if general else [general_domain.test]
+    for part in (*domain.parts.values(), *of_general):
         tokenize(part, tokenizer, seq_len=seq_len, max_tokens=seq_len)
     if domain.name == general_domain.name and digest(domain) != digest(general_domain):
         raise InvalidArgument(

@@ -67,7 +67,7 @@ class Teacher:
             If it is too long for the teacher, or the teacher predicts NaN or worse than a guess
             among all tokens, as one of another tokenizer would.
         """
-        check_token_ids(self.model, ids if self.rows is None else self.rows[ids], "the teacher")
+        check_token_ids(self.model, self._own(ids), "the teacher")
         with inference(self.model, precision):
             log_p = _log_p(self.logits(ids)[0, :-1], 1.0)  # [token - 1, vocabulary]
         loss = -log_p.gather(1, ids[0, 1:, None].to(log_p.device)).mean().item()
@@ -81,10 +81,14 @@ class Teacher:
     @torch.no_grad()
     def logits(self, ids: torch.Tensor) -> torch.Tensor:
         """The teacher's logits of the student's tokens, ``[batch, token, vocabulary]``."""
-        own = ids if self.rows is None else self.rows.to(ids.device)[ids]
-        logits = self.model(input_ids=own.to(self.model.device), use_cache=False).logits
+        own = self._own(ids).to(self.model.device)
+        logits = self.model(input_ids=own, use_cache=False).logits
         logits = logits.to(ids.device)
         return logits if self.rows is None else logits[..., self.rows.to(ids.device)]
+
+    def _own(self, ids: torch.Tensor) -> torch.Tensor:
+        """The teacher's ids of the student's tokens."""
+        return ids if self.rows is None else self.rows.to(ids.device)[ids]
 
     def sampled(self, ids: torch.Tensor) -> torch.Tensor:
         """Tokens sampled from ``p_T``, ``[batch, token - 1, samples]``; the same in every epoch.

@@ -230,7 +230,7 @@ def recover(
     r, lora_alpha, lora_dropout
         Rank, scale (``lora_alpha / r``) and dropout of the LoRA adapters.
     target_modules : sequence of str, optional
-        Linear layers that get one: full names or last parts (``"q_proj"``); by default all.
+        Linear layers that get one: full names or last parts; by default all of the decoder.
     out_dir : str or path, optional
         Folder for checkpoints, by default a temporary one. The same call resumes from the last
         whole checkpoint there, to the same curve; if the run had ended, it returns what that

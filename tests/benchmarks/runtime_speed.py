@@ -20,17 +20,14 @@ import torch
 import xllamacpp
 
 import minigpt_lab as lab
+from minigpt_lab.recipes.preparation import trimmed_for
 
 PROMPT, WRITTEN = 256, 32
 
 
 def pruned(model, tokenizer, domain: lab.Domain):
     """Only the tokens of the domain's calibration and train part; and half of the channels too."""
-    batches = lab.tokenize(domain.calibration, tokenizer, seq_len=256, max_tokens=256)
-    counts = sum(lab.count_tokens(part, tokenizer) for part in (domain.calibration, domain.train))
-    statistics_ = lab.collect_statistics(model, batches, progress=False)
-    how = {"epsilon_embedding": 0.0, "token_counts": counts, "tokenizer": tokenizer}
-    trimmed = lab.shrink(model, lab.contextual_plan(model, statistics_, **how))
+    trimmed = trimmed_for(model, tokenizer, domain, seq_len=256)
     scores = lab.score(trimmed, "magnitude", sites=("ffn",))
     plan = lab.plan_from_scores(trimmed, scores, ratio=0.5, multiple_of=32)
     return {"trimmed": trimmed, "mini": lab.shrink(trimmed, plan)}
