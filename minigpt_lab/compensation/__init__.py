@@ -1,8 +1,8 @@
 """Pruning that updates the remaining weights: OBS, SlimGPT, the budget search."""
 
 from .block_fitting import DenseStream, Reconstruction, fit_block, stream_loss
-from .budget_search import search_counts
-from .calibration_windows import CalibrationWindows
+from .budget_search import is_search, search_counts
+from .calibration_windows import STEP_TOKENS, CalibrationWindows
 from .dropped_layers import linear_compensated
 from .given_plan import bias_compensated, weight_compensated
 from .layer_by_layer import slimgpt

@@ -21,7 +21,17 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..calibration import tokens_hash
-from ..checks import Batches, Flag, Integer, Location, Model, Number, OneOf, checked
+from ..checks import (
+    Batches,
+    Flag,
+    Integer,
+    InvalidArgument,
+    Location,
+    Model,
+    Number,
+    OneOf,
+    checked,
+)
 from ..criteria import chosen_sites
 from ..models import Anatomy, fingerprint, is_offloaded
 from ..planning import RATIO, RATIOS, one_target, parameters_to_remove, unit_counts, unit_steps
@@ -195,6 +205,23 @@ def search_counts(
     totals = {site: anatomy.units(site) for site in sites}
     counts = by_layer(layer_sites, best["counts"], totals)
     return SearchedCounts(counts, origin, pd.DataFrame(history))
+
+
+def is_search(allocation: object, drop_blocks: bool = False) -> bool:
+    """Whether an allocation is the search for one, which alone can drop whole blocks.
+
+    Raises
+    ------
+    InvalidArgument
+        If blocks are to be dropped without a search.
+    """
+    searching = isinstance(allocation, str) and allocation == "search"
+    if drop_blocks and not searching:
+        raise InvalidArgument(
+            f"drop_blocks is True and allocation is {allocation!r}; only a search chooses which "
+            "blocks to drop: give allocation='search', or use lab.plan_dropping"
+        )
+    return searching
 
 
 def _require_gradients(model: PreTrainedModel) -> None:

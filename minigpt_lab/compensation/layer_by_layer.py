@@ -65,7 +65,7 @@ from .block_fitting import (
     losses_of,
     reconstruct_block,
 )
-from .budget_search import search_counts
+from .budget_search import is_search, search_counts
 from .calibration_windows import GENERALITY, CalibrationWindows
 from .layer_counts import SearchedCounts, by_layer, require_counts, unscored_sites
 from .obs import full_precision
@@ -88,6 +88,7 @@ from .workspace import Workspace
     parameters=Integer() | None,
     ratio_of=OneOf(RATIOS),
     counts=Instance(SearchedCounts) | DictOf(Text(), ListOf(Integer(0))) | None,
+    drop_blocks=Flag(),
     stream_share=Number(0, 1),
     reconstruct=RECONSTRUCT,
     general=Batches() | None,
@@ -112,6 +113,7 @@ def slimgpt(
     ratio_of: str = "units",
     keep_layers: tuple[int, int] = (0, 0),
     multiple_of: int | Mapping[str, int] = 1,
+    drop_blocks: bool = False,
     stream_share: float = 0.0,
     reconstruct: bool | int | Reconstruction = False,
     general: Iterable[dict[str, torch.Tensor]] | None = None,
@@ -145,6 +147,8 @@ def slimgpt(
         See `plan_from_scores`. The default is SlimGPT's incremental ratio. Rounding to whole heads
         is balanced by pruning more or fewer FFN channels of the layer. ``"search"`` calls
         `search_counts`, which takes longer; `out_dir` then keeps its finished rounds too.
+    drop_blocks : bool
+        Whether a layer may lose its whole attention or FFN in that search.
     stream_share : float
         Share α of what the layers before have lost that a projection also makes up for, see
         `aim_at_stream`; 0 fits it to its own outputs alone, as SlimGPT does.
@@ -185,8 +189,8 @@ def slimgpt(
     ------
     ValueError
         If the target cannot be met or an option is out of range, a hidden state is not finite (its
-        layer is named), `out_dir` holds a run with other arguments, or the family has norms behind
-        its projections and `stream_share` is not 0.
+        layer is named), `out_dir` holds a run with other arguments, the family has norms behind
+        its projections and `stream_share` is not 0, or blocks are to be dropped without a search.
     """
     # 1. Settings, the size to reach, and the layers and sites that may be pruned.
     settings = Solver.from_options(solver, inspect.signature(slimgpt).parameters)
@@ -195,6 +199,7 @@ def slimgpt(
     target = one_target(ratio=ratio, parameters=parameters, counts=counts)
     if isinstance(allocation, str):  # rankings need scores; there are none before a layer's turn
         OneOf(["search", *BY_DEPTH])("allocation", allocation)
+    searching = counts is None and is_search(allocation, drop_blocks)
     if inplace:
         refuse_masked(model)
     elif is_offloaded(model):
@@ -225,8 +230,8 @@ def slimgpt(
     origin = {"method": "slimgpt", **settings.to_dict()}
     origin["keep_layers"] = [*check_keep_layers(keep_layers)]
     origin |= {name: value for name, value in beyond.items() if value is not None}
-    if counts is None and isinstance(allocation, str) and allocation == "search":
-        require({"search": {**target, "ratio_of": ratio_of}})
+    if searching:
+        require({"search": {**target, "ratio_of": ratio_of}, "drop_blocks": drop_blocks or None})
         counts = search_counts(
             model,
             batches,
@@ -239,6 +244,7 @@ def slimgpt(
             multiple_of=multiple_of,
             general=general,
             generality=generality,
+            drop_blocks=drop_blocks,
             offload=offload,
             out_dir=out_dir,
             progress=progress,

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..calibration import tokens_hash
 from ..checks import Flag, Instance, Integer, Number, checked
-from ..compensation import discard, slimgpt
+from ..compensation import discard, is_search, slimgpt
 from ..domains import Domain, excerpt
 from ..models import Anatomy, PruningPlan, fingerprint, keep_all, shrink
 from ..planning import allocation_name
@@ -89,7 +89,8 @@ def smallest_within(
     progress : bool
         Show a progress bar.
     **options
-        Arguments of `slimgpt`: ``allocation="search"``, ``sites``, ``reconstruct``, ``general``, …
+        Arguments of `slimgpt`: ``allocation="search"``, ``drop_blocks``, ``sites``,
+        ``reconstruct``, ``general``, …
         ``ratio_of`` is ``"decoder"`` unless it is given.
 
     Returns
@@ -107,6 +108,7 @@ def smallest_within(
         that is chosen here.
     """
     Number(above=0, below=most)("tolerance", tolerance)
+    is_search(options.get("allocation"), options.get("drop_blocks", False))
     if taken := sorted({"ratio", "parameters", "counts", "inplace"} & set(options)):
         raise ValueError(f"{', '.join(taken)}: chosen by smallest_within; leave it out")
     options = {"ratio_of": "decoder", "allocation": "log-increase", "progress": progress, **options}

@@ -183,7 +183,7 @@ def calls(t: dict) -> dict[str, dict]:
             # a size that the vocabulary alone exceeds: no call goes on to train
             **pair, "domain": t["domain"], "size": 1e-4, "increase": None, "general": 0.3,
             "general_domain": t["domain"], "vocabulary": False, "reconstruct": False,
-            "minutes": 1e-3, "gguf": None,
+            "allocation": "uniform", "drop_blocks": False, "minutes": 1e-3, "gguf": None,
             "calibration_tokens": 256, "seq_len": 32, "out_dir": None, "seed": 0,
             "progress": False,
         },
@@ -244,7 +244,7 @@ def calls(t: dict) -> dict[str, dict]:
             "counts": None, "inplace": False, "offload": "device", "out_dir": None,
             "progress": False, "saliency": "exact", "damping": 0.3, "damping_mode": "feature",
             "bias": "keep", "block_size": "dynamic", "reconstruct": False, "general": None,
-            "generality": 0.5, "stream_share": 0.5,
+            "generality": 0.5, "stream_share": 0.5, "drop_blocks": False,
         },
         "smallest_within": {
             **pair, "batches": t["batches"], "domain": t["domain"], "increase": 0.5, "most": 0.5,

@@ -230,7 +230,7 @@ def test_whole_blocks_may_be_levels_and_stay_dropped():
     assert budgets.trimmed((16, 12, 0, 3, 0, 0)) == (16, 0, 0, 3, 0, 0)
 
 
-def test_a_search_drops_a_block_that_does_nothing():
+def test_a_search_drops_a_block_that_does_nothing(monkeypatch):
     model = random_model("llama")
     with torch.no_grad():
         model.model.layers[1].self_attn.o_proj.weight.zero_()
@@ -240,6 +240,12 @@ def test_a_search_drops_a_block_that_does_nothing():
         assert counts["attention"][1] == expected
     mini, plan = lab.slimgpt(model, windows(), counts=counts, progress=False)
     assert Anatomy(mini).units("attention")[1] == 0 and plan.origin["search"]["drop_blocks"]
+    quick = partial(lab.search_counts, rounds=1, steps=24)
+    monkeypatch.setattr(layer_by_layer, "search_counts", quick)
+    options = {"allocation": "search", "drop_blocks": True, "progress": False}
+    assert lab.slimgpt(model, windows(), ratio=0.3, **options)[1] == plan
+    with pytest.raises(ValueError, match="allocation is 'uniform'; only a search chooses which"):
+        lab.slimgpt(model, windows(), ratio=0.3, **{**options, "allocation": "uniform"})
 
 
 def test_a_group_of_one_level_is_never_moved():
@@ -440,6 +446,7 @@ def test_another_run_is_refused_before_its_search(tmp_path, monkeypatch, quick_s
         ({"ratio": 0.3}, "another size or search"),
         ({"batches": windows()[:1]}, "other calibration tokens"),
         ({"damping": 0.1}, "another damping"),
+        ({"drop_blocks": True}, "another drop_blocks"),
     ]:
         given = {"batches": windows(), "ratio": 0.4, **arguments, **other}
         with pytest.raises(ValueError, match=f"holds a run with {match}"):

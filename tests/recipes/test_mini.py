@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import re
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import pandas as pd
@@ -15,10 +16,12 @@ from tqdm.auto import tqdm
 
 import minigpt_lab as lab
 from minigpt_lab import __main__ as command_line
-from minigpt_lab.recipes import mini
+from minigpt_lab.compensation import layer_by_layer
+from minigpt_lab.models import Anatomy
+from minigpt_lab.recipes import mini, timed_run
 
 HOW = {"minutes": 60, "seq_len": 64, "calibration_tokens": 512, "progress": False}
-TRAINING = mini._Run.training
+TRAINING = timed_run.TimedRun.training
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +38,8 @@ def few_tokens():
         return TRAINING(self, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mini, "_TRIAL", 256)
-        patch.setattr(mini._Run, "training", training)
+        patch.setattr(timed_run, "_TRIAL", 256)
+        patch.setattr(timed_run.TimedRun, "training", training)
         yield
 
 
@@ -151,18 +154,18 @@ def test_training_fills_the_minutes_that_measuring_leaves(
         return pd.DataFrame({"seconds": rows})
 
     bar = tqdm(disable=True)
-    monkeypatch.setattr(mini, "time", clock)
-    monkeypatch.setattr(mini, "recover", recover)
-    monkeypatch.setattr(mini, "tokenize", lambda *_, **__: [{"input_ids": torch.zeros(10**6)}])
-    run = mini._Run(tmp_path, {}, 10, bar)
+    monkeypatch.setattr(timed_run, "time", clock)
+    monkeypatch.setattr(timed_run, "recover", recover)
+    monkeypatch.setattr(timed_run, "tokenize", lambda *_, **__: [{"input_ids": torch.zeros(10**6)}])
+    run = timed_run.TimedRun(tmp_path, {}, 10, bar)
     run.known["reading"] = 5e-4
-    monkeypatch.setattr(mini._Run, "training", TRAINING)
+    monkeypatch.setattr(timed_run.TimedRun, "training", TRAINING)
     options = {"seq_len": 64}
     trainings = [(*tiny, {"teacher": tiny[0]}), (*tiny, {})]
     how = run.training(trainings, tiny_domain, options)
     for _, _, own in trainings:
-        mini.recover(None, None, None, **own, **options, **how)
-    assert now[0] == pytest.approx(600 * (1 - mini._MEASURING), rel=0.05)
+        timed_run.recover(None, None, None, **own, **options, **how)
+    assert now[0] == pytest.approx(600 * (1 - timed_run._MEASURING), rel=0.05)
 
 
 @pytest.mark.slow
@@ -172,6 +175,22 @@ def test_a_size_by_its_loss(tiny, tiny_domain, general, tmp_path, monkeypatch):
     found = lab.make_mini(*tiny, tiny_domain, increase=0.05, general=0, **how)
     assert found.table["stored"].min() < lab.model_size(tiny[0]).stored
     assert {"kl", "agreement"} <= set(found.table) and found.table["kl"].notna().all()
+
+
+@pytest.mark.slow
+def test_a_searched_mini_may_lose_a_whole_block(tiny, tiny_domain, general, tmp_path, monkeypatch):
+    model, tokenizer = copy.deepcopy(tiny[0]), tiny[1]
+    with torch.no_grad():  # attention of layer 1 does nothing
+        model.model.layers[1].self_attn.o_proj.weight.zero_()
+    quick = partial(lab.search_counts, rounds=1, steps=24)
+    monkeypatch.setattr(layer_by_layer, "search_counts", quick)
+    how = {**HOW, "general_domain": general, "out_dir": tmp_path, "vocabulary": False}
+    how |= {"size": 0.6, "allocation": "search", "drop_blocks": True}
+    found = lab.make_mini(model, tokenizer, tiny_domain, **how)
+    reloaded, _ = lab.load_model(found.folder, device="cpu")
+    assert Anatomy(reloaded).units("attention")[1] == 0
+    assert lab.model_size(reloaded).stored <= 0.6 * lab.model_size(model).stored
+    assert lab.make_mini(model, tokenizer, tiny_domain, **how).table.equals(found.table)
 
 
 @pytest.mark.slow
@@ -214,6 +233,7 @@ def test_bad_input_is_refused_before_the_work(tiny, tiny_domain, general, tmp_pa
         (tiny_domain, {"size": 0.5, "minutes": 0}, "minutes is 0; expected a number above 0"),
         (tiny_domain, {"size": 0.5, "minutes": 1e-3}, "minutes is 0.001, too few: pruning and a"),
         (tiny_domain, {"size": 0.5, "general": 1}, "general is 1; expected"),
+        (tiny_domain, {"size": 0.5, "drop_blocks": True}, "only a search chooses which"),
         (tiny_domain, {"size": 0.5, "gguf": "Q9"}, "gguf is 'Q9'; expected one of"),
         *((each, {"size": 0.5}, f"tiny-law/{part} has .* less") for part, each in short.items()),
         (general, {"size": 0.5, "general_domain": short["train"]}, "tiny-law/train has .* less"),

@@ -1,0 +1,182 @@
+"""One run of `make_mini`: what it was begun with, the time gone, and what is left for training."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..checks import InvalidArgument
+from ..compensation import STEP_TOKENS
+from ..domains import Domain, Part, tokenize
+from ..evaluation import perplexity
+from ..models import dtype_name, fingerprint, reading_dtype
+from ..recovery import recover
+from ..store import RunState
+from ..studies import HeldOut
+
+#: Share of the minutes for measuring, and the most tokens of a text that are read.
+_MEASURING, _TEST_TOKENS = 0.15, 65_536
+#: The most passes over the train part.
+_PASSES = 4
+#: Tokens of the trial runs that tell how fast this machine reads and trains.
+_TRIAL = 2_048
+#: Validation text of an evaluation, in characters; it is evaluated thrice while training.
+_EVAL_CHARACTERS = 16_384
+
+
+class TimedRun:
+    """State of a call in its folder: what it was begun with, time gone, tokens to train on."""
+
+    def __init__(self, folder: Path, facts: Mapping[str, object], minutes: float, bar: tqdm):
+        self.folder, self.bar, self.seconds, self.step = folder, bar, 60 * minutes, ""
+        self.state = RunState(folder / "state.json")
+        self.state.require(facts)
+        self.known = dict(self.state.progress or {})
+        planned = self.known.get("minutes", minutes)
+        if planned != minutes:
+            raise InvalidArgument(
+                f"minutes is {minutes:g}; {folder} holds a run whose training was planned for "
+                f"{planned:g}; repeat that call to resume it, or choose another out_dir"
+            )
+        self.began = time.monotonic() - self.known.get("seconds", 0.0)
+
+    def enter(self, step: str) -> None:
+        """Show the next step, and keep the time gone."""
+        gone = time.monotonic() - self.began
+        self.known["seconds"] = gone
+        self.state.write(**self.known)
+        self.bar.update(bool(self.step))
+        self.step = step
+        self.bar.set_description_str(step or "done", refresh=False)
+        self.bar.set_postfix_str(f"{gone / 60:.1f} of {self.seconds / 60:g} min")
+
+    @contextlib.contextmanager
+    def given_up_unless(self, finished: Path) -> Iterator[None]:
+        """Input that is refused within the block leaves no run, unless this is finished."""
+        try:
+            yield
+        except ValueError:
+            if not finished.exists():
+                (self.folder / "state.json").unlink(missing_ok=True)
+            raise
+
+    def measure_speed(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        domain: Domain,
+        *,
+        seq_len: int,
+        max_tokens: int,
+        searching: bool,
+    ) -> None:
+        """Seconds per token of reading, by a short trial.
+
+        Raises
+        ------
+        ValueError
+            If the minutes do not suffice for a short training.
+        """
+        if "reading" not in self.known:
+            options, gone, read = {"seq_len": seq_len, "progress": False}, [], []
+            # The first call of all takes longer, and every call some time whatever its tokens.
+            for tokens in (seq_len, seq_len, seq_len + _TRIAL):
+                began = time.monotonic()
+                found = perplexity(
+                    model, tokenizer, domain.validation, max_tokens=tokens, **options
+                )
+                gone.append(time.monotonic() - began)
+                read.append(found.tokens)  # fewer, of a short text
+            seconds, tokens = max(gone[2] - gone[1], 0.1 * gone[2]), read[2] - read[1]
+            self.known["reading"] = seconds / max(tokens, 0.1 * read[2])
+        # Pruning reads the calibration text three times or so in float32, half as fast; training
+        # takes the time of reading five times, here that of two models and a teacher. A search
+        # builds two supernets, and takes 60 steps on each.
+        reads = 6 * max_tokens + 11 * 8 * _TRIAL
+        if searching:
+            reads += 2 * (6 * max_tokens + 60 * 5 * STEP_TOKENS)
+        least = reads * self.known["reading"]
+        if least > self.seconds * (1 - _MEASURING):
+            raise ValueError(
+                f"minutes is {self.seconds / 60:g}, too few: pruning and a short training take "
+                f"about {least / 60 / (1 - _MEASURING):.2g} on this machine; give more, or fewer "
+                "calibration_tokens"
+            )
+
+    def training(self, trainings: Sequence[tuple], domain: Domain, options: Mapping) -> dict:
+        """Arguments of `recover`: tokens or epochs for the time that is left, evaluations.
+
+        Each training (model, tokenizer, arguments of its own) is tried on a few tokens and copies:
+        seconds for a token, and for what comes with a run whatever its tokens (five evaluations,
+        three checkpoints).
+        """
+        words, share = trainings[0][1], options.get("generality", 0.0)
+        if "tokens" not in self.known:
+            per_token, fixed = 0.0, 0.0
+            for model, tokenizer, own in trainings:
+                began, cut = time.monotonic(), max(_TRIAL, 2 * options["seq_len"])
+                trial = {"max_tokens": cut, "eval_every": cut, "eval_characters": 1_024}
+                how = {**own, **trial, **options}
+                history = recover(copy.deepcopy(model), tokenizer, domain, progress=False, **how)
+                whole = time.monotonic() - began
+                evaluation, end = history["seconds"].iloc[[0, -1]]
+                per_token += max(0.0, end - 2 * evaluation) / cut
+                more = (_EVAL_CHARACTERS - 1_024) / 4 * (2 if "other" in options else 1)  # tokens
+                fixed += 5 * (evaluation + more * self.known["reading"])
+                fixed += 3 * max(0.0, whole - end)
+            left = self.seconds * (1 - _MEASURING) - (time.monotonic() - self.began) - fixed
+            per_token = max(per_token, self.known["reading"])
+            self.known["tokens"] = max(8 * _TRIAL, int(left / per_token))
+            self.known["minutes"] = self.seconds / 60
+            self.state.write(**self.known)
+        tokens = self.known["tokens"]
+        windows = tokenize(domain.train, words, seq_len=options["seq_len"])
+        whole = sum(batch["input_ids"].numel() for batch in windows) / (1 - share)
+        if tokens < whole:
+            budget: dict[str, float] = {"max_tokens": tokens}
+        else:
+            tokens = min(tokens, int(_PASSES * whole))
+            budget = {"epochs": tokens / whole}
+        self.known["trained"] = int(tokens)
+        return {
+            **budget,
+            "eval_every": max(_TRIAL, tokens // 3),
+            "eval_characters": _EVAL_CHARACTERS,
+        }
+
+    def measured(
+        self,
+        variants: Mapping[str, PreTrainedModel],
+        sizes: Mapping[str, int],
+        tokenizer: PreTrainedTokenizerBase,
+        texts: Sequence[Part],
+        seq_len: int,
+    ) -> tuple[pd.DataFrame, str]:
+        """Every variant on every text with its bytes (those of `sizes` first), and the protocol."""
+        if "test_tokens" not in self.known:  # as many as the time that is left allows
+            left = self.seconds - (time.monotonic() - self.began)
+            passes = len(texts) * (len(variants) + 1)
+            tokens = int(0.8 * left / (passes * self.known["reading"]))
+            self.known["test_tokens"] = max(_TRIAL, min(_TEST_TOKENS, tokens))
+            self.state.write(**self.known)
+        path, tokens = self.folder / "measured.json", self.known["test_tokens"]
+        held_out = HeldOut(
+            variants["dense"], tokenizer, texts, max_tokens=tokens, seq_len=seq_len, path=path
+        )
+        rows = []
+        for name, model in variants.items():
+            measure = partial(held_out.measure, model)
+            stored = sum(weight.nbytes for weight in model.parameters())
+            facts = {"variant": name, "bytes": sizes.get(name, stored)}
+            rows += held_out.table_rows(held_out.get(fingerprint(model), measure), **facts)
+        table = pd.DataFrame(rows).drop(columns="passages")
+        protocol = f"at most {tokens:,} tokens per text, windows of {seq_len}, no overlap"
+        return table, f"{protocol}, read in {dtype_name(reading_dtype(variants['dense']))}"
