@@ -5,7 +5,7 @@ works with (numbers of NumPy and torch become Python's), or raises an error of o
 it is, what is allowed, what to do.
 """
 
-from .arguments import check_fields, checked
+from .arguments import check_fields, checked, refuse_unused
 from .interrupts import deferred, safe_contextmanager
 from .messages import InvalidArgument, first_line, invalid, suggest
 from .model_locks import GLOBAL_STATE, locked, on_wait, waits_for_this_thread

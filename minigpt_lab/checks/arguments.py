@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from transformers import PreTrainedModel
 
+from .messages import InvalidArgument
 from .model_locks import locked
 from .values import Check
 
@@ -47,6 +48,31 @@ def checked(**checks: Check) -> Callable:
         return call
 
     return decorate
+
+
+def refuse_unused(function: Callable, where: str, **given: object) -> None:
+    """Refuse arguments that differ from their defaults where they have no effect.
+
+    Parameters
+    ----------
+    function : callable
+        Whose defaults count.
+    where : str
+        What leaves them without effect, e.g. ``"loss='label'"``.
+    **given : object
+        The arguments.
+
+    Raises
+    ------
+    InvalidArgument
+        For the first that is not its default.
+    """
+    defaults = inspect.signature(function).parameters
+    for name, value in given.items():
+        if value != defaults[name].default:
+            raise InvalidArgument(
+                f"{name} is {value!r}, but has no effect with {where}; leave it out"
+            )
 
 
 def check_fields(record: object, **checks: Check) -> None:

@@ -14,7 +14,7 @@ from ..checks import Flag, Instance, Integer, Location, Model, Number, OneOf, To
 from ..compensation import is_search, slimgpt
 from ..criteria import score
 from ..domains import Domain, load_domain
-from ..export import KINDS, export_gguf, gguf_size, quantised
+from ..export import KINDS, block_size, export_gguf, gguf_size, quantised
 from ..models import (
     fingerprint,
     load_model,
@@ -121,7 +121,7 @@ def make_mini(
         a text.
     gguf : str, optional
         Also write ``mini-KIND.gguf`` for llama.cpp, e.g. ``"Q8_0"``, and measure that rounding; the
-        kinds are those of `export_gguf`.
+        kinds are those of `export_gguf`. FFN widths are then multiples of the kind's blocks.
     calibration_tokens, seq_len : int
         Tokens that `slimgpt` reads; tokens per window.
     out_dir : str or path, optional
@@ -181,6 +181,8 @@ def make_mini(
                 pruning = calibration(words, domain, general_domain, general, **shape)
                 pruning |= {"reconstruct": reconstruct, "progress": progress}
                 pruning |= {"allocation": allocation, "drop_blocks": drop_blocks}
+                if gguf is not None:  # rows of whole blocks: none is padded in the file
+                    pruning["multiple_of"] = {"ffn": block_size(gguf)}
                 if increase is not None:
                     how = {"increase": increase, "seq_len": seq_len, "out_dir": folder / "search"}
                     pruned = smallest_within(trimmed, words, domain, **how, **pruning)[0]

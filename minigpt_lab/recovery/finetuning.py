@@ -34,8 +34,9 @@ from ..checks import (
     Text,
     Tokenizer,
     checked,
+    refuse_unused,
 )
-from ..domains import Domain, Part, excerpt
+from ..domains import Domain
 from ..models import (
     PRECISION,
     dtype_name,
@@ -51,7 +52,7 @@ from ..store import content_hash
 from .adapters import adapter_targets, trainable
 from .checkpoints import run_folder
 from .distillation import LOSSES, DistillationLoss, Teacher, teacher_of
-from .texts import training_windows
+from .texts import training_windows, validation_texts
 from .training import RecoveryTrainer, history_of
 
 #: Peak learning rate by method, unless one is given. SmolLM2-135M with half of its FFN channels, 32
@@ -256,13 +257,24 @@ def recover(
     Raises
     ------
     ValueError
-        If an argument is out of range, a text too short, `out_dir` holds another run, a loss lacks
-        its teacher or a teacher its use, or the teacher has another tokenizer, reads no windows of
-        this length, shares weights with the model or predicts NaN.
+        If an argument is out of range or has no effect beside the others, a text too short,
+        `out_dir` holds another run, a loss lacks its teacher or a teacher its use, or the teacher
+        has another tokenizer, reads no windows of this length, shares weights with the model or
+        predicts NaN.
     TypeError
         If a part of a domain is given, or its name, instead of the domain.
     """
-    _require_trainable(model, method, target_modules)
+    _require_trainable(model)
+    if method != "lora":
+        adapters = {"r": r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout}
+        refuse_unused(recover, f"method={method!r}", target_modules=target_modules, **adapters)
+    if general is None:
+        refuse_unused(recover, "general=None", generality=generality)
+    if loss != "mix":
+        refuse_unused(recover, f"loss={loss!r}", mix=mix)
+    if loss == "label":
+        samples = {"teacher_samples": teacher_samples}
+        refuse_unused(recover, f"loss={loss!r}", temperature=temperature, **samples)
     words = tokenizer_for(model, tokenizer)
     guide = teacher_of(model, teacher, loss, temperature, teacher_samples, stop_at)
 
@@ -270,7 +282,7 @@ def recover(
     windows = training_windows(words, domain, general, generality, seq_len, max_tokens)
     if guide is not None:
         guide.check(windows[:1], precision)
-    texts = _validation_texts(domain, other or general, eval_characters)
+    texts = validation_texts(domain, other or general, eval_characters)
     names, lora = None, {}
     if method == "lora":
         names = adapter_targets(model, target_modules)
@@ -334,30 +346,14 @@ def recover(
         return history_of(trainer.state, why, start)
 
 
-def _require_trainable(
-    model: PreTrainedModel, method: str, target_modules: Sequence[str] | None
-) -> None:
-    """Refuse a model whose weights cannot be changed, and targets without adapters."""
+def _require_trainable(model: PreTrainedModel) -> None:
+    """Refuse a model whose weights cannot be changed."""
     refuse_masked(model)
     if is_offloaded(model):
         raise ValueError(
             "the model is offloaded, and training changes all its weights; load it without "
             "offloading (device_map=None)"
         )
-    if target_modules is not None and method != "lora":
-        raise ValueError(f"target_modules is for method='lora', this is {method!r}; leave it out")
-
-
-def _validation_texts(
-    domain: Domain, other: Domain | None, max_characters: int | None
-) -> dict[str, Part]:
-    """What an evaluation measures, by the column of the history."""
-    judged = {"perplexity": domain, "other_perplexity": other}
-    return {
-        column: excerpt(each.validation, max_characters=max_characters)
-        for column, each in judged.items()
-        if each is not None
-    }
 
 
 def _hashes(

@@ -1,11 +1,11 @@
-"""The text that a recovery trains on."""
+"""The texts that a recovery trains on, and those that it is judged on."""
 
 from __future__ import annotations
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..domains import Domain, tokenize
+from ..domains import Domain, Part, excerpt, tokenize
 
 
 def training_windows(
@@ -60,3 +60,15 @@ def _packed(
     """Windows of a train part, ``[window, token]``."""
     batches = tokenize(domain.train, words, seq_len=seq_len, max_tokens=max_tokens)
     return torch.cat([batch["input_ids"] for batch in batches])
+
+
+def validation_texts(
+    domain: Domain, other: Domain | None, max_characters: int | None
+) -> dict[str, Part]:
+    """What an evaluation measures, by the column of the history."""
+    judged = {"perplexity": domain, "other_perplexity": other}
+    return {
+        column: excerpt(each.validation, max_characters=max_characters)
+        for column, each in judged.items()
+        if each is not None
+    }
