@@ -1,6 +1,8 @@
-"""Exercises of notebook 11: a domain's text and general text in one calibration."""
+"""Exercises of notebooks 11 and 14: general text in a calibration, a size within limits."""
 
 from __future__ import annotations
+
+import math
 
 from .checking import exercise
 from .functions import normal
@@ -52,3 +54,69 @@ def token_weight(domain: int, general: int, share: float) -> Answer:
         "with μ instead of μ / (1 - μ)": share * domain / general,
     }
     return Answer(share / (1 - share) * domain / general, mistakes)
+
+
+# 14_smallest_within
+
+
+@exercise("count")
+def sizes_tried(most: float, tolerance: float) -> Answer:
+    """Sizes that a bisection measures until the share is known to `tolerance`."""
+    halvings = max(0, math.ceil(math.log2(most / tolerance)))
+    mistakes = {
+        "one for every step of the tolerance; each size halves what is left": (
+            math.ceil(most / tolerance)
+        ),
+        "with the natural logarithm; halving counts powers of 2": math.ceil(
+            math.log(most / tolerance)
+        ),
+        "one too many; the dense model is not pruned": halvings + 1,
+        "rounded down; what is left would still exceed the tolerance": math.floor(
+            math.log2(most / tolerance)
+        ),
+    }
+    return Answer(halvings, mistakes)
+
+
+@exercise("function")
+def largest_share() -> Answer:
+    """Bisection: the largest share that was tried and is within the limits, 0 if none."""
+
+    def bisection(keep, start=0.0):
+        def share(within, most, tolerance):
+            low, high = start, most
+            while high - low > tolerance:
+                middle = (low + high) / 2
+                low, high = keep(within(middle), low, middle, high)
+            return low
+
+        return share
+
+    def right(fits, low, middle, high):
+        return (middle, high) if fits else (low, middle)
+
+    def beyond(within, most, tolerance):
+        low, high = 0.0, most
+        while high - low > tolerance:
+            low, high = right(within((low + high) / 2), low, (low + high) / 2, high)
+        return high
+
+    mistakes = {
+        "the other half; within the limits, more may be pruned": (
+            bisection(lambda fits, low, middle, high: right(not fits, low, middle, high))
+        ),
+        "the smallest share beyond the limits; return one that was measured within": beyond,
+        "after one step; go on until the share is known to the tolerance": (
+            lambda within, most, tolerance: most / 2 if within(most / 2) else 0.0
+        ),
+    }
+
+    def at_most(limit):
+        return lambda share: share <= limit
+
+    cases = {
+        "limits that 37 % meets": (at_most(0.37), 0.8, 0.01),
+        "limits that nothing meets": (at_most(-1), 0.8, 0.05),
+        "a wide tolerance": (at_most(0.55), 0.9, 0.1),
+    }
+    return Answer(bisection(right), mistakes, tolerance=1e-6, cases=cases)

@@ -4,6 +4,7 @@ from .ablations import (
     calibration_settings,
     layer_budgets,
     layer_losses,
+    limit_curves,
     one_layer_curves,
     reconstruction_curve,
     variant_dots,

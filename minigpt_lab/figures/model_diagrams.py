@@ -237,3 +237,27 @@ def prune_or_quantise(d: Drawing) -> None:
     d.text(640, 264, "equal areas: equal bytes")
     d.text(450, 308, "28 % of the weights as they were, or all of them at 4.5 bits:", size=16)
     d.text(450, 332, "which costs less, in the domain and outside of it?", size=16)
+
+
+@diagram(330)
+def bisection(d: Drawing) -> None:
+    """Bisection: the middle of what is left is pruned and measured; within the limits the smaller
+    half is left, beyond them the larger one. Four sizes settle a share of 80 % to 5 %.
+    """
+    tries = [(0.4, True), (0.6, False), (0.5, False), (0.45, True)]
+    low, high = 0.0, 0.8
+
+    def place(share: float) -> float:
+        return 190 + 800 * share
+
+    d.text(190, 40, "0 % pruned", "muted", size=14)
+    d.text(830, 40, "80 %", "muted", size=14)
+    for row, (middle, within) in enumerate(tries):
+        y = 70 + 50 * row
+        d.text(90, y + 22, f"size {row + 1}", size=16)
+        d.box(place(low), y, place(high) - place(low), 30, "soft")
+        d.box(place(middle) - 5, y - 5, 10, 40, "new" if within else "gone")
+        words = "within" if within else "beyond"
+        d.text(place(high) + 14, y + 21, f"{middle:.0%}: {words}", "muted", "start", 14)
+        low, high = (middle, high) if within else (low, middle)
+    d.text(450, 300, "the largest share that was measured within the limits: 45 %", size=16)

@@ -128,6 +128,11 @@ def drawable() -> dict[str, tuple[pd.DataFrame, dict]]:
             rows(text=["calibration", "held-out"], epoch=[0, 1]).assign(loss=[0.2, 0.1, 0.3, 0.2]),
             {}
         ),
+        "limit_curves": (
+            rows(text=TEXTS, way=["plain", "mixed"], stored=[100, 50]).assign(
+                increase=[0.0, 0.5] * 4, limit=0.2, within=[1, 0] * 4
+            ), {}
+        ),
         "generality_front": (
             rows(text=TEXTS, generality=[0.0, 0.5], ratio=[0.3, None]).assign(
                 perplexity=[10.0, 11, 12, 13, 14, 15, 16, 17]
