@@ -212,9 +212,11 @@ def _check_like(default: object) -> Any:
             return Text()
         case [first, *_]:
             return ListOf(_check_like(first), kind=list)
+        case {} if not default:  # arguments of a function
+            return DictOf(Text(), _SCALAR | ListOf(_SCALAR, kind=list))
         case dict():
-            first = next(iter(default.values()), None)
-            return DictOf(Text(), _check_like(first) if isinstance(first, list) else _SCALAR)
+            first = next(iter(default.values()))
+            return DictOf(Text(), _check_like(first) if isinstance(first, list | dict) else _SCALAR)
         case _:  # None or an empty list
             return Number() | Text() | ListOf(_SCALAR, kind=list) | None
 

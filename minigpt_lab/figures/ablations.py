@@ -246,11 +246,12 @@ def limit_curves(curves: pd.DataFrame, *, caption: str = "") -> Figure:
             axis.plot(own["stored"] / 1e6, own["increase"], mfc="white", ms=6, lw=1.2, **look)
             best = own[own["within"].astype(bool)].head(1)
             axis.plot(best["stored"] / 1e6, best["increase"], ms=8, **look)
-        axis.axhline(part["limit"].iloc[0], color="black", lw=1, ls=":")
-        # a size far beyond its limit would flatten the rest
-        axis.set_ylim(top=min(part["increase"].max(), 4 * part["limit"].iloc[0]) * 1.05)
-        axis.set(xlabel="stored parameters, millions", ylabel="perplexity / dense - 1")
+        limit = part["limit"].iloc[0]
+        axis.axhline(limit, color="black", lw=1, ls=":")
+        # the limit is seen, and a size far beyond it does not flatten the rest
+        axis.set_ylim(top=1.05 * max(limit, min(part["increase"].max(), 4 * limit)))
+        axis.set(xlabel="stored parameters, millions", ylabel="perplexity above dense")
         axis.yaxis.set_major_formatter(percent)
     keys = [key(way, **look) for way, look in styles.items()]
-    side_legend(figure, *keys, key("limit", color="black", ls=":"))
+    side_legend(figure, *keys, key("limit", color="black", ls=":", marker=""))
     return figure

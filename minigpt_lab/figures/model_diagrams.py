@@ -248,16 +248,16 @@ def bisection(d: Drawing) -> None:
     low, high = 0.0, 0.8
 
     def place(share: float) -> float:
-        return 190 + 800 * share
+        return 160 + 700 * share
 
-    d.text(190, 40, "0 % pruned", "muted", size=14)
-    d.text(830, 40, "80 %", "muted", size=14)
+    d.text(160, 40, "0 % pruned", "muted", size=14)
+    d.text(720, 40, "80 %", "muted", size=14)
     for row, (middle, within) in enumerate(tries):
         y = 70 + 50 * row
         d.text(90, y + 22, f"size {row + 1}", size=16)
         d.box(place(low), y, place(high) - place(low), 30, "soft")
         d.box(place(middle) - 5, y - 5, 10, 40, "new" if within else "gone")
         words = "within" if within else "beyond"
-        d.text(place(high) + 14, y + 21, f"{middle:.0%}: {words}", "muted", "start", 14)
+        d.text(place(high) + 14, y + 21, f"{100 * middle:.0f} %: {words}", "muted", "start", 14)
         low, high = (middle, high) if within else (low, middle)
     d.text(450, 300, "the largest share that was measured within the limits: 45 %", size=16)
