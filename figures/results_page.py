@@ -166,6 +166,8 @@ def read_table(name: str, file: str, where: str) -> pd.DataFrame:
 def table_lines(spec: dict, name: str) -> list[str]:
     """A table in Markdown: means per row (and, if it is spread sideways, per column)."""
     frame = read_table(name, spec["file"], spec.get("where", ""))
+    if frame.empty:
+        return ["(This run has no rows for this table.)"]
     rows, across = spec["rows"], spec.get("across", [])
     how = {
         name: "mean" if is_numeric_dtype(column) and not is_bool_dtype(column) else "first"

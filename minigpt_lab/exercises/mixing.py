@@ -106,6 +106,9 @@ def largest_share() -> Answer:
             bisection(lambda fits, low, middle, high: right(not fits, low, middle, high))
         ),
         "the smallest share beyond the limits; return one that was measured within": beyond,
+        "the share that is kept; return the one that is removed": (
+            lambda within, most, tolerance: 1 - bisection(right)(within, most, tolerance)
+        ),
         "after one step; go on until the share is known to the tolerance": (
             lambda within, most, tolerance: most / 2 if within(most / 2) else 0.0
         ),
