@@ -112,7 +112,7 @@ def restore_or_adapt(table: pd.DataFrame, *, domain: str, other: str, caption: s
     """Perplexity of the domain against that of another text, relative to the dense model's.
 
     A line leads from each pruned model (``"mild, slimgpt"``) to what a loss made of it
-    (``"mild, slimgpt, kl"``).
+    (``"mild, slimgpt, kl"``, ``"mild, slimgpt, mix, general"``).
 
     Parameters
     ----------
@@ -134,12 +134,12 @@ def restore_or_adapt(table: pd.DataFrame, *, domain: str, other: str, caption: s
     for name in tuned:
         axis.plot(*places.loc[name], "P", color="tab:green", ms=9)
         keys.append(key("dense, fine-tuned", color="tab:green", marker="P", ms=8))
-    trained = [name for name in places.index if name.count(", ") == 2]
+    trained = [name for name in places.index if name.count(", ") >= 2]
     styles = looks(sorted({name.split(", ", 1)[1] for name in trained}), _TRAINING)
     regimes = dict(zip(dict.fromkeys(n.split(", ")[0] for n in trained), cycle(["-", "--", ":"])))
     for name in trained:
         regime, how = name.split(", ", 1)
-        before, look = places.loc[name.rpartition(", ")[0]], styles[how]
+        before, look = places.loc[", ".join(name.split(", ")[:2])], styles[how]
         line = {"color": look["color"], "lw": 1.2, "ls": regimes[regime]}
         axis.plot(*zip(before, places.loc[name], strict=True), **line)
         axis.plot(*before, "o", color=look["color"], mfc="white")

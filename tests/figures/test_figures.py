@@ -403,7 +403,8 @@ def test_recovery_curves_show_the_level_of_the_fine_tuned_dense_model(histories)
 
 def test_restoring_and_adapting_are_directions():
     variants = {"dense": (10, 20), "dense, label": (8, 22), "mild, slimgpt": (20, 60),
-                "mild, slimgpt, kl": (15, 40), "mild, slimgpt, label": (12, 70)}  # fmt: skip
+                "mild, slimgpt, kl": (15, 40), "mild, slimgpt, label": (12, 70),
+                "mild, slimgpt, mix, general": (14, 50)}  # fmt: skip
     rows = [
         (text, name, value[i])
         for name, value in variants.items()
@@ -416,7 +417,7 @@ def test_restoring_and_adapting_are_directions():
         for line in axis.lines
         if len(line.get_xdata()) == 2 and line.get_color() != "black"
     }
-    assert arrows == {(2.0, 1.5, 3.0, 2.0), (2.0, 1.2, 3.0, 3.5)}
+    assert arrows == {(2.0, 1.5, 3.0, 2.0), (2.0, 1.2, 3.0, 3.5), (2.0, 1.4, 3.0, 2.5)}
     marked = {line.get_marker(): (line.get_xdata()[0], line.get_ydata()[0]) for line in axis.lines}
     assert marked["P"] == (0.8, 1.1) and marked["v"] == (1.5, 2.0) and marked["^"] == (1.2, 3.5)
 
