@@ -26,7 +26,7 @@ from ..checks import (
     safe_contextmanager,
 )
 from ..domains import encode, window_prefix
-from ..models import inference, seeded, tokenizer_for
+from ..models import PRECISION, dtype_name, inference, reading_dtype, seeded, tokenizer_for
 from ..store import hub_reachable
 
 # lm-eval and all it brings along takes seconds to import: it is imported where it is used.
@@ -40,6 +40,7 @@ from ..store import hub_reachable
     limit=Integer(1) | None,
     batch_size=Integer(1),
     include_path=Location() | None,
+    precision=PRECISION,
     seed=Integer(0),
 )
 def benchmark(
@@ -51,6 +52,7 @@ def benchmark(
     limit: int | None = None,
     batch_size: int = 8,
     include_path: str | os.PathLike | None = None,
+    precision: str = "auto",
     seed: int = 0,
 ) -> pd.DataFrame:
     """Score a model on tasks of lm-eval, the harness that published numbers come from.
@@ -71,6 +73,8 @@ def benchmark(
         Texts per forward pass.
     include_path : str or path, optional
         A folder with more task files, whose tasks may be named.
+    precision : {"auto", "bfloat16", "float32"}
+        Of the weights while they are read, see `perplexity`.
     seed : int
         Of the choice of examples.
 
@@ -78,7 +82,8 @@ def benchmark(
     -------
     pandas.DataFrame
         One row per task and metric: ``task, metric, value, stderr, low, high, n, num_fewshot,
-        higher_is_better, version``; low and high are the 95 % interval ``value ± 1.96 stderr``.
+        higher_is_better, version, precision``; low and high are the 95 % interval
+        ``value ± 1.96 stderr``.
 
     Raises
     ------
@@ -90,7 +95,7 @@ def benchmark(
         If a task's dataset is neither in reach nor in the local cache.
     """
     words = tokenizer_for(model, tokenizer)
-    with _quiet(), _offline_unless_in_reach(), inference(model), seeded(seed):
+    with _quiet(), _offline_unless_in_reach(), inference(model, precision), seeded(seed):
         from lm_eval import simple_evaluate
 
         manager, names = _find_tasks(tasks, include_path)
@@ -117,7 +122,7 @@ def benchmark(
                 "from the Hugging Face hub, which is out of reach (no network?), and no earlier "
                 "call left a copy; use a task over local files"
             ) from error
-    return _table(results)
+    return _table(results).assign(precision=dtype_name(reading_dtype(model, precision)))
 
 
 def _with_special_tokens(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> dict:

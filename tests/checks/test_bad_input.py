@@ -112,7 +112,7 @@ def calls(t: dict) -> dict[str, dict]:
             "seq_len": 128, "batch_size": 2, "precision": "auto", "progress": False,
         },
         "benchmark": {**pair, "tasks": "no_such_task", "num_fewshot": 0, "limit": 1,
-                      "batch_size": 1, "include_path": None, "seed": 0},
+                      "batch_size": 1, "include_path": None, "precision": "auto", "seed": 0},
         "bias_compensated": {"model": t["model"], "plan": t["plan"], "statistics": t["statistics"]},
         "block_influence": {**read, "sites": ("ffn",)},
         "check_disjoint": {"parts": {"a": ("one text",), "b": ("another one",)}},

@@ -7,6 +7,7 @@ import json
 import math
 import socket
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -121,13 +122,16 @@ def test_its_accuracy_is_our_own(kind, around, tiny, mini, task, items):
     assert (row["low"], row["high"]) == pytest.approx(
         (expected - 1.96 * spread, expected + 1.96 * spread)
     )
-    assert row["higher_is_better"] and row["task"] == "endings"
+    assert row["higher_is_better"] and row["task"] == "endings" and row["precision"] == "float32"
 
 
 @pytest.mark.slow
 def test_tasks_are_files_folders_and_names(tiny, task, items):
     model, tokenizer = tiny
     by_file = lab.benchmark(model, tokenizer, str(task), limit=5)
+    rounded = lab.benchmark(model, tokenizer, str(task), limit=5, precision="bfloat16")
+    assert {*rounded["precision"]} == {"bfloat16"} and model.dtype == torch.float32
+    np.testing.assert_allclose(rounded["value"], by_file["value"], atol=0.21)  # one of five
     assert by_file["n"].tolist() == [5, 5]
     pd.testing.assert_frame_equal(lab.benchmark(model, tokenizer, [task.parent], limit=5), by_file)
     named = lab.benchmark(model, tokenizer, "endings", limit=5, include_path=task.parent)
