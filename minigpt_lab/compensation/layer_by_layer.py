@@ -33,6 +33,7 @@ from ..checks import (
     OneOf,
     Text,
     checked,
+    refuse_unused,
 )
 from ..criteria import chosen_sites
 from ..models import (
@@ -199,6 +200,8 @@ def slimgpt(
     target = one_target(ratio=ratio, parameters=parameters, counts=counts)
     if isinstance(allocation, str):  # rankings need scores; there are none before a layer's turn
         OneOf(["search", *BY_DEPTH])("allocation", allocation)
+    if counts is not None:
+        refuse_unused(slimgpt, "counts", drop_blocks=drop_blocks)
     searching = counts is None and is_search(allocation, drop_blocks)
     if inplace:
         refuse_masked(model)

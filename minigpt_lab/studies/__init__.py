@@ -17,6 +17,7 @@ from .held_out import HeldOut
 from .matrix import domain_matrix, domain_plans, kept_overlap
 from .methods import (
     Method,
+    by_seed,
     gradient_methods,
     method_comparison,
     method_overlap,

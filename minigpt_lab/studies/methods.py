@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
@@ -55,6 +56,8 @@ class Method:
 
 
 _METHODS = DictOf(Text(), Instance(Method), 1)
+#: What `gradient_methods` writes behind a name.
+_SEED = re.compile(r" \(seed (\d+)\)$")
 
 
 def registered_methods() -> dict[str, Method]:
@@ -283,6 +286,31 @@ def told_apart(
         return sum(sign == (row["difference"] > 0) for sign in signs)
 
     return table.assign(samples=table.apply(agreeing, axis=1), text=text)
+
+
+@checked(losses=DictOf(Instance(tuple), Instance(Perplexity), 1))
+def by_seed(losses: Mapping[tuple, Perplexity]) -> list[dict[tuple, Perplexity]]:
+    """The losses of every seed of `gradient_methods`, with its number taken out of the names.
+
+    Parameters
+    ----------
+    losses : mapping
+        From `method_comparison`; a method without seeds is in every entry.
+
+    Returns
+    -------
+    list of dict
+        As `told_apart` takes them.
+    """
+    seeds = {found[0] for name, *_ in losses if (found := _SEED.findall(name))}
+    return [
+        {
+            (_SEED.sub("", name), *place): loss
+            for (name, *place), loss in losses.items()
+            if _SEED.findall(name) in ([], [seed])
+        }
+        for seed in sorted(seeds, key=int)
+    ]
 
 
 def _mean(losses: Sequence[Perplexity]) -> Perplexity:

@@ -108,10 +108,10 @@ def smallest_within(
         that is chosen here.
     """
     Number(above=0, below=most)("tolerance", tolerance)
-    is_search(options.get("allocation"), options.get("drop_blocks", False))
     if taken := sorted({"ratio", "parameters", "counts", "inplace"} & set(options)):
         raise ValueError(f"{', '.join(taken)}: chosen by smallest_within; leave it out")
     options = {"ratio_of": "decoder", "allocation": "log-increase", "progress": progress, **options}
+    is_search(options["allocation"], options.get("drop_blocks", False))
     limits = {"perplexity": 1 + increase}  # column to the most, relative to dense
     texts = [excerpt(domain.validation, tokenizer, max_characters=_MAX_CHARACTERS)]
     if other is not None:

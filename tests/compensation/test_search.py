@@ -246,6 +246,8 @@ def test_a_search_drops_a_block_that_does_nothing(monkeypatch):
     assert lab.slimgpt(model, windows(), ratio=0.3, **options)[1] == plan
     with pytest.raises(ValueError, match="allocation is 'uniform'; only a search chooses which"):
         lab.slimgpt(model, windows(), ratio=0.3, **{**options, "allocation": "uniform"})
+    with pytest.raises(ValueError, match="drop_blocks is True, but has no effect with counts"):
+        lab.slimgpt(model, windows(), counts=counts, drop_blocks=True, progress=False)
 
 
 def test_a_group_of_one_level_is_never_moved():
