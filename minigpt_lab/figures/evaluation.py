@@ -107,7 +107,7 @@ def _mark_curves(axis: Axes, curves: dict[str, pd.DataFrame], styles: dict, leve
         axis.plot(reached.index, reached, "*", ms=15, color=tint, mec="black")
 
 
-@draws_frame(names="text variant", numbers="perplexity")
+@draws_frame(names="text variant", numbers="perplexity", parts="variant")
 def restore_or_adapt(table: pd.DataFrame, *, domain: str, other: str, caption: str = "") -> Figure:
     """Perplexity of the domain against that of another text, relative to the dense model's.
 

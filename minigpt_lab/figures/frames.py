@@ -17,7 +17,9 @@ from .style import STYLE
 _SENTENCES = ("model", "protocol", "device")  # columns of sentences rather than names
 
 
-def draws_frame(names: str = "", numbers: str = "", *, empty: bool = False) -> Callable:
+def draws_frame(
+    names: str = "", numbers: str = "", *, parts: str = "", empty: bool = False
+) -> Callable:
     """Check a figure function's frame, its first argument, and draw it under the kit's style.
 
     Parameters
@@ -25,6 +27,9 @@ def draws_frame(names: str = "", numbers: str = "", *, empty: bool = False) -> C
     names, numbers : str
         Columns, separated by spaces: of texts, of numbers or truth values. Values that are not
         finite are not drawn.
+    parts : str
+        Those of the names that the function takes apart at ``", "``: each part is shortened by
+        itself.
     empty : bool
         Whether the function draws a frame without rows.
     """
@@ -42,7 +47,8 @@ def draws_frame(names: str = "", numbers: str = "", *, empty: bool = False) -> C
                 raise InvalidArgument(f"{first} has no rows; expected at least one to draw")
             frame = frame.replace([np.inf, -np.inf], np.nan)
             for column in {*names.split(), "domain"} & {*frame}:
-                frame = frame.assign(**{column: _literal_column(first, frame[column])})
+                values = _literal_column(first, frame[column], column in parts.split())
+                frame = frame.assign(**{column: values})
             arguments = {key: _literal_argument(key, value) for key, value in arguments.items()}
             try:
                 with mpl.rc_context(STYLE):
@@ -58,12 +64,15 @@ def draws_frame(names: str = "", numbers: str = "", *, empty: bool = False) -> C
     return decorate
 
 
-def _literal_column(first: str, values: pd.Series) -> pd.Series:
+def _literal_column(first: str, values: pd.Series, in_parts: bool) -> pd.Series:
     """Texts as they are drawn; names that would look alike are refused."""
     if not values.map(lambda value: isinstance(value, str)).all():
         raise InvalidArgument(f"column {values.name!r} of {first} holds no texts; expected names")
     longest = 200 if values.name in _SENTENCES else 40
-    drawn = values.map(lambda value: literal(value, longest))
+    if in_parts:
+        drawn = values.map(lambda value: ", ".join(literal(part) for part in value.split(", ")))
+    else:
+        drawn = values.map(lambda value: literal(value, longest))
     if drawn.nunique() < values.nunique():
         twice = drawn.groupby(drawn).transform(lambda same: values[same.index].nunique() > 1)
         raise InvalidArgument(

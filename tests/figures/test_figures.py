@@ -404,7 +404,7 @@ def test_recovery_curves_show_the_level_of_the_fine_tuned_dense_model(histories)
 def test_restoring_and_adapting_are_directions():
     variants = {"dense": (10, 20), "dense, label": (8, 22), "mild, slimgpt": (20, 60),
                 "mild, slimgpt, kl": (15, 40), "mild, slimgpt, label": (12, 70),
-                "mild, slimgpt, mix, general": (14, 50)}  # fmt: skip
+                "mild, slimgpt, mix, general, tuned teacher": (14, 50)}  # fmt: skip
     rows = [
         (text, name, value[i])
         for name, value in variants.items()
