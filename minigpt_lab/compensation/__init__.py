@@ -3,7 +3,7 @@
 from .block_fitting import DenseStream, Reconstruction, fit_block, stream_loss
 from .budget_search import is_search, search_counts
 from .calibration_windows import STEP_TOKENS, CalibrationWindows
-from .dropped_layers import linear_compensated
+from .dropped_blocks import linear_compensated
 from .given_plan import bias_compensated, weight_compensated
 from .layer_by_layer import slimgpt
 from .layer_counts import SearchedCounts
