@@ -31,6 +31,7 @@ from ..checks import (
     Number,
     OneOf,
     checked,
+    refuse_unused,
 )
 from ..criteria import chosen_sites
 from ..models import Anatomy, fingerprint, is_offloaded
@@ -157,6 +158,8 @@ def search_counts(
     anatomy = Anatomy(model)
     sites = chosen_sites(model, sites, units)
     layer_sites = unscored_sites(anatomy, sites, keep_layers)
+    if general is None:
+        refuse_unused(search_counts, "general=None", generality=generality)
     divisors = unit_steps(layer_sites, multiple_of)
     dense = sum(parameter.numel() for parameter in model.parameters())
     size = math.floor(dense - parameters_to_remove(model, layer_sites, ratio, parameters, ratio_of))

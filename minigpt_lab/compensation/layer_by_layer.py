@@ -160,7 +160,7 @@ def slimgpt(
         Tokens of general text, mixed into the calibration so that less is forgotten.
     generality : float
         Share μ of the general text: second moments are ``(1 - μ) H_domain + μ H_general``, and
-        losses of `reconstruct` likewise. Without `general` it has no effect.
+        losses of `reconstruct` likewise.
     inplace : bool
         Change the model itself instead of a copy. Required if its weights are offloaded; then only
         one layer at a time is on the device. An interrupted run leaves the model half pruned: load
@@ -200,6 +200,8 @@ def slimgpt(
     target = one_target(ratio=ratio, parameters=parameters, counts=counts)
     if isinstance(allocation, str):  # rankings need scores; there are none before a layer's turn
         OneOf(["search", *BY_DEPTH])("allocation", allocation)
+    if general is None:
+        refuse_unused(slimgpt, "general=None", generality=generality)
     if counts is not None:
         refuse_unused(slimgpt, "counts", drop_blocks=drop_blocks)
     searching = counts is None and is_search(allocation, drop_blocks)

@@ -24,7 +24,18 @@ from transformers import PreTrainedModel
 
 from ..architectures import dense_type
 from ..calibration import LayerRunner, catch_inputs, tokens_hash
-from ..checks import Batches, Flag, Integer, ListOf, Location, Model, Number, OneOf, checked
+from ..checks import (
+    Batches,
+    Flag,
+    Integer,
+    ListOf,
+    Location,
+    Model,
+    Number,
+    OneOf,
+    checked,
+    refuse_unused,
+)
 from ..models import SITES, Anatomy, fingerprint, inference, is_offloaded, refuse_masked
 from ..store import Shards
 from .block_fitting import LOSSES, DenseStream, Reconstruction, reconstruct_block
@@ -102,6 +113,8 @@ def reconstruct(
     # 1. Two models that fit together, the tokens, and a run in `out_dir` with the same of all.
     _require_pair(mini, model)
     settings = Reconstruction(epochs, learning_rate, sites)
+    if general is None:
+        refuse_unused(reconstruct, "general=None", generality=generality)
     windows = CalibrationWindows(batches, general, generality, joined=True)
     workspace = Workspace(offload, out_dir)
     facts = {"model": fingerprint(mini), "dense": fingerprint(model), **settings.to_dict()}

@@ -91,5 +91,6 @@ def calibration(
     """Arguments of `slimgpt`: tokens of the domain, and of general text if it has a share."""
     found: dict[str, Any] = {"batches": tokenize(domain.calibration, tokenizer, **shape)}
     if generality:
-        found["general"] = tokenize(general_domain.calibration, tokenizer, **shape)
-    return {**found, "generality": generality}
+        general = tokenize(general_domain.calibration, tokenizer, **shape)
+        found |= {"general": general, "generality": generality}
+    return found

@@ -1,22 +1,25 @@
-"""Whole blocks dropped, beside all layers narrowed to the same number of parameters."""
+"""Whole blocks dropped, beside all layers narrowed to the same size or the same speed."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import pandas as pd
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checks import Instance, Number, checked
-from ..compensation import slimgpt
+from ..compensation import linear_compensated, slimgpt
+from ..criteria import score
 from ..domains import Part
 from ..evaluation import efficiency
 from ..models import shrink
-from ..planning import plan_dropping
+from ..planning import plan_dropping, plan_from_scores
 from .arguments import BATCHES, PAIR, PROTOCOL, TEXTS
 from .held_out import HeldOut
 
 _SPEEDS = ["prefill_speedup", "decode_speedup"]
+_MOST = 0.9  # of the units: how far narrowing goes for a speed
 
 
 @checked(
@@ -40,7 +43,7 @@ def dropped_or_narrowed(
     max_tokens: int = 8_192,
     seq_len: int = 256,
 ) -> pd.DataFrame:
-    """Drop blocks by influence, narrow all layers to the same size by `slimgpt`, measure both.
+    """Drop blocks by influence, narrow all layers by `slimgpt`, measure loss and speed.
 
     Parameters
     ----------
@@ -60,19 +63,41 @@ def dropped_or_narrowed(
     Returns
     -------
     pandas.DataFrame
-        A row per variant and text: dense, dropped, narrowed on the domain's text alone, narrowed
-        with half general text. Columns ``variant, prefill_speedup, decode_speedup`` (measured in
-        turns with the dense model), ``stored, removed``, and those of `divergence`.
+        A row per variant and text: dense; dropped; dropped with a map in their place
+        (`linear_compensated`); narrowed to that size, on the domain's text alone and with half
+        general text; narrowed until they decode about as fast. Columns ``variant, prefill_speedup,
+        decode_speedup`` (measured in turns with the dense model), ``stored, removed``, and those of
+        `divergence`.
     """
-    dropped = shrink(model, plan_dropping(model, influence, ratio=ratio))
-    size = {"parameters": dropped.num_parameters(), "progress": False}
-    narrowed, _ = slimgpt(model, batches, **size)
-    mixed, _ = slimgpt(model, batches, general=general, generality=0.5, **size)
-    variants = {"dense": model, "dropped": dropped, "narrowed": narrowed, "narrowed, μ 0.5": mixed}
+    plan = plan_dropping(model, influence, ratio=ratio)
+    variants = {"dense": model, "dropped": shrink(model, plan)}
+    size = {"parameters": variants["dropped"].num_parameters(), "progress": False}
+    mapped = linear_compensated(model, plan, batches, progress=False)
+    variants["dropped, with a map"] = shrink(mapped, plan)
+    variants["narrowed"], _ = slimgpt(model, batches, **size)
+    variants["narrowed, μ 0.5"], _ = slimgpt(
+        model, batches, general=general, generality=0.5, **size
+    )
+
+    def speedups(variant: PreTrainedModel) -> pd.Series:
+        found = efficiency(variant, tokenizer, dense=model, seq_len=seq_len, repeats=3)
+        return found.iloc[-1][_SPEEDS].astype(float).round(2)
+
+    def narrowed_speed(share: float) -> float:
+        cut = plan_from_scores(model, scores, ratio=share)
+        return speedups(shrink(model, cut))["decode_speedup"]
+
+    # Speed depends on widths alone: at four of them, units are chosen by magnitude.
+    scores = score(model, "magnitude")
+    shares = np.linspace(ratio, max(ratio, _MOST), 4)
+    speeds = np.maximum.accumulate([1.0, *map(narrowed_speed, shares)])
+    dropped = speedups(variants["dropped"])["decode_speedup"]
+    share = np.interp(dropped, speeds, [0.0, *shares])
+    fast = {"ratio": float(share), "progress": False}
+    variants["narrowed, as fast"], _ = slimgpt(model, batches, **fast)
     held_out = HeldOut(model, tokenizer, texts, max_tokens=max_tokens, seq_len=seq_len, path=None)
     rows = []
     for name, variant in variants.items():
-        speed = efficiency(variant, tokenizer, dense=model, seq_len=seq_len, repeats=3).iloc[-1]
-        faster = speed[_SPEEDS].astype(float).round(2).to_dict()
-        rows += held_out.table_rows(held_out.measure(variant), variant=name, **faster)
+        speed = speedups(variant).to_dict()
+        rows += held_out.table_rows(held_out.measure(variant), variant=name, **speed)
     return pd.DataFrame(rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -220,6 +221,11 @@ def test_bad_input(tiny, tiny_domain):
         lab.reconstruct(random_model("gpt2"), model, batches)
     with pytest.raises(ValueError, match="generality is 1.5"):
         cut(model, general=batches, generality=1.5)
+    for prune in (cut, partial(lab.search_counts, ratio=0.3)):
+        with pytest.raises(ValueError, match="generality is 0.3, but has no effect with general=N"):
+            prune(model, batches=batches, generality=0.3)
+    with pytest.raises(ValueError, match="generality is 0.3, but has no effect with general=None"):
+        lab.reconstruct(cut(model)[0], model, batches, generality=0.3)
     with pytest.raises(ValueError, match="reconstruct is 0"):
         cut(model, reconstruct=0)
     with pytest.raises(ValueError, match="epochs is 0"):
