@@ -70,7 +70,7 @@ def copy_runs(runs: Path, *, smoke: bool = False) -> None:
             target = RECORDS / name / (source.name if "sweep" in section else "")
             target.mkdir(parents=True)
             tables = {table["file"] for table in section.get("table", [])}
-            tables |= {claim["table"] for claim in CLAIMS if claim["notebook"] == name}
+            tables |= {claim["table"] for claim in CLAIMS if name_of(claim) == name}
             for file in [RECORD, *(f"{table}.csv" for table in tables)]:
                 if (source / file).is_file():
                     shutil.copy(source / file, target)
@@ -84,9 +84,9 @@ def copy_runs(runs: Path, *, smoke: bool = False) -> None:
             print(f"{name}: {source}")
 
 
-def name_of(section: dict) -> str:
-    """Of the folder that holds a section's records."""
-    return section.get("sweep", section["notebook"])
+def name_of(entry: dict) -> str:
+    """Of the folder that holds the records of a section or a claim."""
+    return entry.get("sweep", entry["notebook"])
 
 
 def write_page() -> str:
@@ -110,7 +110,7 @@ def section_text(section: dict) -> str:
         try:
             lines += [*([spec["title"], ""] if "title" in spec else []), *table_lines(spec, name)]
         except (OSError, KeyError, pd.errors.UndefinedVariableError):
-            lines += [f"(This run has no such table: {spec['file']}.)"]
+            lines += ["(Not measured in this run.)"]
         lines += [""]
     return "\n".join(lines)
 
@@ -236,7 +236,7 @@ def intervals(claim: dict) -> Iterator[tuple[float, float, float]]:
     With ``difference`` (three columns) each row is one; with ``along`` (a column) each row and the
     one before it; else the rows of ``first`` and of ``second``: ratios of perplexities.
     """
-    frame = read_table(claim["notebook"], claim["table"], claim.get("rows", ""))
+    frame = read_table(name_of(claim), claim["table"], claim.get("rows", ""))
     if "difference" in claim:
         yield from frame[claim["difference"]].itertuples(index=False, name=None)
         return
@@ -244,7 +244,7 @@ def intervals(claim: dict) -> Iterator[tuple[float, float, float]]:
         levels = [group for _, group in frame.groupby(claim["along"])]
         pairs = [*zip(levels[1:], levels, strict=False)]
     else:
-        used = read_record(RECORDS / claim["notebook"])["parameters"]
+        used = read_record(run_folders(name_of(claim))[0])["parameters"]
         pairs = [tuple(frame.query(claim[key].format(**used)) for key in ("first", "second"))]
     for first, second in pairs:
         if len(first) and len(second):

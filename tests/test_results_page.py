@@ -128,7 +128,7 @@ def test_newest_run_makes_the_page(fresh):
     assert "| uniform | 1,000 | 40.00 [38.00, 42.00] | 0.250 |" in page
     assert "a model; windows; 512 test tokens; cpu (unnamed); 2 min; 2026-01-02" in page
     assert "2 runs; a model" in page and "| g | dense | 3.00 [2.00, 4.00] |" in page
-    assert "(This run has no such table: left_out.)" in page
+    assert "(Not measured in this run.)" in page
     verdicts = {
         claim["says"][:30]: results_page.judged(claim)
         for claim in results_page.CLAIMS

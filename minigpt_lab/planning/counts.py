@@ -16,6 +16,7 @@ from .layer_sites import LayerSite, check_keep_layers, prunable_sites, unit_step
 
 RATIOS = ("units", "decoder", "model")
 RATIO = Number(0, below=1) | None
+_FEW = 8  # units of a layer: rounding to a whole one is off by up to a sixteenth of them
 
 
 @checked(
@@ -136,7 +137,9 @@ def unit_counts(
     layer_sites : sequence of LayerSite
         From `prunable_sites`.
     even_out : bool
-        Balance the rounding to whole heads by pruning more or fewer FFN channels of the layer.
+        Where a layer has few heads to prune, carry what rounding leaves undone on to the next one,
+        so that not all layers lose their first head at one size; and balance the rounding to whole
+        heads by pruning more or fewer FFN channels of the layer.
 
     Other parameters are those of `plan_from_scores`.
 
@@ -150,8 +153,9 @@ def unit_counts(
 
     def counts_at(share: float) -> np.ndarray:
         removed = rule(share, layer_sites) * np.array([len(each) for each in layer_sites])
-        counts = _whole_units(layer_sites, removed, steps)
-        return _evened_out(layer_sites, removed, counts, steps) if even_out else counts
+        if even_out:
+            return _evened_out(layer_sites, removed, steps)
+        return _whole_units(layer_sites, removed, steps)
 
     if ratio is not None and ratio_of == "units":
         if not callable(allocation):
@@ -239,12 +243,21 @@ def _whole_units(
 
 
 def _evened_out(
-    layer_sites: Sequence[LayerSite], removed: np.ndarray, counts: np.ndarray, steps: Sequence[int]
+    layer_sites: Sequence[LayerSite], removed: np.ndarray, steps: Sequence[int]
 ) -> np.ndarray:
-    """Counts whose FFN channels balance, layer by layer, the rounding to whole heads."""
+    """Counts with few heads rounded in turns, and channels that balance it layer by layer."""
+    counts = _whole_units(layer_sites, removed, steps)
     layer, cost, total = np.array([(each.layer, each.cost, len(each)) for each in layer_sites]).T
-    is_ffn = np.array([each.site == "ffn" for each in layer_sites])
-    # parameters that whole heads remove too few, by layer
+    site = np.array([each.site for each in layer_sites])
+    # 1. Heads kept by a layer: the rounded sum up to it, less that up to the layer before.
+    for name in {*site} - {"ffn"}:
+        few = (site == name) & (total / steps <= _FEW)
+        step = np.array(steps)[few]
+        whole = np.round(np.cumsum((total - removed)[few] / step) + 1e-9).astype(int)
+        kept = np.diff(whole, prepend=0) * step
+        counts[few] = total[few] - np.clip(kept, step, total[few])
+    # 2. Parameters that whole heads remove too few, by layer, are made up for by its channels.
+    is_ffn = site == "ffn"
     missing = np.bincount(layer, np.where(is_ffn, 0, (removed - counts) * cost))
     channels = np.clip(removed + missing[layer] / cost, 0, total)
     return _whole_units(layer_sites, np.where(is_ffn, channels, counts), steps)

@@ -29,5 +29,6 @@ from .methods import (
 from .projections import layer_losses, layer_problems
 from .prunings import SlimGPTRun, pruned_model, reconstructed_plans, slimgpt_runs
 from .reconstruction import generality_curve, reconstruction_curve
+from .runtimes import runtime_speeds
 from .smallest import smallest_within
 from .tables import cosine_curve, parameter_budget, throughput_rates

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checks import DictOf, Flag, Instance, Integer, ListOf, Model, OneOf, Text, checked
 from ..domains import Part, Question
-from ..evaluation import Perplexity, answer_questions, compare
+from ..evaluation import Perplexity, answer_questions, compare, write_answers
 from ..export import KINDS, gguf_size, quantised
 from ..models import fingerprint
 from .arguments import FOLDER, PAIR, TEXTS
@@ -58,7 +58,7 @@ def format_losses(
     kinds : sequence of str
         Formats, see `export_gguf`.
     questions : sequence of Question, optional
-        Also answered by every model in every format.
+        Also answered by every model in every format, by choosing and by writing.
     max_tokens, seq_len : int
         Tokens per text (None for all), and per window.
     out_dir : str or path, optional
@@ -70,9 +70,10 @@ def format_losses(
     -------
     pandas.DataFrame
         One row per model, format and text: ``model, kind, bytes, stored`` and the numbers of
-        `perplexity`; with questions also ``accuracy``. ``coarser`` names the best model on this
-        text of at most as many bytes that stores more weights, in fewer bits each; ``difference``
-        is how much better that one is, in bits per character (``difference_low``,
+        `perplexity`; with questions also ``accuracy`` and ``written``, the shares of right answers
+        that it chooses and that it writes (`write_answers`). ``coarser`` names the best model on
+        this text of at most as many bytes that stores more weights, in fewer bits each;
+        ``difference`` is how much better that one is, in bits per character (``difference_low``,
         ``difference_high``: paired 95 % interval).
 
     Raises
@@ -91,12 +92,13 @@ def format_losses(
             rounded = quantised(each, kind)
             result = held_out.measure(rounded)
             if questions is not None:
-                answers = answer_questions(rounded, tokenizer, questions, progress=False)
-                result["accuracy"] = answers.accuracy
+                asking = (rounded, tokenizer, questions)
+                result["accuracy"] = answer_questions(*asking, progress=False).accuracy
+                result["written"] = write_answers(*asking, progress=False).accuracy
             return result | {"bytes": gguf_size(each, tokenizer, kind=kind)}
 
         result = held_out.get([fingerprint(each), kind, asked], compute)
-        found = {column: result[column] for column in ("bytes", "accuracy") if column in result}
+        found = {name: result[name] for name in ("bytes", "accuracy", "written") if name in result}
         facts = {"model": name, "kind": kind, **found}
         rows += held_out.table_rows(result, **facts)
         losses += held_out.perplexities(result)

@@ -316,6 +316,10 @@ def study_calls(t: dict) -> dict[str, dict]:
             **pair, "batches": t["batches"], "general": t["batches"], "texts": texts,
             "influence": t["influence"], "ratio": 1e-3, "max_tokens": 64, "seq_len": 32,
         },
+        "runtimes.runtime_speeds": {
+            **pair, "models": {"a": t["model"]}, "kinds": [], "seq_len": 16, "new_tokens": 1,
+            "repeats": 1, "progress": False,
+        },
         "matrix.kept_overlap": {"plans": {("law", 0): t["plan"], ("law", 1): t["plan"]}},
         "matrix.mixed": {"domains": [t["domain"]]},
         "methods.gradient_methods": {"directions": [1], "seeds": 1},

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 import minigpt_lab as lab
 from minigpt_lab.models.anatomy import Anatomy
 from minigpt_lab.models.sizes import layer_parameters
-from minigpt_lab.planning.allocations import ALLOCATIONS, RANKINGS, LayerSite
-from minigpt_lab.planning.counts import RATIOS
+from minigpt_lab.planning.allocations import ALLOCATIONS, RANKINGS, LayerSite, allocation_rule
+from minigpt_lab.planning.counts import RATIOS, unit_counts
 
 PROBE = torch.arange(60).view(4, 15)
 
@@ -179,3 +179,30 @@ def test_a_cut_of_nothing_says_so():
     with pytest.warns(UserWarning, match="removes no units: .* less than half a unit"):
         plan = lab.plan_from_scores(model, scores, ratio=0.1, allocation="uniform")
     assert not any(plan.removed["attention"])
+
+
+@pytest.mark.parametrize("heads", [2, 3, 8, 12])
+@pytest.mark.parametrize("ratio", [0.04, 0.13, 0.2, 1 / 3, 0.47, 0.5, 0.81, 0.95])
+@pytest.mark.parametrize("allocation", ["uniform", "log-increase"])
+def test_few_heads_leave_in_turns_and_channels_balance_them(tiny, heads, ratio, allocation):
+    """The heads that all layers lose sum up to their share; every layer loses its parameters."""
+    depth, channel, head = 30, 2, 300
+    layer_sites = [
+        LayerSite(site, layer, depth, np.zeros(units), cost)
+        for site, units, cost in (("attention", heads, head), ("ffn", 1500, channel))
+        for layer in range(depth)
+    ]
+    counts = unit_counts(tiny[0], layer_sites, ratio, None, allocation, even_out=True)
+    removed, channels = np.array(counts[:depth]), np.array(counts[depth:])
+    wanted = np.array(allocation_rule(allocation)(ratio, layer_sites[:depth])) * heads
+    assert (removed >= 0).all() and (removed < heads).all()
+    if heads <= 8 and (wanted <= heads - 1).all():  # in turns: never off by more than a half
+        assert (np.abs(np.cumsum(removed - wanted)) <= 0.5 + 1e-6).all()
+        assert (np.abs(removed - wanted) < 1).all()
+    if heads > 8:
+        expected = heads - np.maximum(np.round(heads - wanted), 1)
+        assert (removed == expected).all()
+    lost = removed * head + channels * channel
+    target = wanted * head + wanted / heads * 1500 * channel
+    inside = (channels > 0) & (channels < 1499)
+    assert (np.abs(lost - target)[inside] <= channel).all()

@@ -50,6 +50,8 @@ def test_finished_cells_are_kept_by_the_questions_asked(tiny, tiny_domain, tmp_p
     for questions in (first, first, second):  # as many, but others: measured anew
         table = studies.format_losses(*tiny, questions=questions, out_dir=tmp_path, **how)
         assert table["accuracy"].between(0, 1).all()
+        wrote = lab.write_answers(lab.quantised(tiny[0], "Q8_0"), tiny[1], questions)
+        assert (table["written"] == wrote.accuracy).all()
     assert asked == [first, second]
     with pytest.raises((TypeError, ValueError), match="questions"):
         studies.format_losses(*tiny, questions=["What?"], **how)
