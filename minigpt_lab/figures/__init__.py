@@ -4,7 +4,6 @@ from .ablations import (
     calibration_settings,
     layer_budgets,
     layer_losses,
-    limit_curves,
     one_layer_curves,
     reconstruction_curve,
     variant_dots,
@@ -18,8 +17,6 @@ from .activations import (
 )
 from .comparison import (
     cosine_curve,
-    format_curves,
-    generality_front,
     influence_bars,
     method_curves,
     pareto_front,
@@ -46,3 +43,4 @@ from .style import (
     save_figure,
     style_for,
 )
+from .trade_offs import format_curves, generality_front, limit_curves

@@ -222,36 +222,3 @@ def calibration_settings(table: pd.DataFrame, *, caption: str = "") -> Figure:
     figure.axes[0].set_ylabel("test perplexity")
     side_legend(figure)
     return figure
-
-
-@draws_frame(names="text way", numbers="stored increase limit within")
-def limit_curves(curves: pd.DataFrame, *, caption: str = "") -> Figure:
-    """Loss of every size that was tried, beside the limits; the smallest one within is filled.
-
-    Parameters
-    ----------
-    curves : pandas.DataFrame
-        From `minigpt_lab.studies.smallest_within`, a row per size, way and text: columns ``text,
-        way, stored, increase, limit, within``; `within` says whether it keeps the limits of all
-        texts.
-    caption : str
-        Model, calibration, protocol.
-    """
-    title = "How small within the limits?"
-    figure, panels = panel_row(curves, "text", caption, title, size=(4.0, 3.6), beside=1.9)
-    styles = looks(curves["way"])
-    for axis, _, part in panels:
-        for way, look in styles.items():
-            own = part[part["way"] == way].sort_values("stored")
-            axis.plot(own["stored"] / 1e6, own["increase"], mfc="white", ms=6, lw=1.2, **look)
-            best = own[own["within"].astype(bool)].head(1)
-            axis.plot(best["stored"] / 1e6, best["increase"], ms=8, **look)
-        limit = part["limit"].iloc[0]
-        axis.axhline(limit, color="black", lw=1, ls=":")
-        # the limit is seen, and a size far beyond it does not flatten the rest
-        axis.set_ylim(top=1.05 * max(limit, min(part["increase"].max(), 4 * limit)))
-        axis.set(xlabel="stored parameters, millions", ylabel="perplexity above dense")
-        axis.yaxis.set_major_formatter(percent)
-    keys = [key(way, **look) for way, look in styles.items()]
-    side_legend(figure, *keys, key("limit", color="black", ls=":", marker=""))
-    return figure

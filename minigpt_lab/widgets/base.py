@@ -97,7 +97,7 @@ def size_words(size: Size) -> str:
 
 
 class Chooser(Explorer):
-    """Dropdowns that choose among finished results; no model is needed.
+    """Dropdowns, and sliders for numbers, that choose among finished results without a model.
 
     Parameters
     ----------
@@ -111,7 +111,7 @@ class Chooser(Explorer):
         self.draw = Function()("draw", draw)
         texts = ListOf(Text(), 1)
         self.controls = {
-            name: ipywidgets.Dropdown(options=texts(name, choices), description=name)
+            name: _control(texts(name, choices))(options=choices, description=name)
             for name, choices in options.items()
         }
         row = ipywidgets.HBox(list(self.controls.values()))
@@ -124,6 +124,16 @@ class Chooser(Explorer):
             return "", png_bytes(drawn)
         table = Instance(pd.DataFrame, "or a Figure")("what draw returned", drawn)
         return _table_html(table), b""
+
+
+def _control(choices: Sequence[str]) -> type[ipywidgets.Widget]:
+    """A slider for several numbers in order, else a dropdown."""
+    try:
+        numbers = [float(choice) for choice in choices]
+    except ValueError:
+        numbers = []
+    ordered = len(numbers) > 1 and numbers == sorted(numbers)
+    return ipywidgets.SelectionSlider if ordered else ipywidgets.Dropdown
 
 
 def _table_html(table: pd.DataFrame) -> str:

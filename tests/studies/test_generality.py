@@ -57,6 +57,11 @@ def test_the_dial_in_a_table_is_slimgpts(tiny, tiny_domain, texts, tmp_path):
     assert row["perplexity"] != pytest.approx(expected.value)
     figure = figures.generality_front(table, domain=held_out[0], other=held_out[1])
     assert [len(axis.lines) for axis in figure.axes] == [4, 2]
+    figure = figures.generality_front(table, domain=held_out[0], other=held_out[1], chosen=0.5)
+    line, ring = figure.axes[0].lines[-1], figure.axes[1].lines[-1]
+    chosen = table[table["generality"] == 0.5].set_index("text")["perplexity"]
+    place = [chosen[str(text)] for text in held_out]
+    assert line.get_xdata()[0] == 0.5 and [*ring.get_xydata()[0]] == place
 
 
 def test_plans_are_compared_with_and_without_reconstruction(tiny, tiny_domain, texts):

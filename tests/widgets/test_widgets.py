@@ -186,6 +186,22 @@ def test_choosing_among_results():
     assert "<img" not in chooser.shown.value
 
 
+@pytest.mark.parametrize(
+    ("choices", "kind"),
+    [
+        (["0.0", "0.25", "1.0"], "SelectionSlider"),
+        (["1.0", "0.5"], "Dropdown"),
+        (["0.5"], "Dropdown"),
+        (["0.5", "search"], "Dropdown"),
+    ],
+)
+def test_numbers_in_order_have_a_slider(choices, kind):
+    chooser = Chooser(lambda n: pd.DataFrame({"chosen": [n]}), n=choices)
+    assert type(chooser.controls["n"]).__name__ == kind
+    chooser.controls["n"].set_state({"index": len(choices) - 1})
+    assert f">{choices[-1]}<" in chooser.shown.value
+
+
 def test_numbers_of_a_table_are_short_and_all_of_their_digits_are_read():
     columns = {"n": [94_700_000], "loss": [1234.5], "kl": [0.01234], "low": [float("nan")]}
     shown = Chooser(lambda name: pd.DataFrame(columns), name=["law"]).shown.value
