@@ -145,8 +145,9 @@ def slimgpt(
     units : {"kv_group", "balanced_heads"}
         Units of attention; see `ATTENTION_UNITS`.
     allocation, ratio_of, keep_layers, multiple_of
-        See `plan_from_scores`. The default is SlimGPT's incremental ratio. Rounding to whole heads
-        is balanced by pruning more or fewer FFN channels of the layer. ``"search"`` calls
+        See `plan_from_scores`. The default is SlimGPT's incremental ratio. Where a
+        layer has few heads, what rounding leaves undone goes on to the next layer; pruning more or
+        fewer FFN channels of the layer balances the rounding to whole heads. ``"search"`` calls
         `search_counts`, which takes longer; `out_dir` then keeps its finished rounds too.
     drop_blocks : bool
         Whether a layer may lose its whole attention or FFN in that search.
