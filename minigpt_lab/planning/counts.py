@@ -257,10 +257,17 @@ def _evened_out(
         kept = np.diff(whole, prepend=0) * step
         counts[few] = total[few] - np.clip(kept, step, total[few])
     # 2. Parameters that whole heads remove too few, by layer, are made up for by its channels.
-    is_ffn = site == "ffn"
+    is_ffn, most = site == "ffn", np.where(site == "ffn", total - steps, counts)
     missing = np.bincount(layer, np.where(is_ffn, 0, (removed - counts) * cost))
-    channels = np.clip(removed + missing[layer] / cost, 0, total)
-    return _whole_units(layer_sites, np.where(is_ffn, channels, counts), steps)
+    units = np.where(is_ffn, np.clip(removed + missing[layer] / cost, 0, most), counts)
+    # 3. What is more than a layer's channels is spread over those of the others, by their room.
+    for _ in layer_sites:
+        missing = ((removed - units) * cost).sum()
+        room = np.where(is_ffn, most - units if missing > 0 else units, 0) * cost
+        if abs(missing) < 1 or not room.any():
+            break
+        units = units + np.sign(missing) * min(abs(missing) / room.sum(), 1) * room / cost
+    return _whole_units(layer_sites, units, steps)
 
 
 def _solve(
