@@ -91,16 +91,16 @@ def linear_compensated(
     for before, last in runs:
         # 1. Sums over tokens of M and Y - X, and of their products.
         with masked(updated, plan):
-            sums = _sums(anatomy, Anatomy(updated), before, last, batches, progress)
+            sums = _sums(anatomy, Anatomy(updated), plan, before, last, batches, progress)
         # 2. D = T - I and the offset of the bias.
         module = _projection(Anatomy(updated), before)
-        D, offset = _solution(sums, damping, module.bias is not None)
-        D, offset = (each.to(sums[0].device, sums[0].dtype) for each in (D, offset))
-        if not torch.isfinite(D).all():
+        if not all(torch.isfinite(each).all() for each in sums):
             raise ValueError(
                 f"layer {before.layer} or {last.layer} puts out NaN or infinite values: check its "
                 "weights"
             )
+        D, offset = _solution(sums, damping, module.bias is not None)
+        D, offset = (each.to(sums[0].device, sums[0].dtype) for each in (D, offset))
         # 3. W ← Tᵀ W, b ← Tᵀ b + offset.
         W = module.weight.movedim(weight_axis(module, "output"), 0)  # [out, in], a view
         W += (D.mT @ W.to(D)).to(W)
@@ -117,6 +117,7 @@ def _projection(anatomy: Anatomy, block: Block) -> nn.Module:
 def _sums(
     dense: Anatomy,
     pruned: Anatomy,
+    plan: PruningPlan,
     before: Block,
     last: Block,
     batches: Iterable[dict[str, torch.Tensor]],
@@ -135,6 +136,8 @@ def _sums(
         ffn = Block(last.layer, "ffn")
         modules |= {f"{name} FFN": _projection(each, ffn) for name, each in behind.items()}
     modules["M"] = _projection(pruned, before)
+    name = pruned.name(before.layer, pruned.family.consumes[before.site])
+    shift = plan.shift.get(name)  # added behind the map, as it is
     sums, n_tokens = [0.0] * 4, 0
     models = [each.model for each in behind.values()]
     with inference(models[0]), inference(models[1]), watch(modules, after=note):
@@ -143,6 +146,7 @@ def _sums(
                 run_decoder(model, ids)
             Y, X = (found[name] - found.get(f"{name} FFN", 0) for name in behind)
             M, R = found["M"], Y - X
+            M = M if shift is None else M - torch.as_tensor(shift).to(M)
             terms = (M.sum(0), R.sum(0), M.mT @ M, M.mT @ R)
             dtype = sum_dtype(M.device)
             sums = [total + term.to(dtype) for total, term in zip(sums, terms, strict=True)]
@@ -170,24 +174,27 @@ def _dropped_runs(anatomy: Anatomy, plan: PruningPlan) -> Iterator[tuple[Block, 
     InvalidArgument
         If there are none, or the first attention is dropped.
     """
-    kept = {site: [*map(len, layers)] for site, layers in plan.keep.items()}
-    widths = anatomy.layer_widths() | kept
-    widths["attention"] = [*map(min, widths["attention"], widths["balanced_heads"])]
+    there = anatomy.layer_widths()
+    left = there | {site: [*map(len, layers)] for site, layers in plan.keep.items()}
+    for widths in (there, left):
+        widths["attention"] = [*map(min, widths["attention"], widths["balanced_heads"])]
     layers = range(len(anatomy.layers))
-    blocks = [Block(layer, site) for layer in layers for site in ("attention", "ffn")]
-    if all(widths[block.site][block.layer] for block in blocks):
+    every = [Block(layer, site) for layer in layers for site in ("attention", "ffn")]
+    blocks = [block for block in every if there[block.site][block.layer]]  # of this model
+    if all(left[block.site][block.layer] for block in blocks):
         raise InvalidArgument(
             "the plan drops no block; expected an attention or FFN, or both of a layer: "
             "lab.plan_dropping(model, lab.block_influence(model, batches), count=1)"
         )
     before = None
-    for stays, group in itertools.groupby(blocks, lambda each: widths[each.site][each.layer] > 0):
-        *_, last = group
+    for stays, group in itertools.groupby(blocks, lambda each: left[each.site][each.layer] > 0):
+        first, *others = group
         if not stays and before is None:
             raise InvalidArgument(
-                "the plan drops layer 0's attention, with no block before it that could take up "
-                "the map; keep it, or drop it without a map"
+                f"the plan drops layer {first.layer}'s {first.site}, with no block before it that "
+                "could take up the map; keep it, or drop it without a map"
             )
+        last = others[-1] if others else first
         if not stays:
             yield before, last
         before = last

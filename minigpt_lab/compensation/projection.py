@@ -175,6 +175,8 @@ def require_plain_sums(anatomy: Anatomy, instead: str) -> None:
         what = "a norm behind the FFN"
     elif not getattr(config, "do_layer_norm_before", True):
         what = "a norm of the residual stream in every layer (do_layer_norm_before=False)"
+    elif getattr(config, "apply_residual_connection_post_layernorm", False):
+        what = "a residual stream of norms (apply_residual_connection_post_layernorm=True)"
     else:
         return
     raise InvalidArgument(

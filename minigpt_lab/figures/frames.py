@@ -70,7 +70,9 @@ def _literal_column(first: str, values: pd.Series, in_parts: bool) -> pd.Series:
         raise InvalidArgument(f"column {values.name!r} of {first} holds no texts; expected names")
     longest = 200 if values.name in _SENTENCES else 40
     if in_parts:
-        drawn = values.map(lambda value: ", ".join(literal(part) for part in value.split(", ")))
+        parts = values.reset_index(drop=True).str.split(", ").explode()
+        drawn = _literal_column(first, parts, False).groupby(level=0).agg(", ".join)
+        drawn.index = values.index
     else:
         drawn = values.map(lambda value: literal(value, longest))
     if drawn.nunique() < values.nunique():

@@ -97,7 +97,7 @@ def format_losses(
                 result["written"] = write_answers(*asking, progress=False).accuracy
             return result | {"bytes": gguf_size(each, tokenizer, kind=kind)}
 
-        result = held_out.get([fingerprint(each), kind, asked], compute)
+        result = held_out.get([fingerprint(each), kind, asked and ["written", *asked]], compute)
         found = {name: result[name] for name in ("bytes", "accuracy", "written") if name in result}
         facts = {"model": name, "kind": kind, **found}
         rows += held_out.table_rows(result, **facts)

@@ -20,6 +20,7 @@ from ..models import inference, label
 from .arguments import PAIR
 
 PYTORCH = "PyTorch"
+_DENSE = (None, PYTORCH)  # what all others are compared with
 _FIRST = 5  # token; those before are often special
 _SHORT = 8  # tokens of the prompt that decoding starts from
 
@@ -49,8 +50,8 @@ def runtime_speeds(
 ) -> pd.DataFrame:
     """Prefill and decode of every model in PyTorch and in llama.cpp, beside the dense one's.
 
-    Measured on one thread, in processor time (on an accelerator PyTorch's in seconds), so that
-    other work on the machine matters little. In every round each has its turn.
+    Measured on one thread, in processor time, so that other work on the machine matters little;
+    if a model is on an accelerator, PyTorch in seconds. In every round each has its turn.
 
     Parameters
     ----------
@@ -89,11 +90,14 @@ def runtime_speeds(
                 f"{seq_len} + {new_tokens} tokens do not fit {label(each)}, which has {room} "
                 "positions; choose a smaller seq_len"
             )
+    on_cpu = all(each.device.type == "cpu" for each in (model, *models.values()))
+    clocks = dict.fromkeys(kinds, time.process_time)
+    clocks[PYTORCH] = time.process_time if on_cpu else time.perf_counter
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            runs = {("", PYTORCH): _in_pytorch(model)}
+            runs: dict[tuple, Runtime] = {_DENSE: _in_pytorch(model)}
             for name, each in models.items():
                 runs[name, PYTORCH] = _in_pytorch(each)
                 for number, kind in enumerate(kinds if llama_cpp else ()):
@@ -101,8 +105,11 @@ def runtime_speeds(
                     export_gguf(each, tokenizer, path, kind=kind)
                     rows = each.get_input_embeddings().num_embeddings
                     runs[name, kind] = _in_llama_cpp(llama_cpp, path, seq_len + new_tokens, rows)
-            rounds = [
-                {key: _seconds(run, seq_len, new_tokens) for key, run in runs.items()}
+            rounds: list[dict[tuple, tuple[float, float]]] = [
+                {
+                    key: _seconds(run, clocks[key[1]], seq_len, new_tokens)
+                    for key, run in runs.items()
+                }
                 for _ in tqdm(range(repeats + 1), "speeds", unit="round", disable=not progress)
             ][1:]
     finally:
@@ -112,10 +119,9 @@ def runtime_speeds(
             "model": name,
             "runtime": runtime,
             "stored": models[name].num_parameters(),
-            **_ratios([each["", PYTORCH] for each in rounds], [r[name, runtime] for r in rounds]),
+            **_ratios([r[_DENSE] for r in rounds], [r[name, runtime] for r in rounds]),
         }
-        for name, runtime in runs
-        if name
+        for name, runtime in [*runs][1:]
     )
 
 
@@ -147,6 +153,7 @@ def _in_llama_cpp(llama_cpp, path: Path, room: int, rows: int) -> Runtime:
     options = llama_cpp.CommonParams()
     options.model.path = str(path)
     options.n_ctx, options.n_parallel, options.warmup = max(room, 256), 1, False
+    options.n_gpu_layers = 0
     options.cpuparams.n_threads = options.cpuparams_batch.n_threads = 1
     options.verbosity = -1
     server = llama_cpp.Server(options)
@@ -154,7 +161,10 @@ def _in_llama_cpp(llama_cpp, path: Path, room: int, rows: int) -> Runtime:
     def run(read: int, written: int) -> object:
         request = {"prompt": _prompt(read, rows), "n_predict": written}
         request |= {"temperature": 0, "ignore_eos": True, "cache_prompt": False}
-        return server.handle_completions(request)
+        answer = server.handle_completions(request)
+        if "error" in answer:
+            raise RuntimeError(f"llama.cpp cannot run {path.name}: {answer['error']}")
+        return answer
 
     return run
 
@@ -164,17 +174,18 @@ def _prompt(read: int, rows: int) -> list[int]:
     return [(_FIRST + place) % rows for place in range(read)]
 
 
-def _seconds(run: Runtime, seq_len: int, new_tokens: int) -> tuple[float, float]:
-    """Seconds per token of prefill and of decode."""
-    clock = time.perf_counter if torch.cuda.is_available() else time.process_time  # of the CPU
+def _seconds(
+    run: Runtime, clock: Callable[[], float], seq_len: int, new_tokens: int
+) -> tuple[float, float]:
+    """Seconds per token of prefill and of decode; NaN where the clock was too coarse."""
     times = []
     for read, written in ((seq_len, 1), (_SHORT, 1), (_SHORT, 1 + new_tokens)):
         start = clock()
         run(read, written)
         times.append(clock() - start)
-    least = 1e-9  # of a clock that did not move
-    prefill = max((times[0] - times[1]) / (seq_len - _SHORT), least)
-    return prefill, max((times[2] - times[1]) / new_tokens, least)
+    found = (times[0] - times[1]) / (seq_len - _SHORT), (times[2] - times[1]) / new_tokens
+    prefill, decode = (seconds if seconds > 0 else float("nan") for seconds in found)
+    return prefill, decode
 
 
 def _ratios(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -139,6 +140,51 @@ def test_the_map_helps_a_trained_model(tiny, tiny_domain):
         for each in (updated, model)
     ]
     assert loss[0] < 0.9 * loss[1]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("shift", [0.5, 2.0])
+def test_what_a_plan_shifts_stays_outside_the_map(family, shift):
+    """The map with a shift is as good as without: the shift is added behind it."""
+    model, batches = random_model(family, layers=3), windows()
+    plan = single_blocks(model, [(0, "ffn")])
+    anatomy = Anatomy(model)
+    name = anatomy.name(0, anatomy.family.consumes["attention"])
+    width = model.config.hidden_size
+    shifted = replace(plan, shift={name: [shift] * width})
+    dense = states_behind(model, 0, batches)
+
+    def error(plan, updated) -> float:
+        with lab.masked(updated, plan):
+            return float((states_behind(updated, 0, batches) - dense).square().sum())
+
+    updated = lab.linear_compensated(model, shifted, batches, progress=False)
+    assert error(shifted, updated) < 0.9 * error(shifted, model)
+
+
+def test_blocks_that_a_model_has_lost_are_no_blocks_of_a_plan():
+    model, batches = random_model("llama", layers=4), windows()
+    lost = lab.shrink(model, single_blocks(model, [(0, "attention"), (2, "ffn")]))
+    scores = lab.score(lost, "magnitude", sites=("ffn",))
+    with pytest.raises(ValueError, match="the plan drops no block"):
+        lab.linear_compensated(lost, lab.plan_from_scores(lost, scores, ratio=0.2), batches)
+    plan = single_blocks(lost, [(3, "ffn")])
+    mini = lab.shrink(lab.linear_compensated(lost, plan, batches, progress=False), plan)
+    dense = states_behind(lost, 3, batches)
+    errors = [
+        (states_behind(each, 3, batches) - dense).square().sum()
+        for each in (mini, lab.shrink(lost, plan))
+    ]
+    assert errors[0] < errors[1]
+
+
+def test_nan_is_named_before_the_map_is_solved_for():
+    model = random_model("llama")
+    plan = single_blocks(model, [(1, "ffn")])
+    with torch.no_grad():
+        model.model.layers[1].self_attn.o_proj.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="layer 1 .*puts out NaN or infinite values"):
+        lab.linear_compensated(model, plan, windows(), progress=False)
 
 
 @pytest.mark.parametrize(

@@ -410,7 +410,7 @@ def test_restoring_and_adapting_are_directions():
         for name, value in variants.items()
         for i, text in ((0, "a"), (1, "b"))
     ]
-    table = pd.DataFrame(rows, columns=["text", "variant", "perplexity"])
+    table = pd.DataFrame(rows, columns=["text", "variant", "perplexity"], index=[0] * len(rows))
     axis = figures.restore_or_adapt(table, domain="a", other="b").axes[0]
     arrows = {
         tuple(np.round([*line.get_xdata(), *line.get_ydata()], 6))
@@ -420,6 +420,14 @@ def test_restoring_and_adapting_are_directions():
     assert arrows == {(2.0, 1.5, 3.0, 2.0), (2.0, 1.2, 3.0, 3.5), (2.0, 1.4, 3.0, 2.5)}
     marked = {line.get_marker(): (line.get_xdata()[0], line.get_ydata()[0]) for line in axis.lines}
     assert marked["P"] == (0.8, 1.1) and marked["v"] == (1.5, 2.0) and marked["^"] == (1.2, 3.5)
+
+
+def test_parts_of_names_that_would_look_alike_are_refused():
+    names = ["dense", *("a" * 39 + digit + "a" * 60 + ", slimgpt" for digit in "12")]
+    rows = [(text, name, 2.0) for name in names for text in "ab"]
+    table = pd.DataFrame(rows, columns=["text", "variant", "perplexity"])
+    with pytest.raises(ValueError, match="several names that look like"):
+        figures.restore_or_adapt(table, domain="a", other="b")
 
 
 def test_recovery_of_several_seeds_has_dots_and_new_methods_a_look(histories):

@@ -126,4 +126,3 @@ def test_dropped_blocks_are_compared_at_their_size(tiny, tiny_domain, texts):
     names = ["dense", "dropped", "dropped, with a map", "narrowed", "narrowed, μ 0.5"]
     assert [*table.index][:5] == names
     assert table["perplexity"][:5].is_unique and (table["decode_speedup"] > 0).all()
-    )
