@@ -201,6 +201,14 @@ def test_where_no_map_fits_is_said(family, layers, message):
         lab.linear_compensated(model, whole_layers(model, layers), windows())
 
 
+def test_a_stream_of_norms_takes_no_map():
+    model = random_model("bloom")
+    model.config.apply_residual_connection_post_layernorm = True
+    plan = single_blocks(model, [(1, "ffn")])
+    with pytest.raises(ValueError, match="apply_residual_connection_post_layernorm=True"):
+        lab.linear_compensated(model, plan, windows())
+
+
 def test_a_plan_without_dropped_blocks_needs_no_map():
     model = random_model("llama")
     scores = lab.score(model, "magnitude", sites=("ffn",))
