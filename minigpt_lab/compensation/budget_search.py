@@ -152,14 +152,14 @@ def search_counts(
     """
     settings = Solver.from_options(solver, inspect.signature(search_counts).parameters)
     target = one_target(ratio=ratio, parameters=parameters)
+    if general is None:
+        refuse_unused(search_counts, "general=None", generality=generality)
     _require_gradients(model)
 
     # 1. Sites, parameters to remove, and budgets of that size to start from.
     anatomy = Anatomy(model)
     sites = chosen_sites(model, sites, units)
     layer_sites = unscored_sites(anatomy, sites, keep_layers)
-    if general is None:
-        refuse_unused(search_counts, "general=None", generality=generality)
     divisors = unit_steps(layer_sites, multiple_of)
     dense = sum(parameter.numel() for parameter in model.parameters())
     size = math.floor(dense - parameters_to_remove(model, layer_sites, ratio, parameters, ratio_of))

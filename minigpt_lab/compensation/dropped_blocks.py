@@ -188,13 +188,12 @@ def _dropped_runs(anatomy: Anatomy, plan: PruningPlan) -> Iterator[tuple[Block, 
         )
     before = None
     for stays, group in itertools.groupby(blocks, lambda each: left[each.site][each.layer] > 0):
-        first, *others = group
+        row = [*group]
         if not stays and before is None:
             raise InvalidArgument(
-                f"the plan drops layer {first.layer}'s {first.site}, with no block before it that "
-                "could take up the map; keep it, or drop it without a map"
+                f"the plan drops layer {row[0].layer}'s {row[0].site}, with no block before it "
+                "that could take up the map; keep it, or drop it without a map"
             )
-        last = others[-1] if others else first
         if not stays:
-            yield before, last
-        before = last
+            yield before, row[-1]
+        before = row[-1]

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checks import Integer, Model, Tokenizer, checked, safe_contextmanager
-from ..models import dtype_name, inference, label, model_size
+from ..models import dtype_name, inference, model_size, require_room
 
 
 @checked(
@@ -74,12 +74,7 @@ def efficiency(
     counts = {"seq_len": seq_len, "new_tokens": new_tokens, "batch_size": batch_size}
     models = ({"dense": dense} if dense is not None else {}) | {"model": model}
     for subject in models.values():
-        room = getattr(subject.config, "max_position_embeddings", None)
-        if room is not None and seq_len + new_tokens > room:
-            raise ValueError(
-                f"{seq_len} + {new_tokens} tokens do not fit {label(subject)}, which has {room} "
-                "positions; choose a smaller seq_len"
-            )
+        require_room(subject, seq_len, new_tokens)
     rounds = {name: {"prefill": [], "decode": []} for name in models}
     peaks = dict.fromkeys(models, 0.0)
     for number in range(repeats + 1):

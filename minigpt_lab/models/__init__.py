@@ -18,6 +18,7 @@ from .runtime import (
     label,
     origin_of,
     quiet,
+    require_room,
     require_weights,
     seeded,
 )

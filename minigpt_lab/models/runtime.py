@@ -29,6 +29,16 @@ def default_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+def require_room(model: PreTrainedModel, seq_len: int, new_tokens: int) -> None:
+    """Refuse a prompt and new tokens that a model has no positions for."""
+    room = getattr(model.config, "max_position_embeddings", None)
+    if room is not None and seq_len + new_tokens > room:
+        raise ValueError(
+            f"{seq_len} + {new_tokens} tokens do not fit {label(model)}, which has {room} "
+            "positions; choose a smaller seq_len"
+        )
+
+
 @checked(model=Instance(PreTrainedModel, "lab.load_model returns a model and its tokenizer"))
 def label(model: PreTrainedModel) -> str:
     """Name of a model for captions and records, with its origin, and its size if it was pruned."""

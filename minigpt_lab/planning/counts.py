@@ -257,7 +257,7 @@ def _evened_out(
         kept = np.diff(whole, prepend=0) * step
         counts[few] = total[few] - np.clip(kept, step, total[few])
     # 2. Parameters that whole heads remove too few, by layer, are made up for by its channels.
-    is_ffn, most = site == "ffn", np.where(site == "ffn", total - steps, counts)
+    is_ffn, most = site == "ffn", total - steps
     missing = np.bincount(layer, np.where(is_ffn, 0, (removed - counts) * cost))
     units = np.where(is_ffn, np.clip(removed + missing[layer] / cost, 0, most), counts)
     # 3. What is more than a layer's channels is spread over those of the others, by their room.

@@ -89,14 +89,15 @@ def dropped_or_narrowed(
         found = efficiency(variant, tokenizer, dense=model, seq_len=seq_len, repeats=3)
         return found.iloc[-1][_SPEEDS].astype(float).to_dict()
 
+    speeds = {name: speedups(variant) for name, variant in variants.items()}
     # Speed depends on widths alone: models of several are pruned on one window, not compensated.
-    widths = {}
+    window, widths = [*batches][:1], {}
     for share in np.linspace(ratio, max(ratio, _MOST), 4):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that one window is few tokens
-            mini, _ = slimgpt(model, [*batches][:1], ratio=float(share), **_UNFITTED)
+            mini, _ = slimgpt(model, window, ratio=float(share), **_UNFITTED)
         widths[share] = speedups(mini)["decode_speedup"]
-    share = as_fast(widths, speedups(variants["dropped"])["decode_speedup"])
+    share = as_fast(widths, speeds["dropped"]["decode_speedup"])
     if share is None:
         warnings.warn(
             "no narrowed model decodes as fast as the one with dropped blocks, within the noise of "
@@ -104,11 +105,12 @@ def dropped_or_narrowed(
             stacklevel=2,
         )
     else:
-        variants["narrowed, as fast"], _ = slimgpt(model, batches, ratio=share, progress=False)
+        fast, _ = slimgpt(model, batches, ratio=share, progress=False)
+        variants["narrowed, as fast"], speeds["narrowed, as fast"] = fast, speedups(fast)
     held_out = HeldOut(model, tokenizer, texts, max_tokens=max_tokens, seq_len=seq_len, path=None)
     rows = []
     for name, variant in variants.items():
-        rows += held_out.table_rows(held_out.measure(variant), variant=name, **speedups(variant))
+        rows += held_out.table_rows(held_out.measure(variant), variant=name, **speeds[name])
     return pd.DataFrame(rows)
 
 

@@ -14,9 +14,9 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..checks import DictOf, Flag, Integer, InvalidArgument, ListOf, Model, OneOf, Text, checked
+from ..checks import DictOf, Flag, Integer, ListOf, Model, OneOf, Text, checked
 from ..export import KINDS, export_gguf
-from ..models import inference, label
+from ..models import inference, require_room
 from .arguments import PAIR
 
 PYTORCH = "PyTorch"
@@ -84,12 +84,7 @@ def runtime_speeds(
     """
     llama_cpp = _llama_cpp() if kinds else None
     for each in (model, *models.values()):
-        room = getattr(each.config, "max_position_embeddings", None) or seq_len + new_tokens
-        if seq_len + new_tokens > room:
-            raise InvalidArgument(
-                f"{seq_len} + {new_tokens} tokens do not fit {label(each)}, which has {room} "
-                "positions; choose a smaller seq_len"
-            )
+        require_room(each, seq_len, new_tokens)
     on_cpu = all(each.device.type == "cpu" for each in (model, *models.values()))
     clocks = dict.fromkeys(kinds, time.process_time)
     clocks[PYTORCH] = time.process_time if on_cpu else time.perf_counter
@@ -100,8 +95,8 @@ def runtime_speeds(
             runs: dict[tuple, Runtime] = {_DENSE: _in_pytorch(model)}
             for name, each in models.items():
                 runs[name, PYTORCH] = _in_pytorch(each)
-                for number, kind in enumerate(kinds if llama_cpp else ()):
-                    path = Path(folder) / f"{len(runs)}-{number}.gguf"
+                for kind in kinds if llama_cpp else ():
+                    path = Path(folder) / f"{len(runs)}.gguf"
                     export_gguf(each, tokenizer, path, kind=kind)
                     rows = each.get_input_embeddings().num_embeddings
                     runs[name, kind] = _in_llama_cpp(llama_cpp, path, seq_len + new_tokens, rows)

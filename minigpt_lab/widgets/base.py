@@ -111,8 +111,7 @@ class Chooser(Explorer):
         self.draw = Function()("draw", draw)
         texts = ListOf(Text(), 1)
         self.controls = {
-            name: _control(texts(name, choices))(options=choices, description=name)
-            for name, choices in options.items()
+            name: _control(name, texts(name, choices)) for name, choices in options.items()
         }
         row = ipywidgets.HBox(list(self.controls.values()))
         super().__init__([row], list(self.controls.values()))
@@ -126,14 +125,15 @@ class Chooser(Explorer):
         return _table_html(table), b""
 
 
-def _control(choices: Sequence[str]) -> type[ipywidgets.Widget]:
+def _control(name: str, choices: Sequence[str]) -> ipywidgets.Widget:
     """A slider for several numbers in order, else a dropdown."""
     try:
         numbers = [float(choice) for choice in choices]
     except ValueError:
         numbers = []
     ordered = len(numbers) > 1 and numbers == sorted(numbers)
-    return ipywidgets.SelectionSlider if ordered else ipywidgets.Dropdown
+    kind = ipywidgets.SelectionSlider if ordered else ipywidgets.Dropdown
+    return kind(options=choices, description=name)
 
 
 def _table_html(table: pd.DataFrame) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import CONFIGS, logits, problem, random_model, same, site_counts, windows
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
@@ -61,14 +61,14 @@ def column_loop(weight, hessian, units, count):
 @settings(max_examples=20, deadline=None)
 def test_the_closed_form_is_the_papers_loop(seed, count):
     weight, _, hessian, units = problem(seed)
+    assume(torch.linalg.cond(hessian) < 1e6)  # else the two differ by their rounding
     expected, order = column_loop(weight, hessian, units, count)
     found = eliminate(
         weight, hessian, units, count=count, saliency="slimgpt", block_size=1, damping=0
     )
     assert found.order == order
     columns = units[found.kept].ravel()
-    rounding = max(1e-8, 1e-14 * float(torch.linalg.cond(hessian)))
-    torch.testing.assert_close(found.W, expected[:, columns], atol=rounding, rtol=rounding)
+    torch.testing.assert_close(found.W, expected[:, columns], atol=1e-8, rtol=1e-8)
 
 
 @given(st.integers(0, 10_000), st.sampled_from(sorted(SALIENCIES)), st.integers(1, 3))
