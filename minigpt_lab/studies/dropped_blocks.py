@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..checks import Instance, InvalidArgument, Number, checked
+from ..checks import DictOf, Instance, InvalidArgument, Number, checked
 from ..compensation import linear_compensated, slimgpt
 from ..domains import Part
 from ..evaluation import efficiency
@@ -114,6 +114,7 @@ def dropped_or_narrowed(
     return pd.DataFrame(rows)
 
 
+@checked(speeds=DictOf(Number(0, 1), Number(0)), wanted=Number(0))
 def as_fast(speeds: Mapping[float, float], wanted: float) -> float | None:
     """Share to remove for a speed-up, between those that were measured; None if it is outside.
 

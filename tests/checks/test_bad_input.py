@@ -312,6 +312,7 @@ def study_calls(t: dict) -> dict[str, dict]:
             "epsilons": {"activation": [0.01]}, "controls": (), "token_counts": None,
             "out_dir": None, "seeds": (0,), "seq_len": 32,
         },
+        "dropped_blocks.as_fast": {"speeds": {0.5: 1.5}, "wanted": 1.2},
         "dropped_blocks.dropped_or_narrowed": {
             **pair, "batches": t["batches"], "general": t["batches"], "texts": texts,
             "influence": t["influence"], "ratio": 1e-3, "max_tokens": 64, "seq_len": 32,
