@@ -84,7 +84,7 @@ def format_losses(
     path = out_dir and Path(out_dir) / "formats.json"
     held_out = HeldOut(model, tokenizer, texts, max_tokens=max_tokens, seq_len=seq_len, path=path)
     cells = [(name, each, kind) for name, each in models.items() for kind in kinds]
-    asked = [asdict(question) for question in questions or ()]
+    asked = ["written", [asdict(question) for question in questions]] if questions else []
     rows, losses = [], []
     for name, each, kind in tqdm(cells, desc="formats", unit="model", disable=not progress):
 
@@ -97,7 +97,7 @@ def format_losses(
                 result["written"] = write_answers(*asking, progress=False).accuracy
             return result | {"bytes": gguf_size(each, tokenizer, kind=kind)}
 
-        result = held_out.get([fingerprint(each), kind, asked and ["written", *asked]], compute)
+        result = held_out.get([fingerprint(each), kind, asked], compute)
         found = {name: result[name] for name in ("bytes", "accuracy", "written") if name in result}
         facts = {"model": name, "kind": kind, **found}
         rows += held_out.table_rows(result, **facts)
