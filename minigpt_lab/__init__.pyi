@@ -68,7 +68,7 @@ from .models import (
     trim_tokenizer,
 )
 from .planning import contextual_plan, plan_dropping, plan_from_scores
-from .recipes import Mini, make_mini
+from .recipes import Mini, make_mini, trim_vocabulary
 from .recovery import RECOVERY_PRESETS, recover
 from .store import SourceUnavailable
 from .studies import domain_matrix, domain_plans, smallest_within
@@ -155,6 +155,7 @@ __all__ = [
     "tokenize",
     "tokenizer_for",
     "trim_tokenizer",
+    "trim_vocabulary",
     "weight_compensated",
     "widgets",
     "write_answers",

@@ -2,3 +2,4 @@
 
 from .mini import make_mini
 from .result import Mini
+from .vocabulary import trim_vocabulary

@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,9 +31,10 @@ from ..planning import one_target, plan_from_scores
 from ..recovery import recover
 from ..store import make_folder
 from ..studies import smallest_within
-from .preparation import calibration, digest, require_own, require_texts, trimmed_for
+from .preparation import calibration, digest, require_own, require_texts
 from .result import Mini, training_note
 from .timed_run import TimedRun
+from .vocabulary import trim_vocabulary
 
 _STEPS = ("trim the vocabulary", "prune", "recover", "train the control", "measure", "save")
 
@@ -81,7 +85,7 @@ def make_mini(
 ) -> Mini:
     """Make the smallest good model for a domain, save it, and measure what it lost.
 
-    The vocabulary is trimmed to the domain's tokens, `slimgpt` prunes heads and FFN channels (as
+    The vocabulary is trimmed (`trim_vocabulary`), `slimgpt` prunes heads and FFN channels (as
     many in every layer: on SmolLM2 that lost less than its rule, at half of the parameters), and
     `recover` trains what is left on the domain's text and on general text, half on labels and half
     on the dense model's predictions. Beside it stand the dense model, the dense model fine-tuned
@@ -98,8 +102,8 @@ def make_mini(
         Share of the dense model's stored parameters to keep, vocabulary included.
     increase : float, optional
         Instead: prune as much as lets the validation perplexity grow by this share, before
-        recovery (see `smallest_within`; beside the model whose vocabulary is trimmed already),
-        however long the search takes. Exactly one of the two.
+        recovery, beside the dense model (see `smallest_within`), however long the search takes. All
+        tokens are kept if losing some exceeds this alone. Exactly one of the two.
     general : float
         Share of general text in the calibration of `slimgpt` and in the training; 0 for none.
     general_domain : Domain, optional
@@ -166,30 +170,46 @@ def make_mini(
         run = TimedRun(folder, facts, minutes, bar)
 
         with run.given_up_unless(folder / "pruned"):
-            # 1. The vocabulary: tokens that the domain's calibration and train part use.
+            # 1. The vocabulary: tokens that the domain uses, and general text as often.
             run.enter("trim the vocabulary")
-            shape = {"seq_len": seq_len, "max_tokens": calibration_tokens}
-            run.measure_speed(model, tokenizer, domain, searching=searching, **shape)
-            trimmed = trimmed_for(model, tokenizer, domain, seq_len) if vocabulary else model
-            words = tokenizer_for(trimmed, tokenizer)
+            reading = {"seq_len": seq_len, "max_tokens": calibration_tokens}
+            run.measure_speed(model, tokenizer, domain, searching=searching, **reading)
+            trimmed = model
+            if vocabulary:
+                mixed = general_domain if general else None
+                trimmed = trim_vocabulary(
+                    model, tokenizer, domain, general=mixed, generality=general
+                )
 
             # 2. Heads and channels.
             run.enter("prune")
             if (folder / "pruned").is_dir():
                 pruned = load_model(folder / "pruned", device=model.device)[0]
             else:
-                pruning = calibration(words, domain, general_domain, general, **shape)
-                pruning |= {"reconstruct": reconstruct, "progress": progress}
+                calibrated = partial(
+                    calibration,
+                    domain=domain,
+                    general_domain=general_domain,
+                    generality=general,
+                    seq_len=seq_len,
+                    max_tokens=calibration_tokens,
+                )
+                pruning: dict[str, Any] = {"reconstruct": reconstruct, "progress": progress}
                 pruning |= {"allocation": allocation, "drop_blocks": drop_blocks}
                 if gguf is not None:  # rows of whole blocks: none is padded in the file
                     pruning["multiple_of"] = {"ffn": block_size(gguf)}
                 if increase is not None:
-                    how = {"increase": increase, "seq_len": seq_len, "out_dir": folder / "search"}
-                    pruned = smallest_within(trimmed, words, domain, **how, **pruning)[0]
+                    pruning |= {"increase": increase, "seq_len": seq_len}
+                    how = {"out_dir": folder / "search", **pruning}
+                    pruned = _within(model, trimmed, tokenizer, domain, calibrated, **how)
                 else:
+                    pruning |= calibrated(tokenizer=tokenizer_for(trimmed, tokenizer))
                     target = round(size * model.num_parameters())
                     pruned = _pruned(trimmed, target, out_dir=folder / "pruning", **pruning)
-                save_model(pruned, words, folder / "pruned")
+                save_model(pruned, tokenizer_for(pruned, tokenizer), folder / "pruned")
+            words = tokenizer_for(pruned, tokenizer)
+            if words is tokenizer:
+                trimmed = model
 
         # 3. Training, on as many tokens as the time allows.
         run.enter("recover")
@@ -206,14 +226,14 @@ def make_mini(
         # 4. What was lost, on text that nothing was chosen on.
         run.enter("measure")
         variants = {"dense": model, "dense, fine-tuned": control, "pruned": pruned, "mini": mini}
-        variants |= {"only trimmed": trimmed} if vocabulary else {}
+        variants |= {} if trimmed is model else {"only trimmed": trimmed}
         variants["random"] = _random(trimmed, pruned.num_parameters(), seed)
         sizes = {}
         if gguf is not None:
             variants[f"mini, {gguf}"] = quantised(mini, gguf)
             sizes[f"mini, {gguf}"] = gguf_size(mini, words, kind=gguf)
-        texts = [*{str(each.test): each.test for each in (domain, general_domain)}.values()]
-        table, protocol = run.measured(variants, sizes, tokenizer, texts, seq_len)
+        held_out = [*{str(each.test): each.test for each in (domain, general_domain)}.values()]
+        table, protocol = run.measured(variants, sizes, tokenizer, held_out, seq_len)
 
         # 5. The model with its card, and the table.
         run.enter("save")
@@ -233,6 +253,22 @@ def _pruned(model: PreTrainedModel, parameters: int, **options) -> PreTrainedMod
     if model.num_parameters() <= parameters:
         return copy.deepcopy(model)
     return slimgpt(model, parameters=parameters, **options)[0]
+
+
+def _within(
+    model: PreTrainedModel,
+    trimmed: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    domain: Domain,
+    calibrated: Callable[..., dict[str, Any]],
+    **options,
+) -> PreTrainedModel:
+    """Within the limit, beside the dense model: with all tokens if losing some exceeds it."""
+    texts = calibrated(tokenizer=tokenizer_for(trimmed, tokenizer))
+    pruned, _, curve = smallest_within(trimmed, tokenizer, domain, dense=model, **options, **texts)
+    if trimmed is model or curve["within"].iloc[0]:
+        return pruned
+    return _within(model, model, tokenizer, domain, calibrated, **options)
 
 
 def _random(model: PreTrainedModel, parameters: int, seed: int) -> PreTrainedModel:

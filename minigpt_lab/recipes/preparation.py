@@ -1,17 +1,14 @@
-"""What `make_mini` needs before the long work: checked texts, a trimmed vocabulary, calibration."""
+"""What `make_mini` needs before the long work: checked texts, a folder of its own, calibration."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from ..calibration import collect_statistics
 from ..checks import InvalidArgument
-from ..domains import Domain, count_tokens, tokenize
-from ..models import shrink
-from ..planning import contextual_plan
+from ..domains import Domain, tokenize
 from ..store import content_hash
 
 #: What a run leaves in its folder and reads again.
@@ -65,23 +62,8 @@ def digest(domain: Domain) -> str:
     return content_hash([text for part in domain.parts.values() for text in part])[:16]
 
 
-def trimmed_for(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, domain: Domain, seq_len: int
-) -> PreTrainedModel:
-    """The model with only the tokens that the domain's calibration and train part use."""
-    batches = tokenize(domain.calibration, tokenizer, seq_len=seq_len, max_tokens=2 * seq_len)
-    counts = sum(count_tokens(part, tokenizer) for part in (domain.calibration, domain.train))
-    plan = contextual_plan(
-        model,
-        collect_statistics(model, batches, progress=False),
-        epsilon_embedding=0.0,
-        token_counts=counts,
-        tokenizer=tokenizer,
-    )
-    return shrink(model, plan)
-
-
 def calibration(
+    *,
     tokenizer: PreTrainedTokenizerBase,
     domain: Domain,
     general_domain: Domain,

@@ -56,7 +56,8 @@ class TimedRun:
         self.bar.update(bool(self.step))
         self.step = step
         self.bar.set_description_str(step or "done", refresh=False)
-        self.bar.set_postfix_str(f"{gone / 60:.1f} of {self.seconds / 60:g} min")
+        to_go = max(0.0, self.seconds - gone)
+        self.bar.set_postfix_str(f"{gone / 60:.1f} min gone, {to_go / 60:.1f} to go")
 
     @contextlib.contextmanager
     def given_up_unless(self, finished: Path) -> Iterator[None]:

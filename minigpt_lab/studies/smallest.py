@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Iterable, Mapping
@@ -14,7 +15,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..calibration import tokens_hash
-from ..checks import Flag, Instance, Integer, Number, checked
+from ..checks import Flag, Instance, Integer, Model, Number, checked
 from ..compensation import discard, is_search, slimgpt
 from ..domains import Domain, excerpt
 from ..models import Anatomy, PruningPlan, fingerprint, keep_all, shrink
@@ -33,6 +34,7 @@ _MAX_CHARACTERS = 65_536  # of the validation part
     increase=Number(0),
     other=Instance(Domain) | None,
     other_increase=Number(0),
+    dense=Model() | None,
     most=Number(above=0, below=1),
     tolerance=Number(),
     seq_len=Integer(2),
@@ -49,6 +51,7 @@ def smallest_within(
     increase: float = 0.05,
     other: Domain | None = None,
     other_increase: float = 0.2,
+    dense: PreTrainedModel | None = None,
     most: float = 0.8,
     tolerance: float = 0.01,
     seq_len: int = 256,
@@ -77,6 +80,10 @@ def smallest_within(
         Another domain, e.g. general text, whose validation part has a limit too.
     other_increase : float
         That limit.
+    dense : PreTrainedModel, optional
+        The model that the limits are relative to, by default `model`: the one with all its tokens,
+        if `model` lost some. `tokenizer` is then of this one, and so are the tokens that a
+        perplexity is counted over.
     most : float
         Largest ratio.
     tolerance : float
@@ -99,7 +106,7 @@ def smallest_within(
         The smallest model within the limit, its plan, and the curve that was seen: one row per size
         with ``ratio, stored, perplexity, increase, within``, from the dense model down, and with
         `other` also ``other_perplexity, other_increase``. If none
-        was within the limit there is a warning, and the model is a copy of the dense one.
+        was within the limit there is a warning, and the model is a copy of the given one.
 
     Raises
     ------
@@ -118,11 +125,14 @@ def smallest_within(
         limits["other_perplexity"] = 1 + other_increase
         texts.append(excerpt(other.validation, tokenizer, max_characters=_MAX_CHARACTERS))
     path = out_dir and Path(out_dir) / "sizes.json"
-    held_out = HeldOut(model, tokenizer, texts, max_tokens=max_tokens, seq_len=seq_len, path=path)
+    dense = model if dense is None else dense
+    held_out = HeldOut(dense, tokenizer, texts, max_tokens=max_tokens, seq_len=seq_len, path=path)
     trials = _Trials(model, batches, held_out, limits, options, out_dir)
 
     # Bisection on the ratio: `low` is within the limits, `high` is not.
     low, high, best = 0.0, most, None
+    if not trials.within(trials.rows[0]):
+        high = 0.0  # what it lost before is too much
     with tqdm(desc="smallest within", unit="size", disable=not progress) as bar:
         while high - low > tolerance:
             middle = (low + high) / 2
@@ -137,8 +147,8 @@ def smallest_within(
         names = " or ".join(map(str, texts))
         allowed = " or ".join(f"{most - 1:.1%}" for most in limits.values())
         warnings.warn(
-            f"even pruning {high:.1%} raises the perplexity on {names} by more than {allowed}: the "
-            "model returned is the dense one; allow a larger increase",
+            f"even pruning {high:.1%} raises the perplexity on {names} by more than {allowed}: "
+            "nothing is pruned; allow a larger increase",
             stacklevel=2,
         )
     pruned, plan = (best or trials.prune(low)) if low else _unpruned(model, increase)
@@ -169,9 +179,22 @@ class _Trials:
         general = options.get("general")
         plain = {k: str(v) for k, v in options.items() if k not in ("general", "progress")}
         plain["general"] = "" if general is None else tokens_hash(general)
-        self.facts = [tokens_hash(batches), plain, allocation_name(options["allocation"])]
+        self.own = fingerprint(model)
+        self.facts = [self.own, tokens_hash(batches), plain, allocation_name(options["allocation"])]
         self.rows: list[dict] = []
-        self.dense, _ = self.measure(0.0)
+        reference = held_out.dense
+        dense = held_out.get(fingerprint(reference), lambda: held_out.measure(reference))
+        sums = [loss.passages.sum(0) for loss in held_out.perplexities(dense)]
+        self.lengths = [characters / tokens for _, tokens, characters in sums]  # of its tokens
+        self.dense = self.levels(dense)
+        self.measure(0.0)
+
+    def levels(self, found: dict) -> dict[str, float]:
+        """Perplexity on every text, per token of the dense model: a trimmed one splits further."""
+        sums = [loss.passages.sum(0) for loss in self.held_out.perplexities(found)]
+        per_character = [nats / characters for nats, _, characters in sums]
+        pairs = zip(self.limits, per_character, self.lengths, strict=True)
+        return {name: math.exp(nats * length) for name, nats, length in pairs}
 
     def folder(self, ratio: float) -> Path | None:
         """Of the checkpoints of a size."""
@@ -191,10 +214,8 @@ class _Trials:
             made = self.prune(ratio) if ratio else (self.model, None)
             return self.held_out.measure(made[0])
 
-        found = self.held_out.get([self.facts, ratio], compute)
-        values = [row["perplexity"] for row in found["rows"]]
-        levels = dict(zip(self.limits, values, strict=True))
-        self.rows.append({"ratio": ratio, "stored": found["stored"], **levels})
+        found = self.held_out.get([self.facts, ratio] if ratio else self.own, compute)
+        self.rows.append({"ratio": ratio, "stored": found["stored"], **self.levels(found)})
         return self.rows[-1], made
 
     def within(self, row: Mapping[str, float]) -> bool:

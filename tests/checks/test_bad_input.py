@@ -192,6 +192,8 @@ def calls(t: dict) -> dict[str, dict]:
         "model_card": {
             "model": t["model"], "table": None, "protocol": "", "domain": "", "notes": "",
         },
+        "trim_vocabulary": {**pair, "domain": t["domain"], "general": t["domain"],
+                            "generality": 0.3},
         "model_size": {"model": t["model"], "dense": None},
         "perplexity": {
             **pair, "text": test, "seq_len": 32, "stride": 16, "max_characters": 300,
@@ -248,7 +250,7 @@ def calls(t: dict) -> dict[str, dict]:
         },
         "smallest_within": {
             **pair, "batches": t["batches"], "domain": t["domain"], "increase": 0.5, "most": 0.5,
-            "other": None, "other_increase": 0.5,
+            "other": None, "other_increase": 0.5, "dense": None,
             "tolerance": 0.4, "seq_len": 32, "max_tokens": 64, "out_dir": None, "progress": False,
         },
         "tokenize": {"text": test, "tokenizer": t["tokenizer"], "seq_len": 16, "max_tokens": 64,

@@ -550,6 +550,32 @@ def test_another_text_may_have_a_limit_of_its_own(tiny, tiny_domain, batches):
     assert curve["within"].sum() == 1
 
 
+def test_a_trimmed_model_is_held_to_the_dense_one(tiny, tiny_domain, batches):
+    """Its tokens are more, so the perplexity is that of the same text over the dense tokens."""
+    model, tokenizer = tiny
+    trimmed = lab.trim_vocabulary(model, tokenizer, tiny_domain)
+    words = lab.tokenizer_for(trimmed, tokenizer)
+    own = lab.tokenize(tiny_domain.calibration, words, seq_len=64, max_tokens=512)
+    how = {"batches": own, "dense": model, "tolerance": 0.3, "seq_len": 64, "max_tokens": 1024}
+    mini, _, curve = lab.smallest_within(*tiny, tiny_domain, **{**how, "batches": batches})
+    assert curve["increase"].iloc[0] == 0
+    mini, _, curve = lab.smallest_within(trimmed, tokenizer, tiny_domain, **how, increase=9.0)
+    text = lab.excerpt(tiny_domain.validation, tokenizer, max_tokens=1024)
+    bits = [
+        lab.perplexity(each, tokenizer, text, seq_len=64, max_characters=None).bits_per_character
+        for each in (model, mini)
+    ]
+    dense = lab.perplexity(model, tokenizer, text, seq_len=64, max_characters=None)
+    expected = dense.value ** (bits[1] / bits[0])
+    assert curve[curve["within"]]["perplexity"].iloc[-1] == pytest.approx(expected, rel=1e-4)
+    assert curve["within"].all() and mini.num_parameters() < trimmed.num_parameters()
+    elsewhere = lab.load_domain("tiny-games")  # which uses tokens that were lost
+    with pytest.warns(UserWarning, match="nothing is pruned; allow a larger increase"):
+        mini, _, curve = lab.smallest_within(trimmed, tokenizer, elsewhere, **how, increase=0)
+    assert len(curve) == 1 and curve["increase"].iloc[0] > 0 and not curve["within"].any()
+    assert mini.num_parameters() == trimmed.num_parameters()
+
+
 def test_no_cut_within_the_limit(tiny, tiny_domain, batches):
     model = tiny[0]
     with pytest.warns(UserWarning, match=r"even pruning .* allow a larger increase"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 import urllib.request
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from tokenizers import (
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import minigpt_lab as lab
+from minigpt_lab import __main__ as command_line
 from minigpt_lab.export.rounding import decode, encode
 from minigpt_lab.models import (
     Anatomy,
@@ -35,6 +37,7 @@ from minigpt_lab.models import (
     merge_table,
     protected_tokens,
 )
+from minigpt_lab.recipes import mini, timed_run
 
 xllamacpp = pytest.importorskip("xllamacpp")
 
@@ -357,6 +360,25 @@ def test_rounded_files_compute_as_rounded_copies(kind, tiny, tiny_statistics, tm
     path = lab.export_gguf(model, tiny[1], tmp_path / "mini.gguf", kind=kind)
     rounded = lab.quantised(model, kind)
     agree(round_inputs(rounded, kind), tiny[1], path, LIMITS[kind])
+
+
+@pytest.mark.slow
+def test_the_file_that_make_writes_of_a_folder_of_texts_runs(tmp_path, monkeypatch):
+    """The command of README, from texts to a runtime: trimmed, pruned, trained, rounded."""
+    monkeypatch.setattr(mini, "load_domain", lambda _: lab.load_domain("tiny-games"))
+    monkeypatch.setattr(timed_run, "_TRIAL", 256)
+    texts, out = tmp_path / "my texts", tmp_path / "out"
+    texts.mkdir()
+    passages = [text for part in lab.load_domain("tiny-law").parts.values() for text in part]
+    for number in range(8):
+        (texts / f"{number}.txt").write_text("\n\n".join(passages[number::8]))
+    command = f"make --model tiny-llama --size 0.6 --minutes 0.5 --gguf Q8_0 --out {out}".split()
+    monkeypatch.setattr(sys, "argv", ["minigpt_lab", *command, "--domain", str(texts)])
+    command_line.main()
+    model, tokenizer = lab.load_model(out / "model", device="cpu")
+    assert len(tokenizer) < len(lab.load_model("tiny-llama")[1])
+    rounded = round_inputs(lab.quantised(model, "Q8_0"), "Q8_0")
+    agree(rounded, tokenizer, out / "mini-Q8_0.gguf", LIMITS["Q8_0"], text="The court's ORDER 12")
 
 
 @pytest.mark.slow

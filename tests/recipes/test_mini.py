@@ -118,7 +118,7 @@ def test_a_call_goes_on_where_it_was_stopped(tiny, tiny_domain, general, tmp_pat
 
         monkeypatch.setattr(mini, name, call)
 
-    steps = ("trimmed_for", "slimgpt", "recover", "_random", "model_card")
+    steps = ("trim_vocabulary", "slimgpt", "recover", "_random", "model_card")
     for name in steps:
         counted(name, True)
         with pytest.raises(KeyboardInterrupt):
@@ -175,6 +175,22 @@ def test_a_size_by_its_loss(tiny, tiny_domain, general, tmp_path, monkeypatch):
     found = lab.make_mini(*tiny, tiny_domain, increase=0.05, general=0, **how)
     assert found.table["stored"].min() < lab.model_size(tiny[0]).stored
     assert {"kl", "agreement"} <= set(found.table) and found.table["kl"].notna().all()
+
+
+@pytest.mark.slow
+def test_all_tokens_stay_where_losing_some_exceeds_the_limit(
+    tiny, tiny_domain, tmp_path, monkeypatch
+):
+    """The limit is beside the dense model: here its rare tokens alone are worth more."""
+    monkeypatch.setattr(mini, "recover", lambda *_, **__: None)
+    games = lab.load_domain("tiny-games")
+    other = dataclasses.replace(
+        games, validation=lab.Part("tiny-games", "validation", tuple(tiny_domain.validation))
+    )
+    how = {**HOW, "general": 0, "general_domain": tiny_domain, "out_dir": tmp_path}
+    found = lab.make_mini(*tiny, other, increase=0.02, **how)
+    assert len(found.tokenizer) == len(tiny[1])
+    assert "only trimmed" not in {*found.table["variant"]}
 
 
 @pytest.mark.slow

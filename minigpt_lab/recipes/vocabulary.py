@@ -1,0 +1,85 @@
+"""The vocabulary of a domain, and as much of the general one as its texts are mixed with."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..calibration import collect_statistics
+from ..checks import Instance, Model, Number, Tokenizer, checked
+from ..domains import Domain, count_tokens, tokenize
+from ..models import refuse_masked, shrink
+from ..planning import contextual_plan
+
+_WINDOW = 64  # tokens; a plan wants statistics, and no neuron is chosen by these
+
+
+@checked(
+    model=Model(),
+    tokenizer=Tokenizer(),
+    domain=Instance(Domain),
+    general=Instance(Domain) | None,
+    generality=Number(0, below=1),
+)
+def trim_vocabulary(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    domain: Domain,
+    *,
+    general: Domain | None = None,
+    generality: float = 0.3,
+) -> PreTrainedModel:
+    """Remove the tokens that a domain does not use, and general text hardly.
+
+    A token t stays if its share of the mixed text is at least that of a token which the domain uses
+    once,
+
+    .. math:: (1 - μ) n_d(t) / N_d + μ n_g(t) / N_g ≥ (1 - μ) / N_d,
+
+    with counts n and their sums N over the calibration and train parts of both domains; and with it
+    all tokens that it is merged from. Every token of the domain's own text stays, so a text that is
+    new to it splits a little longer, and general text much longer without the second term.
+
+    Parameters
+    ----------
+    model, tokenizer
+        A pair; not changed.
+    domain : Domain
+        The text d.
+    general : Domain, optional
+        The text g; without it the domain alone counts.
+    generality : float
+        μ, the share of the general text: that of the calibration and the training to come.
+
+    Returns
+    -------
+    transformers.PreTrainedModel
+        With fewer rows in its embedding; `tokenizer_for` gives the tokenizer.
+
+    Raises
+    ------
+    ValueError
+        If the model is masked, a part is shorter than 64 tokens, or the tokenizer knows no merges.
+
+    Notes
+    -----
+    SmolLM2, medicine, 4,096 test tokens, bits per character in the domain and on general text:
+    49,152 tokens 1.016 / 1.051; those of the domain alone (16,084) 1.116 / 1.554; with the general
+    ones at μ = 0.3 (20,639) 1.072 / 1.257.
+    """
+    refuse_masked(model)
+    parts = (domain.calibration, domain.train)
+    weights = sum(count_tokens(part, tokenizer) for part in parts).astype(float)  # [token]
+    if general is not None:
+        parts = (general.calibration, general.train)
+        counts = sum(count_tokens(part, tokenizer) for part in parts)  # [token]
+        weights += generality / (1 - generality) * weights.sum() / counts.sum() * counts
+    window = {"seq_len": _WINDOW, "max_tokens": _WINDOW}
+    batches = tokenize(domain.calibration, tokenizer, **window)
+    plan = contextual_plan(
+        model,
+        collect_statistics(model, batches, progress=False),
+        epsilon_embedding=0.0,
+        token_counts=(weights >= 1).astype(int),
+        tokenizer=tokenizer,
+    )
+    return shrink(model, plan)
