@@ -154,7 +154,8 @@ def make_mini(
     searching = is_search(allocation, drop_blocks)
     refuse_masked(model)
     general_domain = load_domain("general") if general_domain is None else general_domain
-    require_texts(tokenizer, domain, general_domain, general, seq_len)
+    reading = {"seq_len": seq_len, "max_tokens": calibration_tokens}
+    require_texts(model, tokenizer, domain, general_domain, general, **reading)
     if gguf is not None:
         gguf_size(model, tokenizer, kind=gguf)
     folder = Path(out_dir or tempfile.mkdtemp(prefix="mini-"))
@@ -172,7 +173,6 @@ def make_mini(
         with run.given_up_unless(folder / "pruned"):
             # 1. The vocabulary: tokens that the domain uses, and general text as often.
             run.enter("trim the vocabulary")
-            reading = {"seq_len": seq_len, "max_tokens": calibration_tokens}
             run.measure_speed(model, tokenizer, domain, searching=searching, **reading)
             trimmed = model
             if vocabulary:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checks import InvalidArgument
-from ..domains import Domain, tokenize
+from ..domains import Domain, count_tokens, tokenize
+from ..models import Anatomy
 from ..store import content_hash
 
 #: What a run leaves in its folder and reads again.
@@ -16,22 +17,33 @@ _OWN = ("pruned", "model", "recovery", "control", "mini-*.gguf")
 
 
 def require_texts(
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     domain: Domain,
     general_domain: Domain,
     general: float,
+    *,
     seq_len: int,
+    max_tokens: int,
 ) -> None:
-    """Refuse texts shorter than a window, and two different ones of one name.
+    """Refuse texts shorter than a window or than `slimgpt` needs, and two that share a name.
 
     Raises
     ------
     ValueError
-        Naming the part, or the name.
+        Naming the part and its tokens, or the name.
     """
     of_general = general_domain.parts.values() if general else [general_domain.test]
     for part in (*domain.parts.values(), *of_general):
         tokenize(part, tokenizer, seq_len=seq_len, max_tokens=seq_len)
+    # A matrix of d inputs has weights to solve for from d tokens on.
+    width = min(max(Anatomy(model).layer_widths()["ffn"]), max_tokens)
+    tokens = count_tokens(domain.calibration, tokenizer).sum()
+    if tokens < width:
+        raise InvalidArgument(
+            f"{domain.calibration} has {tokens:,} tokens; to prune matrices of {width:,} inputs "
+            f"takes as many: give {width / tokens:.1f} times as much text in all"
+        )
     if domain.name == general_domain.name and digest(domain) != digest(general_domain):
         raise InvalidArgument(
             f"domain and general_domain are both called {domain.name!r}, and their texts differ; "

@@ -202,10 +202,11 @@ def test_tokenizers_that_are_not_described(kind, tmp_path):
 
 def test_masks_and_offloaded_weights(tiny, tmp_path):
     model = copy.deepcopy(tiny[0])
-    with lab.masked(model, random_plan(model, 0, vocabulary=False)):
-        refused("under a mask", model, tiny[1], tmp_path)
-        with pytest.raises(ValueError, match="under a mask"):
-            lab.quantised(model, "Q8_0")
+    for vocabulary in (False, True):
+        with lab.masked(model, random_plan(model, 0, vocabulary=vocabulary)):
+            refused("under a mask", model, tiny[1], tmp_path)
+            with pytest.raises(ValueError, match="under a mask"):
+                lab.quantised(model, "Q8_0")
 
 
 def test_weights_beyond_float16(tiny, tmp_path):

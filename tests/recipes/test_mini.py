@@ -210,6 +210,17 @@ def test_a_searched_mini_may_lose_a_whole_block(tiny, tiny_domain, general, tmp_
 
 
 @pytest.mark.slow
+def test_blocks_are_fitted_before_the_training_if_asked(tiny, tiny_domain, general, tmp_path):
+    losses = []
+    for reconstruct in (False, True):
+        how = {**HOW, "general_domain": general, "out_dir": tmp_path / str(reconstruct)}
+        found = lab.make_mini(*tiny, tiny_domain, size=0.6, reconstruct=reconstruct, **how)
+        losses.append(found.table.query("variant == 'pruned'")["perplexity"].iloc[0])
+        assert ("was fitted to the dense model" in found.card) == reconstruct
+    assert losses[1] < losses[0]
+
+
+@pytest.mark.slow
 def test_what_was_refused_leaves_the_folder_for_the_next_call(tiny, general, tmp_path):
     """As a first-time user meets it: too few minutes, then a size out of reach; general text."""
     how = {**HOW, "general_domain": general, "out_dir": tmp_path}
@@ -241,6 +252,8 @@ def test_bad_input_is_refused_before_the_work(tiny, tiny_domain, general, tmp_pa
         part: dataclasses.replace(tiny_domain, **{part: lab.Part("tiny-law", part, ("A word.",))})
         for part in ("calibration", "train", "validation", "test")
     }
+    few = tuple(tiny_domain.calibration[:2])
+    few = dataclasses.replace(tiny_domain, calibration=lab.Part("tiny-law", "calibration", few))
     namesake = dataclasses.replace(general, name="tiny-law")
     for domain, options, words in (
         (tiny_domain, {}, "give exactly one of size, increase; got none"),
@@ -252,6 +265,7 @@ def test_bad_input_is_refused_before_the_work(tiny, tiny_domain, general, tmp_pa
         (tiny_domain, {"size": 0.5, "drop_blocks": True}, "only a search chooses which"),
         (tiny_domain, {"size": 0.5, "gguf": "Q9"}, "gguf is 'Q9'; expected one of"),
         *((each, {"size": 0.5}, f"tiny-law/{part} has .* less") for part, each in short.items()),
+        (few, {"size": 0.5}, "tiny-law/calibration has .* tokens; to prune .* give .* times as"),
         (general, {"size": 0.5, "general_domain": short["train"]}, "tiny-law/train has .* less"),
         (namesake, {"size": 0.5, "general_domain": tiny_domain}, "both called 'tiny-law'"),
     ):
