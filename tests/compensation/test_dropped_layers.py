@@ -107,6 +107,19 @@ def test_a_map_in_place_of_dropped_blocks_lowers_the_error(family, case):
         assert all(map(torch.allclose, firm.parameters(), model.parameters()))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_map_keeps_the_type_of_the_weights(dtype):
+    model, batches = random_model("llama", layers=5).to(dtype), windows()
+    plan = single_blocks(model, DROPPED["attention"][0])
+    updated = lab.linear_compensated(model, plan, batches, progress=False)
+    assert {parameter.dtype for parameter in updated.parameters()} == {dtype}
+    dense = states_behind(model, 3, batches, "attention")
+    behind = [
+        states_behind(lab.shrink(each, plan), 3, batches, "attention") for each in (updated, model)
+    ]
+    assert (behind[0] - dense).norm() < (behind[1] - dense).norm()
+
+
 def test_the_map_is_the_papers():
     """Without damping: ``T = (M'M)⁻¹ M' (Y - X + M)`` of the dense model, ``W ← T' W``."""
     config = copy.deepcopy(CONFIGS["llama"])

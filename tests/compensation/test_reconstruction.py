@@ -104,6 +104,30 @@ def test_alibi_parallel_blocks_fused_projections_and_post_norms(name):
     assert squared_error(mini, model, batches) < squared_error(plain, model, batches)
 
 
+@pytest.mark.parametrize("name", ["llama", "phi3"])
+@pytest.mark.parametrize("bias", ["refit", "add"])
+def test_balanced_heads_and_biases_are_fitted_and_resumed(name, bias, tmp_path, monkeypatch):
+    model, batches = random_model(name), windows()
+    counts = site_counts(model, "balanced_heads", ffn=(8, 8, 8))
+    options = {"counts": counts, "units": "balanced_heads", "bias": bias}
+    plain, _ = cut(model, **options)
+    options["reconstruct"] = Reconstruction(epochs=4, learning_rate=0.003)
+    mini, _ = cut(model, **options)
+    assert squared_error(mini, model, batches) < squared_error(plain, model, batches)
+    real, left = block_fitting.fit_block, [None] * 3
+
+    def interrupted(*arguments):
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        return real(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(block_fitting, "fit_block", interrupted)
+        cut(model, out_dir=tmp_path, **options)
+    assert same(cut(model, out_dir=tmp_path, **options)[0], mini)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_weights_keep_their_type(dtype):
     model = random_model("llama").to(dtype)
@@ -197,6 +221,9 @@ def test_an_interrupted_run_continues(name, tmp_path, monkeypatch):
     assert same(
         lab.reconstruct(found, model, windows(), out_dir=tmp_path / "alone", **options), expected
     )
+    for other, words in (({"epochs": 3}, "another"), ({"learning_rate": 0.1}, "another")):
+        with pytest.raises(ValueError, match=words):
+            lab.reconstruct(found, model, windows(), out_dir=tmp_path / "alone", **options | other)
 
 
 def test_a_fitted_model_is_saved_and_its_hidden_states_may_be_elsewhere(tmp_path, tiny):

@@ -550,6 +550,28 @@ def test_another_text_may_have_a_limit_of_its_own(tiny, tiny_domain, batches):
     assert curve["within"].sum() == 1
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [{"reconstruct": 1}, {"stream_share": 0.5}, {"allocation": "search", "drop_blocks": True}],
+    ids=str,
+)
+def test_the_smallest_model_by_every_option_of_slimgpt(
+    options, tiny, tiny_domain, batches, tmp_path, monkeypatch
+):
+    """It is the model that slimgpt makes at that ratio by the same options."""
+    quick = partial(lab.search_counts, rounds=1, steps=24)
+    monkeypatch.setattr(layer_by_layer, "search_counts", quick)
+    how = {"batches": batches, "tolerance": 0.3, "seq_len": 64, "increase": 9.0, "max_tokens": 512}
+    how |= {"out_dir": tmp_path, "progress": False, **options}
+    mini, plan, curve = lab.smallest_within(*tiny, tiny_domain, **how)
+    ratio = curve[curve["within"]]["ratio"].iloc[-1]
+    given = {"allocation": "log-increase", "ratio_of": "decoder", "progress": False, **options}
+    alone, same_plan = lab.slimgpt(tiny[0], batches, ratio=ratio, **given)
+    assert same(mini, alone) and plan.keep == same_plan.keep
+    assert lab.smallest_within(*tiny, tiny_domain, **how)[2].equals(curve)
+
+
 def test_a_trimmed_model_is_held_to_the_dense_one(tiny, tiny_domain, batches):
     """Its tokens are more, so the perplexity is that of the same text over the dense tokens."""
     model, tokenizer = tiny

@@ -425,7 +425,8 @@ lab.label(model), torch.linalg.cholesky(torch.eye(64))
 used = next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmData")) * 1024
 resource.setrlimit(resource.RLIMIT_DATA, (used + room, used + room))
 mini, plan = lab.slimgpt(
-    model, batches, ratio=0.5, inplace=True, offload="disk", out_dir=out / "run", progress=False
+    model, batches, ratio=0.5, inplace=True, offload="disk", out_dir=out / "run", progress=False,
+    reconstruct=sys.argv[5] == "True",
 )
 with torch.no_grad():
     torch.save(mini(batches[0]["input_ids"]).logits, out / "logits.pt")
@@ -435,7 +436,8 @@ plan.save(out / "plan.json")
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the limit is Linux's")
-def test_a_model_larger_than_memory_is_pruned(tmp_path):
+@pytest.mark.parametrize("reconstruct", [False, True])
+def test_a_model_larger_than_memory_is_pruned(reconstruct, tmp_path):
     layers = 40
     config = copy.deepcopy(CONFIGS["llama"])
     config.update({"hidden_size": 512, "intermediate_size": 1_024, "num_hidden_layers": layers})
@@ -445,6 +447,7 @@ def test_a_model_larger_than_memory_is_pruned(tmp_path):
     size = sum(parameter.nbytes for parameter in model.parameters())
     room = size // 3
     arguments = [sys.executable, "-c", LIMITED, tmp_path / "dense", tmp_path, layers, room]
+    arguments.append(reconstruct)
     # malloc would reserve an arena for every thread, and keep what is freed, in pieces
     calm = {**os.environ, "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}
     calm |= {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_TRIM_THRESHOLD_": str(2**20)}
@@ -453,7 +456,7 @@ def test_a_model_larger_than_memory_is_pruned(tmp_path):
     assert done.returncode == 0, done.stderr[-2_000:]
     generator = torch.Generator().manual_seed(0)
     batches = [{"input_ids": torch.randint(3, 97, (1, 64), generator=generator)} for _ in range(12)]
-    mini, plan = lab.slimgpt(model, batches, ratio=0.5, progress=False)
+    mini, plan = lab.slimgpt(model, batches, ratio=0.5, reconstruct=reconstruct, progress=False)
     assert lab.PruningPlan.load(tmp_path / "plan.json").keep == plan.keep
     found = torch.load(tmp_path / "logits.pt")
     torch.testing.assert_close(found, logits(mini, batches[0]["input_ids"]), atol=1e-5, rtol=1e-4)

@@ -49,6 +49,15 @@ def test_a_projection_makes_up_for_the_layers_before_it(family):
     assert found[2] < found[1] < found[0]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_keep_their_type(dtype):
+    model = random_model("llama").to(dtype)
+    found = [cut(model, stream_share=share) for share in (0.0, 1.0)]
+    assert {parameter.dtype for parameter in found[1].parameters()} == {dtype}
+    errors = [squared(stream_errors(each, model)) for each in found]
+    assert errors[1] < errors[0]
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])  # without and with a bias
 def test_all_of_it_leaves_no_error_that_the_inputs_explain(family):
     """At α = 1 and no damping the error is orthogonal to what the projection reads."""
