@@ -84,6 +84,12 @@ def _parser() -> argparse.ArgumentParser:
     make.add_argument("--general", type=float, default=0.3, help="share of general text (0.3)")
     make.add_argument("--minutes", type=float, default=60, help="time for all of it (60)")
     make.add_argument("--gguf", metavar="KIND", help="also a file for llama.cpp, e.g. Q8_0")
+    make.add_argument("--all-tokens", action="store_true", help="keep the whole vocabulary")
+    make.add_argument(
+        "--allocation", default="uniform", help="over layers: uniform, log-increase, search"
+    )
+    make.add_argument("--drop-blocks", action="store_true", help="the search may drop whole blocks")
+    make.add_argument("--reconstruct", action="store_true", help="fit blocks before the training")
     make.add_argument("--out", help="folder, continued if it exists; default: runs/mini/DOMAIN")
     make.set_defaults(do=_make)
     sweep = tasks.add_parser("sweep", help="run what is missing of a grid of parameters")
@@ -168,6 +174,10 @@ def _make(arguments: argparse.Namespace) -> None:
         size=arguments.size,
         increase=arguments.increase,
         general=arguments.general,
+        vocabulary=not arguments.all_tokens,
+        allocation=arguments.allocation,
+        drop_blocks=arguments.drop_blocks,
+        reconstruct=arguments.reconstruct,
         minutes=arguments.minutes,
         gguf=arguments.gguf,
         out_dir=arguments.out or f"runs/mini/{domain.name}",

@@ -27,7 +27,7 @@ from .methods import (
     told_apart,
 )
 from .projections import layer_losses, layer_problems
-from .prunings import SlimGPTRun, pruned_model, reconstructed_plans, slimgpt_runs
+from .prunings import SlimGPTRun, fine_tuned_runs, pruned_model, reconstructed_plans, slimgpt_runs
 from .reconstruction import generality_curve, reconstruction_curve
 from .runtimes import runtime_speeds
 from .smallest import smallest_within

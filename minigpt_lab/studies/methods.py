@@ -215,8 +215,9 @@ def method_comparison(
     Returns
     -------
     table : pandas.DataFrame
-        One row per plan and text: ``method, sites, ratio, recovered, stored, removed`` (share of
-        the model), and those of `Divergence.row`.
+        One row per plan and text: ``method, sites, ratio, recovered, seconds`` (of the pruning, and
+        of what belongs to it), ``stored, removed`` (share of the model), and those of
+        `Divergence.row`.
     losses : dict
         ``(method, sites, ratio, text)`` to the `Perplexity`, for `lab.compare`.
     """
@@ -225,11 +226,13 @@ def method_comparison(
     settings = {"progress": False, **(recovery or {})}
 
     def measured(pruning: Pruning | None, train: Domain | None) -> dict:
-        pruned = pruned_model(model, pruning) if pruning else model
+        seconds, pruned = 0.0, model
+        if pruning:
+            seconds, pruned = timed(model.device, partial(pruned_model, model, pruning))
         if train:
             pruned = pruned if pruning else copy.deepcopy(model)
             recover(pruned, tokenizer, train, **settings)
-        return held_out.measure(pruned)
+        return {**held_out.measure(pruned), "seconds": seconds}
 
     rows, losses = [], {}
     dense = ("dense", "none", 0.0)
@@ -241,6 +244,7 @@ def method_comparison(
         key += [content_hash(train.train), settings] if train else []
         result = held_out.get(key, partial(measured, pruning, train))
         facts = {"method": name, "sites": kind, "ratio": ratio, "recovered": bool(train)}
+        facts["seconds"] = result.get("seconds")  # of older results none are known
         rows += held_out.table_rows(result, **facts)
         for loss in held_out.perplexities(result):
             losses[name, kind, ratio, loss.text] = loss  # the dense model: the fine-tuned one last

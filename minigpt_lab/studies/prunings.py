@@ -1,16 +1,23 @@
-"""Prunings that a comparison runs when it wants their model: plans, `slimgpt`, reconstruction."""
+"""Prunings that a comparison runs when it wants their model.
+
+Plans, `slimgpt`, and either with reconstruction or with fine-tuning on the same tokens after it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..calibration import tokens_hash
-from ..checks import DictOf, Instance, Integer, Text, checked
+from ..checks import DictOf, Instance, Integer, ListOf, OneOf, Text, Tokenizer, checked
 from ..compensation import reconstruct, slimgpt
+from ..domains import Domain
 from ..models import PruningPlan, shrink
+from ..recovery import recover
+from ..store import content_hash
 from .arguments import BATCHES, MODEL
 
 #: Kinds of pruning: name to the sites that are scored.
@@ -54,11 +61,38 @@ class ReconstructedPlan:
     epochs: int
 
 
-Pruning = PruningPlan | SlimGPTRun | ReconstructedPlan
+@dataclass(frozen=True)
+class FineTunedRun:
+    """A pruning whose model is then fine-tuned as a whole: the control of reconstruction.
+
+    Parameters
+    ----------
+    pruning : PruningPlan or SlimGPTRun
+        What to remove.
+    tokenizer : transformers.PreTrainedTokenizerBase
+        Of the dense model.
+    domain : Domain
+        Its train part is trained on.
+    options : mapping
+        Of `recover`; the dense model is the teacher of a loss that wants one.
+    """
+
+    pruning: PruningPlan | SlimGPTRun
+    tokenizer: PreTrainedTokenizerBase = field(repr=False)
+    domain: Domain = field(repr=False)
+    options: Mapping[str, object]
+
+
+Pruning = PruningPlan | SlimGPTRun | ReconstructedPlan | FineTunedRun
 Prunings = dict[Cell, Pruning]
 
 
-PRUNING = Instance(PruningPlan) | Instance(SlimGPTRun) | Instance(ReconstructedPlan)
+PRUNING = (
+    Instance(PruningPlan)
+    | Instance(SlimGPTRun)
+    | Instance(ReconstructedPlan)
+    | Instance(FineTunedRun)
+)
 PLANS = DictOf(Instance(tuple), PRUNING)
 
 
@@ -110,6 +144,43 @@ def reconstructed_plans(
     }
 
 
+@checked(
+    prunings=PLANS,
+    tokenizer=Tokenizer(),
+    domain=Instance(Domain),
+    losses=ListOf(OneOf(("label", "kl", "mix")), 1),
+)
+def fine_tuned_runs(
+    prunings: Mapping[Cell, PruningPlan | SlimGPTRun],
+    tokenizer: PreTrainedTokenizerBase,
+    domain: Domain,
+    *,
+    losses: Sequence[str] = ("label", "kl"),
+    **options,
+) -> dict[Cell, FineTunedRun]:
+    """Every pruning with fine-tuning after it, as methods ``"NAME, fine-tuned (LOSS)"``.
+
+    Parameters
+    ----------
+    prunings : mapping
+        From `method_plans` or `slimgpt_runs`.
+    tokenizer, domain
+        The *calibration* part is trained on: what reconstruction reads too.
+    losses : sequence of str
+        See `recover`; with ``"kl"`` and ``"mix"`` the dense model is the teacher.
+    **options
+        Of `recover`.
+    """
+    same_text = replace(domain, calibration=domain.train, train=domain.calibration)
+    return {
+        (f"{name}, fine-tuned ({loss})", kind, ratio): FineTunedRun(
+            pruning, tokenizer, same_text, {**options, "loss": loss}
+        )
+        for (name, kind, ratio), pruning in prunings.items()
+        for loss in losses
+    }
+
+
 @checked(model=MODEL, pruning=PRUNING)
 def pruned_model(model: PreTrainedModel, pruning: Pruning) -> PreTrainedModel:
     """Prune a copy of the dense model."""
@@ -118,6 +189,12 @@ def pruned_model(model: PreTrainedModel, pruning: Pruning) -> PreTrainedModel:
     if isinstance(pruning, ReconstructedPlan):
         options = {"epochs": pruning.epochs, "progress": False}
         return reconstruct(shrink(model, pruning.plan), model, pruning.batches, **options)
+    if isinstance(pruning, FineTunedRun):
+        pruned = pruned_model(model, pruning.pruning)
+        teacher = None if pruning.options["loss"] == "label" else model
+        own: dict[str, Any] = {"progress": False, "teacher": teacher, **pruning.options}
+        recover(pruned, pruning.tokenizer, pruning.domain, **own)
+        return pruned
     return slimgpt(model, pruning.batches, progress=False, **pruning.options)[0]
 
 
@@ -128,4 +205,7 @@ def pruning_key(pruning: Pruning) -> list:
     if isinstance(pruning, ReconstructedPlan):
         key = pruning_key(pruning.plan)
         return ["reconstruct", *key, tokens_hash(pruning.batches), pruning.epochs]
+    if isinstance(pruning, FineTunedRun):
+        text = content_hash(pruning.domain.train)
+        return ["fine-tune", *pruning_key(pruning.pruning), text, dict(pruning.options)]
     return ["slimgpt", tokens_hash(pruning.batches), dict(pruning.options)]

@@ -48,6 +48,14 @@ FITTED: dict[str, dict | None] = {  # the first is today's
     "+ both, a quarter general": {"reconstruct": True, "generality": 0.25},
     "+ both, half general": {"reconstruct": True, "generality": 0.5},
     "+ all three": {"stream_share": 0.5, "reconstruct": True, "generality": 0.25},
+    "+ search": {"allocation": "search"},
+    "+ search, a quarter general": {"allocation": "search", "generality": 0.25},
+    "+ search and dropped blocks": {"allocation": "search", "drop_blocks": True},
+    "+ search and both, a quarter general": {
+        "allocation": "search",
+        "reconstruct": True,
+        "generality": 0.25,
+    },
 }
 
 
@@ -59,6 +67,8 @@ def main() -> None:
     parser.add_argument("--reconstruct", metavar="DOMAIN", help="closed form and reconstruction")
     parser.add_argument("--ratios", nargs="+", type=float, default=RATIOS)
     parser.add_argument("--variants", nargs="+", default=[*FITTED])
+    parser.add_argument("--sites", nargs="+", default=["ffn"], help="of --reconstruct")
+    parser.add_argument("--sample", type=int, default=0, help="which calibration text, from 0")
     parser.add_argument("--test-tokens", type=int, default=2 * TEST_TOKENS)
     given = parser.parse_args()
     model, tokenizer = lab.load_model("smollm2-135m")
@@ -80,8 +90,11 @@ def main() -> None:
 def fitted(model, tokenizer, given: argparse.Namespace) -> None:
     """Print perplexities, and their ratios to today's `slimgpt`, with paired intervals."""
     domain, general = lab.load_domains([given.reconstruct, "general"])
+    begin, end = (TOKENS * (given.sample + step) // SHORT for step in (0, 1))  # windows
     own, other = (
-        lab.tokenize(each.calibration, tokenizer, seq_len=SHORT, max_tokens=TOKENS)
+        lab.tokenize(
+            each.calibration, tokenizer, seq_len=SHORT, max_tokens=TOKENS * (given.sample + 1)
+        )[begin:end]
         for each in (domain, general)
     )
 
@@ -102,12 +115,13 @@ def fitted(model, tokenizer, given: argparse.Namespace) -> None:
     for ratio in given.ratios:
         today: list[lab.Perplexity] = []
         for name in given.variants:
-            options = {"ratio": ratio, "sites": ["ffn"], "progress": False, **(FITTED[name] or {})}
+            options = {"ratio": ratio, "sites": given.sites, "progress": False}
+            options |= FITTED[name] or {}
             if "generality" in options:
                 options["general"] = texts[options.get("general")]()
             began = time.process_time()
             if FITTED[name] is None:
-                scores = lab.score(model, "wanda", own, sites=["ffn"])
+                scores = lab.score(model, "wanda", own, sites=given.sites)
                 cut = lab.shrink(model, lab.plan_from_scores(model, scores, ratio=ratio))
             else:
                 cut, _ = lab.slimgpt(model, own, **options)

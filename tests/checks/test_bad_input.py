@@ -334,6 +334,10 @@ def study_calls(t: dict) -> dict[str, dict]:
             "model": t["model"], "scores": {"mine": t["scores"]}, "methods": found,
             "statistics": t["statistics"], "ratios": [0.2], "sites": ("ffn",),
         },
+        "prunings.fine_tuned_runs": {
+            "prunings": {("slimgpt", "ffn", 0.2): t["plan"]}, "tokenizer": t["tokenizer"],
+            "domain": t["domain"], "losses": ["label"],
+        },
         "prunings.pruned_model": {"model": t["model"], "pruning": t["plan"]},
         "prunings.reconstructed_plans": {
             "plans": plans, "batches": t["batches"], "epochs": 1,

@@ -295,6 +295,15 @@ def test_the_command_makes_one_of_a_folder_of_texts(tmp_path, monkeypatch, capsy
     assert "dense, fine-tuned" in printed and f"in {out / 'model'}" in printed
     model, tokenizer = lab.load_model(out / "model", device="cpu")
     assert lab.generate(model, tokenizer, "The court", max_new_tokens=3)
-    monkeypatch.setattr(sys, "argv", [*sys.argv, "--increase", "0.1"])
+    refused = [*sys.argv, "--drop-blocks"]
+    monkeypatch.setattr(sys, "argv", refused)
+    with pytest.raises(SystemExit, match="error: .*only a search chooses which"):
+        command_line.main()
+    asked = {"all_tokens": True, "allocation": "search", "drop_blocks": True, "reconstruct": True}
+    given = command_line._parser().parse_args(
+        "make --domain x --all-tokens --allocation search --drop-blocks --reconstruct".split()
+    )
+    assert asked.items() <= vars(given).items()
+    monkeypatch.setattr(sys, "argv", [*refused[:-1], "--increase", "0.1"])
     with pytest.raises(SystemExit, match="error: give exactly one of size, increase"):
         command_line.main()

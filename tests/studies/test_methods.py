@@ -9,7 +9,7 @@ import pytest
 from helpers import random_model
 
 import minigpt_lab as lab
-from minigpt_lab import figures
+from minigpt_lab import figures, studies
 from minigpt_lab.criteria.scores import CRITERIA
 from minigpt_lab.models.anatomy import Anatomy
 from minigpt_lab.studies.methods import (
@@ -168,3 +168,28 @@ def test_curves_name_what_is_off_the_scale(compared):
     assert axis.get_title(loc="left").endswith("\nabove the scale: random")
     kept = worse[(worse["text"] == worse["text"].iloc[0]) & (worse["method"] != "random")]
     assert kept["perplexity"].max() < axis.get_ylim()[1] < worse["perplexity"].max()
+
+
+def test_a_comparison_may_fine_tune_on_the_calibration_tokens(tiny, tiny_domain, tmp_path):
+    """The control of reconstruction: the pruned model, trained by labels and by the dense one."""
+    model, tokenizer = tiny
+    batches = lab.tokenize(tiny_domain.calibration, tokenizer, seq_len=64, max_tokens=512)
+    scores = lab.score(model, "magnitude", sites=("ffn",))
+    plans = {("magnitude", "ffn", 0.5): lab.plan_from_scores(model, scores, ratio=0.5)}
+    closed = studies.slimgpt_runs(plans, batches, variants={"slimgpt": {}})
+    how = {"max_tokens": 512, "epochs": 2, "seq_len": 64, "learning_rate": 1e-3}
+    tuned = studies.fine_tuned_runs(closed, tokenizer, tiny_domain, **how)
+    names = [name for name, *_ in tuned]
+    assert names == ["slimgpt, fine-tuned (label)", "slimgpt, fine-tuned (kl)"]
+    seen = lab.excerpt(tiny_domain.calibration, tokenizer, max_tokens=512)
+    how = {"texts": [seen], "max_tokens": 512, "seq_len": 64, "out_dir": tmp_path}
+    table, _ = studies.method_comparison(model, tokenizer, closed | tuned, **how)
+    table = table.set_index("method")
+    assert all(
+        table.loc[name, "perplexity"] < table.loc["slimgpt", "perplexity"] for name, *_ in tuned
+    )
+    assert table.loc["slimgpt, fine-tuned (kl)", "kl"] < table.loc["slimgpt", "kl"]
+    assert (table.loc[names, "seconds"] > table.loc["slimgpt", "seconds"]).all()
+    assert table.loc["dense", "seconds"] == 0
+    again, _ = studies.method_comparison(model, tokenizer, closed | tuned, **how)
+    assert again.set_index("method").equals(table)
