@@ -262,7 +262,7 @@ def main() -> None:
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"error: {' '.join(str(error).split()) or type(error).__name__}")
     except KeyboardInterrupt:
-        sys.exit("stopped; finished runs are kept, and the same sweep goes on from them")
+        sys.exit("stopped; what is finished is kept, and the same command goes on from it")
     if status:
         sys.exit(status)
 

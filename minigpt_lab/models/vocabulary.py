@@ -84,7 +84,9 @@ def _byte_pair_model(tokenizer: PreTrainedTokenizerBase) -> dict | None:
     return model if model.get("type") == "BPE" else None
 
 
-def require_byte_pairs(tokenizer: PreTrainedTokenizerBase) -> None:
+def require_byte_pairs(
+    tokenizer: PreTrainedTokenizerBase, instead: str = "leave epsilon_embedding out"
+) -> None:
     """Refuse a tokenizer whose vocabulary cannot be trimmed.
 
     Raises
@@ -95,7 +97,7 @@ def require_byte_pairs(tokenizer: PreTrainedTokenizerBase) -> None:
     if _byte_pair_model(tokenizer) is None:
         raise InvalidArgument(
             f"the vocabulary of {type(tokenizer).__name__} cannot be trimmed; expected byte pairs "
-            "(BPE) with their merges; leave epsilon_embedding out"
+            f"(BPE) with their merges; {instead}"
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,12 +24,13 @@ from ..models import (
     load_model,
     model_card,
     refuse_masked,
+    require_byte_pairs,
     save_model,
     shrink,
     tokenizer_for,
 )
 from ..planning import one_target, plan_from_scores
-from ..recovery import recover
+from ..recovery import recover, require_ended
 from ..store import make_folder
 from ..studies import smallest_within
 from .preparation import calibration, digest, require_own, require_texts
@@ -37,8 +39,8 @@ from .timed_run import TimedRun
 from .vocabulary import trim_vocabulary
 
 _STEPS = ("trim the vocabulary", "prune", "recover", "train the control", "measure", "save")
-
-
+#: Raised when the same arguments come to make another model: a run of before is not continued.
+_RECIPE = 2
 _DOMAIN = Instance(Domain, "lab.load_domain gives one, also for a folder of text files")
 
 
@@ -102,8 +104,9 @@ def make_mini(
         Share of the dense model's stored parameters to keep, vocabulary included.
     increase : float, optional
         Instead: prune as much as lets the validation perplexity grow by this share, before
-        recovery, beside the dense model (see `smallest_within`), however long the search takes. All
-        tokens are kept if losing some exceeds this alone. Exactly one of the two.
+        recovery, beside the dense model (see `smallest_within`), however long the search takes:
+        the smaller one of two, with a trimmed vocabulary and with all tokens. Exactly one of the
+        two arguments.
     general : float
         Share of general text in the calibration of `slimgpt` and in the training; 0 for none.
     general_domain : Domain, optional
@@ -153,6 +156,9 @@ def make_mini(
     one_target(size=size, increase=increase)
     searching = is_search(allocation, drop_blocks)
     refuse_masked(model)
+    tokenizer = tokenizer_for(model, tokenizer)
+    if vocabulary:
+        require_byte_pairs(tokenizer, "keep the vocabulary (vocabulary=False, or --all-tokens)")
     general_domain = load_domain("general") if general_domain is None else general_domain
     reading = {"seq_len": seq_len, "max_tokens": calibration_tokens}
     require_texts(model, tokenizer, domain, general_domain, general, **reading)
@@ -165,7 +171,7 @@ def make_mini(
     facts |= {"vocabulary": vocabulary, "gguf": gguf, "reconstruct": reconstruct}
     facts |= {"allocation": allocation, "drop_blocks": drop_blocks}
     facts |= {"calibration_tokens": calibration_tokens, "seq_len": seq_len, "seed": seed}
-    facts |= {"model": fingerprint(model)[:16]}
+    facts |= {"model": fingerprint(model)[:16], "recipe": _RECIPE}
     facts |= {"domain": digest(domain), "general_domain": digest(general_domain)}
     with tqdm(total=len(_STEPS), unit="step", disable=not progress) as bar:
         run = TimedRun(folder, facts, minutes, bar)
@@ -219,9 +225,11 @@ def make_mini(
         distil = {"teacher": model, "loss": "mix"}
         options |= run.training([(mini, words, distil), (control, tokenizer, {})], domain, options)
         options["progress"] = progress
-        recover(mini, words, domain, out_dir=folder / "recovery", **distil, **options)
+        distil |= {"out_dir": folder / "recovery"}
+        require_ended(recover(mini, words, domain, **distil, **options))
         run.enter("train the control")
-        recover(control, tokenizer, domain, out_dir=folder / "control", **options)
+        options["out_dir"] = folder / "control"
+        require_ended(recover(control, tokenizer, domain, **options))
 
         # 4. What was lost, on text that nothing was chosen on.
         run.enter("measure")
@@ -263,12 +271,17 @@ def _within(
     calibrated: Callable[..., dict[str, Any]],
     **options,
 ) -> PreTrainedModel:
-    """Within the limit, beside the dense model: with all tokens if losing some exceeds it."""
-    texts = calibrated(tokenizer=tokenizer_for(trimmed, tokenizer))
-    pruned, _, curve = smallest_within(trimmed, tokenizer, domain, dense=model, **options, **texts)
-    if trimmed is model or curve["within"].iloc[0]:
-        return pruned
-    return _within(model, model, tokenizer, domain, calibrated, **options)
+    """The smallest within the limit beside the dense model, of two: with fewer tokens, with all."""
+    found = []
+    for start in (trimmed,) if trimmed is model else (trimmed, model):
+        how = options | calibrated(tokenizer=tokenizer_for(start, tokenizer)) | {"dense": model}
+        with warnings.catch_warnings():
+            if start is not model:  # there is the other
+                warnings.filterwarnings("ignore", "the perplexity of the given model is above")
+            pruned, _, curve = smallest_within(start, tokenizer, domain, **how)
+        if start is model or curve["within"].iloc[0]:
+            found.append(pruned)
+    return min(found, key=lambda each: each.num_parameters())
 
 
 def _random(model: PreTrainedModel, parameters: int, seed: int) -> PreTrainedModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +37,14 @@ def require_texts(
     of_general = general_domain.parts.values() if general else [general_domain.test]
     for part in (*domain.parts.values(), *of_general):
         tokenize(part, tokenizer, seq_len=seq_len, max_tokens=seq_len)
-    # A matrix of d inputs has weights to solve for from d tokens on.
-    width = min(max(Anatomy(model).layer_widths()["ffn"]), max_tokens)
+    # Below d tokens the Hessian of d inputs has no inverse, and the damping decides.
+    width = max(Anatomy(model).layer_widths()["ffn"])
     tokens = count_tokens(domain.calibration, tokenizer).sum()
-    if tokens < width:
+    if tokens < min(width, max_tokens):
+        more = math.ceil(10 * width / tokens) / 10
         raise InvalidArgument(
             f"{domain.calibration} has {tokens:,} tokens; to prune matrices of {width:,} inputs "
-            f"takes as many: give {width / tokens:.1f} times as much text in all"
+            f"takes as many: give {more:.1f} times as much text in all"
         )
     if domain.name == general_domain.name and digest(domain) != digest(general_domain):
         raise InvalidArgument(
@@ -83,8 +85,8 @@ def calibration(
     **shape: int,
 ) -> dict[str, Any]:
     """Arguments of `slimgpt`: tokens of the domain, and of general text if it has a share."""
-    found: dict[str, Any] = {"batches": tokenize(domain.calibration, tokenizer, **shape)}
+    arguments: dict[str, Any] = {"batches": tokenize(domain.calibration, tokenizer, **shape)}
     if generality:
         general = tokenize(general_domain.calibration, tokenizer, **shape)
-        found |= {"general": general, "generality": generality}
-    return found
+        arguments |= {"general": general, "generality": generality}
+    return arguments

@@ -18,7 +18,7 @@ from ..compensation import STEP_TOKENS
 from ..domains import Domain, Part, tokenize
 from ..evaluation import perplexity
 from ..models import dtype_name, fingerprint, reading_dtype
-from ..recovery import recover
+from ..recovery import recover, require_ended
 from ..store import RunState
 from ..studies import HeldOut
 
@@ -126,7 +126,8 @@ class TimedRun:
                 began, cut = time.monotonic(), max(_TRIAL, 2 * options["seq_len"])
                 trial = {"max_tokens": cut, "eval_every": cut, "eval_characters": 1_024}
                 how = {**own, **trial, **options}
-                history = recover(copy.deepcopy(model), tokenizer, domain, progress=False, **how)
+                tried = {"progress": False, **how}
+                history = require_ended(recover(copy.deepcopy(model), tokenizer, domain, **tried))
                 whole = time.monotonic() - began
                 evaluation, end = history["seconds"].iloc[[0, -1]]
                 per_token += max(0.0, end - 2 * evaluation) / cut

@@ -5,12 +5,12 @@ from __future__ import annotations
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..calibration import collect_statistics
-from ..checks import Instance, Model, Number, Tokenizer, checked
+from ..checks import Instance, InvalidArgument, Model, Number, Tokenizer, checked
 from ..domains import Domain, count_tokens, tokenize
-from ..models import refuse_masked, shrink
+from ..models import refuse_masked, require_byte_pairs, shrink, tokenizer_for
 from ..planning import contextual_plan
 
-_WINDOW = 64  # tokens; a plan wants statistics, and no neuron is chosen by these
+_WINDOW = 64  # tokens of the statistics that a plan needs; here no neuron is chosen by them
 
 
 @checked(
@@ -28,16 +28,16 @@ def trim_vocabulary(
     general: Domain | None = None,
     generality: float = 0.3,
 ) -> PreTrainedModel:
-    """Remove the tokens that a domain does not use, and general text hardly.
+    """Keep the tokens of a domain, and the frequent ones of general text.
 
-    A token t stays if its share of the mixed text is at least that of a token which the domain uses
-    once,
+    A token t is kept if its share of the mixed text is at least that of a token which the domain
+    uses once,
 
     .. math:: (1 - μ) n_d(t) / N_d + μ n_g(t) / N_g ≥ (1 - μ) / N_d,
 
     with counts n and their sums N over the calibration and train parts of both domains; and with it
-    all tokens that it is merged from. Every token of the domain's own text stays, so a text that is
-    new to it splits a little longer, and general text much longer without the second term.
+    all tokens that it is merged from. So the domain's own text splits as before, a new text of the
+    domain into a few more tokens, and general text into many more without the second term.
 
     Parameters
     ----------
@@ -58,7 +58,8 @@ def trim_vocabulary(
     Raises
     ------
     ValueError
-        If the model is masked, a part is shorter than 64 tokens, or the tokenizer knows no merges.
+        If the model is masked, the calibration part is shorter than 64 tokens, the general text is
+        empty, or the tokenizer has no merges.
 
     Notes
     -----
@@ -67,11 +68,18 @@ def trim_vocabulary(
     ones at μ = 0.3 (20,639) 1.072 / 1.257.
     """
     refuse_masked(model)
+    tokenizer = tokenizer_for(model, tokenizer)
+    require_byte_pairs(tokenizer, "keep the vocabulary")
     parts = (domain.calibration, domain.train)
     weights = sum(count_tokens(part, tokenizer) for part in parts).astype(float)  # [token]
     if general is not None:
         parts = (general.calibration, general.train)
         counts = sum(count_tokens(part, tokenizer) for part in parts)  # [token]
+        if not counts.sum():
+            raise InvalidArgument(
+                f"general is {general.name!r}, whose calibration and train part are empty; give "
+                "another domain, or general=None"
+            )
         weights += generality / (1 - generality) * weights.sum() / counts.sum() * counts
     window = {"seq_len": _WINDOW, "max_tokens": _WINDOW}
     batches = tokenize(domain.calibration, tokenizer, **window)

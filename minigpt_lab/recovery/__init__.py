@@ -2,3 +2,4 @@
 
 from .finetuning import recover
 from .presets import RECOVERY_PRESETS
+from .training import require_ended

@@ -252,6 +252,21 @@ def history_of(state: TrainerState, why: str, start: dict) -> pd.DataFrame:
     return history
 
 
+def require_ended(history: pd.DataFrame) -> pd.DataFrame:
+    """What `recover` returned, if nothing stopped it: else a result would be made of half of it.
+
+    Raises
+    ------
+    KeyboardInterrupt, OSError
+        What it was stopped by.
+    """
+    if history.attrs.get("stopped") == "interrupted":
+        raise KeyboardInterrupt
+    if history.attrs.get("stopped") == "disk":
+        raise OSError("a checkpoint could not be written; make room and repeat the call")
+    return history
+
+
 class RecoveryCallback(TrainerCallback):
     """Stop at a perplexity, log with every evaluation, look after the checkpoints."""
 

@@ -25,7 +25,7 @@ from ..criteria import score
 from ..domains import Domain, Part, tokenize
 from ..models import PruningPlan, shrink
 from ..planning import plan_from_scores
-from ..recovery import recover
+from ..recovery import recover, require_ended
 from ..store import content_hash
 from .activations import set_overlap
 from .arguments import FOLDER, PAIR, PROTOCOL
@@ -224,7 +224,7 @@ def domain_matrix(
     def measured(plan: PruningPlan | None, train: Domain | None) -> dict:
         mini = shrink(model, plan) if plan else copy.deepcopy(model)
         if train is not None:
-            recover(mini, tokenizer, train, **budget)
+            require_ended(recover(mini, tokenizer, train, **budget))
         return held_out.measure(mini)
 
     rows = []

@@ -28,7 +28,7 @@ from ..domains import Domain, Part
 from ..evaluation import Perplexity, compare, peak_memory, timed
 from ..models import SITES, fingerprint
 from ..planning import plan_from_scores
-from ..recovery import recover
+from ..recovery import recover, require_ended
 from ..store import ResultCache, content_hash
 from .activations import set_overlap
 from .arguments import BATCHES, FOLDER, MODEL, PAIR, PROTOCOL, STATISTICS, TEXTS
@@ -199,7 +199,7 @@ def method_comparison(
     model, tokenizer
         The dense pair.
     plans : mapping
-        From `method_plans` and `slimgpt_runs`.
+        From `method_plans`, `slimgpt_runs`, `reconstructed_plans` and `fine_tuned_runs`.
     texts : sequence of Part
         Held out, e.g. the test parts of the calibration domain and of a general one.
     max_tokens, seq_len : int
@@ -215,8 +215,8 @@ def method_comparison(
     Returns
     -------
     table : pandas.DataFrame
-        One row per plan and text: ``method, sites, ratio, recovered, seconds`` (of the pruning, and
-        of what belongs to it), ``stored, removed`` (share of the model), and those of
+        One row per plan and text: ``method, sites, ratio, recovered, seconds`` (of the pruning and
+        what follows it, without the scores), ``stored, removed`` (share of the model), and those of
         `Divergence.row`.
     losses : dict
         ``(method, sites, ratio, text)`` to the `Perplexity`, for `lab.compare`.
@@ -231,7 +231,7 @@ def method_comparison(
             seconds, pruned = timed(model.device, partial(pruned_model, model, pruning))
         if train:
             pruned = pruned if pruning else copy.deepcopy(model)
-            recover(pruned, tokenizer, train, **settings)
+            require_ended(recover(pruned, tokenizer, train, **settings))
         return {**held_out.measure(pruned), "seconds": seconds}
 
     rows, losses = [], {}

@@ -5,6 +5,7 @@ Plans, `slimgpt`, and either with reconstruction or with fine-tuning on the same
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,11 +13,21 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..calibration import tokens_hash
-from ..checks import DictOf, Instance, Integer, ListOf, OneOf, Text, Tokenizer, checked
+from ..checks import (
+    DictOf,
+    Instance,
+    Integer,
+    InvalidArgument,
+    ListOf,
+    OneOf,
+    Text,
+    Tokenizer,
+    checked,
+)
 from ..compensation import reconstruct, slimgpt
 from ..domains import Domain
 from ..models import PruningPlan, shrink
-from ..recovery import recover
+from ..recovery import recover, require_ended
 from ..store import content_hash
 from .arguments import BATCHES, MODEL
 
@@ -169,8 +180,17 @@ def fine_tuned_runs(
     losses : sequence of str
         See `recover`; with ``"kl"`` and ``"mix"`` the dense model is the teacher.
     **options
-        Of `recover`.
+        Of `recover`: numbers of the training. Losses have their defaults.
+
+    Raises
+    ------
+    ValueError
+        If an option is none of those.
     """
+    taken = {"loss", "teacher", "temperature", "mix", "out_dir", "general", "other", "progress"}
+    allowed = {*inspect.signature(recover).parameters} - {"model", "tokenizer", "domain"} - taken
+    if unknown := sorted({*options} - allowed):
+        raise InvalidArgument(f"{', '.join(unknown)}: expected {', '.join(sorted(allowed))}")
     same_text = replace(domain, calibration=domain.train, train=domain.calibration)
     return {
         (f"{name}, fine-tuned ({loss})", kind, ratio): FineTunedRun(
@@ -193,7 +213,7 @@ def pruned_model(model: PreTrainedModel, pruning: Pruning) -> PreTrainedModel:
         pruned = pruned_model(model, pruning.pruning)
         teacher = None if pruning.options["loss"] == "label" else model
         own: dict[str, Any] = {"progress": False, "teacher": teacher, **pruning.options}
-        recover(pruned, pruning.tokenizer, pruning.domain, **own)
+        require_ended(recover(pruned, pruning.tokenizer, pruning.domain, **own))
         return pruned
     return slimgpt(model, pruning.batches, progress=False, **pruning.options)[0]
 
@@ -206,6 +226,6 @@ def pruning_key(pruning: Pruning) -> list:
         key = pruning_key(pruning.plan)
         return ["reconstruct", *key, tokens_hash(pruning.batches), pruning.epochs]
     if isinstance(pruning, FineTunedRun):
-        text = content_hash(pruning.domain.train)
-        return ["fine-tune", *pruning_key(pruning.pruning), text, dict(pruning.options)]
+        texts = [content_hash(pruning.domain.train), content_hash(pruning.domain.validation)]
+        return ["fine-tune", *pruning_key(pruning.pruning), *texts, dict(pruning.options)]
     return ["slimgpt", tokens_hash(pruning.batches), dict(pruning.options)]

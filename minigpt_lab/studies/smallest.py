@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..architectures import dense_type
 from ..calibration import tokens_hash
-from ..checks import Flag, Instance, Integer, Model, Number, checked
+from ..checks import Flag, Instance, Integer, InvalidArgument, Model, Number, checked
 from ..compensation import discard, is_search, slimgpt
 from ..domains import Domain, excerpt
-from ..models import Anatomy, PruningPlan, fingerprint, keep_all, shrink
+from ..models import (
+    Anatomy,
+    PruningPlan,
+    TrimmedVocabulary,
+    fingerprint,
+    keep_all,
+    refuse_masked,
+    shrink,
+)
 from ..planning import allocation_name
 from ..store import cache_key
 from .arguments import BATCHES, FOLDER, PAIR
@@ -81,9 +90,8 @@ def smallest_within(
     other_increase : float
         That limit.
     dense : PreTrainedModel, optional
-        The model that the limits are relative to, by default `model`: the one with all its tokens,
-        if `model` lost some. `tokenizer` is then of this one, and so are the tokens that a
-        perplexity is counted over.
+        The model that the limits are relative to, by default `model`: give it where `model` has a
+        trimmed vocabulary. `tokenizer` is then of this one, and a perplexity is per token of it.
     most : float
         Largest ratio.
     tolerance : float
@@ -104,15 +112,15 @@ def smallest_within(
     -------
     transformers.PreTrainedModel, PruningPlan, pandas.DataFrame
         The smallest model within the limit, its plan, and the curve that was seen: one row per size
-        with ``ratio, stored, perplexity, increase, within``, from the dense model down, and with
+        with ``ratio, stored, perplexity, increase, within``, from the given model down, and with
         `other` also ``other_perplexity, other_increase``. If none
         was within the limit there is a warning, and the model is a copy of the given one.
 
     Raises
     ------
     ValueError
-        If a number is out of range, a ratio cannot be met, or an argument of `slimgpt` is given
-        that is chosen here.
+        If a number is out of range, a ratio cannot be met, an argument of `slimgpt` is given that
+        is chosen here, or `dense` is not what `model` was made of.
     """
     Number(above=0, below=most)("tolerance", tolerance)
     if taken := sorted({"ratio", "parameters", "counts", "inplace"} & set(options)):
@@ -126,13 +134,15 @@ def smallest_within(
         texts.append(excerpt(other.validation, tokenizer, max_characters=_MAX_CHARACTERS))
     path = out_dir and Path(out_dir) / "sizes.json"
     dense = model if dense is None else dense
+    refuse_masked(dense)
+    _require_same_origin(model, dense)
     held_out = HeldOut(dense, tokenizer, texts, max_tokens=max_tokens, seq_len=seq_len, path=path)
     trials = _Trials(model, batches, held_out, limits, options, out_dir)
 
     # Bisection on the ratio: `low` is within the limits, `high` is not.
     low, high, best = 0.0, most, None
     if not trials.within(trials.rows[0]):
-        high = 0.0  # what it lost before is too much
+        high = 0.0
     with tqdm(desc="smallest within", unit="size", disable=not progress) as bar:
         while high - low > tolerance:
             middle = (low + high) / 2
@@ -143,12 +153,18 @@ def smallest_within(
                 high = middle
             bar.update()
             bar.set_postfix(ratio=f"{low:.3f}")
-    if low == 0:
+    if not trials.within(trials.rows[0]):
+        warnings.warn(
+            "the perplexity of the given model is above what is allowed already: nothing is "
+            "pruned; allow a larger increase",
+            stacklevel=2,
+        )
+    elif low == 0:
         names = " or ".join(map(str, texts))
         allowed = " or ".join(f"{most - 1:.1%}" for most in limits.values())
         warnings.warn(
             f"even pruning {high:.1%} raises the perplexity on {names} by more than {allowed}: "
-            "nothing is pruned; allow a larger increase",
+            "the model returned is the given one; allow a larger increase",
             stacklevel=2,
         )
     pruned, plan = (best or trials.prune(low)) if low else _unpruned(model, increase)
@@ -157,6 +173,17 @@ def smallest_within(
         if unused:
             discard(unused)
     return pruned, plan, curve
+
+
+def _require_same_origin(model: PreTrainedModel, dense: PreTrainedModel) -> None:
+    """Refuse a dense model of another type, or without some of the model's tokens."""
+    own, whole = TrimmedVocabulary.of(model), TrimmedVocabulary.of(dense)
+    types = [dense_type(each.config.model_type) for each in (model, dense)]
+    if types[0] != types[1] or own.size != whole.size or not {*own.rows} <= {*whole.rows}:
+        raise InvalidArgument(
+            f"dense is a {types[1]} of {len(whole.rows):,} tokens, model a {types[0]} of "
+            f"{len(own.rows):,} that are not among them; give the model that it was trimmed from"
+        )
 
 
 class _Trials:
@@ -194,7 +221,8 @@ class _Trials:
         sums = [loss.passages.sum(0) for loss in self.held_out.perplexities(found)]
         per_character = [nats / characters for nats, _, characters in sums]
         pairs = zip(self.limits, per_character, self.lengths, strict=True)
-        return {name: math.exp(nats * length) for name, nats, length in pairs}
+        with np.errstate(over="ignore"):
+            return {name: float(np.exp(nats * length)) for name, nats, length in pairs}
 
     def folder(self, ratio: float) -> Path | None:
         """Of the checkpoints of a size."""
@@ -223,7 +251,7 @@ class _Trials:
         return all(row[name] <= self.dense[name] * most for name, most in self.limits.items())
 
     def curve(self) -> pd.DataFrame:
-        """All rows, from the dense model down."""
+        """All rows, from the given model down."""
         curve = pd.DataFrame(self.rows).sort_values("ratio", ignore_index=True)
         for name in self.limits:
             curve[name.replace("perplexity", "increase")] = curve[name] / self.dense[name] - 1

@@ -592,10 +592,14 @@ def test_a_trimmed_model_is_held_to_the_dense_one(tiny, tiny_domain, batches):
     assert curve[curve["within"]]["perplexity"].iloc[-1] == pytest.approx(expected, rel=1e-4)
     assert curve["within"].all() and mini.num_parameters() < trimmed.num_parameters()
     elsewhere = lab.load_domain("tiny-games")  # which uses tokens that were lost
-    with pytest.warns(UserWarning, match="nothing is pruned; allow a larger increase"):
+    with pytest.warns(UserWarning, match="above what is allowed already: nothing is pruned"):
         mini, _, curve = lab.smallest_within(trimmed, tokenizer, elsewhere, **how, increase=0)
     assert len(curve) == 1 and curve["increase"].iloc[0] > 0 and not curve["within"].any()
     assert mini.num_parameters() == trimmed.num_parameters()
+    for dense in (random_model("llama"), lab.load_model("tiny-gpt2")[0], trimmed):
+        start = model if dense is trimmed else trimmed
+        with pytest.raises(ValueError, match="give the model that it was trimmed from"):
+            lab.smallest_within(start, *(tokenizer, tiny_domain), **how | {"dense": dense})
 
 
 def test_no_cut_within_the_limit(tiny, tiny_domain, batches):

@@ -134,6 +134,32 @@ def test_a_call_goes_on_where_it_was_stopped(tiny, tiny_domain, general, tmp_pat
         lab.make_mini(*tiny, tiny_domain, **{**how, "size": 0.6})
 
 
+def stopped(*arguments, **options) -> pd.DataFrame:
+    """What `recover` returns after Ctrl-C: the best state so far stands in the model."""
+    history = pd.DataFrame({"seconds": [1.0, 2.0]})
+    history.attrs["stopped"] = "interrupted"
+    return history
+
+
+def test_an_interrupted_training_ends_the_call(tiny, tiny_domain, general, tmp_path, monkeypatch):
+    """Or half a training would be measured, saved and taken for the whole one."""
+    how = {**HOW, "size": 0.6, "general_domain": general, "out_dir": tmp_path, "gguf": "Q8_0"}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(mini, "recover", stopped)
+        lab.make_mini(*tiny, tiny_domain, **how)
+    assert {path.name for path in tmp_path.iterdir()} == {"pruned", "pruning", "state.json"}
+    assert lab.make_mini(*tiny, tiny_domain, **how).table["variant"].nunique() == 7
+
+
+def test_an_interrupted_trial_plans_nothing(tiny, tiny_domain, tmp_path, monkeypatch):
+    run = timed_run.TimedRun(tmp_path, {}, 10, tqdm(disable=True))
+    run.known["reading"] = 5e-4
+    monkeypatch.setattr(timed_run, "recover", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        TRAINING(run, [(*tiny, {})], tiny_domain, {"seq_len": 64})
+    assert "tokens" not in run.known
+
+
 @pytest.mark.parametrize("slow", [1, 3])
 def test_training_fills_the_minutes_that_measuring_leaves(
     slow, tiny, tiny_domain, tmp_path, monkeypatch
@@ -170,7 +196,9 @@ def test_training_fills_the_minutes_that_measuring_leaves(
 
 @pytest.mark.slow
 def test_a_size_by_its_loss(tiny, tiny_domain, general, tmp_path, monkeypatch):
-    monkeypatch.setattr(mini, "recover", lambda *_, **__: None)  # training is another test's
+    monkeypatch.setattr(
+        mini, "recover", lambda *_, **__: pd.DataFrame()
+    )  # training is another test's
     how = {**HOW, "general_domain": general, "out_dir": tmp_path, "vocabulary": False}
     found = lab.make_mini(*tiny, tiny_domain, increase=0.05, general=0, **how)
     assert found.table["stored"].min() < lab.model_size(tiny[0]).stored
@@ -182,7 +210,7 @@ def test_all_tokens_stay_where_losing_some_exceeds_the_limit(
     tiny, tiny_domain, tmp_path, monkeypatch
 ):
     """The limit is beside the dense model: here its rare tokens alone are worth more."""
-    monkeypatch.setattr(mini, "recover", lambda *_, **__: None)
+    monkeypatch.setattr(mini, "recover", lambda *_, **__: pd.DataFrame())
     games = lab.load_domain("tiny-games")
     other = dataclasses.replace(
         games, validation=lab.Part("tiny-games", "validation", tuple(tiny_domain.validation))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -43,6 +45,20 @@ def test_more_general_text_keeps_more_of_its_tokens(tiny, tiny_domain, general):
     ]
     assert sizes == sorted(sizes) and sizes[0] < sizes[-1]
     assert sizes[0] == len(kept(lab.trim_vocabulary(*tiny, tiny_domain)))
+
+
+def test_general_text_of_no_words_is_refused(tiny, tiny_domain, general):
+    parts = {name: lab.Part("none", name, ()) for name in ("calibration", "train")}
+    with pytest.raises(ValueError, match="calibration and train part are empty; give another"):
+        lab.trim_vocabulary(
+            *tiny, tiny_domain, general=dataclasses.replace(general, **parts), generality=0.3
+        )
+
+
+def test_a_trimmed_model_is_trimmed_again_with_the_tokenizer_of_the_dense_one(tiny, tiny_domain):
+    once = lab.trim_vocabulary(*tiny, lab.load_domain("tiny-games"))
+    twice = lab.trim_vocabulary(once, tiny[1], tiny_domain)
+    assert {*kept(twice)} < {*kept(once)}
 
 
 def test_a_masked_model_is_refused(tiny, tiny_domain):
