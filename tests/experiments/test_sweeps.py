@@ -178,7 +178,7 @@ def test_ctrl_c_stops_runs_and_kernels_cleanly(small, tmp_path):
     wait_for(lambda: diary(tmp_path))
     process.send_signal(signal.SIGINT)
     _, printed = process.communicate(timeout=600)
-    assert process.returncode == 1 and printed.strip().endswith("goes on from them")
+    assert process.returncode == 1 and printed.strip().endswith("goes on from it")
     assert "Traceback" not in printed and not ends(tmp_path)
 
 
