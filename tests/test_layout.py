@@ -89,3 +89,9 @@ def test_import_and_help_load_no_framework():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr.strip() == "[]" and "sweep" in done.stdout
+
+
+def test_no_two_test_files_share_a_name():
+    """pytest collects a name once, and takes the other for a stale copy of it."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert len(names) == len({*names})

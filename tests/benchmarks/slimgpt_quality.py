@@ -90,11 +90,10 @@ def main() -> None:
 def fitted(model, tokenizer, given: argparse.Namespace) -> None:
     """Print perplexities, and their ratios to today's `slimgpt`, with paired intervals."""
     domain, general = lab.load_domains([given.reconstruct, "general"])
-    begin, end = (TOKENS * (given.sample + step) // SHORT for step in (0, 1))  # windows
     own, other = (
         lab.tokenize(
             each.calibration, tokenizer, seq_len=SHORT, max_tokens=TOKENS * (given.sample + 1)
-        )[begin:end]
+        ).samples(given.sample + 1)[given.sample]
         for each in (domain, general)
     )
 
