@@ -177,15 +177,13 @@ def make_mini(
         run = TimedRun(folder, facts, minutes, bar)
 
         with run.given_up_unless(folder / "pruned"):
-            # 1. The vocabulary: tokens that the domain uses, and general text as often.
+            # 1. The vocabulary: the domain's tokens, and the frequent ones of general text.
             run.enter("trim the vocabulary")
             run.measure_speed(model, tokenizer, domain, searching=searching, **reading)
             trimmed = model
             if vocabulary:
-                mixed = general_domain if general else None
-                trimmed = trim_vocabulary(
-                    model, tokenizer, domain, general=mixed, generality=general
-                )
+                mixed = {"general": general_domain, "generality": general}
+                trimmed = trim_vocabulary(model, tokenizer, domain, **mixed)
 
             # 2. Heads and channels.
             run.enter("prune")
@@ -206,8 +204,8 @@ def make_mini(
                     pruning["multiple_of"] = {"ffn": block_size(gguf)}
                 if increase is not None:
                     pruning |= {"increase": increase, "seq_len": seq_len}
-                    how = {"out_dir": folder / "search", **pruning}
-                    pruned = _within(model, trimmed, tokenizer, domain, calibrated, **how)
+                    pruning["out_dir"] = folder / "search"
+                    pruned = _within(model, trimmed, tokenizer, domain, calibrated, **pruning)
                 else:
                     pruning |= calibrated(tokenizer=tokenizer_for(trimmed, tokenizer))
                     target = round(size * model.num_parameters())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..calibration import collect_statistics
@@ -70,19 +71,16 @@ def trim_vocabulary(
     refuse_masked(model)
     tokenizer = tokenizer_for(model, tokenizer)
     require_byte_pairs(tokenizer, "keep the vocabulary")
-    parts = (domain.calibration, domain.train)
-    weights = sum(count_tokens(part, tokenizer) for part in parts).astype(float)  # [token]
-    if general is not None:
-        parts = (general.calibration, general.train)
-        counts = sum(count_tokens(part, tokenizer) for part in parts)  # [token]
+    weights = _counts(domain, tokenizer).astype(float)
+    if general is not None and generality:
+        counts = _counts(general, tokenizer)
         if not counts.sum():
             raise InvalidArgument(
                 f"general is {general.name!r}, whose calibration and train part are empty; give "
                 "another domain, or general=None"
             )
         weights += generality / (1 - generality) * weights.sum() / counts.sum() * counts
-    window = {"seq_len": _WINDOW, "max_tokens": _WINDOW}
-    batches = tokenize(domain.calibration, tokenizer, **window)
+    batches = tokenize(domain.calibration, tokenizer, seq_len=_WINDOW, max_tokens=_WINDOW)
     plan = contextual_plan(
         model,
         collect_statistics(model, batches, progress=False),
@@ -91,3 +89,8 @@ def trim_vocabulary(
         tokenizer=tokenizer,
     )
     return shrink(model, plan)
+
+
+def _counts(domain: Domain, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """How often a domain uses every token ``[token]``, in its calibration and train part."""
+    return sum(count_tokens(part, tokenizer) for part in (domain.calibration, domain.train))

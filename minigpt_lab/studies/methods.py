@@ -6,7 +6,6 @@ A method is a criterion with its options, with or without bias compensation; `sl
 
 from __future__ import annotations
 
-import copy
 import itertools
 import os
 import re
@@ -28,12 +27,21 @@ from ..domains import Domain, Part
 from ..evaluation import Perplexity, compare, peak_memory, timed
 from ..models import SITES, fingerprint
 from ..planning import plan_from_scores
-from ..recovery import recover, require_ended
-from ..store import ResultCache, content_hash
+from ..store import ResultCache
 from .activations import set_overlap
 from .arguments import BATCHES, FOLDER, MODEL, PAIR, PROTOCOL, STATISTICS, TEXTS
 from .held_out import HeldOut
-from .prunings import KINDS, PLANS, Plans, Pruning, Prunings, pruned_model, pruning_key
+from .prunings import (
+    KINDS,
+    PLANS,
+    Cell,
+    FineTunedRun,
+    Plans,
+    Pruning,
+    Prunings,
+    pruned_model,
+    pruning_key,
+)
 
 
 @dataclass(frozen=True)
@@ -223,27 +231,27 @@ def method_comparison(
     """
     path = out_dir and Path(out_dir) / "comparison.json"
     held_out = HeldOut(model, tokenizer, texts, max_tokens=max_tokens, seq_len=seq_len, path=path)
-    settings = {"progress": False, **(recovery or {})}
 
-    def measured(pruning: Pruning | None, train: Domain | None) -> dict:
+    def measured(pruning: Pruning | None) -> dict:
         seconds, pruned = 0.0, model
         if pruning:
             seconds, pruned = timed(model.device, partial(pruned_model, model, pruning))
-        if train:
-            pruned = pruned if pruning else copy.deepcopy(model)
-            require_ended(recover(pruned, tokenizer, train, **settings))
         return {**held_out.measure(pruned), "seconds": seconds}
 
     rows, losses = [], {}
     dense = ("dense", "none", 0.0)
-    cells = [(dense, None, None), *((cell, plan, recover_on) for cell, plan in plans.items())]
+    cells: list[tuple[Cell, Pruning | None]] = [*plans.items()]
     if recover_on is not None:
-        cells.insert(1, (dense, None, recover_on))
-    for (name, kind, ratio), pruning, train in tqdm(cells, desc="comparison", unit="cell"):
-        key = [pruning and pruning_key(pruning)]
-        key += [content_hash(train.train), settings] if train else []
-        result = held_out.get(key, partial(measured, pruning, train))
-        facts = {"method": name, "sites": kind, "ratio": ratio, "recovered": bool(train)}
+        cells = [
+            (cell, FineTunedRun(pruning, tokenizer, recover_on, recovery or {}))
+            for cell, pruning in [(dense, None), *cells]
+        ]
+    for (name, kind, ratio), pruning in tqdm(
+        [(dense, None), *cells], desc="comparison", unit="cell"
+    ):
+        result = held_out.get([pruning and pruning_key(pruning)], partial(measured, pruning))
+        recovered = recover_on is not None and pruning is not None
+        facts = {"method": name, "sites": kind, "ratio": ratio, "recovered": recovered}
         facts["seconds"] = result.get("seconds")  # of older results none are known
         rows += held_out.table_rows(result, **facts)
         for loss in held_out.perplexities(result):

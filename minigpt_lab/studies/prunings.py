@@ -5,6 +5,7 @@ Plans, `slimgpt`, and either with reconstruction or with fine-tuning on the same
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -74,21 +75,21 @@ class ReconstructedPlan:
 
 @dataclass(frozen=True)
 class FineTunedRun:
-    """A pruning whose model is then fine-tuned as a whole: the control of reconstruction.
+    """A model that is fine-tuned as a whole after its pruning, or without one: the control.
 
     Parameters
     ----------
-    pruning : PruningPlan or SlimGPTRun
+    pruning : PruningPlan, SlimGPTRun or None
         What to remove.
     tokenizer : transformers.PreTrainedTokenizerBase
         Of the dense model.
     domain : Domain
         Its train part is trained on.
     options : mapping
-        Of `recover`; the dense model is the teacher of a loss that wants one.
+        Of `recover`; ``teacher="dense"`` is the dense model.
     """
 
-    pruning: PruningPlan | SlimGPTRun
+    pruning: Pruning | None
     tokenizer: PreTrainedTokenizerBase = field(repr=False)
     domain: Domain = field(repr=False)
     options: Mapping[str, object]
@@ -194,7 +195,10 @@ def fine_tuned_runs(
     same_text = replace(domain, calibration=domain.train, train=domain.calibration)
     return {
         (f"{name}, fine-tuned ({loss})", kind, ratio): FineTunedRun(
-            pruning, tokenizer, same_text, {**options, "loss": loss}
+            pruning,
+            tokenizer,
+            same_text,
+            {**options, "loss": loss, "teacher": None if loss == "label" else "dense"},
         )
         for (name, kind, ratio), pruning in prunings.items()
         for loss in losses
@@ -210,9 +214,11 @@ def pruned_model(model: PreTrainedModel, pruning: Pruning) -> PreTrainedModel:
         options = {"epochs": pruning.epochs, "progress": False}
         return reconstruct(shrink(model, pruning.plan), model, pruning.batches, **options)
     if isinstance(pruning, FineTunedRun):
-        pruned = pruned_model(model, pruning.pruning)
-        teacher = None if pruning.options["loss"] == "label" else model
-        own: dict[str, Any] = {"progress": False, "teacher": teacher, **pruning.options}
+        inner = pruning.pruning
+        pruned = copy.deepcopy(model) if inner is None else pruned_model(model, inner)
+        own: dict[str, Any] = {"progress": False, **pruning.options}
+        if own.get("teacher") == "dense":
+            own["teacher"] = model
         require_ended(recover(pruned, pruning.tokenizer, pruning.domain, **own))
         return pruned
     return slimgpt(model, pruning.batches, progress=False, **pruning.options)[0]
@@ -227,5 +233,6 @@ def pruning_key(pruning: Pruning) -> list:
         return ["reconstruct", *key, tokens_hash(pruning.batches), pruning.epochs]
     if isinstance(pruning, FineTunedRun):
         texts = [content_hash(pruning.domain.train), content_hash(pruning.domain.validation)]
-        return ["fine-tune", *pruning_key(pruning.pruning), *texts, dict(pruning.options)]
+        inner = [] if pruning.pruning is None else pruning_key(pruning.pruning)
+        return ["fine-tune", *inner, *texts, dict(pruning.options)]
     return ["slimgpt", tokens_hash(pruning.batches), dict(pruning.options)]

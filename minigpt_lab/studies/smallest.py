@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -140,9 +141,8 @@ def smallest_within(
     trials = _Trials(model, batches, held_out, limits, options, out_dir)
 
     # Bisection on the ratio: `low` is within the limits, `high` is not.
-    low, high, best = 0.0, most, None
-    if not trials.within(trials.rows[0]):
-        high = 0.0
+    given_fits = trials.within(trials.rows[0])
+    low, high, best = 0.0, most if given_fits else 0.0, None
     with tqdm(desc="smallest within", unit="size", disable=not progress) as bar:
         while high - low > tolerance:
             middle = (low + high) / 2
@@ -153,7 +153,7 @@ def smallest_within(
                 high = middle
             bar.update()
             bar.set_postfix(ratio=f"{low:.3f}")
-    if not trials.within(trials.rows[0]):
+    if not given_fits:
         warnings.warn(
             "the perplexity of the given model is above what is allowed already: nothing is "
             "pruned; allow a larger increase",
@@ -209,8 +209,8 @@ class _Trials:
         self.own = fingerprint(model)
         self.facts = [self.own, tokens_hash(batches), plain, allocation_name(options["allocation"])]
         self.rows: list[dict] = []
-        reference = held_out.dense
-        dense = held_out.get(fingerprint(reference), lambda: held_out.measure(reference))
+        measure = partial(held_out.measure, held_out.dense)
+        dense = held_out.get(fingerprint(held_out.dense), measure)
         sums = [loss.passages.sum(0) for loss in held_out.perplexities(dense)]
         self.lengths = [characters / tokens for _, tokens, characters in sums]  # of its tokens
         self.dense = self.levels(dense)

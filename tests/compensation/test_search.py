@@ -579,7 +579,7 @@ def test_a_trimmed_model_is_held_to_the_dense_one(tiny, tiny_domain, batches):
     words = lab.tokenizer_for(trimmed, tokenizer)
     own = lab.tokenize(tiny_domain.calibration, words, seq_len=64, max_tokens=512)
     how = {"batches": own, "dense": model, "tolerance": 0.3, "seq_len": 64, "max_tokens": 1024}
-    mini, _, curve = lab.smallest_within(*tiny, tiny_domain, **{**how, "batches": batches})
+    _, _, curve = lab.smallest_within(*tiny, tiny_domain, **how | {"batches": batches})
     assert curve["increase"].iloc[0] == 0
     mini, _, curve = lab.smallest_within(trimmed, tokenizer, tiny_domain, **how, increase=9.0)
     text = lab.excerpt(tiny_domain.validation, tokenizer, max_tokens=1024)
@@ -599,7 +599,7 @@ def test_a_trimmed_model_is_held_to_the_dense_one(tiny, tiny_domain, batches):
     for dense in (random_model("llama"), lab.load_model("tiny-gpt2")[0], trimmed):
         start = model if dense is trimmed else trimmed
         with pytest.raises(ValueError, match="give the model that it was trimmed from"):
-            lab.smallest_within(start, *(tokenizer, tiny_domain), **how | {"dense": dense})
+            lab.smallest_within(start, tokenizer, tiny_domain, **how | {"dense": dense})
 
 
 def test_no_cut_within_the_limit(tiny, tiny_domain, batches):

@@ -196,9 +196,8 @@ def test_training_fills_the_minutes_that_measuring_leaves(
 
 @pytest.mark.slow
 def test_a_size_by_its_loss(tiny, tiny_domain, general, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        mini, "recover", lambda *_, **__: pd.DataFrame()
-    )  # training is another test's
+    # training is another test's
+    monkeypatch.setattr(mini, "recover", lambda *_, **__: pd.DataFrame())
     how = {**HOW, "general_domain": general, "out_dir": tmp_path, "vocabulary": False}
     found = lab.make_mini(*tiny, tiny_domain, increase=0.05, general=0, **how)
     assert found.table["stored"].min() < lab.model_size(tiny[0]).stored

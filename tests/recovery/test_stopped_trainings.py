@@ -48,7 +48,7 @@ def test_every_function_of_the_package_that_trains_asks():
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "recover":
                 assert id(node) in asked, f"{path.name}:{node.lineno}"
                 calls += 1
-    assert calls > 5
+    assert calls >= 5
 
 
 def test_a_comparison_keeps_no_half_trained_control(tiny, tiny_domain, tmp_path, monkeypatch):

@@ -185,9 +185,7 @@ def test_a_comparison_may_fine_tune_on_the_calibration_tokens(tiny, tiny_domain,
     how = {"texts": [seen], "max_tokens": 512, "seq_len": 64, "out_dir": tmp_path}
     table, _ = studies.method_comparison(model, tokenizer, closed | tuned, **how)
     table = table.set_index("method")
-    assert all(
-        table.loc[name, "perplexity"] < table.loc["slimgpt", "perplexity"] for name, *_ in tuned
-    )
+    assert (table.loc[names, "perplexity"] < table.loc["slimgpt", "perplexity"]).all()
     assert table.loc["slimgpt, fine-tuned (kl)", "kl"] < table.loc["slimgpt", "kl"]
     assert (table.loc[names, "seconds"] > table.loc["slimgpt", "seconds"]).all()
     assert table.loc["dense", "seconds"] == 0
