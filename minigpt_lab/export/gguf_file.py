@@ -62,7 +62,7 @@ def export_gguf(
 ) -> Path:
     """Write a model and its tokenizer as a GGUF file, which llama.cpp runs.
 
-    Llama (SmolLM too), Mistral, Qwen2, Qwen3, Phi, GPT-2, GPT-NeoX, BLOOM, Gemma and Gemma 3, with
+    Llama (SmolLM too), Mistral, Qwen2, Qwen3, Phi, GPT-2, GPT-NeoX, BLOOM and Gemma (1, 2, 3), with
     the BPE tokenizers of GPT-2, SmolLM, Qwen2, Llama, Mistral or Gemma, trimmed or not. A Llama,
     Mistral or Qwen2 whose layers have different numbers of FFN channels or key/value groups gets
     llama.cpp's architecture ``deci``, which takes a width per layer, also 0: a dropped block gets

@@ -32,6 +32,7 @@ _GRAPHS = {
     "gpt_neox": "gptneox",
     "bloom": "bloom",
     "gemma": "gemma",
+    "gemma2": "gemma2",
     "gemma3_text": "gemma3",
 }
 
@@ -49,11 +50,8 @@ _REQUIRED: dict[str, dict[str, tuple]] = {
     },
     "gptneox": {"hidden_act": ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh")},
     "gemma": {"hidden_act": ("gelu_pytorch_tanh",)},
-    "gemma3": {
-        "hidden_activation": ("gelu_pytorch_tanh",),
-        "final_logit_softcapping": (None,),
-        "attn_logit_softcapping": (None,),
-    },
+    "gemma2": {"hidden_activation": ("gelu_pytorch_tanh",)},
+    "gemma3": {"hidden_activation": ("gelu_pytorch_tanh",)},
     "bloom": {"apply_residual_connection_post_layernorm": (False,)},
 }
 
@@ -66,7 +64,12 @@ _INTERLEAVED = ("llama", "deci")
 _ALL_HEADS = ("phi2", "gpt2", "gptneox", "bloom")
 
 #: Graphs whose norms multiply by the weights of the file; transformers' by one more than its own.
-_NORMS_FROM_ZERO = ("gemma", "gemma3")
+_NORMS_FROM_ZERO = ("gemma", "gemma2", "gemma3")
+
+#: Graphs with full attention in every n-th layer, and a window in the others.
+_FULL_IN_EVERY = {"gemma2": 2, "gemma3": 6}
+#: Set in Gemma 2, and the same keys in the file; not in Gemma 3.
+_SOFT_CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 
 _INSTEAD = "save it with lab.save_model, from which every family reloads"
 
@@ -116,13 +119,15 @@ def graph_of(model: PreTrainedModel) -> str:
                 f"{allowed[0]!r}; {_INSTEAD}"
             )
     _refuse_odd_rotation(model, graph)
-    if graph == "gemma3":
-        sites = enumerate(config.layer_types, 1)
-        every_sixth = all((kind == "full_attention") == (i % 6 == 0) for i, kind in sites)
-        if not every_sixth or config.query_pre_attn_scalar != config.head_dim:
+    if n := _FULL_IN_EVERY.get(graph):
+        layers = enumerate(config.layer_types, 1)
+        alike = all((kind == "full_attention") == (i % n == 0) for i, kind in layers)
+        capped = [bool(getattr(config, name)) for name in _SOFT_CAPS] == [graph == "gemma2"] * 2
+        if not (alike and capped) or config.query_pre_attn_scalar != config.head_dim:
             raise InvalidArgument(
-                "the model's attention is not that of llama.cpp's graph 'gemma3' (full in every "
-                f"sixth layer, scaled by the width of a head); {_INSTEAD}"
+                f"the model's attention is not that of llama.cpp's graph {graph!r} (full in one "
+                f"layer of {n}, scaled by the width of a head, {_SOFT_CAPS[0]} "
+                f"{'set' if graph == 'gemma2' else 'not set'}); {_INSTEAD}"
             )
     if graph in _INTERLEAVED:
         return graph if _layers_are_alike(model) else "deci"
@@ -237,7 +242,7 @@ def hyperparameters(model: PreTrainedModel, graph: str, ffn: list[int]) -> dict[
     # Beyond a sliding window, which these graphs lack, the logits would differ.
     window = getattr(config, "sliding_window", None) or longest
     numbers = {
-        "context_length": longest if graph == "gemma3" else min(longest, window),
+        "context_length": longest if graph in _FULL_IN_EVERY else min(longest, window),
         "embedding_length": config.hidden_size,
         "block_count": len(grids),
         **(widths if graph == "deci" else {key: values[0] for key, values in widths.items()}),
@@ -251,9 +256,12 @@ def hyperparameters(model: PreTrainedModel, graph: str, ffn: list[int]) -> dict[
         names = ("layer_norm_eps", "layer_norm_epsilon")
         epsilon = next(getattr(config, name) for name in names if hasattr(config, name))
         numbers["attention.layer_norm_epsilon"] = float(epsilon)
+    if graph in _FULL_IN_EVERY:
+        numbers["attention.sliding_window"] = window
+    if graph == "gemma2":
+        numbers |= {name: float(getattr(config, name)) for name in _SOFT_CAPS}
     if graph == "gemma3":
         rope = config.rope_parameters
-        numbers["attention.sliding_window"] = window
         numbers["rope.dimension_count"] = anatomy.head_dim
         numbers["rope.freq_base"] = float(rope["full_attention"]["rope_theta"])
         numbers["rope.freq_base_swa"] = float(rope["sliding_attention"]["rope_theta"])

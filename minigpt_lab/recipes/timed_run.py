@@ -32,6 +32,11 @@ _TRIAL = 2_048
 _EVAL_CHARACTERS = 16_384
 
 
+#: Files by which a step resumes.
+_CHECKPOINTS = [f"{name}/**/*" for name in ("search", "pruning", "pruned", "recovery", "control")]
+_CHECKPOINTS += ["measured.json"]
+
+
 class TimedRun:
     """State of a call in its folder: what it was begun with, time gone, tokens to train on."""
 
@@ -46,18 +51,30 @@ class TimedRun:
                 f"minutes is {minutes:g}; {folder} holds a run whose training was planned for "
                 f"{planned:g}; repeat that call to resume it, or choose another out_dir"
             )
-        self.began = time.monotonic() - self.known.get("seconds", 0.0)
+        self.began = time.monotonic() - self.known.get("seconds", 0.0) - self._unwritten()
+
+    def _unwritten(self) -> float:
+        """Seconds of a step that was killed: from its beginning to its last checkpoint."""
+        if not self.known:
+            return 0.0
+        kept = [path for name in _CHECKPOINTS for path in self.folder.glob(name)]
+        times = [path.stat().st_mtime for path in kept]
+        return max(0.0, max(times, default=0.0) - (self.folder / "state.json").stat().st_mtime)
 
     def enter(self, step: str) -> None:
         """Show the next step, and keep the time gone."""
-        gone = time.monotonic() - self.began
-        self.known["seconds"] = gone
-        self.state.write(**self.known)
+        gone = self._keep()
         self.bar.update(bool(self.step))
         self.step = step
         self.bar.set_description_str(step or "done", refresh=False)
         to_go = max(0.0, self.seconds - gone)
         self.bar.set_postfix_str(f"{gone / 60:.1f} min gone, {to_go / 60:.1f} to go")
+
+    def _keep(self) -> float:
+        """Write what is known, and the seconds gone, which are returned."""
+        self.known["seconds"] = gone = time.monotonic() - self.began
+        self.state.write(**self.known)
+        return gone
 
     @contextlib.contextmanager
     def given_up_unless(self, finished: Path) -> Iterator[None]:
@@ -138,7 +155,7 @@ class TimedRun:
             per_token = max(per_token, self.known["reading"])
             self.known["tokens"] = max(8 * _TRIAL, int(left / per_token))
             self.known["minutes"] = self.seconds / 60
-            self.state.write(**self.known)
+            self._keep()
         tokens = self.known["tokens"]
         windows = tokenize(domain.train, words, seq_len=options["seq_len"])
         whole = sum(batch["input_ids"].numel() for batch in windows) / (1 - share)
@@ -168,7 +185,7 @@ class TimedRun:
             passes = len(texts) * (len(variants) + 1)
             tokens = int(0.8 * left / (passes * self.known["reading"]))
             self.known["test_tokens"] = max(_TRIAL, min(_TEST_TOKENS, tokens))
-            self.state.write(**self.known)
+            self._keep()
         path, tokens = self.folder / "measured.json", self.known["test_tokens"]
         held_out = HeldOut(
             variants["dense"], tokenizer, texts, max_tokens=tokens, seq_len=seq_len, path=path

@@ -250,7 +250,8 @@ def random_family(family: str, tokenizer, **values):
     model = AutoModelForCausalLM.from_config(type(CONFIGS[family])(**config | values)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.normal_(std=0.1 if "gemma" in family else 0.3)
+            # Gemma 2 caps its logits; and it must write characters, not parts of them
+            parameter.normal_(std=0.2 if family == "gemma2" else 0.1 if "gemma" in family else 0.3)
     return model
 
 
@@ -263,6 +264,7 @@ FAMILIES = {
     "gpt_neox": ("gptneox", "gptneox"),
     "bloom": ("bloom", "bloom"),
     "gemma": ("gemma", "gemma"),
+    "gemma2": ("gemma2", "gemma2"),
     "gemma3": ("gemma3", "gemma3"),
 }
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
 import re
 import sys
+import time
 from functools import partial
 from types import SimpleNamespace
 
@@ -139,6 +141,23 @@ def stopped(*arguments, **options) -> pd.DataFrame:
     history = pd.DataFrame({"seconds": [1.0, 2.0]})
     history.attrs["stopped"] = "interrupted"
     return history
+
+
+@pytest.mark.parametrize("name", ["search/state.json", "recovery/last/model.safetensors"])
+def test_the_minutes_of_a_step_that_was_killed_count(name, tmp_path):
+    """Up to its last checkpoint; the time between the two calls does not."""
+    with tqdm(disable=True) as bar:
+        timed_run.TimedRun(tmp_path, {}, 60, bar).enter("prune")
+        checkpoint, state = tmp_path / name, tmp_path / "state.json"
+        checkpoint.parent.mkdir(parents=True)
+        for path, age in ((checkpoint, 3600), (state, 3600 + 90), (tmp_path / "notes.txt", 0)):
+            path.touch()
+            os.utime(path, (time.time() - age,) * 2)
+        os.utime(checkpoint.parent, (time.time() - 3600,) * 2)
+        again = timed_run.TimedRun(tmp_path, {}, 60, bar)
+        assert 85 < time.monotonic() - again.began < 100
+        again.enter("recover")
+        assert 85 < timed_run.TimedRun(tmp_path, {}, 60, bar).known["seconds"] < 100
 
 
 def test_an_interrupted_training_ends_the_call(tiny, tiny_domain, general, tmp_path, monkeypatch):
