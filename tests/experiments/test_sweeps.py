@@ -326,7 +326,7 @@ def test_shipped_grids_are_whole():
     assert counts == {
         "smollm2_sizes": 5, "paper_tables_3_and_5": 30, "paper_recovery": 15, "paper_table_4": 30,
         "tinyllama_methods": 3, "tinyllama_questions": 6, "tinyllama_thresholds": 6,
-        "how_small": 5, "method_ratios": 1, "dropped_blocks": 2,
+        "how_small": 5, "method_ratios": 1, "dropped_blocks": 2, "recovered_domains": 5,
     }  # fmt: skip
 
 
