@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..calibration import tokens_hash
 from ..checks import DictOf, Instance, InvalidArgument, Number, checked
 from ..compensation import linear_compensated, slimgpt
 from ..domains import Part
 from ..evaluation import efficiency
 from ..models import shrink
 from ..planning import plan_dropping
-from .arguments import BATCHES, PAIR, PROTOCOL, TEXTS
+from .arguments import BATCHES, FOLDER, PAIR, PROTOCOL, TEXTS
 from .held_out import HeldOut
 
 _SPEEDS = ["prefill_speedup", "decode_speedup"]
@@ -31,6 +35,7 @@ _UNFITTED = {"compensate": False, "progress": False}
     texts=TEXTS,
     influence=Instance(pd.DataFrame, "lab.block_influence gives it"),
     ratio=Number(above=0, below=1),
+    out_dir=FOLDER,
 )
 def dropped_or_narrowed(
     model: PreTrainedModel,
@@ -43,6 +48,7 @@ def dropped_or_narrowed(
     ratio: float,
     max_tokens: int = 8_192,
     seq_len: int = 256,
+    out_dir: str | os.PathLike | None = None,
 ) -> pd.DataFrame:
     """Drop blocks by influence, narrow all layers by `slimgpt`, measure loss and speed.
 
@@ -60,6 +66,8 @@ def dropped_or_narrowed(
         Share of the decoder layers' parameters to drop.
     max_tokens, seq_len : int
         Tokens per text, and per window (no overlap).
+    out_dir : str or path, optional
+        Folder in which finished variants are kept: an interrupted study continues.
 
     Returns
     -------
@@ -71,33 +79,51 @@ def dropped_or_narrowed(
         ``variant, prefill_speedup, decode_speedup`` (measured in turns with the dense model),
         ``stored, removed``, and those of `divergence`.
     """
+    path = out_dir and Path(out_dir) / "variants.json"
+    held_out = HeldOut(model, tokenizer, texts, max_tokens=max_tokens, seq_len=seq_len, path=path)
     plan = plan_dropping(model, influence, ratio=ratio)
-    variants = {"dense": model, "dropped": shrink(model, plan)}
-    size = {"parameters": variants["dropped"].num_parameters(), "progress": False}
-    try:
-        mapped = linear_compensated(model, plan, batches, progress=False)
-    except InvalidArgument as error:
-        warnings.warn(f"no map in place of the dropped blocks: {error}", stacklevel=2)
-    else:
-        variants["dropped, with a map"] = shrink(mapped, plan)
-    variants["narrowed"], _ = slimgpt(model, batches, **size)
-    variants["narrowed, μ 0.5"], _ = slimgpt(
-        model, batches, general=general, generality=0.5, **size
-    )
+    size = {"parameters": plan.predicted_size(model).stored}
+    facts = [plan.removed, ratio, tokens_hash(batches), tokens_hash(general)]
+
+    def narrowed(**options) -> PreTrainedModel:
+        return slimgpt(model, batches, progress=False, **options)[0]
+
+    def mapped() -> PreTrainedModel:
+        return shrink(linear_compensated(model, plan, batches, progress=False), plan)
 
     def speedups(variant: PreTrainedModel) -> dict[str, float]:
         found = efficiency(variant, tokenizer, dense=model, seq_len=seq_len, repeats=3)
         return found.iloc[-1][_SPEEDS].astype(float).to_dict()
 
-    speeds = {name: speedups(variant) for name, variant in variants.items()}
+    def result(name: str, make: Callable[[], PreTrainedModel], *more: object) -> dict:
+        def compute() -> dict:
+            variant = make()
+            return {**held_out.measure(variant), "speeds": speedups(variant)}
+
+        return held_out.get(["dropped or narrowed", name, facts, *more], compute)
+
+    results = {"dense": result("dense", lambda: model)}
+    results["dropped"] = result("dropped", lambda: shrink(model, plan))
+    try:
+        results["dropped, with a map"] = result("dropped, with a map", mapped)
+    except InvalidArgument as error:
+        warnings.warn(f"no map in place of the dropped blocks: {error}", stacklevel=2)
+    results["narrowed"] = result("narrowed", partial(narrowed, **size))
+    half = partial(narrowed, **size, general=general, generality=0.5)
+    results["narrowed, μ 0.5"] = result("narrowed, μ 0.5", half)
+
     # Speed depends on widths alone: models of several are pruned on one window, not compensated.
-    window, widths = [*batches][:1], {}
-    for share in np.linspace(ratio, max(ratio, _MOST), 4):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that one window is few tokens
-            mini, _ = slimgpt(model, window, ratio=float(share), **_UNFITTED)
-        widths[share] = speedups(mini)["decode_speedup"]
-    share = as_fast(widths, speeds["dropped"]["decode_speedup"])
+    def speeds_of_widths() -> dict:
+        window, speeds = [*batches][:1], []
+        for share in np.linspace(ratio, max(ratio, _MOST), 4).tolist():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that one window is few tokens
+                mini, _ = slimgpt(model, window, ratio=share, **_UNFITTED)
+            speeds.append([share, speedups(mini)["decode_speedup"]])
+        return {"speeds": speeds}
+
+    widths = held_out.get(["speeds of widths", facts], speeds_of_widths)["speeds"]
+    share = as_fast(dict(widths), results["dropped"]["speeds"]["decode_speedup"])
     if share is None:
         warnings.warn(
             "no narrowed model decodes as fast as the one with dropped blocks, within the noise of "
@@ -105,12 +131,11 @@ def dropped_or_narrowed(
             stacklevel=2,
         )
     else:
-        fast, _ = slimgpt(model, batches, ratio=share, progress=False)
-        variants["narrowed, as fast"], speeds["narrowed, as fast"] = fast, speedups(fast)
-    held_out = HeldOut(model, tokenizer, texts, max_tokens=max_tokens, seq_len=seq_len, path=None)
+        fast = partial(narrowed, ratio=share)
+        results["narrowed, as fast"] = result("narrowed, as fast", fast, share)
     rows = []
-    for name, variant in variants.items():
-        rows += held_out.table_rows(held_out.measure(variant), variant=name, **speeds[name])
+    for name, found in results.items():
+        rows += held_out.table_rows(found, variant=name, **found["speeds"])
     return pd.DataFrame(rows)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pandas as pd
 import pytest
 from helpers import same
 
 import minigpt_lab as lab
 from minigpt_lab import figures, studies
+from minigpt_lab.studies import dropped_blocks
 from minigpt_lab.studies.dropped_blocks import as_fast
 
 SHORT = {"seq_len": 64, "max_tokens": 256}
@@ -109,11 +111,17 @@ def test_a_family_that_takes_no_map_is_compared_without(texts, tiny, tiny_domain
     assert [*table["variant"]][:3] == ["dense", "dropped", "narrowed"]
 
 
-def test_dropped_blocks_are_compared_at_their_size(tiny, tiny_domain, texts):
+def test_dropped_blocks_are_compared_at_their_size(tiny, tiny_domain, texts, tmp_path, monkeypatch):
     model, tokenizer = tiny
     influence = lab.block_influence(model, texts[0], sites=("ffn", "attention"))
     given = {"general": texts[2], "texts": [tiny_domain.test], "influence": influence, **SHORT}
-    table = studies.dropped_or_narrowed(model, tokenizer, texts[0], ratio=0.2, **given)
+    given |= {"ratio": 0.2, "out_dir": tmp_path}
+    table = studies.dropped_or_narrowed(model, tokenizer, texts[0], **given)
+    with monkeypatch.context() as patch:  # nothing is computed twice
+        for name in ("slimgpt", "linear_compensated", "efficiency"):
+            patch.setattr(dropped_blocks, name, None)
+        again = studies.dropped_or_narrowed(model, tokenizer, texts[0], **given)
+    pd.testing.assert_frame_equal(again, table)
     table = table.set_index("variant")
     dropped = lab.shrink(model, lab.plan_dropping(model, influence, ratio=0.2))
     assert table["stored"]["dropped"] == lab.model_size(dropped).stored
