@@ -193,7 +193,14 @@ def _with_needed_heads(model: PreTrainedModel) -> PreTrainedModel:
 def _refuse_odd_rotation(model: PreTrainedModel, graph: str) -> None:
     """Refuse a rotary embedding that a factor for each frequency does not describe."""
     rotary = getattr(model.base_model, "rotary_emb", None)
-    if rotary is None or graph == "gemma3" and {*rotary.rope_type.values()} == {"default"}:
+    if rotary is None:
+        return
+    if isinstance(rotary.rope_type, dict):  # Gemma 3: one for each kind of layer
+        if odd := sorted({*rotary.rope_type.values()} - {"default"}):
+            raise InvalidArgument(
+                f"the model's rotary embedding is of type {odd[0]!r} in some layers, which "
+                f"llama.cpp's graph {graph!r} lacks; {_INSTEAD}"
+            )
         return
     whole = graph in _ALL_HEADS or 2 * len(rotary.inv_freq) == Anatomy(model).head_dim
     if rotary.rope_type in ("dynamic", "longrope") or rotary.attention_scaling != 1 or not whole:

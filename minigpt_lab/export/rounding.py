@@ -1,16 +1,12 @@
-"""Weights rounded to the types of GGUF: which matrix gets which type, and the rounding itself."""
+"""The types of GGUF: which matrix gets which type, and the rounding of its rows."""
 
 from __future__ import annotations
 
-import copy
-
 import numpy as np
-import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..checks import Model, OneOf, checked
 from ..models import Anatomy, is_linear, is_masked, is_offloaded, weight_axis
 
 #: Types of weights, by llama.cpp's names. A block of 32 weights of a row has one scale in float16
@@ -72,18 +68,19 @@ def matrix_kinds(model: PreTrainedModel, kind: str, embedding: str | None) -> di
             continue
         seen.add(id(module.weight))
         wanted = embedding if module in tokens else kind
-        fits = module.weight.shape[_input_axis(module)] % block_size(wanted) == 0
+        fits = module.weight.shape[input_axis(module)] % block_size(wanted) == 0
         kinds[name] = wanted if fits or name in padded else FALLBACK
     return kinds
 
 
-def _input_axis(module: nn.Module) -> int:
+def input_axis(module: nn.Module) -> int:
+    """Axis of a matrix's inputs; a token embedding's are its rows' features."""
     return weight_axis(module, "input") if is_linear(module) else 1
 
 
 def input_rows(module: nn.Module) -> np.ndarray:
     """A matrix as the file has it: float32 ``[output feature or token, input feature]``."""
-    weight = module.weight.detach().movedim(_input_axis(module), 1)
+    weight = module.weight.detach().movedim(input_axis(module), 1)
     return weight.float().cpu().numpy()
 
 
@@ -104,46 +101,3 @@ def refuse_masked_or_offloaded(model: PreTrainedModel, use: str) -> None:
         raise ValueError(
             f"the model's weights are offloaded; for {use} load it without (device_map=None)"
         )
-
-
-@checked(model=Model(), kind=OneOf(KINDS), embedding=OneOf(KINDS) | None)
-@torch.no_grad()
-def quantised(
-    model: PreTrainedModel, kind: str, *, embedding: str | None = None
-) -> PreTrainedModel:
-    """Copy a model with its weights rounded to a GGUF type, to measure what the rounding costs.
-
-    The matrices that `export_gguf` would round have the values that llama.cpp reads from the file;
-    it then computes with rounded activations too, which changes the perplexity by less than 1 %.
-    Works for every family, also where llama.cpp has no graph. Measure the copy with
-    ``precision="float32"``: bfloat16 would round its weights once more.
-
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel
-        Not changed.
-    kind, embedding : str
-        As for `export_gguf`.
-
-    Returns
-    -------
-    transformers.PreTrainedModel
-        In float32: no smaller in memory.
-
-    Raises
-    ------
-    ValueError
-        If the model is under a mask or offloaded, or a weight is too large for float16.
-    """
-    refuse_masked_or_offloaded(model, "quantised")
-    rounded = copy.deepcopy(model).float()
-    for name, stored in matrix_kinds(rounded, kind, embedding).items():
-        module = rounded.get_submodule(name)
-        rows = input_rows(module)
-        if not rows.size:  # of a dropped block
-            continue
-        width = rows.shape[1]
-        rows = np.pad(rows, ((0, 0), (0, padded_width(width, stored) - width)))
-        values = decode(encode(rows, stored), stored)[:, :width]
-        module.weight.copy_(torch.from_numpy(values).movedim(1, _input_axis(module)))
-    return rounded

@@ -276,6 +276,10 @@ def _tensors(model: PreTrainedModel, config: dict[str, Any]) -> dict[str, torch.
         elif wanted[name.rpartition(".")[2]]:
             zeros = module.weight.new_zeros(module.weight.shape[0])
             tensors.setdefault(f"{name}.bias", zeros)
+    for layer, parts in enumerate(config["block_configs"]):  # vLLM has no norm of a dropped block
+        for part, norm in {"attention": "input", "ffn": "post_attention"}.items():
+            if parts[part]["no_op"]:
+                del tensors[f"model.layers.{layer}.{norm}_layernorm.weight"]
     return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
 
 

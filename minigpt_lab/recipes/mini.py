@@ -31,9 +31,9 @@ from ..models import (
 )
 from ..planning import one_target, plan_from_scores
 from ..recovery import recover, require_ended
-from ..store import make_folder
+from ..store import atomic_write, make_folder
 from ..studies import smallest_within
-from .preparation import calibration, digest, require_own, require_texts
+from .preparation import calibration, digest, require_texts
 from .result import Mini, training_note
 from .timed_run import TimedRun
 from .vocabulary import trim_vocabulary
@@ -160,13 +160,14 @@ def make_mini(
     if vocabulary:
         require_byte_pairs(tokenizer, "keep the vocabulary (vocabulary=False, or --all-tokens)")
     general_domain = load_domain("general") if general_domain is None else general_domain
-    reading = {"seq_len": seq_len, "max_tokens": calibration_tokens}
+    reading: dict[str, Any] = {"seq_len": seq_len, "max_tokens": calibration_tokens}
     require_texts(model, tokenizer, domain, general_domain, general, **reading)
-    if gguf is not None:
+    precision = "auto"
+    if gguf is not None:  # whose weights bfloat16 would round once more
         gguf_size(model, tokenizer, kind=gguf)
+        precision = "float32"
     folder = Path(out_dir or tempfile.mkdtemp(prefix="mini-"))
     make_folder(folder)
-    require_own(folder)
     facts: dict[str, object] = {"size": size, "increase": increase, "general": general}
     facts |= {"vocabulary": vocabulary, "gguf": gguf, "reconstruct": reconstruct}
     facts |= {"allocation": allocation, "drop_blocks": drop_blocks}
@@ -179,7 +180,8 @@ def make_mini(
         with run.given_up_unless(folder / "pruned"):
             # 1. The vocabulary: the domain's tokens, and the frequent ones of general text.
             run.enter("trim the vocabulary")
-            run.measure_speed(model, tokenizer, domain, searching=searching, **reading)
+            how: dict[str, Any] = {"searching": searching, "precision": precision}
+            run.measure_speed(model, tokenizer, domain, **how, **reading)
             trimmed = model
             if vocabulary:
                 mixed = {"general": general_domain, "generality": general}
@@ -239,7 +241,7 @@ def make_mini(
             variants[f"mini, {gguf}"] = quantised(mini, gguf)
             sizes[f"mini, {gguf}"] = gguf_size(mini, words, kind=gguf)
         held_out = [*{str(each.test): each.test for each in (domain, general_domain)}.values()]
-        table, protocol = run.measured(variants, sizes, tokenizer, held_out, seq_len)
+        table, protocol = run.measured(variants, sizes, tokenizer, held_out, seq_len, precision)
 
         # 5. The model with its card, and the table.
         run.enter("save")
@@ -249,7 +251,8 @@ def make_mini(
         file = folder / f"mini-{gguf}.gguf"
         if gguf is not None and not file.exists():  # written whole or not at all
             export_gguf(mini, words, file, kind=gguf)
-        table.to_csv(folder / "table.csv", index=False)
+        with atomic_write(folder / "table.csv") as staging:
+            table.to_csv(staging, index=False)
         run.enter("")
     return Mini(mini, words, table, path, protocol)
 

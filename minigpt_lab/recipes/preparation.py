@@ -1,9 +1,8 @@
-"""What `make_mini` needs before the long work: checked texts, a folder of its own, calibration."""
+"""What `make_mini` needs before the long work: checked texts, calibration."""
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -12,9 +11,7 @@ from ..checks import InvalidArgument
 from ..domains import Domain, count_tokens, tokenize
 from ..models import Anatomy
 from ..store import content_hash
-
-#: What a run leaves in its folder and reads again.
-_OWN = ("pruned", "model", "recovery", "control", "mini-*.gguf")
+from .timed_run import least_tokens
 
 
 def require_texts(
@@ -37,7 +34,16 @@ def require_texts(
     of_general = general_domain.parts.values() if general else [general_domain.test]
     for part in (*domain.parts.values(), *of_general):
         tokenize(part, tokenizer, seq_len=seq_len, max_tokens=seq_len)
+    if general:
+        tokens = count_tokens(general_domain.train, tokenizer).sum()
+        needed = math.ceil(general * least_tokens(seq_len, general))
+        if tokens < needed:
+            raise InvalidArgument(
+                f"{general_domain.train} has {tokens:,} tokens, and the shortest training with a "
+                f"share of {general:g} reads {needed:,}; give more general text, or a smaller share"
+            )
     # Below d tokens the Hessian of d inputs has no inverse, and the damping decides.
+    tokenize(domain.calibration, tokenizer, seq_len=seq_len, max_tokens=max_tokens)
     width = max(Anatomy(model).layer_widths()["ffn"])
     tokens = count_tokens(domain.calibration, tokenizer).sum()
     if tokens < min(width, max_tokens):
@@ -51,24 +57,6 @@ def require_texts(
             f"domain and general_domain are both called {domain.name!r}, and their texts differ; "
             "give one of them another name"
         )
-
-
-def require_own(folder: Path) -> None:
-    """Refuse a folder with what looks like a run's results, and no run.
-
-    Raises
-    ------
-    ValueError
-        Naming what was found; it is left alone.
-    """
-    if (folder / "state.json").is_file():
-        return
-    for pattern in _OWN:
-        for path in folder.glob(pattern):
-            raise InvalidArgument(
-                f"out_dir is {str(folder)!r}, which holds {path.name} and no run of make_mini; "
-                "choose another folder, or move that away"
-            )
 
 
 def digest(domain: Domain) -> str:

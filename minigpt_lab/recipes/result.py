@@ -21,9 +21,9 @@ class Mini:
     model, tokenizer
         The pair.
     table : pandas.DataFrame
-        One row per variant (``dense``, ``dense, fine-tuned``, ``random``, ``pruned``, ``mini``, and
-        ``mini, Q8_0`` where it is asked for) and text: ``stored, bytes, perplexity, low, high,
-        bits_per_character, …``.
+        One row per variant (``dense``, ``dense, fine-tuned``, ``random``, ``pruned``, ``mini``;
+        ``only trimmed`` and ``mini, Q8_0`` where they were asked for) and text: ``stored, bytes,
+        perplexity, low, high, bits_per_character, …``.
     folder : pathlib.Path
         Loads with `load_model`.
     protocol : str

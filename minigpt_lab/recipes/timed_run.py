@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -32,9 +33,39 @@ _TRIAL = 2_048
 _EVAL_CHARACTERS = 16_384
 
 
+#: What a run leaves in its folder and reads again.
+_OWN = ("pruned", "model", "recovery", "control", "mini-*.gguf", "table.csv", "measured.json")
 #: Files by which a step resumes.
 _CHECKPOINTS = [f"{name}/**/*" for name in ("search", "pruning", "pruned", "recovery", "control")]
 _CHECKPOINTS += ["measured.json"]
+
+
+def require_own(folder: Path) -> None:
+    """Refuse a folder without a run, but with what looks like a run's results.
+
+    Raises
+    ------
+    ValueError
+        Naming what was found; it is left alone.
+    """
+    for pattern in _OWN:
+        for path in folder.glob(pattern):
+            raise InvalidArgument(
+                f"out_dir is {str(folder)!r}, which holds {path.name} and no run of make_mini (or "
+                "its state.json is damaged); "
+                "choose another folder, or move that away"
+            )
+
+
+def least_tokens(seq_len: int, share: float, *, trial: bool = False) -> int:
+    """Tokens of the shortest training, or of a trial: two windows of the domain's own at least."""
+    return max(_TRIAL if trial else 8 * _TRIAL, math.ceil(2 * seq_len / (1 - share)))
+
+
+def _tokens(text: Part, tokenizer: PreTrainedTokenizerBase, seq_len: int) -> int:
+    """Tokens of a text in whole windows."""
+    windows = tokenize(text, tokenizer, seq_len=seq_len)
+    return sum(batch["input_ids"].numel() for batch in windows)
 
 
 class TimedRun:
@@ -43,6 +74,9 @@ class TimedRun:
     def __init__(self, folder: Path, facts: Mapping[str, object], minutes: float, bar: tqdm):
         self.folder, self.bar, self.seconds, self.step = folder, bar, 60 * minutes, ""
         self.state = RunState(folder / "state.json")
+        self.begins = self.state.progress is None
+        if self.begins:
+            require_own(folder)
         self.state.require(facts)
         self.known = dict(self.state.progress or {})
         planned = self.known.get("minutes", minutes)
@@ -78,11 +112,11 @@ class TimedRun:
 
     @contextlib.contextmanager
     def given_up_unless(self, finished: Path) -> Iterator[None]:
-        """Input that is refused within the block leaves no run, unless this is finished."""
+        """Input that is refused within the block leaves no run that it began, unless finished."""
         try:
             yield
         except ValueError:
-            if not finished.exists():
+            if self.begins and not finished.exists():
                 (self.folder / "state.json").unlink(missing_ok=True)
             raise
 
@@ -95,26 +129,20 @@ class TimedRun:
         seq_len: int,
         max_tokens: int,
         searching: bool,
+        precision: str,
     ) -> None:
-        """Seconds per token of reading, by a short trial.
+        """Seconds per token of reading, and of measuring in a precision, by a short trial.
 
         Raises
         ------
         ValueError
             If the minutes do not suffice for a short training.
         """
-        if "reading" not in self.known:
-            options, gone, read = {"seq_len": seq_len, "progress": False}, [], []
-            # The first call of all takes longer, and every call some time whatever its tokens.
-            for tokens in (seq_len, seq_len, seq_len + _TRIAL):
-                began = time.monotonic()
-                found = perplexity(
-                    model, tokenizer, domain.validation, max_tokens=tokens, **options
-                )
-                gone.append(time.monotonic() - began)
-                read.append(found.tokens)  # fewer, of a short text
-            seconds, tokens = max(gone[2] - gone[1], 0.1 * gone[2]), read[2] - read[1]
-            self.known["reading"] = seconds / max(tokens, 0.1 * read[2])
+        if "measuring" not in self.known:
+            read = partial(_seconds_per_token, model, tokenizer, domain.validation, seq_len)
+            self.known["reading"] = self.known["measuring"] = read("auto")
+            if reading_dtype(model, precision) != reading_dtype(model):
+                self.known["measuring"] = read(precision)
         # Pruning reads the calibration text three times or so in float32, half as fast; training
         # takes the time of reading five times, here that of two models and a teacher. A search
         # builds two supernets, and takes 60 steps on each.
@@ -140,7 +168,7 @@ class TimedRun:
         if "tokens" not in self.known:
             per_token, fixed = 0.0, 0.0
             for model, tokenizer, own in trainings:
-                began, cut = time.monotonic(), max(_TRIAL, 2 * options["seq_len"])
+                began, cut = time.monotonic(), least_tokens(options["seq_len"], share, trial=True)
                 trial = {"max_tokens": cut, "eval_every": cut, "eval_characters": 1_024}
                 how = {**own, **trial, **options}
                 tried = {"progress": False, **how}
@@ -153,17 +181,18 @@ class TimedRun:
                 fixed += 3 * max(0.0, whole - end)
             left = self.seconds * (1 - _MEASURING) - (time.monotonic() - self.began) - fixed
             per_token = max(per_token, self.known["reading"])
-            self.known["tokens"] = max(8 * _TRIAL, int(left / per_token))
+            least = least_tokens(options["seq_len"], share)
+            self.known["tokens"] = max(least, int(left / per_token))
             self.known["minutes"] = self.seconds / 60
             self._keep()
         tokens = self.known["tokens"]
-        windows = tokenize(domain.train, words, seq_len=options["seq_len"])
-        whole = sum(batch["input_ids"].numel() for batch in windows) / (1 - share)
-        if tokens < whole:
-            budget: dict[str, float] = {"max_tokens": tokens}
-        else:
-            tokens = min(tokens, int(_PASSES * whole))
-            budget = {"epochs": tokens / whole}
+        whole = _tokens(domain.train, words, options["seq_len"]) / (1 - share)
+        if share:  # no more in one pass than the general text is a share of
+            general = _tokens(options["general"].train, words, options["seq_len"])
+            whole = min(whole, general / share)
+        tokens = min(tokens, int(_PASSES * whole))
+        passes = max(1.0, tokens / whole)
+        budget = {"max_tokens": int(tokens / passes), "epochs": passes}
         self.known["trained"] = int(tokens)
         return {
             **budget,
@@ -178,18 +207,18 @@ class TimedRun:
         tokenizer: PreTrainedTokenizerBase,
         texts: Sequence[Part],
         seq_len: int,
+        precision: str,
     ) -> tuple[pd.DataFrame, str]:
         """Every variant on every text with its bytes (those of `sizes` first), and the protocol."""
         if "test_tokens" not in self.known:  # as many as the time that is left allows
             left = self.seconds - (time.monotonic() - self.began)
             passes = len(texts) * (len(variants) + 1)
-            tokens = int(0.8 * left / (passes * self.known["reading"]))
+            tokens = int(0.8 * left / (passes * self.known["measuring"]))
             self.known["test_tokens"] = max(_TRIAL, min(_TEST_TOKENS, tokens))
             self._keep()
         path, tokens = self.folder / "measured.json", self.known["test_tokens"]
-        held_out = HeldOut(
-            variants["dense"], tokenizer, texts, max_tokens=tokens, seq_len=seq_len, path=path
-        )
+        how = {"max_tokens": tokens, "seq_len": seq_len, "path": path, "precision": precision}
+        held_out = HeldOut(variants["dense"], tokenizer, texts, **how)
         rows = []
         for name, model in variants.items():
             measure = partial(held_out.measure, model)
@@ -198,4 +227,24 @@ class TimedRun:
             rows += held_out.table_rows(held_out.get(fingerprint(model), measure), **facts)
         table = pd.DataFrame(rows).drop(columns="passages")
         protocol = f"at most {tokens:,} tokens per text, windows of {seq_len}, no overlap"
-        return table, f"{protocol}, read in {dtype_name(reading_dtype(variants['dense']))}"
+        read_in = dtype_name(reading_dtype(variants["dense"], precision))
+        return table, f"{protocol}, read in {read_in}"
+
+
+def _seconds_per_token(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: Part,
+    seq_len: int,
+    precision: str,
+) -> float:
+    """Of reading, by a short trial."""
+    options, gone, read = {"seq_len": seq_len, "progress": False, "precision": precision}, [], []
+    # The first call of all takes longer, and every call some time whatever its tokens.
+    for tokens in (seq_len, seq_len, seq_len + _TRIAL):
+        began = time.monotonic()
+        found = perplexity(model, tokenizer, text, max_tokens=tokens, **options)
+        gone.append(time.monotonic() - began)
+        read.append(found.tokens)  # fewer, of a short text
+    seconds, tokens = max(gone[2] - gone[1], 0.1 * gone[2]), read[2] - read[1]
+    return seconds / max(tokens, 0.1 * read[2])

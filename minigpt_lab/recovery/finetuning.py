@@ -291,6 +291,8 @@ def recover(
     # 2. All that the curve depends on: a run in `out_dir` resumes only if it agrees.
     rate = LEARNING_RATES[method] if learning_rate is None else learning_rate
     autocast = product_dtype(model.device, precision)
+    if warmup_steps is not None:
+        refuse_unused(recover, "warmup_steps", warmup_ratio=warmup_ratio)
     warmup = warmup_ratio if warmup_steps is None else warmup_steps  # below 1 a share of all
     share = {"label": 0.0, "kl": 1.0, "mix": mix}[loss]
     facts: dict[str, object] = {"method": method, "seed": seed, **lora}

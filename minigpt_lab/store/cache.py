@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from platformdirs import user_cache_path
 
-from ..checks import as_json, to_path, writable_file, writable_folder
+from ..checks import InvalidArgument, as_json, to_path, writable_file, writable_folder
 from .atomic import undo_interrupted_write
 from .disk_errors import warn_if_unsaved
 from .text_files import DamagedFile, content_hash, read_json, write_json
@@ -47,8 +47,21 @@ def cache_folder() -> Path:
 
 
 def cache_key(*facts: object) -> str:
-    """Hex SHA-256 of all that a result depends on, as plain data."""
-    return content_hash([json.dumps({"facts": as_json(facts)}, sort_keys=True)])
+    """Hex SHA-256 of all that a result depends on, as plain data.
+
+    Raises
+    ------
+    InvalidArgument
+        For anything else, which two results that differ may have in common: a function, a model.
+    """
+    return content_hash([json.dumps({"facts": as_json(facts, _no_plain_data)}, sort_keys=True)])
+
+
+def _no_plain_data(value: object) -> str:
+    raise InvalidArgument(
+        f"{getattr(value, '__name__', type(value).__name__)} is no plain data, so results that are "
+        "kept could not be told apart by it; give numbers, strings or lists of them"
+    )
 
 
 def read_cached(

@@ -45,7 +45,7 @@ def format_losses(
     out_dir: str | os.PathLike | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Measure every model in every format.
+    """Measure every model in every format, read in float32: bfloat16 would round it once more.
 
     Parameters
     ----------
@@ -82,11 +82,21 @@ def format_losses(
         If llama.cpp has no graph for a model, or a text is too short.
     """
     path = out_dir and Path(out_dir) / "formats.json"
-    held_out = HeldOut(model, tokenizer, texts, max_tokens=max_tokens, seq_len=seq_len, path=path)
+    held_out = HeldOut(
+        model,
+        tokenizer,
+        texts,
+        max_tokens=max_tokens,
+        seq_len=seq_len,
+        path=path,
+        precision="float32",
+    )
     cells = [(name, each, kind) for name, each in models.items() for kind in kinds]
+    sizes = [gguf_size(each, tokenizer, kind=kind) for _, each, kind in cells]
     asked = ["written", [asdict(question) for question in questions]] if questions else []
     rows, losses = [], []
-    for name, each, kind in tqdm(cells, desc="formats", unit="model", disable=not progress):
+    shown = tqdm(cells, desc="formats", unit="model", disable=not progress)
+    for (name, each, kind), size in zip(shown, sizes, strict=True):
 
         def compute(each=each, kind=kind) -> dict:
             rounded = quantised(each, kind)
@@ -95,11 +105,11 @@ def format_losses(
                 asking = (rounded, tokenizer, questions)
                 result["accuracy"] = answer_questions(*asking, progress=False).accuracy
                 result["written"] = write_answers(*asking, progress=False).accuracy
-            return result | {"bytes": gguf_size(each, tokenizer, kind=kind)}
+            return result
 
         result = held_out.get([fingerprint(each), kind, asked], compute)
-        found = {name: result[name] for name in ("bytes", "accuracy", "written") if name in result}
-        facts = {"model": name, "kind": kind, **found}
+        found = {name: result[name] for name in ("accuracy", "written") if name in result}
+        facts = {"model": name, "kind": kind, "bytes": size, **found}
         rows += held_out.table_rows(result, **facts)
         losses += held_out.perplexities(result)
     columns = [*rows[0], "coarser", "difference", "difference_low", "difference_high"]

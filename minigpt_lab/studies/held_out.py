@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,10 +14,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 
 from ..calibration import patched_forward
 from ..checks import safe_contextmanager
-from ..domains import Part, excerpt
+from ..domains import Part, excerpt, running_text, window_prefix
 from ..evaluation import Divergence, Perplexity, divergence, perplexity, same_vocabulary
 from ..models import dtype_name, fingerprint, model_size, reading_dtype
-from ..store import ResultCache, content_hash
+from ..store import ResultCache, cache_key, content_hash
 
 #: Columns of a table row that only a `Divergence` fills.
 NO_DIVERGENCE = {"kl": None, "agreement": None}
@@ -35,6 +36,8 @@ class HeldOut:
         Tokens per text (None for all), and per window (no overlap).
     path : str or path, optional
         A ``.json`` file of finished results.
+    precision : {"auto", "bfloat16", "float32"}
+        In which the models are read, see `perplexity`.
     """
 
     def __init__(
@@ -46,13 +49,15 @@ class HeldOut:
         max_tokens: int | None,
         seq_len: int,
         path: str | os.PathLike | None,
+        precision: str = "auto",
     ):
         self.dense, self.tokenizer, self.seq_len = model, tokenizer, seq_len
         self.cache = ResultCache(path)
         self.texts = [excerpt(text, tokenizer, max_tokens=max_tokens) for text in texts]
-        precision = dtype_name(reading_dtype(model))
-        texts_hash = [content_hash(text) for text in self.texts]
-        self.facts = [fingerprint(model), texts_hash, seq_len, precision]
+        self.precision, read_in = precision, dtype_name(reading_dtype(model, precision))
+        ids = [running_text(text, tokenizer).ids for text in self.texts]
+        what = [content_hash(text) for text in self.texts], window_prefix(tokenizer), ids
+        self.facts = [fingerprint(model), cache_key(what), seq_len, read_in]
         self.dense_size = model_size(model).stored
         self._states: dict[tuple, torch.Tensor] = {}  # of the dense decoder
 
@@ -62,7 +67,12 @@ class HeldOut:
 
     def measure(self, model: PreTrainedModel) -> dict:
         """A model's stored parameters, and how well it predicts every text, as plain data."""
-        protocol = {"seq_len": self.seq_len, "max_characters": None, "progress": False}
+        protocol: dict[str, Any] = {
+            "seq_len": self.seq_len,
+            "max_characters": None,
+            "progress": False,
+        }
+        protocol["precision"] = self.precision
         with decoder_runs_once(self.dense, self._states):
             found = [
                 diverging(model, self.dense, self.tokenizer, text, **protocol)

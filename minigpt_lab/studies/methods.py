@@ -20,14 +20,25 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..calibration import Statistics, tokens_hash
-from ..checks import DictOf, Instance, Integer, ListOf, Number, OneOf, Text, checked
+from ..checks import (
+    DictOf,
+    Instance,
+    Integer,
+    InvalidArgument,
+    ListOf,
+    Number,
+    OneOf,
+    Text,
+    checked,
+    refuse_unused,
+)
 from ..compensation import bias_compensated
 from ..criteria import CRITERIA, Scores, score
 from ..domains import Domain, Part
 from ..evaluation import Perplexity, compare, peak_memory, timed
 from ..models import SITES, fingerprint
 from ..planning import plan_from_scores
-from ..store import ResultCache
+from ..store import ResultCache, cache_key
 from .activations import set_overlap
 from .arguments import BATCHES, FOLDER, MODEL, PAIR, PROTOCOL, STATISTICS, TEXTS
 from .held_out import HeldOut
@@ -115,19 +126,23 @@ def method_scores(
     """
     results = ResultCache(out_dir and Path(out_dir) / "costs.json")
     how = {"statistics": statistics, "sites": sites}
-    how["cache"] = Path(out_dir) / "scores" if out_dir else False
     facts = [fingerprint(model), tokens_hash(batches), sites]
 
-    def costs(compute: Callable) -> dict:
+    def costs(compute: Callable, folder: Path | None) -> dict:
+        if folder is not None:
+            for path in folder.glob("*.safetensors"):  # scores whose cost was lost
+                path.unlink()
         with peak_memory(model.device) as peak:
             seconds, _ = timed(model.device, compute)
         return {"peak_mib": peak() / 2**20, "seconds": seconds}
 
     scores, rows = {}, []
     for name, method in tqdm(methods.items(), desc="scores", unit="method"):
-        compute = cache(partial(score, model, method.criterion, batches, **how, **method.options))
         key = [*facts, method.criterion, dict(method.options)]
-        took = results.get(key, partial(costs, compute))
+        folder = Path(out_dir) / "scores" / cache_key(key)[:16] if out_dir else None
+        how |= {"cache": folder or False}
+        compute = cache(partial(score, model, method.criterion, batches, **how, **method.options))
+        took = results.get(key, partial(costs, compute, folder))
         scores[name] = compute()
         rows.append({"method": name, **took})
     return scores, pd.DataFrame(rows)
@@ -139,7 +154,7 @@ def method_scores(
     methods=_METHODS,
     statistics=STATISTICS | None,
     ratios=ListOf(Number(0, below=1), 1),
-    sites=ListOf(OneOf(KINDS), 1),
+    sites=ListOf(OneOf(KINDS), 1) | None,
 )
 def method_plans(
     model: PreTrainedModel,
@@ -148,7 +163,7 @@ def method_plans(
     methods: Mapping[str, Method],
     statistics: Statistics,
     ratios: Sequence[float],
-    sites: Iterable[str] = tuple(KINDS),
+    sites: Iterable[str] | None = None,
     **allocation,
 ) -> Plans:
     """A plan for every method, kind of units and ratio; no pass over any text.
@@ -163,12 +178,19 @@ def method_plans(
         For bias compensation.
     ratios : sequence of float
         Shares of the units of every layer.
-    sites : iterable of str
-        Keys of `KINDS`.
+    sites : iterable of str, optional
+        Keys of `KINDS`; by default those that every method has scores of.
     **allocation
         Of `plan_from_scores`; by default uniform, so that all methods store the same.
     """
-    plans = {}
+    plans, scored = {}, set.intersection(*({*each.values} for each in scores.values()))
+    for kind in sites or ():
+        if missing := sorted({*KINDS[kind]} - scored):
+            raise InvalidArgument(
+                f"sites has {kind!r}, but some method has no scores of {', '.join(missing)}; score "
+                f"them (sites={KINDS[kind]}), or leave {kind!r} out"
+            )
+    sites = [kind for kind in KINDS if {*KINDS[kind]} <= scored] if sites is None else sites
     for name, kind, ratio in itertools.product(scores, sites, ratios):
         values = {site: scores[name].values[site] for site in KINDS[kind]}
         part = replace(scores[name], values=values)
@@ -229,6 +251,8 @@ def method_comparison(
     losses : dict
         ``(method, sites, ratio, text)`` to the `Perplexity`, for `lab.compare`.
     """
+    if recover_on is None:
+        refuse_unused(method_comparison, "recover_on=None", recovery=recovery)
     path = out_dir and Path(out_dir) / "comparison.json"
     held_out = HeldOut(model, tokenizer, texts, max_tokens=max_tokens, seq_len=seq_len, path=path)
 

@@ -27,7 +27,7 @@ from ..checks import (
 )
 from ..compensation import reconstruct, slimgpt
 from ..domains import Domain
-from ..models import PruningPlan, shrink
+from ..models import PruningPlan, fingerprint, shrink
 from ..recovery import recover, require_ended
 from ..store import content_hash
 from .arguments import BATCHES, MODEL
@@ -106,9 +106,10 @@ PRUNING = (
     | Instance(FineTunedRun)
 )
 PLANS = DictOf(Instance(tuple), PRUNING)
+_OF_PLANS = DictOf(Instance(tuple), Instance(PruningPlan, "lab.plan_from_scores gives one"))
 
 
-@checked(plans=PLANS, batches=BATCHES, variants=DictOf(Text(), Instance(Mapping), 1))
+@checked(plans=_OF_PLANS, batches=BATCHES, variants=DictOf(Text(), Instance(Mapping), 1))
 def slimgpt_runs(
     plans: Plans, batches: Sequence[dict], *, variants: Mapping[str, Mapping[str, object]]
 ) -> dict[Cell, SlimGPTRun]:
@@ -135,7 +136,7 @@ def slimgpt_runs(
     return runs
 
 
-@checked(plans=PLANS, batches=BATCHES, epochs=Integer(1))
+@checked(plans=_OF_PLANS, batches=BATCHES, epochs=Integer(1))
 def reconstructed_plans(
     plans: Plans, batches: Sequence[dict], *, epochs: int
 ) -> dict[Cell, ReconstructedPlan]:
@@ -234,5 +235,18 @@ def pruning_key(pruning: Pruning) -> list:
     if isinstance(pruning, FineTunedRun):
         texts = [content_hash(pruning.domain.train), content_hash(pruning.domain.validation)]
         inner = [] if pruning.pruning is None else pruning_key(pruning.pruning)
-        return ["fine-tune", *inner, *texts, dict(pruning.options)]
-    return ["slimgpt", tokens_hash(pruning.batches), dict(pruning.options)]
+        return ["fine-tune", *inner, *texts, _plain(pruning.options)]
+    return ["slimgpt", tokens_hash(pruning.batches), _plain(pruning.options)]
+
+
+def _plain(options: Mapping[str, object]) -> dict[str, object]:
+    """Options with hashes for models, domains and tokens."""
+
+    def plain(name: str, value: Any) -> object:
+        if isinstance(value, PreTrainedModel):
+            return fingerprint(value)
+        if isinstance(value, Domain):
+            return [content_hash(part) for part in value.parts.values()]
+        return tokens_hash(value) if name in ("batches", "general") and value else value
+
+    return {name: plain(name, value) for name, value in options.items()}

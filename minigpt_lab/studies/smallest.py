@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..architectures import dense_type
 from ..calibration import tokens_hash
 from ..checks import Flag, Instance, Integer, InvalidArgument, Model, Number, checked
-from ..compensation import discard, is_search, slimgpt
+from ..compensation import discard, is_search, slimgpt, unscored_sites
 from ..domains import Domain, excerpt
 from ..models import (
+    SITES,
     Anatomy,
     PruningPlan,
     TrimmedVocabulary,
@@ -29,7 +30,7 @@ from ..models import (
     refuse_masked,
     shrink,
 )
-from ..planning import allocation_name
+from ..planning import Allocation, allocation_name
 from ..store import cache_key
 from .arguments import BATCHES, FOLDER, PAIR
 from .held_out import HeldOut
@@ -186,6 +187,14 @@ def _require_same_origin(model: PreTrainedModel, dense: PreTrainedModel) -> None
         )
 
 
+def _spread(model: PreTrainedModel, allocation: str | Allocation | Sequence[float]) -> object:
+    """What tells an allocation from others: its name or shares; of a function, some of them."""
+    if not callable(allocation):
+        return allocation_name(allocation)
+    layer_sites = unscored_sites(Anatomy(model), SITES, (0, 0))
+    return [[*map(float, allocation(ratio, layer_sites))] for ratio in (0.2, 0.5)]
+
+
 class _Trials:
     """Sizes that were tried: how to prune to one, what it loses, and whether that is allowed.
 
@@ -204,10 +213,11 @@ class _Trials:
         self.model, self.batches, self.held_out = model, batches, held_out
         self.limits, self.options, self.out_dir = limits, options, out_dir
         general = options.get("general")
-        plain = {k: str(v) for k, v in options.items() if k not in ("general", "progress")}
+        apart = ("general", "progress", "allocation")
+        plain = {k: str(v) for k, v in options.items() if k not in apart}
         plain["general"] = "" if general is None else tokens_hash(general)
         self.own = fingerprint(model)
-        self.facts = [self.own, tokens_hash(batches), plain, allocation_name(options["allocation"])]
+        self.facts = [self.own, tokens_hash(batches), plain, _spread(model, options["allocation"])]
         self.rows: list[dict] = []
         measure = partial(held_out.measure, held_out.dense)
         dense = held_out.get(fingerprint(held_out.dense), measure)

@@ -25,6 +25,7 @@ from minigpt_lab.compensation.obs import eliminate_levels
 from minigpt_lab.compensation.supernetwork import Supernet, supernet
 from minigpt_lab.models.anatomy import Anatomy
 from minigpt_lab.planning import LayerSite
+from minigpt_lab.studies import smallest
 
 CASES = [("llama", "balanced_heads"), *((name, "kv_group") for name in ("llama", "gpt2", "bloom"))]
 QUICK = {"levels": 4, "steps": 6}
@@ -570,6 +571,28 @@ def test_the_smallest_model_by_every_option_of_slimgpt(
     alone, same_plan = lab.slimgpt(tiny[0], batches, ratio=ratio, **given)
     assert same(mini, alone) and plan.keep == same_plan.keep
     assert lab.smallest_within(*tiny, tiny_domain, **how)[2].equals(curve)
+
+
+def test_sizes_tried_with_a_function_are_kept(tiny, tiny_domain, batches, tmp_path, monkeypatch):
+    """A function is known by the shares that it gives, not by its place in memory."""
+
+    def spread(first: float):
+        return lambda ratio, layer_sites: [ratio * first, *[ratio] * (len(layer_sites) - 1)]
+
+    how = {"batches": batches, "tolerance": 0.4, "seq_len": 64, "increase": 9.0, "max_tokens": 512}
+    how |= {"out_dir": tmp_path, "progress": False}
+    curve = lab.smallest_within(*tiny, tiny_domain, **how, allocation=spread(1.0))[2]
+    calls, real = [], smallest.HeldOut.measure
+
+    def counted(*arguments):
+        calls.append(1)
+        return real(*arguments)
+
+    monkeypatch.setattr(smallest.HeldOut, "measure", counted)
+    again = lab.smallest_within(*tiny, tiny_domain, **how, allocation=spread(1.0))[2]
+    assert again.equals(curve) and not calls
+    lab.smallest_within(*tiny, tiny_domain, **how, allocation=spread(0.5))
+    assert calls
 
 
 def test_a_trimmed_model_is_held_to_the_dense_one(tiny, tiny_domain, batches):

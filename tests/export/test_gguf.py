@@ -11,7 +11,7 @@ import torch
 from helpers import CONFIGS, full_disk, random_model, random_plan
 from tokenizer_kinds import KINDS as TOKENIZERS
 from tokenizer_kinds import model_of, tokenizer_of
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PhiConfig
 
 import minigpt_lab as lab
 from minigpt_lab.export import KINDS, gguf_file
@@ -153,6 +153,21 @@ def test_a_model_in_bfloat16_is_rounded_once(tiny):
     assert all(map(torch.equal, rounded.parameters(), same.parameters()))
 
 
+def test_a_rounded_copy_is_the_file_where_the_graph_pads_heads(tiny, tmp_path):
+    """Phi's heads of 80 features: one of two is kept, and the file has both."""
+    shape = {"hidden_size": 160, "num_attention_heads": 2, "num_key_value_heads": 2}
+    shape |= {"intermediate_size": 64, "vocab_size": len(tiny[1]), "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(PhiConfig(**shape))
+    plan = lab.PruningPlan("", {"attention": [2, 2]}, {"attention": [[0], [0]]})
+    mini = lab.shrink(model, plan)
+    path = lab.export_gguf(mini, tiny[1], tmp_path / "mini.gguf", kind="Q4_0")
+    written = stored(path)["blk.0.attn_output.weight"]
+    rounded = lab.quantised(mini, "Q4_0").model.layers[0].self_attn.dense
+    assert written.tensor_type.name == "Q4_0"
+    assert np.array_equal(values(written)[:, :80], array(rounded))
+
+
 # --- what is refused ---------------------------------------------------------------------------
 
 
@@ -189,6 +204,17 @@ def test_a_rotation_that_no_factor_describes(tiny, tmp_path):
     config.rope_parameters = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
     model = AutoModelForCausalLM.from_config(config)
     refused("rotary embedding is of type 'yarn'", model, tiny[1], tmp_path)
+
+
+def test_rotations_of_gemma_3_that_its_graph_lacks(tmp_path):
+    config = copy.deepcopy(CONFIGS["gemma3"])
+    config.rope_parameters = {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    }
+    model = AutoModelForCausalLM.from_config(config)
+    words = "rotary embedding is of type 'linear' in some layers"
+    refused(words, model, tokenizer_of("byte-level"), tmp_path)
 
 
 def test_another_activation(tiny, tmp_path):

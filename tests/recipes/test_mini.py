@@ -21,6 +21,7 @@ from minigpt_lab import __main__ as command_line
 from minigpt_lab.compensation import layer_by_layer
 from minigpt_lab.models import Anatomy
 from minigpt_lab.recipes import mini, timed_run
+from minigpt_lab.recovery.texts import training_windows
 
 HOW = {"minutes": 60, "seq_len": 64, "calibration_tokens": 512, "progress": False}
 TRAINING = timed_run.TimedRun.training
@@ -280,15 +281,66 @@ def test_what_was_refused_leaves_the_folder_for_the_next_call(tiny, general, tmp
 
 
 def test_what_no_run_left_there_is_not_taken_for_one(tiny, tiny_domain, general, tmp_path):
-    for name in ("pruned", "model", "mini-Q8_0.gguf"):
+    for name in ("pruned", "model", "mini-Q8_0.gguf", "table.csv", "measured.json"):
         folder = tmp_path / name.replace(".", "-")
         folder.mkdir()
         (folder / name).write_text("mine")
-        with pytest.raises(ValueError, match=f"holds {name} and no run of make_mini; choose"):
+        with pytest.raises(ValueError, match=f"holds {name} and no run of make_mini "):
             lab.make_mini(
                 *tiny, tiny_domain, size=0.5, general_domain=general, out_dir=folder, **HOW
             )
         assert (folder / name).read_text() == "mine" and len([*folder.iterdir()]) == 1
+
+
+def test_a_damaged_state_is_no_run_and_a_refused_call_leaves_anothers(tmp_path):
+    with tqdm(disable=True) as bar:
+        begun = timed_run.TimedRun(tmp_path, {"size": 0.6}, 60, bar)
+        begun.enter("prune")
+        again = timed_run.TimedRun(tmp_path, {"size": 0.6}, 60, bar)
+        for run, stays in ((again, True), (begun, False)):
+            with pytest.raises(ValueError), run.given_up_unless(tmp_path / "pruned"):
+                raise ValueError("refused")
+            assert (tmp_path / "state.json").exists() == stays
+        begun.enter("prune")
+        (tmp_path / "pruned").mkdir()
+        (tmp_path / "state.json").write_text("{")
+        with (
+            pytest.warns(UserWarning),
+            pytest.raises(ValueError, match="its state.json is damaged"),
+        ):
+            timed_run.TimedRun(tmp_path, {"size": 0.5}, 60, bar)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.9])
+def test_the_training_holds_no_more_than_its_share_of_general_text(
+    share, tiny, tiny_domain, general, tmp_path
+):
+    """A planned training can always be made, however much time there is."""
+    few = general.train[: len(general.train) // 8]
+    short = dataclasses.replace(general, train=lab.Part("tiny-games", "train", tuple(few)))
+    with tqdm(disable=True) as bar:
+        run = timed_run.TimedRun(tmp_path, {}, 1e4, bar)
+    run.known |= {"tokens": 10**7, "reading": 1e-9}
+    options = {"seq_len": 64, "general": short, "generality": share}
+    planned = TRAINING(run, [(*tiny, {})], tiny_domain, options)
+    windows = training_windows(tiny[1], tiny_domain, short, share, 64, planned["max_tokens"])
+    trained = windows.numel() * planned["epochs"]
+    assert 0.7 * run.known["trained"] < trained < 1.05 * run.known["trained"]
+    assert planned["epochs"] == pytest.approx(4, abs=0.01)
+    how = {**HOW, "size": 0.5, "general_domain": short, "general": share, "out_dir": tmp_path / "a"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timed_run, "_TRIAL", 2048)
+        with pytest.raises(ValueError, match="tiny-games/train has .* shortest training"):
+            lab.make_mini(*tiny, tiny_domain, **how)
+
+
+@pytest.mark.slow
+def test_a_bfloat16_model_is_measured_as_its_file(tiny, tiny_domain, general, tmp_path):
+    model = copy.deepcopy(tiny[0]).bfloat16()
+    how = {**HOW, "size": 0.6, "general_domain": general, "out_dir": tmp_path, "gguf": "Q8_0"}
+    found = lab.make_mini(model, tiny[1], tiny_domain, vocabulary=False, **how)
+    assert found.model.dtype == torch.bfloat16 and "read in float32" in found.protocol
+    assert {*found.table["precision"]} == {"float32"}
 
 
 def test_bad_input_is_refused_before_the_work(tiny, tiny_domain, general, tmp_path, monkeypatch):
@@ -300,6 +352,7 @@ def test_bad_input_is_refused_before_the_work(tiny, tiny_domain, general, tmp_pa
     }
     few = tuple(tiny_domain.calibration[:2])
     few = dataclasses.replace(tiny_domain, calibration=lab.Part("tiny-law", "calibration", few))
+    brief = {"calibration_tokens": 256, "seq_len": 512}
     namesake = dataclasses.replace(general, name="tiny-law")
     for domain, options, words in (
         (tiny_domain, {}, "give exactly one of size, increase; got none"),
@@ -313,6 +366,7 @@ def test_bad_input_is_refused_before_the_work(tiny, tiny_domain, general, tmp_pa
         *((each, {"size": 0.5}, f"tiny-law/{part} has .* less") for part, each in short.items()),
         (few, {"size": 0.5}, "tiny-law/calibration has .* tokens; to prune .* give .* times as"),
         (general, {"size": 0.5, "general_domain": short["train"]}, "tiny-law/train has .* less"),
+        (tiny_domain, {"size": 0.5, **brief}, "max_tokens is 256, less than one window"),
         (namesake, {"size": 0.5, "general_domain": tiny_domain}, "both called 'tiny-law'"),
     ):
         with pytest.raises(ValueError, match=words):

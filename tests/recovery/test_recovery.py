@@ -536,6 +536,7 @@ POSITIVE = (
             "max_tokens is 100, less than one window of seq_len=256; give 256 or",
         ),
         ({"target_modules": ["q_proj"]}, "target_modules is .* no effect with method='full'"),
+        ({"warmup_steps": 5, "warmup_ratio": 0.2}, "warmup_ratio is 0.2, .* with warmup_steps"),
         ({"r": 4}, "r is 4, but has no effect with method='full'; leave it out"),
         ({"mix": 0.2}, "mix is 0.2, but has no effect with loss='label'"),
         ({"temperature": 2}, "temperature is 2, but has no effect with loss='label'"),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
+from helpers import random_model
 
 import minigpt_lab as lab
 from minigpt_lab import studies
@@ -55,3 +58,15 @@ def test_finished_cells_are_kept_by_the_questions_asked(tiny, tiny_domain, tmp_p
     assert asked == [first, second]
     with pytest.raises((TypeError, ValueError), match="questions"):
         studies.format_losses(*tiny, questions=["What?"], **how)
+    monkeypatch.setattr(formats.HeldOut, "measure", None)
+    models = {"good": tiny[0], "odd": random_model("opt")}
+    with pytest.raises(ValueError, match="family 'opt', which is not written as GGUF"):
+        studies.format_losses(*tiny, **{**how, "models": models})
+
+
+def test_models_stored_in_bfloat16_are_read_in_float32(tiny, tiny_domain):
+    """Or the rounded copy would be rounded once more, or not be compared at all."""
+    model = copy.deepcopy(tiny[0]).bfloat16()
+    how = {**HOW, "models": {"dense": model}, "texts": [tiny_domain.test]}
+    table = studies.format_losses(model, tiny[1], **how)
+    assert {*table["precision"]} == {"float32"} and (table["kl"] < 0.05).all()

@@ -7,8 +7,10 @@ import copy
 import pytest
 import torch
 from helpers import CONFIGS, logits, random_model
+from tokenizers.processors import TemplateProcessing
 
 import minigpt_lab as lab
+from minigpt_lab.domains import window_prefix
 from minigpt_lab.studies.held_out import HeldOut, decoder_runs_once
 
 
@@ -43,3 +45,19 @@ def test_measured_as_without_the_states(tiny, tiny_domain):
         noisy, model, tokenizer, text, seq_len=64, max_characters=None, progress=False
     )
     assert first["rows"][0]["kl"] == pytest.approx(expected.kl)
+
+
+def test_results_are_kept_by_what_they_depend_on(tiny, tiny_domain, tmp_path):
+    """Another precision, or a tokenizer that begins a text otherwise, is another measurement."""
+    model, tokenizer = tiny
+    begins = copy.deepcopy(tokenizer)
+    single = TemplateProcessing("<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id or 0)])
+    begins.backend_tokenizer.post_processor = single
+    assert window_prefix(begins) != window_prefix(tokenizer)
+    how = {"max_tokens": 256, "seq_len": 64, "path": tmp_path / "cells.json"}
+    facts = [
+        HeldOut(model, words, [tiny_domain.test], **how, precision=precision).facts
+        for words in (tokenizer, begins)
+        for precision in ("float32", "bfloat16")
+    ]
+    assert all(facts.count(each) == 1 for each in facts)

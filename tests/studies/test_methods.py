@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,7 @@ import minigpt_lab as lab
 from minigpt_lab import figures, studies
 from minigpt_lab.criteria.scores import CRITERIA
 from minigpt_lab.models.anatomy import Anatomy
+from minigpt_lab.store import cache_key
 from minigpt_lab.studies.methods import (
     Method,
     by_seed,
@@ -21,6 +23,12 @@ from minigpt_lab.studies.methods import (
     method_plans,
     method_scores,
     registered_methods,
+)
+from minigpt_lab.studies.prunings import (
+    FineTunedRun,
+    pruning_key,
+    reconstructed_plans,
+    slimgpt_runs,
 )
 
 
@@ -191,3 +199,62 @@ def test_a_comparison_may_fine_tune_on_the_calibration_tokens(tiny, tiny_domain,
     assert table.loc["dense", "seconds"] == 0
     again, _ = studies.method_comparison(model, tokenizer, closed | tuned, **how)
     assert again.set_index("method").equals(table)
+
+
+def test_what_tells_cells_apart(tiny, tiny_domain, compared):
+    """Models, domains and tokens count by what they hold; what cannot be told is refused."""
+    plans, *_ = compared
+    plans = {cell: plan for cell, plan in plans.items() if cell[:2] == ("random", "ffn")}
+    model, tokenizer = tiny
+    other = copy.deepcopy(model)
+    other.model.norm.weight.data *= 1.5
+    games = lab.load_domain("tiny-games")
+    namesake = replace(games, name=tiny_domain.name)
+    batches = [lab.tokenize(each.calibration, tokenizer, seq_len=64) for each in (games, namesake)]
+    keys = []
+    for options in (
+        {"teacher": model, "loss": "kl"}, {"teacher": other, "loss": "kl"},
+        {"general": tiny_domain}, {"general": namesake},
+    ):  # fmt: skip
+        keys.append(pruning_key(FineTunedRun(None, tokenizer, tiny_domain, options)))
+    for generality in (0.25, 0.5):
+        variant = {"general": batches[0], "generality": generality}
+        runs = slimgpt_runs(plans, batches[0], variants={"mixed": variant})
+        keys += [pruning_key(run) for run in runs.values()]
+    assert len({cache_key(key) for key in keys}) == len(keys)
+    variant = {"allocation": lambda ratio, layer_sites: [ratio] * len(layer_sites)}
+    runs = slimgpt_runs(plans, batches[0], variants={"mine": variant})
+    with pytest.raises(ValueError, match="lambda.* is no plain data"):
+        method_comparison(*tiny, runs, texts=[tiny_domain.test], max_tokens=256, seq_len=64)
+    given = ((slimgpt_runs, {"variants": {"a": {}}}), (reconstructed_plans, {"epochs": 1}))
+    for function, how in given:
+        with pytest.raises(TypeError, match="expected a PruningPlan"):
+            function(runs, batches[0], **how)
+    with pytest.raises(ValueError, match="recovery is .* no effect with recover_on=None"):
+        method_comparison(*tiny, plans, texts=[tiny_domain.test], recovery={"max_tokens": 64})
+
+
+def test_a_cost_that_was_lost_is_measured_again(tiny, tiny_domain, tmp_path):
+    model, tokenizer = tiny
+    batches = lab.tokenize(tiny_domain.calibration, tokenizer, seq_len=64, max_tokens=256)
+    statistics = lab.collect_statistics(model, batches, progress=False)
+    methods = {"taylor": Method("taylor"), "ffn alone": Method("taylor")}
+    how = {"statistics": statistics, "methods": methods, "out_dir": tmp_path, "sites": ("ffn",)}
+    calls, real = [], CRITERIA["taylor"]
+
+    def counted(*arguments, **options):
+        calls.append(1)
+        return real(*arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(CRITERIA, "taylor", counted)
+        for costs_lost in (False, False, True):
+            if costs_lost:
+                (tmp_path / "costs.json").unlink()
+            scores, costs = method_scores(model, batches, **how)
+    assert len(calls) == 2 and (costs["seconds"] > 0).all()
+    plans = method_plans(model, scores, methods=methods, statistics=statistics, ratios=[0.5])
+    assert {kind for _, kind, _ in plans} == {"ffn"}
+    how = {"methods": methods, "statistics": statistics, "ratios": [0.5], "sites": ["both"]}
+    with pytest.raises(ValueError, match="no scores of attention; score them"):
+        method_plans(model, scores, **how)
