@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pandas as pd
 import pytest
 from helpers import same
@@ -109,6 +111,25 @@ def test_a_family_that_takes_no_map_is_compared_without(texts, tiny, tiny_domain
     with pytest.warns(UserWarning, match="no map in place of the dropped blocks: .*layer 0's att"):
         table = studies.dropped_or_narrowed(model, tokenizer, texts[0], ratio=1e-3, **given)
     assert [*table["variant"]][:3] == ["dense", "dropped", "narrowed"]
+
+
+@pytest.mark.parametrize(("measured", "kept"), [(1.3, True), (1.0, False)])
+def test_as_fast_is_what_was_measured_so(measured, kept, tiny, tiny_domain, texts, monkeypatch):
+    model, tokenizer = tiny
+    influence = lab.block_influence(model, texts[0], sites=("ffn", "attention"))
+    # dense, dropped, with a map, narrowed twice; four widths; the one between them
+    speeds = iter([1.0, 1.4, 1.4, 1.1, 1.1, 1.1, 1.3, 1.6, 1.9, measured])
+
+    def efficiency(*models, **options):
+        return pd.DataFrame([{"prefill_speedup": 1.0, "decode_speedup": next(speeds)}])
+
+    monkeypatch.setattr(dropped_blocks, "efficiency", efficiency)
+    given = {"general": texts[2], "texts": [tiny_domain.test], "influence": influence, **SHORT}
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        table = studies.dropped_or_narrowed(model, tokenizer, texts[0], ratio=0.2, **given)
+    assert ("narrowed, as fast" in [*table["variant"]]) == kept
+    assert any("decodes as fast" in str(each.message) for each in told) != kept
 
 
 def test_dropped_blocks_are_compared_at_their_size(tiny, tiny_domain, texts, tmp_path, monkeypatch):
