@@ -77,8 +77,8 @@ def dropped_or_narrowed(
         (`linear_compensated`); narrowed to that size, on the domain's text alone and with half
         general text; narrowed until they decode about as fast. The third and the last are left
         out, with a warning, where no map fits and where no width has that speed (within 15 %).
-        Columns ``variant, prefill_speedup, decode_speedup`` (measured in turns with the dense model),
-        ``stored, removed``, and those of `divergence`.
+        Columns ``variant, prefill_speedup, decode_speedup`` (measured in turns with the dense
+        model), ``stored, removed``, and those of `divergence`.
     """
     path = out_dir and Path(out_dir) / "variants.json"
     held_out = HeldOut(model, tokenizer, texts, max_tokens=max_tokens, seq_len=seq_len, path=path)
