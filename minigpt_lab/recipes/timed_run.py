@@ -52,8 +52,7 @@ def require_own(folder: Path) -> None:
         for path in folder.glob(pattern):
             raise InvalidArgument(
                 f"out_dir is {str(folder)!r}, which holds {path.name} and no run of make_mini (or "
-                "its state.json is damaged); "
-                "choose another folder, or move that away"
+                "its state.json is damaged); choose another folder, or move that away"
             )
 
 

@@ -103,8 +103,9 @@ def format_losses(
             result = held_out.measure(rounded)
             if questions is not None:
                 asking = (rounded, tokenizer, questions)
-                result["accuracy"] = answer_questions(*asking, progress=False).accuracy
-                result["written"] = write_answers(*asking, progress=False).accuracy
+                how = {"precision": "float32", "progress": False}
+                result["accuracy"] = answer_questions(*asking, **how).accuracy
+                result["written"] = write_answers(*asking, **how).accuracy
             return result
 
         result = held_out.get([fingerprint(each), kind, asked], compute)
