@@ -122,7 +122,7 @@ def graph_of(model: PreTrainedModel) -> str:
     if n := _FULL_IN_EVERY.get(graph):
         layers = enumerate(config.layer_types, 1)
         alike = all((kind == "full_attention") == (i % n == 0) for i, kind in layers)
-        capped = [bool(getattr(config, name)) for name in _SOFT_CAPS] == [graph == "gemma2"] * 2
+        capped = {bool(getattr(config, name)) for name in _SOFT_CAPS} == {graph == "gemma2"}
         if not (alike and capped) or config.query_pre_attn_scalar != config.head_dim:
             raise InvalidArgument(
                 f"the model's attention is not that of llama.cpp's graph {graph!r} (full in one "

@@ -42,8 +42,8 @@ def require_texts(
                 f"{general_domain.train} has {tokens:,} tokens, and the shortest training with a "
                 f"share of {general:g} reads {needed:,}; give more general text, or a smaller share"
             )
-    # Below d tokens the Hessian of d inputs has no inverse, and the damping decides.
     tokenize(domain.calibration, tokenizer, seq_len=seq_len, max_tokens=max_tokens)
+    # Below d tokens the Hessian of d inputs has no inverse, and the damping decides.
     width = max(Anatomy(model).layer_widths()["ffn"])
     tokens = count_tokens(domain.calibration, tokenizer).sum()
     if tokens < min(width, max_tokens):

@@ -15,7 +15,6 @@ import pandas as pd
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..calibration import tokens_hash
 from ..checks import DictOf, Instance, Integer, ListOf, Model, Text, checked
 from ..compensation import Solver, slimgpt
 from ..domains import Part, tokenize, unpadded
@@ -24,6 +23,7 @@ from ..models import Anatomy, PruningPlan, fingerprint, inference
 from ..store import ResultCache, cache_key
 from .arguments import BATCHES, FOLDER, PAIR, PART, PROTOCOL, SHARES, TEXTS
 from .held_out import HeldOut
+from .prunings import plain_options
 
 #: SlimGPT's dense model: perplexity of LLaMA-7B on WikiText2 in windows of 128.
 PUBLISHED_DENSE = 12.63
@@ -128,8 +128,7 @@ def slimgpt_variants(
 def _settings(options: Mapping[str, Any]) -> dict[str, Any]:
     """What a variant's result depends on: its tokens, and options that are not the default."""
     changed = {k: v for k, v in options.items() if k not in _DEFAULTS or v != _DEFAULTS[k]}
-    tokens = {"batches", "general"} & changed.keys()
-    return changed | {name: tokens_hash(changed[name]) for name in tokens}
+    return plain_options(changed)
 
 
 def _layer_rows(model: PreTrainedModel, plan: PruningPlan) -> list[dict]:

@@ -140,8 +140,8 @@ def method_scores(
     for name, method in tqdm(methods.items(), desc="scores", unit="method"):
         key = [*facts, method.criterion, dict(method.options)]
         folder = Path(out_dir) / "scores" / cache_key(key)[:16] if out_dir else None
-        how |= {"cache": folder or False}
-        compute = cache(partial(score, model, method.criterion, batches, **how, **method.options))
+        options = {**how, "cache": folder or False, **method.options}
+        compute = cache(partial(score, model, method.criterion, batches, **options))
         took = results.get(key, partial(costs, compute, folder))
         scores[name] = compute()
         rows.append({"method": name, **took})

@@ -235,12 +235,12 @@ def pruning_key(pruning: Pruning) -> list:
     if isinstance(pruning, FineTunedRun):
         texts = [content_hash(pruning.domain.train), content_hash(pruning.domain.validation)]
         inner = [] if pruning.pruning is None else pruning_key(pruning.pruning)
-        return ["fine-tune", *inner, *texts, _plain(pruning.options)]
-    return ["slimgpt", tokens_hash(pruning.batches), _plain(pruning.options)]
+        return ["fine-tune", *inner, *texts, plain_options(pruning.options)]
+    return ["slimgpt", tokens_hash(pruning.batches), plain_options(pruning.options)]
 
 
-def _plain(options: Mapping[str, object]) -> dict[str, object]:
-    """Options with hashes for models, domains and tokens."""
+def plain_options(options: Mapping[str, object]) -> dict[str, object]:
+    """Options as a key holds them: hashes for models, domains and tokens."""
 
     def plain(name: str, value: Any) -> object:
         if isinstance(value, PreTrainedModel):
