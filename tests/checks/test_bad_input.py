@@ -358,7 +358,8 @@ FUNCTIONS = sorted(
     for name in lab.__all__
     if inspect.isfunction(getattr(lab, name)) and name not in ("check", "masked")
 )
-ELSEWHERE = ("domain_matrix", "domain_plans", "set_overlap", "registered_methods", "pruning_key")
+KEYS = ("pruning_key", "plain_options")  # of studies, for studies
+ELSEWHERE = ("domain_matrix", "domain_plans", "set_overlap", "registered_methods", *KEYS)
 MODULES = [
     importlib.import_module(f"minigpt_lab.studies.{name}")
     for name in (
