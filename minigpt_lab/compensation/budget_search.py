@@ -166,7 +166,7 @@ def search_counts(
     starts: dict[str, Budget] = {}
     for name in STARTS:
         rule = (name, "model", multiple_of)
-        starts[name] = tuple(unit_counts(model, layer_sites, None, size, *rule, even_out=True))
+        starts[name] = tuple(unit_counts(model, layer_sites, None, size, *rule))
 
     # 2. Round after round, build a supernet around the starts and descend from the better one.
     held_out, others = CalibrationWindows(batches, general, generality).split(HELD_OUT)

@@ -139,7 +139,7 @@ def unit_counts(
     even_out : bool
         Where a layer has few heads to prune, carry what rounding leaves undone on to the next one,
         so that not all layers lose their first head at one size; and balance the rounding to whole
-        heads by pruning more or fewer FFN channels of the layer.
+        heads by pruning more or fewer FFN channels of the layer. A size is always met in this way.
 
     Other parameters are those of `plan_from_scores`.
 
@@ -150,14 +150,15 @@ def unit_counts(
     """
     rule, steps = allocation_rule(allocation), unit_steps(layer_sites, multiple_of)
     target = parameters_to_remove(model, layer_sites, ratio, parameters, ratio_of)
+    is_share = ratio is not None and ratio_of == "units"
 
     def counts_at(share: float) -> np.ndarray:
         removed = rule(share, layer_sites) * np.array([len(each) for each in layer_sites])
-        if even_out:
+        if even_out or not is_share:
             return _evened_out(layer_sites, removed, steps)
         return _whole_units(layer_sites, removed, steps)
 
-    if ratio is not None and ratio_of == "units":
+    if is_share:
         if not callable(allocation):
             _check_reached(ratio, rule(ratio, layer_sites), layer_sites)
         counts = counts_at(ratio)
@@ -267,6 +268,7 @@ def _evened_out(
         if abs(missing) < 1 or not room.any():
             break
         units = units + np.sign(missing) * min(abs(missing) / room.sum(), 1) * room / cost
+        units = np.clip(units, 0, most)  # of float64's rounding
     return _whole_units(layer_sites, units, steps)
 
 

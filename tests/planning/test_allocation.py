@@ -221,7 +221,18 @@ def test_a_size_is_met_where_heads_leave_in_turns(tiny, allocation):
     units = sum(each.parameters for each in sites)
     for share in np.linspace(0.02, 0.55, 30):
         size = int(model.num_parameters() - share * units)
-        counts = unit_counts(model, sites, None, size, allocation, even_out=True)
+        counts = unit_counts(model, sites, None, size, allocation)
         removed = sum(n * each.cost for n, each in zip(counts, sites, strict=True))
         excess = removed - (model.num_parameters() - size)
         assert 0 <= excess <= sum(each.cost for each in sites if each.site == "ffn")
+
+
+@pytest.mark.parametrize("allocation", sorted(ALLOCATIONS))
+def test_every_size_can_be_asked_for(model, allocation):
+    """Heads that cost as much as a layer's channels too, and shares near none and all."""
+    scores = lab.score(model, "random")
+    stored = model.num_parameters()
+    for share in np.linspace(0.005, 0.2, 12):
+        size = int(stored * (1 - share))
+        plan = lab.plan_from_scores(model, scores, parameters=size, allocation=allocation)
+        assert lab.shrink(model, plan).num_parameters() <= size
