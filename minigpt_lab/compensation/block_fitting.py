@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -16,8 +17,8 @@ from ..checks import Flag, Instance, Integer, ListOf, Number, OneOf, check_field
 from ..models import SITES, Anatomy, product_dtype
 from ..store import Shards
 
-#: Loss below which two streams differ by the rounding of bfloat16 alone.
-_ROUNDING = 1e-4
+#: Loss below which two streams differ by rounding alone, of products in bfloat16 or in float32.
+_ROUNDING = {torch.bfloat16: 1e-4, torch.float32: 1e-10}
 #: Key of the losses before and after, in the results of a layer.
 LOSSES = "reconstruction"
 
@@ -135,6 +136,8 @@ def fit_block(
     else:
         runner.forget(site)
     n_windows = len(runner.hidden)
+    tokens = _tokens(targets)
+    mean = sum(tokens) / n_windows
     order = torch.Generator().manual_seed(layer)
     with _trainable(runner, modules):
         scales = [float(each.weight.detach().square().mean().sqrt()) for each in modules]
@@ -143,15 +146,19 @@ def fit_block(
             for each, scale in zip(modules, scales, strict=True)
         ]
         optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
+        weights = [each.weight for each in modules]
+        zeros = [(weight, weight == 0) for weight in weights if (weight == 0).any()]
         steps = settings.epochs * n_windows
         decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
         yield 0
         for epoch in range(settings.epochs):
-            # 2. One step of Adam for every window, in random order.
+            # 2. One step of Adam for every window, in random order; zeros stay zero.
             for window in torch.randperm(n_windows, generator=order).tolist():
                 with torch.enable_grad():
                     loss = _window_loss(runner, site, window, targets)
-                    (runner.weights[window] * loss).backward()
+                    (runner.weights[window] * tokens[window] / mean * loss).backward()
+                for parameter, zero in zeros:
+                    parameter.grad.masked_fill_(zero, 0)
                 optimizer.step()
                 optimizer.zero_grad()
                 decay.step()
@@ -172,14 +179,26 @@ def reconstruct_block(
     -------
     list of float
         Loss on all windows before and after.
+
+    Raises
+    ------
+    ValueError
+        If the loss is not finite before it.
     """
     modules = block_modules(anatomy, layer, site)
+    low = {product_dtype(runner.hidden[0].device), *(each.weight.dtype for each in modules)}
+    rounding = _ROUNDING[torch.float32 if low == {torch.float32} else torch.bfloat16]
     before = [parameter.detach().clone() for each in modules for parameter in each.parameters()]
     losses = []
     for epoch in fit_block(anatomy, runner, layer, site, targets, settings):
         if epoch in (0, settings.epochs):
             losses.append(stream_loss(runner, site, targets))
-        if losses[0] < _ROUNDING:  # nothing is pruned up to here
+        if not math.isfinite(losses[0]):
+            raise ValueError(
+                f"layer {layer}'s {site} gives outputs that are not finite: check the weights of "
+                "the pruned and of the dense model"
+            )
+        if losses[0] < rounding:  # nothing is pruned up to here
             losses *= 2
             break
     if not losses[1] <= losses[0]:  # or NaN
@@ -222,11 +241,16 @@ def stream_loss(runner: LayerRunner, site: str, targets: Shards) -> float:
     """The loss that `fit_block` minimises, on all windows."""
     total, weight = 0.0, 0.0
     with torch.no_grad():
-        for window in range(len(runner.hidden)):
-            tokens = runner.weights[window] * targets[window].shape[:-1].numel()
-            total += tokens * float(_window_loss(runner, site, window, targets))
-            weight += tokens
+        for window, tokens in enumerate(_tokens(targets)):
+            share = runner.weights[window] * tokens
+            total += share * float(_window_loss(runner, site, window, targets))
+            weight += share
     return total / weight
+
+
+def _tokens(targets: Shards) -> list[int]:
+    """Tokens of every window."""
+    return [targets[window].shape[:-1].numel() for window in range(len(targets))]
 
 
 @contextlib.contextmanager

@@ -163,10 +163,14 @@ def search_counts(
     divisors = unit_steps(layer_sites, multiple_of)
     dense = sum(parameter.numel() for parameter in model.parameters())
     size = math.floor(dense - parameters_to_remove(model, layer_sites, ratio, parameters, ratio_of))
+    # with a unit left in every block; a search that drops blocks goes on from there
+    narrowest = dense - sum(
+        each.removed(len(each) - step) for each, step in zip(layer_sites, divisors, strict=True)
+    )
     starts: dict[str, Budget] = {}
     for name in STARTS:
-        rule = (name, "model", multiple_of)
-        starts[name] = tuple(unit_counts(model, layer_sites, None, size, *rule))
+        rule = (max(size, narrowest) if drop_blocks else size, name, "model", multiple_of)
+        starts[name] = tuple(unit_counts(model, layer_sites, None, *rule))
 
     # 2. Round after round, build a supernet around the starts and descend from the better one.
     held_out, others = CalibrationWindows(batches, general, generality).split(HELD_OUT)
@@ -195,7 +199,12 @@ def search_counts(
         key = [facts, starts, budgets.levels, budgets.target, steps, seed, round_]
         rows = cache.get(key, partial(search_round, round_, budgets, starts))["rows"]
         history += [{"round": round_, **row} for row in rows]
-        best = min((row for row in rows if row["enough"]), key=lambda row: row["kl"])
+        if not (enough := [row for row in rows if row["enough"]]):
+            raise ValueError(
+                f"the target cannot be met: {dense - size:,} parameters would have to be removed; "
+                f"the budgets that were found remove up to {max(row['removed'] for row in rows):,}"
+            )
+        best = min(enough, key=lambda row: row["kl"])
         starts = {"start": tuple(best["counts"])}
 
     # 3. The best budget of the last round.

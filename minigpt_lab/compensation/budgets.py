@@ -68,23 +68,25 @@ class Budgets:
         return cls(layer_sites, steps, levels, target)
 
     @cached_property
-    def costs(self) -> np.ndarray:
-        """Parameters of one unit ``[site]``."""
-        return np.array([float(each.cost) for each in self.layer_sites])
-
-    @cached_property
     def sizes(self) -> np.ndarray:
         """Parameters of all units ``[site]``."""
-        return np.array([float(each.parameters) for each in self.layer_sites])
+        return self.removed(tuple(map(len, self.layer_sites)))
+
+    @cached_property
+    def level_sizes(self) -> list[np.ndarray]:
+        """Parameters that each level removes ``[site][level]``."""
+        pairs = zip(self.layer_sites, self.levels, strict=True)
+        return [np.array([float(each.removed(n)) for n in levels]) for each, levels in pairs]
 
     @cached_property
     def largest(self) -> np.ndarray:
         """Parameters that can be removed ``[site]``."""
-        return self.removed(tuple(levels[-1] for levels in self.levels))
+        return np.array([sizes[-1] for sizes in self.level_sizes])
 
     def removed(self, budget: Budget) -> np.ndarray:
         """Parameters that a budget removes ``[site]``."""
-        return np.array(budget) * self.costs
+        pairs = zip(self.layer_sites, budget, strict=True)
+        return np.array([float(each.removed(n)) for each, n in pairs])
 
     def trimmed(self, budget: Budget) -> Budget:
         """The budget without the FFN channels beyond the target: no longer one of levels.
@@ -119,8 +121,8 @@ class Budgets:
     def neighbours(self, removed: np.ndarray) -> tuple[Budget, Budget]:
         """For each site, the levels below and above; the same one twice if there is no other."""
         below, above = [], []
-        for levels, count in zip(self.levels, removed / self.costs, strict=True):
-            i = bisect.bisect_left(levels, count, hi=len(levels) - 1)
+        for levels, sizes, size in zip(self.levels, self.level_sizes, removed, strict=True):
+            i = bisect.bisect_left(sizes, size, hi=len(levels) - 1)
             pair = levels[max(i - 1, 0) :][:2]
             below.append(pair[0])
             above.append(pair[-1])
@@ -152,13 +154,11 @@ class Budgets:
         """
         # 1. Sizes of all levels, in parameters and in bins [site][level].
         need, bin_size = np.arange(bins + 1), max(self.target, 1) / bins
-        pairs = zip(self.levels, self.costs, strict=True)
-        level_sizes = [np.array(levels) * cost for levels, cost in pairs]
-        level_bins = [(sizes / bin_size).astype(int) for sizes in level_sizes]
+        level_bins = [(sizes / bin_size).astype(int) for sizes in self.level_sizes]
         # 2. Site after site; price[n] is the least cost of removing n bins from the sites so far.
         price = np.where(need > 0, np.inf, 0.0)  # [bin]
         choices = []  # [site][bin]: the level that gives the least cost
-        for i, sizes in enumerate(level_sizes):
+        for i, sizes in enumerate(self.level_sizes):
             costs = (sizes - removed[i]) ** 2 / self.sizes[i]  # [level]
             totals = [
                 cost + price[np.maximum(need - n, 0)]

@@ -26,6 +26,7 @@ from ..checks import (
     Flag,
     Instance,
     Integer,
+    InvalidArgument,
     ListOf,
     Location,
     Model,
@@ -225,6 +226,11 @@ def slimgpt(
     require({"model": model_hash, "tokens": tokens, **settings.to_dict()})
     require({"reconstruct": reconstruction and reconstruction.to_dict()})
     if stream_share:
+        if not settings.compensate:
+            raise InvalidArgument(
+                f"stream_share is {stream_share} and compensate is False, which keeps all weights "
+                "as they are; leave one of them out"
+            )
         require_plain_sums(anatomy, "leave stream_share at 0")
     beyond = {  # what goes beyond SlimGPT; None: not asked for
         "generality": None if general is None else generality,

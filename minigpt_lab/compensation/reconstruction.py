@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from tqdm.auto import tqdm
@@ -38,7 +39,7 @@ from ..checks import (
 )
 from ..models import SITES, Anatomy, fingerprint, inference, is_offloaded, refuse_masked
 from ..store import Shards
-from .block_fitting import LOSSES, DenseStream, Reconstruction, reconstruct_block
+from .block_fitting import LOSSES, DenseStream, Reconstruction, losses_of, reconstruct_block
 from .calibration_windows import GENERALITY, CalibrationWindows
 from .obs import full_precision
 from .workspace import Workspace
@@ -149,6 +150,11 @@ def reconstruct(
             if layer + 1 < depth:
                 runner.finish()
             workspace.finish_layer(anatomy, results)
+
+    # 3. The last plan says that its model was fitted.
+    if plans := getattr(fitted, "pruning_plans", []):
+        note = {"reconstruction": settings.to_dict() | losses_of(workspace.finished)}
+        fitted.pruning_plans = [*plans[:-1], replace(plans[-1], origin=plans[-1].origin | note)]
     return fitted
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 from operator import length_hint
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,15 @@ class Batches(list):
     tokenizer: PreTrainedTokenizerBase
     merges: np.ndarray
     protected: np.ndarray
+
+    def __getitem__(self, index: Any) -> Any:
+        """A batch; of a slice, batches that know the same."""
+        found = super().__getitem__(index)
+        if not isinstance(index, slice):
+            return found
+        part = Batches(found)
+        vars(part).update(vars(self))
+        return part
 
     @checked(count=Integer(1))
     def samples(self, count: int = 2) -> list[Batches]:

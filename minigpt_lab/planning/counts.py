@@ -207,7 +207,7 @@ def _bases(model: PreTrainedModel, layer_sites: Sequence[LayerSite]) -> dict[str
 
 def _total(layer_sites: Sequence[LayerSite], counts: Sequence[int] | np.ndarray) -> int:
     """Parameters of so many units of each layer site."""
-    return int(np.dot(counts, [each.cost for each in layer_sites]))
+    return sum(each.removed(int(n)) for each, n in zip(layer_sites, counts, strict=True))
 
 
 def _check_reached(ratio: float, shares: Sequence[float], layer_sites: Sequence[LayerSite]) -> None:

@@ -25,6 +25,9 @@ class LayerSite:
         Importance ``[unit]``.
     cost : int
         Parameters that are removed with one unit.
+    rest : int
+        Further ones that are removed with the last unit: keys and values, where queries are the
+        units.
     """
 
     site: str
@@ -32,14 +35,19 @@ class LayerSite:
     depth: int
     scores: np.ndarray
     cost: int
+    rest: int = 0
 
     def __len__(self) -> int:
         return len(self.scores)
 
     @property
     def parameters(self) -> int:
-        """Parameters of all its units."""
+        """Parameters of all its units, one by one."""
         return len(self) * self.cost
+
+    def removed(self, count: int) -> int:
+        """Parameters that are removed with so many units."""
+        return count * self.cost + (self.rest if count == len(self) else 0)
 
 
 def prunable_sites(
@@ -58,12 +66,15 @@ def prunable_sites(
     first, last = keep_layers = check_keep_layers(keep_layers)
     if first + last >= depth:
         raise ValueError(f"keep_layers={keep_layers} leaves nothing of {depth} layers")
-    return [
-        LayerSite(site, layer, depth, layers[layer], anatomy.unit_parameters(site, layer))
-        for site, layers in scores.items()
-        for layer in range(first, depth - last)
-        if len(layers[layer])
-    ]
+    layer_sites, groups = [], anatomy.units("attention")
+    for site, layers in scores.items():
+        for layer in range(first, depth - last):
+            cost, rest = anatomy.unit_parameters(site, layer), 0
+            if site == "balanced_heads":  # its groups hold keys and values too
+                whole = groups[layer] * anatomy.unit_parameters("attention", layer)
+                rest = whole - len(layers[layer]) * cost
+            layer_sites.append(LayerSite(site, layer, depth, layers[layer], cost, rest))
+    return [each for each in layer_sites if len(each)]
 
 
 def check_keep_layers(keep_layers: tuple[int, int]) -> tuple[int, int]:

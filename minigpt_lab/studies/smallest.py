@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ..architectures import dense_type
 from ..calibration import tokens_hash
 from ..checks import Flag, Instance, Integer, InvalidArgument, Model, Number, checked
 from ..compensation import discard, is_search, slimgpt, unscored_sites
+from ..criteria import chosen_sites
 from ..domains import Domain, excerpt
 from ..models import (
     SITES,
@@ -30,7 +32,7 @@ from ..models import (
     refuse_masked,
     shrink,
 )
-from ..planning import Allocation, allocation_name
+from ..planning import Allocation, allocation_name, removed_shares, unit_steps
 from ..store import cache_key
 from .arguments import BATCHES, FOLDER, PAIR
 from .held_out import HeldOut
@@ -95,7 +97,7 @@ def smallest_within(
         The model that the limits are relative to, by default `model`: give it where `model` has a
         trimmed vocabulary. `tokenizer` is then of this one, and a perplexity is per token of it.
     most : float
-        Largest ratio.
+        Largest ratio; less where that would not leave a unit in every block.
     tolerance : float
         Stop when the ratio is known to this precision.
     seq_len, max_tokens : int
@@ -129,6 +131,10 @@ def smallest_within(
         raise ValueError(f"{', '.join(taken)}: chosen by smallest_within; leave it out")
     options = {"ratio_of": "decoder", "allocation": "log-increase", "progress": progress, **options}
     is_search(options["allocation"], options.get("drop_blocks", False))
+    if not options.get("drop_blocks"):
+        most = min(most, _reachable(model, options))
+    if options.get("general") is not None:
+        options["general"] = BATCHES("general", options["general"])  # read for every size
     limits = {"perplexity": 1 + increase}  # column to the most, relative to dense
     texts = [excerpt(domain.validation, tokenizer, max_characters=_MAX_CHARACTERS)]
     if other is not None:
@@ -185,6 +191,17 @@ def _require_same_origin(model: PreTrainedModel, dense: PreTrainedModel) -> None
             f"dense is a {types[1]} of {len(whole.rows):,} tokens, model a {types[0]} of "
             f"{len(own.rows):,} that are not among them; give the model that it was trimmed from"
         )
+
+
+def _reachable(model: PreTrainedModel, options: Mapping[str, Any]) -> float:
+    """The largest ratio that leaves the fewest possible units in every block."""
+    given = {name: field.default for name, field in signature(slimgpt).parameters.items()} | options
+    layer_sites = unscored_sites(
+        Anatomy(model), chosen_sites(model, given["sites"], given["units"]), given["keep_layers"]
+    )
+    steps = unit_steps(layer_sites, given["multiple_of"])
+    counts = [len(each) - step for each, step in zip(layer_sites, steps, strict=True)]
+    return removed_shares(model, layer_sites, counts)[given["ratio_of"]]
 
 
 def _spread(model: PreTrainedModel, allocation: str | Allocation | Sequence[float]) -> object:

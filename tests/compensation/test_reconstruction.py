@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import logits, random_model, same, site_counts, windows
+from helpers import CONFIGS, logits, random_model, same, site_counts, windows
 
 import minigpt_lab as lab
 from minigpt_lab import Reconstruction
@@ -96,7 +96,7 @@ def test_every_family_is_fitted_to_the_dense_stream(family):
     assert squared_error(alone, model, batches) < squared_error(plain, model, batches)
 
 
-@pytest.mark.parametrize("name", ["bloom", "gpt_neox", "phi3", "gemma2"])
+@pytest.mark.parametrize("name", sorted(CONFIGS))
 def test_alibi_parallel_blocks_fused_projections_and_post_norms(name):
     model, batches = random_model(name), windows()
     plain, _ = cut(model)
@@ -144,6 +144,58 @@ def test_a_block_that_diverges_keeps_its_closed_form():
     for fitted, closed in zip(mini.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(fitted, closed, rtol=1e-3, atol=1e-4)
     assert all(before == after for before, after in plan.origin["reconstruction"]["loss"]["ffn"])
+
+
+def test_a_step_weighs_a_window_by_its_tokens(monkeypatch):
+    """The general text's share of an epoch's gradients is μ, whatever the windows' lengths."""
+    model, hidden = random_model("llama"), Shards()
+    own = [{"input_ids": torch.randint(3, 97, (1, n))} for n in (24, 24, 10, 3)]
+    general = [{"input_ids": torch.randint(3, 97, (1, n))} for n in (5, 40)]
+    both, anatomy = CalibrationWindows(own, general, 0.3), Anatomy(model)
+    loss = torch.zeros(len(both.windows), requires_grad=True)
+    weight = block_fitting.block_modules(anatomy, 0, "ffn")[0].weight
+    touched = lambda _, __, window, ___: loss[window] + 0 * weight.sum()  # noqa: E731
+    monkeypatch.setattr(block_fitting, "_window_loss", touched)
+    with inference(model):
+        calls = catch_inputs(model, both.batches(), hidden)
+        dense = DenseStream(hidden, calls)
+        dense.advance(anatomy, 0)
+        runner = LayerRunner(anatomy, 0, hidden, calls, both.weights)
+        modules = block_fitting.block_modules(anatomy, 0, "ffn")
+        monkeypatch.setattr(block_fitting, "block_modules", lambda *_: modules[:1])
+        settings = Reconstruction(1)
+        [*block_fitting.fit_block(anatomy, runner, 0, "ffn", dense.behind["ffn"], settings)]
+    assert loss.grad[len(own) :].sum() / loss.grad.sum() == pytest.approx(0.3)
+
+
+def test_zeros_stay_zero():
+    model, batches = random_model("llama"), windows()
+    plain, _ = cut(model)
+    for module in (plain.model.layers[0].mlp.down_proj, plain.model.layers[1].self_attn.q_proj):
+        module.weight.data[:, ::3] = 0
+    fitted = lab.reconstruct(plain, model, batches, epochs=2, progress=False)
+    for before, after in zip(plain.parameters(), fitted.parameters(), strict=True):
+        assert torch.equal(before == 0, after == 0)
+    assert not same(plain, fitted)
+    assert "reconstruction" in fitted.pruning_plans[-1].origin
+
+
+def test_weights_that_are_not_finite_are_named():
+    model, batches = random_model("llama"), windows()
+    plain, _ = cut(model)
+    plain.model.layers[1].mlp.down_proj.weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="layer 1's ffn gives outputs that are not finite"):
+        lab.reconstruct(plain, model, batches, epochs=1, progress=False)
+
+
+def test_a_small_error_of_float32_is_fitted():
+    """Where the residual stream is large beside what a block adds."""
+    model, batches = random_model("llama"), windows()
+    model.get_input_embeddings().weight.data *= 300
+    plain, _ = cut(model)
+    mini = lab.reconstruct(plain, model, batches, epochs=2, progress=False)
+    losses = mini.pruning_plans[-1].origin["reconstruction"]["loss"]["ffn"]
+    assert losses[0][0] < 1e-4 and not same(plain, mini)
 
 
 def test_where_nothing_is_pruned_nothing_changes():

@@ -573,6 +573,48 @@ def test_the_smallest_model_by_every_option_of_slimgpt(
     assert lab.smallest_within(*tiny, tiny_domain, **how)[2].equals(curve)
 
 
+def test_the_smallest_model_stops_at_what_can_be_removed(tiny, tiny_domain, batches):
+    """All FFN channels but one are less than 80 % of a decoder; general text is a generator."""
+    how = {"batches": batches, "tolerance": 0.02, "seq_len": 64, "increase": 1e9, "progress": False}
+    how |= {"max_tokens": 512, "sites": ["ffn"], "general": (each for each in batches)}
+    mini, plan, curve = lab.smallest_within(*tiny, tiny_domain, **how)
+    assert curve["within"].all() and curve["ratio"].max() < 0.8
+    units = sum(len(units) for layers in plan.keep.values() for units in layers)
+    assert mini.num_parameters() < tiny[0].num_parameters() and units
+
+
+def test_blocks_are_dropped_where_narrowing_is_not_enough():
+    """Attention of one key/value group cannot be narrowed: half of the units is out of reach."""
+    model, how = random_model("gemma", layers=4), {"rounds": 1, "steps": 8, "progress": False}
+    with pytest.raises(ValueError, match="the target cannot be met"):
+        lab.search_counts(model, windows(), ratio=0.5, **how)
+    counts = lab.search_counts(model, windows(), ratio=0.5, drop_blocks=True, **how)
+    mini, plan = lab.slimgpt(model, windows(), counts=counts, progress=False)
+    assert plan.origin["removed"]["units"] >= 0.5
+    assert any(not units for layers in plan.keep.values() for units in layers)
+    with pytest.raises(ValueError, match="cannot be met|of every layer"):
+        lab.slimgpt(
+            model, windows(), ratio=0.999, allocation="search", drop_blocks=True, progress=False
+        )
+
+
+@pytest.mark.parametrize("units", ["kv_group", "balanced_heads"])
+def test_what_is_removed_with_a_dropped_block_counts(units):
+    """Keys and values too, where query heads are the units."""
+    model = random_model("llama")
+    site = "attention" if units == "kv_group" else units
+    counts = {"ffn": [3, 0, 20], site: [1, Anatomy(model).units(site)[1], 0]}
+    mini, plan = lab.slimgpt(model, windows(), counts=counts, units=units, progress=False)
+    gone = 1 - mini.num_parameters() / model.num_parameters()
+    assert plan.origin["removed"]["model"] == pytest.approx(gone, abs=1e-6)
+    layer_sites = groups_of(model, ("ffn", site))
+    start = tuple(n for layers in counts.values() for n in layers)
+    around = Budgets.around([start], layer_sites, [1] * 6, 4, 10.0, drop_blocks=True)
+    assert around.removed(start).sum() == model.num_parameters() - mini.num_parameters()
+    below, above = around.neighbours(around.removed(start))
+    assert all(n in pair for n, *pair in zip(start, below, above, strict=True))
+
+
 def test_sizes_tried_with_a_function_are_kept(tiny, tiny_domain, batches, tmp_path, monkeypatch):
     """A function is known by the shares that it gives, not by its place in memory."""
 

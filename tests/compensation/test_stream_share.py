@@ -45,6 +45,8 @@ def test_a_projection_makes_up_for_the_layers_before_it(family):
         with pytest.raises(ValueError, match="leave stream_share at 0"):
             cut(model, stream_share=0.5)
         return
+    with pytest.raises(ValueError, match="compensate is False, which keeps all weights"):
+        cut(model, stream_share=0.5, compensate=False)
     found = [squared(stream_errors(cut(model, stream_share=a), model)) for a in (0.0, 0.5, 1.0)]
     assert found[2] < found[1] < found[0]
 

@@ -178,6 +178,7 @@ def test_tokenize_packs_full_windows(tiny, tiny_domain):
     text = tokenizer.decode(batches[0]["input_ids"][0])
     assert tiny_domain.calibration[0].startswith(text[:40])
     first, second = batches.samples()
+    assert batches[:2].tokenizer is batches.tokenizer and batches[:2].source == batches.source
     assert sum(len(b["input_ids"]) for b in first) == 3 == sum(len(b["input_ids"]) for b in second)
     with pytest.raises(ValueError, match="less than one window of seq_len=4096"):
         lab.tokenize(tiny_domain.validation, tokenizer, seq_len=4096)
