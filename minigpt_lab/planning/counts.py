@@ -150,15 +150,15 @@ def unit_counts(
     """
     rule, steps = allocation_rule(allocation), unit_steps(layer_sites, multiple_of)
     target = parameters_to_remove(model, layer_sites, ratio, parameters, ratio_of)
-    is_share = ratio is not None and ratio_of == "units"
+    to_size = ratio is None or ratio_of != "units"
 
     def counts_at(share: float) -> np.ndarray:
         removed = rule(share, layer_sites) * np.array([len(each) for each in layer_sites])
-        if even_out or not is_share:
+        if even_out or to_size:
             return _evened_out(layer_sites, removed, steps)
         return _whole_units(layer_sites, removed, steps)
 
-    if is_share:
+    if ratio is not None and not to_size:
         if not callable(allocation):
             _check_reached(ratio, rule(ratio, layer_sites), layer_sites)
         counts = counts_at(ratio)

@@ -195,7 +195,8 @@ def _require_same_origin(model: PreTrainedModel, dense: PreTrainedModel) -> None
 
 def _reachable(model: PreTrainedModel, options: Mapping[str, Any]) -> float:
     """The largest ratio that leaves the fewest possible units in every block."""
-    given = {name: field.default for name, field in signature(slimgpt).parameters.items()} | options
+    defaults = {name: each.default for name, each in signature(slimgpt).parameters.items()}
+    given = {**defaults, **options}
     layer_sites = unscored_sites(
         Anatomy(model), chosen_sites(model, given["sites"], given["units"]), given["keep_layers"]
     )
