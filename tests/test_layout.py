@@ -95,3 +95,10 @@ def test_no_two_test_files_share_a_name():
     """pytest collects a name once, and takes the other for a stale copy of it."""
     names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
     assert len(names) == len({*names})
+
+
+@pytest.mark.xdist_group("one worker")
+def test_a_group_of_tests_reaches_the_workers(request):
+    """Else every worker makes anew what a group shares: minutes, and nothing fails."""
+    if hasattr(request.config, "workerinput"):
+        assert request.node.nodeid.endswith("@one worker")
