@@ -28,7 +28,14 @@ from ..checks import (
 from ..store import DATA, hub_reachable, read_toml, undo_interrupted_write
 from .conversion import converted_folder
 from .folder_checks import UnfitFolder
-from .loading import load_folder, load_pretrained, load_tokenizer, refuse_quantised
+from .loading import (
+    SIDECAR,
+    add_history,
+    load_folder,
+    load_pretrained,
+    load_tokenizer,
+    refuse_quantised,
+)
 from .merging import ADAPTER, load_adapter
 from .model_cards import CARD, origin_from
 from .runtime import default_device, origin_of
@@ -97,7 +104,8 @@ def _open(name_or_path: str | os.PathLike, dtype: str | torch.dtype, above: tupl
         if (folder / ADAPTER).is_file():
             return load_adapter(folder, above, functools.partial(_open, dtype=dtype))
         model, tokenizer = load_folder(folder, dtype), load_tokenizer(folder)
-        _note_origin(model, **origin_from(folder / CARD))
+        title = folder.resolve().name
+        _note_origin(model, **{"title": title, **origin_from(folder / CARD)})
         return model, tokenizer
     if is_path or folder.exists() or folder.is_absolute() or name.startswith("."):
         near = suggest(folder.name, sorted(path.name for path in folder.parent.glob("*/")))
@@ -124,7 +132,11 @@ def _load_hub(name: str, dtype: str | torch.dtype) -> tuple:
         refuse_quantised(getattr(config, "quantization_config", None), name)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **where)
         model = load_pretrained(name, dtype, **where)
-        _note_origin(model, hub=name, **_hub_card(name, **where))
+        card, sidecar = (_hub_file(name, file, **where) for file in (CARD, SIDECAR))
+        facts = origin_from(card) if card else {}
+        _note_origin(model, **{"title": Path(name).name, **facts, "hub": name})
+        if sidecar:
+            add_history(model, sidecar.parent)
         return model, tokenizer
     except UnfitFolder:
         raise
@@ -135,12 +147,12 @@ def _load_hub(name: str, dtype: str | torch.dtype) -> tuple:
         ) from error
 
 
-def _hub_card(name: str, *, local_files_only: bool) -> dict[str, str]:
-    """What the card of a model on the hub states; empty if there is none."""
+def _hub_file(name: str, file: str, *, local_files_only: bool) -> Path | None:
+    """A file of a model on the hub; None if there is none."""
     try:
-        return origin_from(Path(hf_hub_download(name, CARD, local_files_only=local_files_only)))
+        return Path(hf_hub_download(name, file, local_files_only=local_files_only))
     except OSError:
-        return {}
+        return None
 
 
 def _note_origin(model: PreTrainedModel, **facts: str) -> None:

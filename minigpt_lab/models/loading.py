@@ -87,6 +87,12 @@ def load_folder(folder: Path, dtype: str | torch.dtype) -> PreTrainedModel:
         return model
 
 
+def add_history(model: PreTrainedModel, folder: Path) -> None:
+    """Give a model the plans and the trimmed vocabulary that `save_model` noted in a folder."""
+    with explain_damage(folder):
+        _add_history(model, _read_sidecar(folder))
+
+
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer in a model's folder.
 

@@ -15,12 +15,12 @@ import pandas as pd
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
-from ..architectures import SITES, dense_type
+from ..architectures import ALL_SITES, dense_type
 from ..checks import Frame, Model, Text, checked, invalid
 from .anatomy import Anatomy
 from .plan import PruningPlan
 from .precision import dtype_name
-from .runtime import label, origin_of
+from .runtime import is_pruned, label, noted_dense, origin_of
 from .sizes import Size, model_size, span
 
 CARD = "README.md"
@@ -79,7 +79,8 @@ def model_card(
     known = [plan.origin["domain"] for plan in plans if plan.origin.get("domain")]
     domain = domain or str((known or [""])[-1])
     origin = origin_of(model)
-    tags = ["minigpt-lab", *(["pruning", "structured-pruning"] if plans else [])]
+    pruned = is_pruned(model)
+    tags = ["minigpt-lab", *(["pruning", "structured-pruning"] if pruned else [])]
     data = ModelCardData(
         base_model=origin.get("hub"),
         language=origin.get("language"),
@@ -92,11 +93,11 @@ def model_card(
     sections = [
         _MARKER,
         f"# {_inline(label(model))}",
-        _summary(origin, plans, domain, size),
+        _summary(origin, pruned, domain, size),
         "## Size",
         _size_table(model, size, plans),
         "## How it was made",
-        "\n".join(_history(plans, notes)),
+        "\n".join(_history(plans, pruned, notes)),
         "## What it lost",
         _losses(table, protocol),
         "## How to load it",
@@ -118,7 +119,7 @@ def is_users(path: Path) -> bool:
 
 
 def origin_from(path: Path) -> dict[str, str]:
-    """Licence and language that a base model's card states; empty if it states none."""
+    """Name, licence and language that a base model's card states; empty if it states none."""
     try:
         with path.open(encoding="utf-8") as file:
             text = file.read(2**20)
@@ -130,7 +131,9 @@ def origin_from(path: Path) -> dict[str, str]:
     if licence == "other":
         parts = (getattr(data, "license_name", None), getattr(data, "license_link", None))
         licence = ": ".join(part for part in parts if isinstance(part, str))
-    for name, value in (("licence", licence), ("language", getattr(data, "language", None))):
+    named = {"title": "model_name", "language": "language"}
+    stated = {name: getattr(data, entry, None) for name, entry in named.items()}
+    for name, value in {**stated, "licence": licence}.items():
         if isinstance(value, str) and 0 < len(value) <= 200 and value.isprintable():
             facts[name] = value
     return facts
@@ -159,11 +162,11 @@ def _rows(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def _summary(origin: dict, plans: Sequence[PruningPlan], domain: str, size: Size) -> str:
+def _summary(origin: dict, pruned: bool, domain: str, size: Size) -> str:
     """What the model is, in a sentence or two."""
     base = f"`{origin['hub']}`" if "hub" in origin else origin.get("title", "")
     base = _inline(base + (f" ({origin['note']})" if "note" in origin else ""))
-    if not plans:
+    if not pruned:
         return f"{base or 'A model'}, saved by minigpt_lab. It is not pruned."
     aim = f" for the domain *{_inline(domain)}*" if domain else ""
     return (
@@ -188,17 +191,19 @@ def _size_table(model: PreTrainedModel, size: Size, plans: Sequence[PruningPlan]
     rows = [(*row, f"{share:.1%}") for *row, share in rows]
     stored = sum(parameter.nbytes for parameter in model.parameters())
     rows.append((f"MB of weights ({_dtype(model)})", "", f"{stored / 1e6:,.1f}", ""))
-    anatomy, before = Anatomy(model), {}
+    anatomy, before, noted = Anatomy(model), {}, noted_dense(model)
     for plan in reversed(plans):  # the first that names a site knew its dense units
         before |= plan.units
     names = {"ffn": "FFN channels", "attention": "key/value groups"}
     names["balanced_heads"] = "query heads per group"
-    for site in (*SITES, "balanced_heads"):
+    for site in ALL_SITES:
         now = anatomy.units(site)
-        rows.append((f"{names[site]} per layer", span(before.get(site, now)), span(now), ""))
+        dense = noted.get(site) or span(before.get(site, now))
+        rows.append((f"{names[site]} per layer", _inline(dense), span(now), ""))
     vocabulary = getattr(model, "trimmed_vocabulary", None)
     tokens = len(model.get_input_embeddings().weight)
-    rows.append(("tokens", f"{vocabulary.size if vocabulary else tokens:,}", f"{tokens:,}", ""))
+    dense = vocabulary.size if vocabulary else noted.get("tokens", tokens)
+    rows.append(("tokens", f"{dense:,}", f"{tokens:,}", ""))
     return _rows(["", "dense model", "this model", "share"], rows)
 
 
@@ -206,7 +211,7 @@ def _dtype(model: PreTrainedModel) -> str:
     return ", ".join(sorted({dtype_name(p.dtype) for p in model.parameters()}))
 
 
-def _history(plans: Sequence[PruningPlan], notes: str) -> Iterator[str]:
+def _history(plans: Sequence[PruningPlan], pruned: bool, notes: str) -> Iterator[str]:
     """One item for each pruning, with the scalar settings that its plan noted."""
     for plan in plans:
         settings = [
@@ -216,9 +221,11 @@ def _history(plans: Sequence[PruningPlan], notes: str) -> Iterator[str]:
         ]
         method = _inline(plan.origin.get("method", "a plan of unknown origin"))
         yield f"- pruned by {method}" + (": " + ", ".join(settings) if settings else "")
+    if pruned and not plans:
+        yield "- pruned; the plans are not kept with these files"
     if notes:
         yield f"- {notes}"
-    if not plans and not notes:
+    if not pruned and not notes:
         yield "- not changed"
     if plans:
         yield "\nThe plans themselves are in `minigpt_lab.json`."

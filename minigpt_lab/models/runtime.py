@@ -9,6 +9,7 @@ import random
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,14 +43,11 @@ def require_room(model: PreTrainedModel, seq_len: int, new_tokens: int) -> None:
 @checked(model=Instance(PreTrainedModel, "lab.load_model returns a model and its tokenizer"))
 def label(model: PreTrainedModel) -> str:
     """Name of a model for captions and records, with its origin, and its size if it was pruned."""
-    origin = origin_of(model)
-    if {"title", "note"} <= origin.keys():
-        name = f"{origin['title']} ({origin['note']})"
-    else:
-        name = Path(model.config._name_or_path or dense_type(model.config.model_type)).name
-    if not getattr(model, "pruning_plans", None):
-        return name
-    return f"{name}, pruned to {model.num_parameters():,} parameters"
+    origin, pruned = origin_of(model), is_pruned(model)
+    name = Path(model.config._name_or_path or dense_type(model.config.model_type)).name
+    if "title" in origin and (pruned or "note" in origin):  # else the folder may be of another
+        name = origin["title"] + (f" ({origin['note']})" if "note" in origin else "")
+    return f"{name}, pruned to {model.num_parameters():,} parameters" if pruned else name
 
 
 def origin_of(model: PreTrainedModel) -> dict[str, str]:
@@ -57,6 +55,25 @@ def origin_of(model: PreTrainedModel) -> dict[str, str]:
     known = getattr(model.config, "minigpt_lab_origin", None)
     texts = known.items() if isinstance(known, dict) else ()
     return {name: text for name, text in texts if isinstance(text, str)}
+
+
+def is_pruned(model: PreTrainedModel) -> bool:
+    """Whether a model has plans, or was larger when its config was written by `shrink`.
+
+    Plans lie beside the weights, in ``minigpt_lab.json``, which plain transformers does not copy.
+    """
+    if getattr(model, "pruning_plans", None):
+        return True
+    return noted_dense(model).get("parameters", 0) > model.num_parameters()
+
+
+def noted_dense(model: PreTrainedModel) -> dict[str, Any]:
+    """What pruning noted of the dense model in the config (see `dense_counts`); may be empty."""
+    known = getattr(model.config, "minigpt_lab_dense", None)
+    if not isinstance(known, dict) or not {"parameters", "layers"} <= known.keys():
+        return {}
+    counts = [known.get(name, 1) for name in ("parameters", "layers", "tokens")]
+    return known if all(isinstance(count, int) and count > 0 for count in counts) else {}
 
 
 @safe_contextmanager

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import pandas as pd
 from transformers import PreTrainedModel
 
+from ..architectures import ALL_SITES
 from ..checks import Model, checked
 from .anatomy import Anatomy
+from .runtime import noted_dense
 
 
 @dataclass(frozen=True, repr=False)
@@ -90,12 +93,17 @@ def model_size(model: PreTrainedModel, dense: PreTrainedModel | None = None) -> 
     )
 
 
-def dense_counts(model: PreTrainedModel) -> dict[str, int]:
+def dense_counts(model: PreTrainedModel) -> dict[str, Any]:
     """``"parameters"`` of the model before it was first pruned, and of its decoder ``"layers"``.
 
-    Pruning writes them into the config, as ``minigpt_lab_dense``; they are saved with it.
+    Also its ``"tokens"``, and the units of a layer, as text by their site. Pruning writes all of
+    them into the config, as ``minigpt_lab_dense``; they are saved with it.
     """
-    return getattr(model.config, "minigpt_lab_dense", None) or _counts(model)
+    if known := noted_dense(model):
+        return known
+    anatomy, rows = Anatomy(model), len(model.get_input_embeddings().weight)
+    units = {site: span(anatomy.units(site)) for site in ALL_SITES}
+    return {**_counts(model), "tokens": rows, **units}
 
 
 def _counts(model: PreTrainedModel) -> dict[str, int]:

@@ -6,8 +6,10 @@ import pandas as pd
 import pytest
 from helpers import random_model, random_plan
 from huggingface_hub import ModelCard
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import minigpt_lab as lab
+from minigpt_lab.models import by_name
 from minigpt_lab.models.by_name import registry
 from minigpt_lab.models.model_cards import _licence_metadata
 
@@ -126,3 +128,57 @@ def test_licences_of_the_registry_are_known_to_the_hub():
         "license_name": "gemma-terms-of-use",
         "license_link": "https://ai.google.dev/gemma/terms",
     }
+
+
+def test_a_mini_saved_by_plain_transformers_is_still_pruned(tmp_path, tiny, mini):
+    """Its plans lie in minigpt_lab.json, which transformers does not copy."""
+    folder = lab.save_model(mini, tiny[1], tmp_path / "mini")
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "plain")
+    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "plain")
+    model, _ = lab.load_model(tmp_path / "plain", device="cpu")
+    assert lab.label(model) == lab.label(mini) and "pruned to" in lab.label(mini)
+    card = lab.model_card(model)
+    assert "structured-pruning" in card.data.tags and "A smaller version of" in card.text
+    assert "the plans are not kept with these files" in card.text
+    size = str(lab.model_card(mini)).partition("## Size")[2].partition("## How")[0]
+    assert size in card.text and "| tokens | 1,024 |" in size
+    for odd in (3, {"parameters": "many"}, {"parameters": 10**9, "layers": 0}):
+        model.config.minigpt_lab_dense = odd
+        assert "It is not pruned" in lab.model_card(model).text
+
+
+def test_a_local_base_keeps_its_name(tmp_path, tiny):
+    """Also where a step's folder has another name, as those of make_mini have."""
+    base = tmp_path / "CoolBase-1B"
+    few = lab.trim_tokenizer(lab.trim_tokenizer(tiny[1], range(259)), range(97))
+    random_model("llama").save_pretrained(base)
+    few.save_pretrained(base)
+    for name, card in (
+        ("CoolBase-1B", ""),
+        ("Cool", "---\nmodel-index:\n- name: Cool\n  results: []\n---\n"),
+    ):
+        (base / "README.md").write_text(card)
+        dense, words = lab.load_model(base, device="cpu")
+        assert lab.label(dense) == "CoolBase-1B"
+        pruned = lab.shrink(dense, random_plan(dense, 3, False))
+        folder = lab.save_model(pruned, words, tmp_path / name / "pruned")
+        again, _ = lab.load_model(folder, device="cpu")
+        assert lab.label(again).startswith(f"{name}, pruned to")
+        assert f"A smaller version of {name}, made" in lab.model_card(again).text
+
+
+def test_the_hubs_copy_of_a_mini_has_its_plans(tmp_path, tiny, mini, monkeypatch):
+    folder = lab.save_model(mini, tiny[1], tmp_path / "mini")
+
+    def download(name, file, **where):
+        if not (folder / file).exists():
+            raise FileNotFoundError(file)
+        return str(folder / file)
+
+    monkeypatch.setattr(by_name, "hf_hub_download", download)
+    model, _ = by_name._load_hub(str(folder), "auto")
+    assert model.pruning_plans == mini.pruning_plans
+    assert lab.tokenizer_for(model, tiny[1]) is not tiny[1]
+    (folder / "minigpt_lab.json").unlink()
+    model, _ = by_name._load_hub(str(folder), "auto")
+    assert "the plans are not kept" in lab.model_card(model).text
