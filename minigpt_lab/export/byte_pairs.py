@@ -26,6 +26,7 @@ _SPLITS = {
     (_CONTRACTIONS + r"\p{N}" + _REST, False): "qwen2",
     (_CONTRACTIONS + r"\p{N}{1,3}" + _REST, False): "dbrx",
     (_CONTRACTIONS + r"\p{N}{1,3}" + _REST, True): "llama-bpe",
+    (r" ?[^(\s|[.,!?…。，、।۔،])]+", False): "bloom",
 }
 
 # llama.cpp's types of tokens
@@ -98,7 +99,7 @@ def tokenizer_fields(tokenizer: PreTrainedTokenizerBase, rows: int) -> dict[str,
         "tokenizer.ggml.add_bos_token": begins,
         "tokenizer.ggml.add_eos_token": ends,
     }
-    if isinstance(tokenizer.chat_template, str):
+    if tokenizer.chat_template and isinstance(tokenizer.chat_template, str):
         fields["tokenizer.chat_template"] = tokenizer.chat_template
     for name, row in special.items():
         if row is not None and row < rows:

@@ -26,7 +26,7 @@ from .rounding import (
     decode,
     encode,
     matrix_kinds,
-    refuse_masked_or_offloaded,
+    refuse_unusable_weights,
 )
 
 _ALIGNMENT = 32  # bytes; every tensor begins at a multiple
@@ -63,13 +63,13 @@ def export_gguf(
     """Write a model and its tokenizer as a GGUF file, which llama.cpp runs.
 
     Llama (SmolLM too), Mistral, Qwen2, Qwen3, Phi, GPT-2, GPT-NeoX, BLOOM and Gemma (1, 2, 3), with
-    the BPE tokenizers of GPT-2, SmolLM, Qwen2, Llama, Mistral or Gemma, trimmed or not. A Llama,
-    Mistral or Qwen2 whose layers have different numbers of FFN channels or key/value groups gets
-    llama.cpp's architecture ``deci``, which takes a width per layer, also 0: a dropped block gets
-    units of zeros only where that graph cannot do without (an FFN; the first layer's attention, or
-    one that adds a bias). In the other families, layers are padded with units of zeros to the
-    widest, and in Phi, GPT-2, GPT-NeoX and BLOOM to the dense model's heads: such a file is larger
-    than need be.
+    the BPE tokenizers of GPT-2, SmolLM, Qwen2, Llama, Mistral, BLOOM or Gemma, trimmed or not. A
+    Llama, Mistral or Qwen2 whose layers have different numbers of FFN channels or key/value groups
+    gets llama.cpp's architecture ``deci``, which takes a width per layer, also 0: a dropped block
+    gets units of zeros only where that graph cannot do without (an FFN; the first layer's
+    attention, or one that adds a bias). In the other families, layers are padded with units of
+    zeros to the widest, and in Phi, GPT-2, GPT-NeoX and BLOOM to the dense model's heads: such a
+    file is larger than need be.
 
     Linear layers and token embedding get the type `kind`; norms, biases and positions are float32.
 
@@ -105,7 +105,7 @@ def export_gguf(
         If there is something at `path`.
     ValueError
         If llama.cpp has no graph for the model, GGUF cannot describe the tokenizer, the model is
-        under a mask or offloaded, or a weight is too large for float16.
+        under a mask or offloaded, or a weight is not finite or too large for float16.
     OSError
         If the disk refuses; no file is left.
     RuntimeError
@@ -157,7 +157,7 @@ def _content(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, kind: str, embedding: str | None
 ) -> _Content:
     """Fields and tensors of a model's file."""
-    refuse_masked_or_offloaded(model, "export_gguf")
+    refuse_unusable_weights(model, "export_gguf")
     graph, name, own = graph_of(model), label(model), tokenizer_for(model, tokenizer)
     model = padded(model, graph)
     ffn, rows = ffn_widths(model, kind), len(model.get_input_embeddings().weight)

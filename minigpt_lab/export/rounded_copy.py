@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from ..checks import InvalidArgument, Model, OneOf, checked
+from ..models import Anatomy
 from .graphs import graph_of, padded
 from .rounding import (
     KINDS,
@@ -18,7 +20,7 @@ from .rounding import (
     input_rows,
     matrix_kinds,
     padded_width,
-    refuse_masked_or_offloaded,
+    refuse_unusable_weights,
 )
 
 
@@ -49,14 +51,18 @@ def quantised(
     Raises
     ------
     ValueError
-        If the model is under a mask or offloaded, or a weight is too large for float16.
+        If the model is under a mask or offloaded, or a weight is not finite or too large for
+        float16.
     """
-    refuse_masked_or_offloaded(model, "quantised")
+    refuse_unusable_weights(model, "quantised")
     try:  # a graph may take wider layers, whose rows are whole blocks then
         in_file = padded(model, graph_of(model))
     except InvalidArgument:
         in_file = model
     kinds = matrix_kinds(in_file, kind, embedding)
+    before, after = Anatomy(model), Anatomy(in_file)
+    reader = after.family.consumes["attention"]
+    heads = {after.name(layer, reader): layer for layer in range(len(after.layers))}
     rounded = copy.deepcopy(model).float()
     for name, stored in kinds.items():
         module = rounded.get_submodule(name)
@@ -64,7 +70,14 @@ def quantised(
         if not rows.size:  # of a dropped block
             continue
         width = rows.shape[1]
-        rows = np.pad(rows, ((0, 0), (0, padded_width(width, stored) - width)))
-        values = decode(encode(rows, stored), stored)[:, :width]
+        own = np.arange(width)  # columns of the file's rows; the others are zeros
+        if name in heads:  # the zeros of added query heads stand behind those of each group
+            groups, per_group, _ = before.grid("attention", heads[name])
+            grid = after.grid("attention", heads[name])
+            width = math.prod(grid)
+            own = np.arange(width).reshape(grid)[:groups, :per_group].ravel()
+        in_rows = np.zeros((len(rows), padded_width(width, stored)), np.float32)
+        in_rows[:, own] = rows
+        values = decode(encode(in_rows, stored), stored)[:, own]
         module.weight.copy_(torch.from_numpy(values).movedim(1, input_axis(module)))
     return rounded

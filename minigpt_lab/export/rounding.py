@@ -7,7 +7,15 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..models import Anatomy, is_linear, is_masked, is_offloaded, weight_axis
+from ..models import (
+    Anatomy,
+    is_linear,
+    is_masked,
+    is_offloaded,
+    label,
+    refuse_non_finite,
+    weight_axis,
+)
 
 #: Types of weights, by llama.cpp's names. A block of 32 weights of a row has one scale in float16
 #: (and one minimum in Q4_1 and Q5_1): 8.5, 4.5, 5, 5.5 and 6 bits per weight for the last five.
@@ -84,13 +92,13 @@ def input_rows(module: nn.Module) -> np.ndarray:
     return weight.float().cpu().numpy()
 
 
-def refuse_masked_or_offloaded(model: PreTrainedModel, use: str) -> None:
-    """Refuse a model whose weights are not at hand as they are.
+def refuse_unusable_weights(model: PreTrainedModel, use: str) -> None:
+    """Refuse a model whose weights are not at hand as they are, or are damaged.
 
     Raises
     ------
     ValueError
-        If it is under a mask, or its weights are offloaded.
+        If it is under a mask, its weights are offloaded, or one is not finite.
     """
     if is_masked(model):
         raise ValueError(
@@ -101,3 +109,4 @@ def refuse_masked_or_offloaded(model: PreTrainedModel, use: str) -> None:
         raise ValueError(
             f"the model's weights are offloaded; for {use} load it without (device_map=None)"
         )
+    refuse_non_finite(model, label(model))

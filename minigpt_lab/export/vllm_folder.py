@@ -23,7 +23,7 @@ from ..architectures import dense_type
 from ..checks import Instance, InvalidArgument, Location, Model, Tokenizer, checked, writable_folder
 from ..models import Anatomy, dtype_name, model_card, set_units, tokenizer_for
 from ..store import atomic_write
-from .rounding import refuse_masked_or_offloaded
+from .rounding import refuse_unusable_weights
 
 #: Families that compute what a Llama does, biases aside.
 _FAMILIES = ("llama", "mistral", "qwen2")
@@ -127,7 +127,7 @@ def export_vllm(
     RuntimeError
         If what was read back differs.
     """
-    refuse_masked_or_offloaded(model, "export_vllm")
+    refuse_unusable_weights(model, "export_vllm")
     _refuse_other_graphs(model)
     text = _without_loading(str(card or model_card(model)))
     model = _padded(model)

@@ -3,7 +3,7 @@
 from ..architectures import ALL_SITES, ATTENTION_UNITS, FAMILIES, SITES, Projection
 from .anatomy import Anatomy, is_linear, weight_axis
 from .auto_classes import pruned_classes, update_config
-from .by_name import load_model
+from .by_name import load_model, refuse_non_finite
 from .feature_masks import Masks, all_features, without_features
 from .layers import add_bias, set_forward
 from .model_cards import model_card

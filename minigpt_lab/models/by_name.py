@@ -84,7 +84,7 @@ def load_model(
     """
     with locked(GLOBAL_STATE):
         model, tokenizer = _open(name_or_path, dtype)
-    _refuse_non_finite(model, str(name_or_path))
+    refuse_non_finite(model, str(name_or_path))
     model.to(device or default_device()).eval()
     return model, tokenizer
 
@@ -161,8 +161,14 @@ def _note_origin(model: PreTrainedModel, **facts: str) -> None:
         model.config.minigpt_lab_origin = facts
 
 
-def _refuse_non_finite(model: PreTrainedModel, name: str) -> None:
-    """Refuse a model with NaN or infinite weights."""
+def refuse_non_finite(model: PreTrainedModel, name: str) -> None:
+    """Refuse a model with NaN or infinite weights.
+
+    Raises
+    ------
+    ValueError
+        Naming the first, and how many tensors have some.
+    """
     bad = [key for key, weight in model.named_parameters() if not torch.isfinite(weight).all()]
     if bad:
         raise ValueError(

@@ -11,7 +11,7 @@ import torch
 from helpers import CONFIGS, full_disk, random_model, random_plan
 from tokenizer_kinds import KINDS as TOKENIZERS
 from tokenizer_kinds import model_of, tokenizer_of
-from transformers import AutoModelForCausalLM, PhiConfig
+from transformers import AutoModelForCausalLM, PhiConfig, Qwen3Config
 
 import minigpt_lab as lab
 from minigpt_lab.export import KINDS, gguf_file
@@ -168,6 +168,23 @@ def test_a_rounded_copy_is_the_file_where_the_graph_pads_heads(tiny, tmp_path):
     assert np.array_equal(values(written)[:, :80], array(rounded))
 
 
+@pytest.mark.parametrize("head_dim", [16, 32, 80])
+def test_a_rounded_copy_is_the_file_where_groups_are_padded(head_dim, tiny, tmp_path):
+    """Zeros of a removed query head stand inside a row: between two groups, within a block."""
+    shape = {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 2}
+    shape |= {"intermediate_size": 64, "vocab_size": len(tiny[1]), "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(Qwen3Config(**shape, head_dim=head_dim))
+    keep = {"balanced_heads": [[0, 1, 2], [0, 1, 2, 3]]}
+    mini = lab.shrink(model, lab.PruningPlan("", {"balanced_heads": [4, 4]}, keep))
+    path = lab.export_gguf(mini, tiny[1], tmp_path / "mini.gguf", kind="Q4_0")
+    written = stored(path)["blk.0.attn_output.weight"]
+    rounded = lab.quantised(mini, "Q4_0").model.layers[0].self_attn.o_proj
+    in_groups = values(written).reshape(64, 2, 4, head_dim)  # [hidden, group, head, feature]
+    assert written.tensor_type.name == "Q4_0"
+    assert np.array_equal(in_groups[:, :, :3].reshape(64, -1), array(rounded))
+
+
 # --- what is refused ---------------------------------------------------------------------------
 
 
@@ -245,6 +262,23 @@ def test_weights_beyond_float16(tiny, tmp_path):
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = 1e5
     refused("beyond the range of F16; choose kind 'BF16'", model, tiny[1], tmp_path)
     lab.export_gguf(model, tiny[1], tmp_path / "mini.gguf", kind="BF16")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_damaged_weights(value, tiny, tmp_path):
+    model = copy.deepcopy(tiny[0])
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = value
+    reason = r"NaN or infinite weights in model.layers.1.mlp.up_proj.weight \(1 tensors\)"
+    refused(reason, model, tiny[1], tmp_path, kind="F32")
+    with pytest.raises(ValueError, match=reason):
+        lab.quantised(model, "Q8_0")
+
+
+def test_an_empty_chat_template_is_none(tiny, tmp_path):
+    tokenizer = copy.deepcopy(tiny[1])
+    tokenizer.chat_template = ""
+    path = lab.export_gguf(tiny[0], tokenizer, tmp_path / "mini.gguf")
+    assert "tokenizer.chat_template" not in gguf.GGUFReader(path).fields
 
 
 def test_kinds_and_paths(tiny, tmp_path):

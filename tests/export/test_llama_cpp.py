@@ -45,6 +45,7 @@ TEXT = (
     "The judge's 12 orders weren't   read;\n\n\nPARAGRAPH 1024: naïve café, 東京, 🙂\tdon't we'll "
     "x=3.14*r**2 </s>"
 )
+SCRIPTS = "दिल्ली में। عربی، متن۔ Ελληνικά (και) «русский»: 東京、大阪。 ไทย 한국어 שלום…"
 
 
 class LlamaCpp:
@@ -174,6 +175,10 @@ SPLITS = {
         ]
         for name, digits in {"qwen2": "", "dbrx": "{1,3}", "llama-bpe": "{1,3}"}.items()
     },
+    "bloom": [
+        pre_tokenizers.Split(Regex(r" ?[^(\s|[.,!?…。，、।۔،])]+"), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ],
 }  # fmt: skip
 
 
@@ -201,7 +206,7 @@ def test_texts_are_split_alike(split, tmp_path):
     model = model_of(tokenizer)
     path = lab.export_gguf(model, tokenizer, tmp_path / "mini.gguf", kind="F32")
     assert f"{split}".encode() in path.read_bytes()
-    agree(model, tokenizer, path)
+    agree(model, tokenizer, path, text=TEXT + SCRIPTS)
 
 
 def blanks(prepend: str) -> PreTrainedTokenizerFast:
