@@ -80,7 +80,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     make.add_argument("--domain", required=True, help="name, folder of texts, file, or hub dataset")
     make.add_argument("--size", type=float, help="share of the parameters to keep, e.g. 0.5")
-    make.add_argument("--increase", type=float, help="instead: how much perplexity may grow")
+    make.add_argument(
+        "--increase",
+        type=float,
+        help="instead: how much perplexity may grow, e.g. 0.1, before the training wins some back; "
+        "to search for that size takes time beyond --minutes",
+    )
     make.add_argument("--general", type=float, default=0.3, help="share of general text (0.3)")
     make.add_argument("--minutes", type=float, default=60, help="time for all of it (60)")
     make.add_argument("--gguf", metavar="KIND", help="also a file for llama.cpp, e.g. Q8_0")
@@ -90,6 +95,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     make.add_argument("--drop-blocks", action="store_true", help="the search may drop whole blocks")
     make.add_argument("--reconstruct", action="store_true", help="fit blocks before the training")
+    make.add_argument("--column", help="of a table of texts: the one that holds them")
+    make.add_argument("--seq-len", type=int, default=256, help="tokens per window (256)")
+    make.add_argument(
+        "--calibration-tokens", type=int, default=16_384, help="that the pruning reads (16384)"
+    )
     make.add_argument("--out", help="folder, continued if it exists; default: runs/mini/DOMAIN")
     make.set_defaults(do=_make)
     sweep = tasks.add_parser("sweep", help="run what is missing of a grid of parameters")
@@ -163,25 +173,26 @@ def _run(arguments: argparse.Namespace) -> None:
 def _make(arguments: argparse.Namespace) -> None:
     from .domains import load_domain
     from .models import load_model
-    from .recipes import make_mini
+    from .recipes import make_mini, require_options
 
+    options = {
+        "size": arguments.size,
+        "increase": arguments.increase,
+        "general": arguments.general,
+        "vocabulary": not arguments.all_tokens,
+        "allocation": arguments.allocation,
+        "drop_blocks": arguments.drop_blocks,
+        "reconstruct": arguments.reconstruct,
+        "minutes": arguments.minutes,
+        "gguf": arguments.gguf,
+        "calibration_tokens": arguments.calibration_tokens,
+        "seq_len": arguments.seq_len,
+    }
+    require_options(**options)  # before a model is loaded, which may take minutes
+    domain = load_domain(arguments.domain, column=arguments.column)
     model, tokenizer = load_model(arguments.model)
-    domain = load_domain(arguments.domain)
-    mini = make_mini(
-        model,
-        tokenizer,
-        domain,
-        size=arguments.size,
-        increase=arguments.increase,
-        general=arguments.general,
-        vocabulary=not arguments.all_tokens,
-        allocation=arguments.allocation,
-        drop_blocks=arguments.drop_blocks,
-        reconstruct=arguments.reconstruct,
-        minutes=arguments.minutes,
-        gguf=arguments.gguf,
-        out_dir=arguments.out or f"runs/mini/{domain.name}",
-    )
+    out_dir = arguments.out or f"runs/mini/{domain.name}"
+    mini = make_mini(model, tokenizer, domain, **options, out_dir=out_dir)
     columns = ["text", "variant", "stored", "bytes", "perplexity", "bits_per_character"]
     print()
     _print_table(mini.table[columns].sort_values("text", kind="stable"))

@@ -42,27 +42,40 @@ _STEPS = ("trim the vocabulary", "prune", "recover", "train the control", "measu
 #: Raised when the same arguments come to make another model: a run of before is not continued.
 _RECIPE = 2
 _DOMAIN = Instance(Domain, "lab.load_domain gives one, also for a folder of text files")
+_OPTIONS = {
+    "size": Number(above=0, below=1) | None,
+    "increase": Number(above=0) | None,
+    "general": Number(0, below=1),
+    "vocabulary": Flag(),
+    "allocation": OneOf(("uniform", "log-increase", "search")),
+    "drop_blocks": Flag(),
+    "reconstruct": Flag(),
+    "minutes": Number(above=0),
+    "gguf": OneOf(KINDS) | None,
+    "calibration_tokens": Integer(256),
+    "seq_len": Integer(16),
+    "out_dir": Location() | None,
+    "seed": Integer(0, 2**32 - 1),
+    "progress": Flag(),
+}
+
+
+def require_options(**options) -> None:
+    """Refuse options of `make_mini` that it would refuse for every model and domain.
+
+    Raises
+    ------
+    ValueError
+        Naming the first.
+    """
+    for name, value in options.items():
+        _OPTIONS[name](name, value)
+    one_target(size=options["size"], increase=options["increase"])
+    is_search(options["allocation"], options["drop_blocks"])
 
 
 @checked(
-    model=Model(),
-    tokenizer=Tokenizer(),
-    domain=_DOMAIN,
-    size=Number(above=0, below=1) | None,
-    increase=Number(above=0) | None,
-    general=Number(0, below=1),
-    general_domain=_DOMAIN | None,
-    vocabulary=Flag(),
-    allocation=OneOf(("uniform", "log-increase", "search")),
-    drop_blocks=Flag(),
-    reconstruct=Flag(),
-    minutes=Number(above=0),
-    gguf=OneOf(KINDS) | None,
-    calibration_tokens=Integer(256),
-    seq_len=Integer(16),
-    out_dir=Location() | None,
-    seed=Integer(0, 2**32 - 1),
-    progress=Flag(),
+    model=Model(), tokenizer=Tokenizer(), domain=_DOMAIN, general_domain=_DOMAIN | None, **_OPTIONS
 )
 def make_mini(
     model: PreTrainedModel,
@@ -103,10 +116,10 @@ def make_mini(
     size : float, optional
         Share of the dense model's stored parameters to keep, vocabulary included.
     increase : float, optional
-        Instead: prune as much as lets the validation perplexity grow by this share, before
-        recovery, beside the dense model (see `smallest_within`), however long the search takes:
-        the smaller one of two, with a trimmed vocabulary and with all tokens. Exactly one of the
-        two arguments.
+        Instead: prune as much as lets the validation perplexity grow by this share beside the
+        dense model (see `smallest_within`): the smaller one of two, with a trimmed vocabulary and
+        with all tokens. It is judged before the training, which wins some of it back; the search
+        takes its time beyond `minutes`. Exactly one of the two arguments.
     general : float
         Share of general text in the calibration of `slimgpt` and in the training; 0 for none.
     general_domain : Domain, optional
@@ -174,9 +187,8 @@ def make_mini(
     facts |= {"calibration_tokens": calibration_tokens, "seq_len": seq_len, "seed": seed}
     facts |= {"model": fingerprint(model)[:16], "recipe": _RECIPE}
     facts |= {"domain": digest(domain), "general_domain": digest(general_domain)}
-    with tqdm(total=len(_STEPS), unit="step", disable=not progress) as bar:
-        run = TimedRun(folder, facts, minutes, bar)
-
+    steps = tqdm(total=len(_STEPS), unit="step", disable=not progress)
+    with steps as bar, TimedRun(folder, facts, minutes, bar) as run:
         with run.given_up_unless(folder / "pruned"):
             # 1. The vocabulary: the domain's tokens, and the frequent ones of general text.
             run.enter("trim the vocabulary")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Self
 
 import pandas as pd
 from tqdm.auto import tqdm
@@ -31,6 +33,8 @@ _PASSES = 4
 _TRIAL = 2_048
 #: Validation text of an evaluation, in characters; it is evaluated thrice while training.
 _EVAL_CHARACTERS = 16_384
+#: Seconds after which the bar is drawn again.
+_REDRAW = 10
 
 
 #: What a run leaves in its folder and reads again.
@@ -85,6 +89,23 @@ class TimedRun:
                 f"{planned:g}; repeat that call to resume it, or choose another out_dir"
             )
         self.began = time.monotonic() - self.known.get("seconds", 0.0) - self._unwritten()
+        self._over = threading.Event()
+        self._clock = threading.Thread(target=self._draw_again, daemon=True)
+
+    def __enter__(self) -> Self:
+        """Within, the bar is drawn also while a step lasts."""
+        if not self.bar.disable:
+            self._clock.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        if self._clock.is_alive():
+            self._clock.join()
+
+    def _draw_again(self) -> None:
+        while not self._over.wait(_REDRAW):
+            self.show()
 
     def _unwritten(self) -> float:
         """Seconds of a step that was killed: from its beginning to its last checkpoint."""
@@ -96,18 +117,22 @@ class TimedRun:
 
     def enter(self, step: str) -> None:
         """Show the next step, and keep the time gone."""
-        gone = self._keep()
+        self._keep()
         self.bar.update(bool(self.step))
         self.step = step
         self.bar.set_description_str(step or "done", refresh=False)
+        self.show()
+
+    def show(self) -> None:
+        """Draw the bar, with the minutes gone and to go."""
+        gone = time.monotonic() - self.began
         to_go = max(0.0, self.seconds - gone)
         self.bar.set_postfix_str(f"{gone / 60:.1f} min gone, {to_go / 60:.1f} to go")
 
-    def _keep(self) -> float:
-        """Write what is known, and the seconds gone, which are returned."""
-        self.known["seconds"] = gone = time.monotonic() - self.began
+    def _keep(self) -> None:
+        """Write what is known, and the seconds gone."""
+        self.known["seconds"] = time.monotonic() - self.began
         self.state.write(**self.known)
-        return gone
 
     @contextlib.contextmanager
     def given_up_unless(self, finished: Path) -> Iterator[None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import io
 import os
 import re
 import sys
@@ -14,10 +15,13 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
+from helpers import windows
 from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import minigpt_lab as lab
 from minigpt_lab import __main__ as command_line
+from minigpt_lab import models
 from minigpt_lab.compensation import layer_by_layer
 from minigpt_lab.models import Anatomy
 from minigpt_lab.recipes import mini, timed_run
@@ -404,6 +408,59 @@ def test_the_command_makes_one_of_a_folder_of_texts(tmp_path, monkeypatch, capsy
         "make --domain x --all-tokens --allocation search --drop-blocks --reconstruct".split()
     )
     assert asked.items() <= vars(given).items()
-    monkeypatch.setattr(sys, "argv", [*refused[:-1], "--increase", "0.1"])
-    with pytest.raises(SystemExit, match="error: give exactly one of size, increase"):
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("--size 0.5 --increase 0.1", "give exactly one of size, increase"),
+        ("", "give exactly one of size, increase; got none"),
+        ("--size 1", "size is 1.0; expected a number above 0 and below 1"),
+        ("--increase 0", "increase is 0.0; expected a number above 0"),
+        ("--size 0.5 --gguf Q4_K_M", "gguf is 'Q4_K_M'; expected one of"),
+        ("--size 0.5 --minutes -1", "minutes is -1.0; expected"),
+        ("--size 0.5 --seq-len 2", "seq_len is 2; expected"),
+        ("--size 0.5 --calibration-tokens 2", "calibration_tokens is 2; expected"),
+        ("--size 0.5 --drop-blocks", "only a search chooses which"),
+        ("--size 0.5 --domain notes.csv", "say which column holds the text"),
+        ("--size 0.5 --domain notes.csv --column titel", "no column 'titel'; did you mean 'title'"),
+    ],
+)
+def test_the_command_refuses_before_it_loads_a_model(given, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pd.DataFrame({"title": ["One."], "body": ["A word."]}).to_csv("notes.csv", index=False)
+    monkeypatch.setattr(models, "load_model", None)
+    argv = ["minigpt_lab", "make", "--domain", "tiny-law", *given.split()]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(SystemExit, match=f"error: .*{words}"):
         command_line.main()
+
+
+def test_the_minutes_on_the_bar_go_on_within_a_step(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(timed_run, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(timed_run, "_REDRAW", 0.01)
+    with tqdm(total=2, file=io.StringIO()) as bar:
+        with timed_run.TimedRun(tmp_path, {}, 60, bar) as run:
+            run.enter("prune")
+            assert bar.postfix == "0.0 min gone, 60.0 to go"
+            now[0], last = 1500.0, time.monotonic() + 60
+            while "25.0 min gone, 35.0 to go" not in bar.postfix and time.monotonic() < last:
+                time.sleep(0.01)
+            assert bar.postfix == "25.0 min gone, 35.0 to go" and bar.desc == "prune"
+            assert bar.n == 0
+        assert not run._clock.is_alive()
+
+
+@pytest.mark.parametrize("size", [0.65, 0.4])
+def test_the_control_has_the_size_of_the_mini_where_heads_are_few(size):
+    """Three key/value groups in a layer, as SmolLM2 has: whole heads alone would miss it."""
+    shape = {"vocab_size": 200, "hidden_size": 144, "intermediate_size": 384, "head_dim": 16}
+    shape |= {"num_hidden_layers": 8, "num_attention_heads": 9, "num_key_value_heads": 3}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**shape, tie_word_embeddings=True))
+    target = round(size * model.num_parameters())
+    how = {"allocation": "uniform", "multiple_of": {"ffn": 32}, "progress": False}
+    pruned, _ = lab.slimgpt(model, windows(count=3), parameters=target, **how)
+    control = mini._random(model, pruned.num_parameters(), 0)
+    assert control.num_parameters() == pytest.approx(pruned.num_parameters(), rel=0.01)
