@@ -83,14 +83,14 @@ def resolves(host: str) -> bool:
     return True
 
 
-def python(*arguments: str | Path) -> int:
+def python(*arguments: str | Path, cwd: Path | None = ROOT) -> int:
     """Run the project's Python."""
-    return subprocess.run([PYTHON, *arguments], cwd=ROOT).returncode
+    return subprocess.run([PYTHON, *arguments], cwd=cwd).returncode
 
 
 def kit(task: str, arguments: list[str]) -> int:
-    """Do a task of the package's command line."""
-    return python("-m", "minigpt_lab", task, *arguments)
+    """Do a task of the package's command line, on paths from where the user stands."""
+    return python("-m", "minigpt_lab", task, *arguments, cwd=None)
 
 
 def lock(arguments: list[str]) -> int:

@@ -100,6 +100,15 @@ def test_tasks_explain_themselves():
     assert run("dance").returncode == 1
 
 
+def test_paths_are_those_from_where_the_user_stands(tmp_path, monkeypatch, capfd):
+    """`tasks.py make --domain texts/` in any folder reads the folder that she sees."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts").mkdir()
+    assert tasks.kit("make", ["--domain", "texts", "--size", "0.5"]) == 1
+    assert "domain 'texts' is empty" in capfd.readouterr().err
+    assert tasks.kit("results", ["none"]) == 1 and not (tmp_path / "none").exists()
+
+
 def test_wrong_python_and_missing_venv_get_one_line(tmp_path, monkeypatch):
     assert "tomllib" not in vars(tasks)  # new in 3.11: its import must not come before the check
     monkeypatch.setattr(sys, "argv", ["tasks.py", "test"])

@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 from ..checks import first_line, suggest
-from ..store import parse_json, read_text
+from ..store import parse_json, read_json, read_text
 
 _TEXTS = (".txt", ".text", ".md", ".markdown", ".rst")
 _ROWS = (".jsonl", ".ndjson", ".json")
@@ -52,7 +52,8 @@ def read_path(path: Path, column: str | None) -> tuple[list[str], list[str]]:
     """Documents of a user's own file or folder, and what is to be said about them.
 
     Of a folder every file in it and below is read that is a text or a table, links followed once.
-    Hidden files and folders, backups of editors and files of other kinds are skipped.
+    Hidden files and folders, backups of editors, files of other kinds, and models and runs of this
+    package are skipped.
 
     Parameters
     ----------
@@ -112,6 +113,10 @@ def _walk(root: Path, skipped: Mapping[str, list[str]]) -> Iterator[Path]:
             folders.clear()
             continue
         seen.add(real)
+        if Path(place) != root and _is_of_this_package(place, names):
+            skipped["folders that this package wrote"].append(os.path.relpath(place, root))
+            folders.clear()
+            continue
         hidden = {name for name in (*folders, *names) if _is_hidden(name)}
         skipped["hidden files, folders and backups"] += sorted(hidden)
         folders[:] = sorted(set(folders) - hidden)
@@ -124,6 +129,20 @@ def _walk(root: Path, skipped: Mapping[str, list[str]]) -> Iterator[Path]:
                 skipped["links to nothing, pipes or devices"].append(name)
             elif not questions:
                 yield path
+
+
+def _is_of_this_package(place: str, names: Sequence[str]) -> bool:
+    """Whether a folder holds a saved model, or the state of a run such as `make_mini`'s.
+
+    Its tables are no texts, and each further call would read more of them.
+    """
+    if "minigpt_lab.json" in names:
+        return True
+    try:
+        state = read_json(Path(place, "state.json"))
+    except (ValueError, OSError):
+        return False
+    return isinstance(state, dict) and state.keys() == {"sha256", "result"}
 
 
 def _is_hidden(name: str) -> bool:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import minigpt_lab as lab
 from minigpt_lab.domains.passages import split_passages, split_words
 from minigpt_lab.domains.user_texts import read_path
+from minigpt_lab.store import RunState
 
 TEXTS = [passage(i, 160) for i in range(8)]
 TEXT = "\n\n".join(TEXTS)
@@ -138,6 +139,24 @@ def test_what_cannot_be_read_is_named_and_never_skipped(name, tmp_path):
         with pytest.raises(ValueError, match=line) as error:
             lab.load_domain(path)
         assert "\n" not in str(error.value) and name in str(error.value)
+
+
+def test_models_and_runs_of_this_package_are_no_texts(tmp_path, tiny):
+    """A user who works in her folder of texts leaves both there."""
+    (tmp_path / "a.txt").write_text(TEXT)
+    (tmp_path / "of a user").mkdir()
+    for name in ("state.json", "minutes.txt"):
+        (tmp_path / "of a user" / name).write_text(rows({"text": TEXTS[0]}))
+    before, _ = read_path(tmp_path, None)
+    lab.save_model(*tiny, tmp_path / "models" / "mini")
+    run = tmp_path / "runs" / "mini" / "texts"
+    RunState(run / "state.json").write(seconds=1.0)
+    (run / "table.csv").write_text("text,variant\nmedical/test,mini\n")
+    (run / "model").mkdir()
+    (run / "model" / "README.md").write_text(TEXT)
+    documents, notes = read_path(tmp_path, None)
+    assert documents == before and len(documents) == 3
+    assert "folders that this package wrote (2: models/mini, runs/mini/texts)" in notes[0]
 
 
 def test_a_column_needs_a_table(tmp_path):

@@ -410,6 +410,27 @@ def test_the_command_makes_one_of_a_folder_of_texts(tmp_path, monkeypatch, capsy
     assert asked.items() <= vars(given).items()
 
 
+@pytest.mark.slow
+def test_the_same_command_goes_on_where_the_run_lies_beside_the_texts(
+    tmp_path, monkeypatch, capsys, general
+):
+    monkeypatch.setattr(mini, "load_domain", lambda name: general)
+    passages = [text for part in lab.load_domain("tiny-law").parts.values() for text in part]
+    for number in range(8):
+        (tmp_path / f"{number}.txt").write_text("\n\n".join(passages[number::8]))
+    monkeypatch.chdir(tmp_path)
+    command = "make --model tiny-llama --size 0.7 --domain .".split()
+    monkeypatch.setattr(sys, "argv", ["minigpt_lab", *command])
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="the same command"):
+        patch.setattr(mini, "recover", stopped)
+        command_line.main()
+    pruned = next(tmp_path.glob("runs/mini/*/pruned/model.safetensors"))
+    written = pruned.stat().st_mtime_ns
+    command_line.main()
+    assert "bits per character" in capsys.readouterr().out
+    assert pruned.stat().st_mtime_ns == written
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [
