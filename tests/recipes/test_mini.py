@@ -473,7 +473,7 @@ def test_the_minutes_on_the_bar_go_on_within_a_step(tmp_path, monkeypatch):
         assert not run._clock.is_alive()
 
 
-@pytest.mark.parametrize("size", [0.65, 0.4])
+@pytest.mark.parametrize("size", [0.55, 0.5])
 def test_the_control_has_the_size_of_the_mini_where_heads_are_few(size):
     """Three key/value groups in a layer, as SmolLM2 has: whole heads alone would miss it."""
     shape = {"vocab_size": 200, "hidden_size": 144, "intermediate_size": 384, "head_dim": 16}
