@@ -221,6 +221,9 @@ def _history(plans: Sequence[PruningPlan], pruned: bool, notes: str) -> Iterator
         ]
         method = _inline(plan.origin.get("method", "a plan of unknown origin"))
         yield f"- pruned by {method}" + (": " + ", ".join(settings) if settings else "")
+        if isinstance(fitted := plan.origin.get("reconstruction"), dict):
+            epochs = _inline(fitted.get("epochs"))
+            yield f"- pruned blocks fitted to the dense model, in {epochs} epochs"
     if pruned and not plans:
         yield "- pruned; the plans are not kept with these files"
     if notes:

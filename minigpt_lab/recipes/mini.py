@@ -257,7 +257,7 @@ def make_mini(
 
         # 5. The model with its card, and the table.
         run.enter("save")
-        notes = training_note(run.known["trained"], general, general_domain.name, reconstruct)
+        notes = training_note(run.known["trained"], general, general_domain.name)
         card = model_card(mini, table=table, protocol=protocol, domain=domain.name, notes=notes)
         path = save_model(mini, words, folder / "model", card=card)
         file = folder / f"mini-{gguf}.gguf"

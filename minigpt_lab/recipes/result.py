@@ -65,11 +65,10 @@ class Mini:
         return f"<p>{self!r}</p>" + self.table[columns].to_html(index=False)
 
 
-def training_note(tokens: int, general: float, name: str, reconstruct: bool) -> str:
+def training_note(tokens: int, general: float, name: str) -> str:
     """What a card says of how a model was made after its pruning, and of its rows."""
-    fitted = "every pruned block was fitted to the dense model\n- " if reconstruct else ""
     return (
-        f"{fitted}trained on {tokens:,} tokens, {general:.0%} of them general text ({name}), the "
+        f"trained on {tokens:,} tokens, {general:.0%} of them general text ({name}), the "
         "others of the domain's train part: half on labels, half on the dense model's predictions\n"
         "- below, this model is *mini*; before its training it was *pruned*"
     )
