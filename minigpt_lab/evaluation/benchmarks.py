@@ -12,7 +12,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checks import (
@@ -26,8 +28,9 @@ from ..checks import (
     safe_contextmanager,
 )
 from ..domains import encode, window_prefix
-from ..models import PRECISION, dtype_name, inference, reading_dtype, seeded, tokenizer_for
+from ..models import PRECISION, inference, seeded, tokenizer_for
 from ..store import hub_reachable
+from .windows import finite_or_float32
 
 # lm-eval and all it brings along takes seconds to import: it is imported where it is used.
 
@@ -74,7 +77,8 @@ def benchmark(
     include_path : str or path, optional
         A folder with more task files, whose tasks may be named.
     precision : {"auto", "bfloat16", "float32"}
-        Of the weights while they are read, see `perplexity`.
+        Of the weights while they are read, see `perplexity`; predictions that are not finite are
+        warned of, and all tasks read again in float32.
     seed : int
         Of the choice of examples.
 
@@ -88,41 +92,53 @@ def benchmark(
     Raises
     ------
     ValueError
-        If a task is not known, a file defines none, or a number is out of range.
+        If a task is not known, a file defines none, a number is out of range, or the model answers
+        with NaN.
     FileNotFoundError
         If there is no such task file or folder.
     OSError
         If a task's dataset is neither in reach nor in the local cache.
     """
     words = tokenizer_for(model, tokenizer)
-    with _quiet(), _offline_unless_in_reach(), inference(model, precision), seeded(seed):
+    results: dict[str, Any] = {}
+    with _quiet(), _offline_unless_in_reach():
         from lm_eval import simple_evaluate
 
         manager, names = _find_tasks(tasks, include_path)
-        harness = _harness()(
-            pretrained=model, batch_size=batch_size, **_with_special_tokens(words, model)
-        )
+
+        def read(precision: str) -> np.ndarray:
+            with inference(model, precision), seeded(seed):
+                harness = _harness()(
+                    pretrained=model, batch_size=batch_size, **_with_special_tokens(words, model)
+                )
+                try:
+                    found = simple_evaluate(
+                        harness,
+                        tasks=names,
+                        task_manager=manager,
+                        num_fewshot=num_fewshot,
+                        limit=limit,
+                        log_samples=False,
+                        bootstrap_iters=1000,  # of metrics other than means
+                        random_seed=seed,
+                        numpy_random_seed=seed,
+                        torch_random_seed=seed,
+                        fewshot_random_seed=seed,
+                    )
+                except FloatingPointError:
+                    return np.array([np.nan])
+            results.update(found)
+            return np.zeros(1)
+
         try:
-            results = simple_evaluate(
-                harness,
-                tasks=names,
-                task_manager=manager,
-                num_fewshot=num_fewshot,
-                limit=limit,
-                log_samples=False,
-                bootstrap_iters=1000,  # of metrics that are no mean; means have a closed form
-                random_seed=seed,
-                numpy_random_seed=seed,
-                torch_random_seed=seed,
-                fewshot_random_seed=seed,
-            )
+            _, dtype = finite_or_float32(read, [model], precision, lambda _: ", ".join(names))
         except ConnectionError as error:
             raise OSError(
                 f"the data of {', '.join(names)} cannot be had ({first_line(error)}): it comes "
                 "from the Hugging Face hub, which is out of reach (no network?), and no earlier "
                 "call left a copy; use a task over local files"
             ) from error
-    return _table(results).assign(precision=dtype_name(reading_dtype(model, precision)))
+    return _table(results).assign(precision=dtype)
 
 
 def _with_special_tokens(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> dict:
@@ -147,7 +163,7 @@ def _harness() -> type:
     from lm_eval.models.huggingface import HFLM
 
     class Harness(HFLM):
-        """A text has its prefix in front of it once, and nothing behind it."""
+        """A text has its prefix in front of it once, and nothing behind it; NaN is an error."""
 
         rolling = False
 
@@ -173,7 +189,24 @@ def _harness() -> type:
                 ids = begin + ids
             return ids
 
+        def _model_call(self, *args, **options):
+            return _require_finite(super()._model_call(*args, **options))
+
+        def _model_generate(self, *args, **options):
+            def hook(_module, _inputs, output):
+                _require_finite(output.logits[:, -1])  # places before it may be padding
+
+            with self.model.register_forward_hook(hook):
+                return super()._model_generate(*args, **options)
+
     return Harness
+
+
+def _require_finite(logits: torch.Tensor) -> torch.Tensor:
+    """Refuse predictions that have no likeliest token; single tokens may be ruled out by -∞."""
+    if not torch.isfinite(logits.amax(-1)).all():
+        raise FloatingPointError("the predictions are NaN or infinite")
+    return logits
 
 
 def _find_tasks(tasks, include_path: str | os.PathLike | None) -> tuple:

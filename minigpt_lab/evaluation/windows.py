@@ -253,7 +253,7 @@ def finite_or_float32(
     precision: str,
     name: Callable[[int], str],
 ) -> tuple[np.ndarray, str]:
-    """Read models; if that gives NaN in less than float32, warn and read them again in float32.
+    """Read models; if that is not finite in less than float32, warn and read again in float32.
 
     Parameters
     ----------
@@ -276,21 +276,27 @@ def finite_or_float32(
     Raises
     ------
     ValueError
-        If there is NaN in float32 too, or the models would be read in different types.
+        If there is NaN in float32 too (an infinite value is returned), or the models would be read
+        in different types.
     """
     dtypes = [dtype_name(reading_dtype(model, precision)) for model in models]
     for dtype in dtypes:
         require_same("precision", dtypes[0], dtype)
     subject = "the model" if len({*models}) == 1 else "the model or its reference"
+    low = dtypes[0] not in ("float32", "float64")
     for attempt in dict.fromkeys([precision, "float32"]):
         values = read(attempt)
-        bad = np.flatnonzero(np.isnan(values).reshape(len(values), -1).any(1))
+        last = attempt == "float32" or not low
+        wrong = np.isnan(values) if last else ~np.isfinite(values)
+        bad = np.flatnonzero(wrong.reshape(len(values), -1).any(1))
         if not len(bad):
             return values, dtype_name(reading_dtype(models[0], attempt))
-        if dtypes[0] in ("float32", "float64"):
+        if last:
             break
+        found = "NaN" if np.isnan(values[bad[0]]).any() else "infinite values"
         warnings.warn(
-            f"{subject} gives NaN on {name(bad[0])} in {dtypes[0]}; all is read again in float32",
+            f"{subject} gives {found} on {name(bad[0])} in {dtypes[0]}; all is read again in "
+            "float32",
             stacklevel=3,
         )
     raise ValueError(f"{subject} gives NaN on {name(bad[0])}: check its weights, dtype")

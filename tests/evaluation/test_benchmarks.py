@@ -229,3 +229,44 @@ def test_a_whole_text_begins_once(tiny, task, items, begins, special):
     found = lab.benchmark(model, tokenizer, path, batch_size=3)
     assert found["value"].item() == pytest.approx(bits / math.log(2) / size, rel=1e-5)
     assert lab.benchmark(model, tokenizer, task, limit=3)["n"].tolist() == [3, 3]
+
+
+WRITTEN = TASK.replace("multiple_choice", "generate_until").split("doc_to_choice")[0] + (
+    """doc_to_target: "{{{{question}}}}"
+generation_kwargs:
+  until: ["."]
+  max_gen_toks: 4
+metric_list:
+  - metric: exact_match
+"""
+)
+
+
+@pytest.mark.parametrize("kind", ["choices", "written"])
+def test_predictions_that_are_not_finite_are_read_again_in_float32(tiny, task, kind):
+    """lm-eval takes NaN for the first choice, the right one of every second question."""
+    model, tokenizer = copy.deepcopy(tiny)
+    path = task
+    if kind == "written":
+        path = task.parent / "written.yaml"
+        path.write_text(WRITTEN.format(name="written", folder=task.parent))
+    expected = lab.benchmark(model, tokenizer, path, limit=4)
+
+    def overflow(_module, _inputs, output):
+        return output * float("nan") if output.dtype in spoilt else output
+
+    model.model.layers[0].mlp.down_proj.register_forward_hook(overflow)
+    spoilt = (torch.bfloat16,)
+    with pytest.warns(UserWarning, match=f"NaN on {path.stem} in bfloat16; all is read again"):
+        found = lab.benchmark(model, tokenizer, path, limit=4, precision="bfloat16")
+    pd.testing.assert_frame_equal(found, expected)
+    spoilt = (torch.bfloat16, torch.float32)
+    with pytest.raises(ValueError, match=f"the model gives NaN on {path.stem}: check its weights"):
+        lab.benchmark(model, tokenizer, path, limit=4)
+
+
+def test_a_token_that_is_ruled_out_is_no_fault(tiny, task):
+    model, tokenizer = copy.deepcopy(tiny)
+    unused = torch.tensor([tokenizer.bos_token_id])
+    model.lm_head.register_forward_hook(lambda _m, _i, o: o.index_fill(-1, unused, -math.inf))
+    assert lab.benchmark(model, tokenizer, task, limit=4)["n"].tolist() == [4, 4]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import numpy as np
@@ -156,3 +157,26 @@ def test_generation_continues_the_prompt(tiny):
     model, tokenizer = tiny
     text = lab.generate(model, tokenizer, "The court", max_new_tokens=8)
     assert text and text == lab.generate(model, tokenizer, "The court", max_new_tokens=8)
+
+
+def test_infinite_losses_of_a_low_precision_are_read_again(tiny, tiny_domain):
+    """float16 ends at 65,504; a loss that is infinite in float32 too is what the model says."""
+    expected = lab.perplexity(*tiny, tiny_domain.test[:2], seq_len=64, progress=False)
+    model, ruled_out = copy.deepcopy(tiny[0]), torch.arange(0, 1000, 50)
+    spoilt = (torch.float16,)
+
+    def overflow(_module, _inputs, output):
+        out = output.index_fill(-1, ruled_out, -torch.inf)
+        return out if output.dtype in spoilt else output
+
+    model.get_output_embeddings().register_forward_hook(overflow)
+    model, how = model.half(), {"seq_len": 64, "progress": False}
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.warns(UserWarning, match="gives infinite values on text in float16; all is read"),
+    ):
+        patch.delenv("MINIGPT_LAB_PRECISION")
+        found = lab.perplexity(model, tiny[1], tiny_domain.test[:2], **how)
+    assert found.precision == "float32" and found.value == pytest.approx(expected.value, rel=0.01)
+    spoilt = (torch.float32,)
+    assert lab.perplexity(model, tiny[1], tiny_domain.test[:2], **how).value == torch.inf
