@@ -68,8 +68,8 @@ def compare(
     Raises
     ------
     ValueError
-        If two results are of different texts, questions, protocols or precisions, there are fewer
-        than two, or `reference` is none of them.
+        If two results are of different texts, questions, protocols or precisions, a loss is not
+        finite, there are fewer than two, or `reference` is none of them.
     """
     given = {name: _paired(name, result) for name, result in results.items()}
     if len(given) < 2 or len({type(result) for result in given.values()}) > 1:
@@ -97,9 +97,17 @@ def compare(
 def _paired(name: str, result: object) -> Any:
     """A result that can be compared; of a divergence, the model's perplexity."""
     if isinstance(result, Divergence):
-        return result.model
+        result = result.model
     if not isinstance(result, Perplexity | Answers):
         raise invalid(f"results[{name!r}]", result, "a Perplexity, a Divergence or Answers")
+    if isinstance(result, Perplexity):
+        losses = result.passages[:, 0]
+        if len(bad := np.flatnonzero(~np.isfinite(losses))):
+            raise ValueError(
+                f"results[{name!r}] has a loss of {losses[bad[0]]} on passage {bad[0]} of "
+                f"{result.text}; only finite losses can be compared: measure in float32, or "
+                "without this passage"
+            )
     return result
 
 

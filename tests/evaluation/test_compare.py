@@ -178,3 +178,15 @@ def test_neighbours_under_different_tokenizers_are_ordered_per_character(losses)
     found = lab.compare(results, pairs="neighbours", n_bootstrap=1, n_permutations=9)
     assert found["first"].tolist() == ["best", "middle"]
     assert found["second"].tolist() == ["middle", "worst"]
+
+
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+def test_losses_that_are_not_finite_are_refused(losses, value):
+    """inf - inf is no difference: even two results of one model would be told apart."""
+    tokens, first, _ = losses
+    bad = np.where(np.arange(80) == 7, value, first)
+    results = {"a": made(first, tokens), "b": made(bad, tokens)}
+    with pytest.raises(
+        ValueError, match=rf"results\['b'\] has a loss of {value} on passage 7 of law"
+    ):
+        lab.compare(results)
