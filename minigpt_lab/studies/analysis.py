@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..calibration import Statistics
@@ -150,19 +149,21 @@ def threshold_sweep(
         raise ValueError(f"epsilons is {dict(epsilons)}; expected at least one threshold")
     path = out_dir and Path(out_dir) / "sweep.json"
     held_out = HeldOut(model, tokenizer, [text], max_tokens=max_tokens, seq_len=seq_len, path=path)
-    reference = held_out.get(None, lambda: held_out.measure(model))
-    (dense,) = held_out.rows(reference)
     subject = copy.deepcopy(model)  # the dense model beside it is the reference
 
     def measured(plan: PruningPlan) -> dict:
         with masked(subject, plan):
             return held_out.measure(subject)
 
-    rows = []
     plans = list(_plans(model, statistics, epsilons, controls, token_counts, seeds))
-    for facts, plan in tqdm(plans, desc="sweep", unit="point"):
-        key = [plan.keep, plan.zero, plan.vocabulary]
-        result = held_out.get(key, partial(measured, plan))
+    keys = [[plan.keep, plan.zero, plan.vocabulary] for _, plan in plans]
+    variants = [(key, partial(measured, plan)) for key, (_, plan) in zip(keys, plans, strict=True)]
+    reference, *results = held_out.results(
+        [(None, partial(held_out.measure, model)), *variants], "sweep", "point"
+    )
+    (dense,) = held_out.rows(reference)
+    rows = []
+    for (facts, plan), result in zip(plans, results, strict=True):
         (row,) = held_out.rows(result)
         size = plan.predicted_size(model).to_frame().iloc[0].to_dict()
         # token counts differ once tokens are removed: compare per character, on the scale of the

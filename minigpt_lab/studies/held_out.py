@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
@@ -25,6 +28,9 @@ NO_DIVERGENCE = {"kl": None, "agreement": None}
 
 class HeldOut:
     """Excerpts of the same length, the same for all variants; finished results are kept.
+
+    All results are of one precision: if a variant can be read only in float32 (`perplexity` warns
+    of it), `results` reads the others again too, and `get` refuses to go on.
 
     Parameters
     ----------
@@ -54,36 +60,78 @@ class HeldOut:
         self.dense, self.tokenizer, self.seq_len = model, tokenizer, seq_len
         self.cache = ResultCache(path)
         self.texts = [excerpt(text, tokenizer, max_tokens=max_tokens) for text in texts]
-        self.precision, read_in = precision, dtype_name(reading_dtype(model, precision))
+        self.precision, self.read_in = precision, dtype_name(reading_dtype(model, precision))
         ids = [running_text(text, tokenizer).ids for text in self.texts]
         what = [content_hash(text) for text in self.texts], window_prefix(tokenizer), ids
-        self.facts = [fingerprint(model), cache_key(what), seq_len, read_in]
+        self.facts = [fingerprint(model), cache_key(what), seq_len, self.read_in]
         self.dense_size = model_size(model).stored
         self._states: dict[tuple, torch.Tensor] = {}  # of the dense decoder
+        self._given = False  # whether `get` has returned a result
 
     def get(self, key: object, compute: Callable[[], dict]) -> dict:
-        """Result of one variant, computed if it is not known under its key (plain data)."""
-        return self.cache.get([self.facts, key], compute)
+        """Result of one variant, computed if it is not known under its key (plain data).
+
+        Raises
+        ------
+        ValueError
+            If it can be read only in float32, and the variants before it were read in less.
+        """
+        before = self.read_in
+        result = self._kept(key, compute)
+        if self.read_in != before and self._given:
+            raise ValueError(
+                f"a variant can be read only in float32, those before it were read in {before}: "
+                "set MINIGPT_LAB_PRECISION=float32 and call again"
+            )
+        self._given |= "losses" in result
+        return result
+
+    def results(
+        self, variants: Sequence[tuple[object, Callable[[], dict]]], title: str, unit: str
+    ) -> list[dict]:
+        """Results of variants (key and computation of each), all in one precision."""
+        before, bar = self.read_in, partial(tqdm, variants, desc=title, unit=unit)
+        found = [self._kept(key, compute) for key, compute in bar()]
+        if self.read_in != before:
+            warnings.warn(
+                f"a variant can be read only in float32: those that were read in {before} are "
+                "measured again, so that all are in one precision",
+                stacklevel=3,
+            )
+            found = [self._kept(key, compute) for key, compute in bar()]
+        return found
+
+    def _kept(self, key: object, compute: Callable[[], dict]) -> dict:
+        """A result, known or computed; from one that needs float32 on, all are read in it."""
+        result = self.cache.get([self.facts, key], compute)
+        losses = result.get("losses", ())
+        if self.read_in != "float32" and any(loss["precision"] == "float32" for loss in losses):
+            self.precision = self.read_in = self.facts[-1] = "float32"
+            result = self.cache.get([self.facts, key], lambda: result)
+        return result
 
     def measure(self, model: PreTrainedModel) -> dict:
         """A model's stored parameters, and how well it predicts every text, as plain data."""
-        protocol: dict[str, Any] = {
-            "seq_len": self.seq_len,
-            "max_characters": None,
-            "progress": False,
-        }
-        protocol["precision"] = self.precision
-        with decoder_runs_once(self.dense, self._states):
-            found = [
-                diverging(model, self.dense, self.tokenizer, text, **protocol)
-                for text in self.texts
-            ]
+        found = self._read(model, self.precision)
         losses = [losses_of(each) for each in found]
+        if len({loss.precision for loss in losses}) > 1:  # a text that could be read in less
+            found = self._read(model, "float32")
+            losses = [losses_of(each) for each in found]
         return {
             "stored": model_size(model).stored,
             "rows": [{**NO_DIVERGENCE, **each.row()} for each in found],
             "losses": [asdict(each) | {"passages": _short(each.passages)} for each in losses],
         }
+
+    def _read(self, model: PreTrainedModel, precision: str) -> list[Divergence | Perplexity]:
+        """What `diverging` says of a model on every text."""
+        protocol: dict[str, Any] = {"seq_len": self.seq_len, "max_characters": None}
+        protocol |= {"progress": False, "precision": precision}
+        with decoder_runs_once(self.dense, self._states):
+            return [
+                diverging(model, self.dense, self.tokenizer, text, **protocol)
+                for text in self.texts
+            ]
 
     def table_rows(self, result: dict, **facts) -> list[dict]:
         """Rows of a table, one per text: facts of the variant, its size, its numbers."""

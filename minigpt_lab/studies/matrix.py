@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..calibration import collect_statistics
@@ -227,20 +226,23 @@ def domain_matrix(
             require_ended(recover(mini, tokenizer, train, **budget))
         return held_out.measure(mini)
 
-    rows = []
-    for (cut, sample), plan in tqdm({("dense", 0): None, **plans}.items(), "matrix", unit="model"):
+    cells, variants = [], []
+    for (cut, sample), plan in {("dense", 0): None, **plans}.items():
         trains: list[Domain | None] = [None]
         if recovery_tokens and sample == 0:
             trains.append(own.get(cut, mix) if recover_on == "own" else mix)
         for train in trains:
-            key = [plan and plan.keep]
+            key: list = [plan and plan.keep]
             key += [content_hash([*train.train, *train.validation]), budget] if train else []
-            result = held_out.get(key, partial(measured, plan, train))
-            facts = {"recovered": train is not None, "cut": cut, "stored": result["stored"]}
-            losses = held_out.perplexities(result)
-            for name, loss, row in zip(names, losses, result["rows"], strict=True):
-                numbers = {"passages": loss.passages, "kl": row["kl"]}  # [passage, 3]
-                rows.append({**facts, "text": name, **numbers})
+            cells.append({"recovered": train is not None, "cut": cut})
+            variants.append((key, partial(measured, plan, train)))
+    rows = []
+    results = held_out.results(variants, "matrix", "model")
+    for facts, result in zip(cells, results, strict=True):
+        losses = held_out.perplexities(result)
+        for name, loss, row in zip(names, losses, result["rows"], strict=True):
+            numbers = {"text": name, "passages": loss.passages, "kl": row["kl"]}  # [passage, 3]
+            rows.append({**facts, "stored": result["stored"], **numbers})
     return _compared(pd.DataFrame(rows), seed)
 
 

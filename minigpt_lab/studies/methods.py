@@ -270,10 +270,10 @@ def method_comparison(
             (cell, FineTunedRun(pruning, tokenizer, recover_on, recovery or {}))
             for cell, pruning in [(dense, None), *cells]
         ]
-    for (name, kind, ratio), pruning in tqdm(
-        [(dense, None), *cells], desc="comparison", unit="cell"
-    ):
-        result = held_out.get([pruning and pruning_key(pruning)], partial(measured, pruning))
+    cells = [(dense, None), *cells]
+    variants = [([each and pruning_key(each)], partial(measured, each)) for _, each in cells]
+    results = held_out.results(variants, "comparison", "cell")
+    for ((name, kind, ratio), pruning), result in zip(cells, results, strict=True):
         recovered = recover_on is not None and pruning is not None
         facts = {"method": name, "sites": kind, "ratio": ratio, "recovered": recovered}
         facts["seconds"] = result.get("seconds")  # of older results none are known
