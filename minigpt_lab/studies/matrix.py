@@ -195,8 +195,8 @@ def domain_matrix(
         ``kl`` (from the dense model), ``draws`` (number of samples), ``stored, tokens,
         bits_per_character``, and ``difference, difference_low, difference_high``: log perplexity
         minus that of the text's own model, nats per token, positive where the own model is better;
-        95 % bootstrap over passages (paired) and samples. ``attrs["verdict"]`` says in words how
-        often the diagonal wins, ``attrs["wins"]`` in numbers.
+        95 % bootstrap over passages (paired; NaN for a single one) and samples. How often the
+        diagonal wins is said by ``attrs["verdict"]`` in words, by ``attrs["wins"]`` in numbers.
 
     Raises
     ------
@@ -303,11 +303,18 @@ def _compared(cells: pd.DataFrame, seed: int) -> pd.DataFrame:
 
 
 def _interval(gaps: np.ndarray, tokens: np.ndarray, rng) -> tuple[float, float, float]:
-    """Mean of gaps ``[sample, passage]`` in nats per token, and its 95 % bootstrap interval."""
+    """Mean of gaps ``[sample, passage]`` in nats per token, and its 95 % bootstrap interval.
+
+    NaN for fewer than two passages: one says nothing about others.
+    """
+    mean, scored = gaps.sum(1).mean() / tokens.sum(), tokens > 0
+    gaps, tokens = gaps[:, scored], tokens[scored]
+    if len(tokens) < 2:
+        return mean, np.nan, np.nan
     samples, passages = (rng.integers(n, size=(_RESAMPLES, n)) for n in gaps.shape)
     sums = gaps[samples[:, :, None], passages[:, None, :]].sum(2).mean(1)  # [n]
     low, high = np.quantile(sums / tokens[passages].sum(1), [0.025, 0.975])
-    return gaps.sum(1).mean() / tokens.sum(), float(low), float(high)
+    return mean, float(low), float(high)
 
 
 def _wins(table: pd.DataFrame) -> list[dict]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -129,6 +131,22 @@ def test_verdict_counts_columns():
     assert (wins["columns"], wins["won"], wins["surely"], wins["beats_mix"]) == (2, 1, 1, 2)
     found = table.set_index(["cut", "text"])["difference"]
     assert found["b", "a"] == pytest.approx(0.5) and found["a", "b"] == pytest.approx(-0.5)
+
+
+def test_a_single_passage_is_no_sure_win():
+    """Its resamples are all alike: an interval of no width."""
+    for scored in (1, 2):
+        tokens = np.where(np.arange(4) < scored, 10.0, 0.0)  # the others have no token
+        cells = []
+        for cut, text in itertools.product("ab", repeat=2):
+            losses = tokens * (2 if cut == text else 3 + np.arange(4))
+            facts = {"recovered": False, "cut": cut, "text": text, "stored": 1, "kl": 0.1}
+            cells.append({**facts, "passages": np.stack([losses, tokens, 4 * tokens], 1)})
+        table = matrix._compared(pd.DataFrame(cells), 0)
+        (wins,) = table.attrs["wins"]
+        assert (wins["won"], wins["surely"]) == (2, 2 * (scored > 1))
+        low, high = table["difference_low"], table["difference_high"]
+        assert (low.isna() & high.isna()).all() == (scored == 1)
 
 
 def test_bad_input(tiny, domains, plans):
