@@ -19,6 +19,7 @@ from ..store import content_hash
 
 #: Bytes that the logits of one step may take, as float32: on a CPU, and elsewhere.
 _CPU_BYTES, _GPU_BYTES = 1 << 28, 1 << 30
+_DRAWN = 1 << 20  # random numbers of a block; of each, a resample takes the columns of a passage
 
 
 @dataclass(frozen=True)
@@ -243,8 +244,19 @@ def resampled(table: np.ndarray, ratios: Callable, n_bootstrap: int, seed: int) 
     table = table[table.any(1)]
     if len(table) == 1:
         return np.full((2, len(ratios(table.T))), np.nan)
-    samples = np.random.default_rng(seed).integers(len(table), size=(n_bootstrap, len(table)))
-    return np.quantile(ratios(table[samples].sum(1).T), [0.025, 0.975], axis=1)
+    rng = np.random.default_rng(seed)
+    samples = drawn(lambda size: rng.integers(len(table), size=size), n_bootstrap, len(table))
+    sums = np.concatenate([table[rows].sum(1) for rows in samples])  # [sample, column]
+    return np.quantile(ratios(sums.T), [0.025, 0.975], axis=1)
+
+
+def drawn(
+    draw: Callable[[tuple[int, int]], np.ndarray], n: int, width: int
+) -> Iterator[np.ndarray]:
+    """Random numbers ``[n, width]`` in blocks of rows that fit into memory, as if drawn at once."""
+    rows = max(1, _DRAWN // width)
+    for start in range(0, n, rows):
+        yield draw((min(rows, n - start), width))
 
 
 def finite_or_float32(

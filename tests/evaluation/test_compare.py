@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import tracemalloc
+import warnings
 from itertools import pairwise
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 from scipy import stats
 
 import minigpt_lab as lab
+from minigpt_lab.evaluation import windows
 from minigpt_lab.evaluation.comparison import holm
 
 
@@ -190,3 +193,47 @@ def test_losses_that_are_not_finite_are_refused(losses, value):
         ValueError, match=rf"results\['b'\] has a loss of {value} on passage 7 of law"
     ):
         lab.compare(results)
+
+
+def test_many_pairs_get_more_random_signs(losses):
+    """With 9,999 signs the least p of ten pairs would be 0.001 after the correction."""
+    tokens, first, _ = losses
+    results = {str(i): made((1 + i / 10) * first, tokens) for i in range(5)}
+    table = lab.compare(results, level=0.001, n_bootstrap=1)
+    assert len(table) == 10 and table["differ"].all()
+
+
+@pytest.mark.parametrize(("passages", "enough"), [(4, False), (6, False), (8, True)])
+def test_too_little_text_is_said(losses, passages, enough):
+    """Of n passages that all differ one way p is 2 / 2ⁿ, of three pairs three times that."""
+    tokens, first, _ = (values[:passages] for values in losses)
+    results = {name: made(scale * first, tokens) for name, scale in (("a", 1), ("b", 2), ("c", 3))}
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        table = lab.compare(results)
+        lab.compare(results, n_permutations=1)  # for the intervals alone
+    assert table["differ"].any() == enough
+    expected = (
+        "too little text to tell 3 pair(s) apart at level 0.05: give at least 7 passages "
+        "(there are {})"
+    )
+    assert [str(each.message) for each in said] == [expected.format(passages)] * (not enough)
+
+
+def test_resamples_are_drawn_in_blocks(losses, monkeypatch):
+    """As if at once; of many passages without an array of all of them."""
+    tokens, first, second = losses
+    results = {"a": made(first, tokens), "b": made(second, tokens)}
+    whole = lab.compare(results, seed=4).iloc[0]
+    monkeypatch.setattr(windows, "_DRAWN", 1000)
+    blocks = lab.compare(results, seed=4).iloc[0]
+    assert blocks["p"] == whole["p"]
+    assert (blocks["low"], blocks["high"]) == pytest.approx((whole["low"], whole["high"]))
+    monkeypatch.undo()
+    many = [np.tile(values, 80) for values in losses]
+    results = {"a": made(many[1], many[0]), "b": made(many[2], many[0])}
+    tracemalloc.start()
+    lab.compare(results)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100 * 2**20  # 6,400 passages; an array of all signs alone would be 488 MiB
