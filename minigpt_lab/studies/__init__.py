@@ -17,17 +17,16 @@ from .held_out import HeldOut
 from .matrix import domain_matrix, domain_plans, kept_overlap
 from .methods import (
     Method,
-    by_seed,
     gradient_methods,
     method_comparison,
     method_overlap,
     method_plans,
     method_scores,
     registered_methods,
-    told_apart,
 )
 from .projections import layer_losses, layer_problems
 from .prunings import SlimGPTRun, fine_tuned_runs, pruned_model, reconstructed_plans, slimgpt_runs
+from .rankings import by_seed, told_apart
 from .reconstruction import generality_curve, reconstruction_curve
 from .runtimes import runtime_speeds
 from .smallest import smallest_within

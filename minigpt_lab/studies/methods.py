@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import itertools
 import os
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,7 +33,7 @@ from ..checks import (
 from ..compensation import bias_compensated
 from ..criteria import CRITERIA, Scores, score
 from ..domains import Domain, Part
-from ..evaluation import Perplexity, compare, peak_memory, timed
+from ..evaluation import Perplexity, peak_memory, timed
 from ..models import SITES, fingerprint
 from ..planning import plan_from_scores
 from ..store import ResultCache, cache_key
@@ -75,8 +73,6 @@ class Method:
 
 
 _METHODS = DictOf(Text(), Instance(Method), 1)
-#: What `gradient_methods` writes behind a name.
-_SEED = re.compile(r" \(seed (\d+)\)$")
 
 
 def registered_methods() -> dict[str, Method]:
@@ -281,77 +277,6 @@ def method_comparison(
         for loss in held_out.perplexities(result):
             losses[name, kind, ratio, loss.text] = loss  # the dense model: the fine-tuned one last
     return pd.DataFrame(rows), losses
-
-
-@checked(
-    losses=ListOf(DictOf(Instance(tuple), Instance(Perplexity), 1), 1),
-    sites=OneOf(KINDS),
-    ratio=Number(0, below=1),
-    text=Text(),
-)
-def told_apart(
-    losses: Sequence[Mapping[tuple, Perplexity]], *, sites: str, ratio: float, text: str
-) -> pd.DataFrame:
-    """Compare neighbouring methods, from best to worst, at one size on one text.
-
-    Parameters
-    ----------
-    losses : sequence of mapping
-        From `method_comparison`, one per calibration sample.
-    sites, ratio, text
-        The cells to compare.
-
-    Returns
-    -------
-    pandas.DataFrame
-        That of `lab.compare` (losses of a passage are means over the samples), with ``text`` and
-        ``samples``: on how many calibration samples the difference has this sign.
-    """
-    by_method: dict[str, list[Perplexity]] = {}
-    for found in losses:
-        for (name, kind, share, where), loss in found.items():
-            if (kind, share, where) == (sites, ratio, text):
-                by_method.setdefault(name, []).append(loss)
-    table = compare({name: _mean(each) for name, each in by_method.items()}, pairs="neighbours")
-
-    def agreeing(row: pd.Series) -> int:
-        pairs = zip(by_method[row["first"]], by_method[row["second"]], strict=True)
-        signs = [
-            second.passages[:, 0].sum() > first.passages[:, 0].sum() for first, second in pairs
-        ]
-        return sum(sign == (row["difference"] > 0) for sign in signs)
-
-    return table.assign(samples=table.apply(agreeing, axis=1), text=text)
-
-
-@checked(losses=DictOf(Instance(tuple), Instance(Perplexity), 1))
-def by_seed(losses: Mapping[tuple, Perplexity]) -> list[dict[tuple, Perplexity]]:
-    """The losses of every seed of `gradient_methods`, with its number taken out of the names.
-
-    Parameters
-    ----------
-    losses : mapping
-        From `method_comparison`; a method without seeds is in every entry.
-
-    Returns
-    -------
-    list of dict
-        As `told_apart` takes them.
-    """
-    seeds = {found[0] for name, *_ in losses if (found := _SEED.findall(name))}
-    return [
-        {
-            (_SEED.sub("", name), *place): loss
-            for (name, *place), loss in losses.items()
-            if _SEED.findall(name) in ([], [seed])
-        }
-        for seed in sorted(seeds, key=int)
-    ]
-
-
-def _mean(losses: Sequence[Perplexity]) -> Perplexity:
-    """One perplexity whose `passages` are means; its other numbers are those of the first."""
-    return replace(losses[0], passages=np.mean([loss.passages for loss in losses], axis=0))
 
 
 @checked(plans=PLANS, sites=OneOf(KINDS), ratio=Number(0, below=1))

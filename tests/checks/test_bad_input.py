@@ -344,8 +344,8 @@ def study_calls(t: dict) -> dict[str, dict]:
         },
         "methods.method_scores": {**read, "statistics": t["statistics"], "methods": found,
                                   "sites": ("ffn",), "out_dir": None},
-        "methods.by_seed": {"losses": {("a", "ffn", 0.2, "law"): t["perplexity"]}},
-        "methods.told_apart": {
+        "rankings.by_seed": {"losses": {("a", "ffn", 0.2, "law"): t["perplexity"]}},
+        "rankings.told_apart": {
             "losses": [{(name, "ffn", 0.2, "law"): t["perplexity"] for name in "ab"}],
             "sites": "ffn", "ratio": 0.2, "text": "law",
         },

@@ -16,8 +16,6 @@ from minigpt_lab.models.anatomy import Anatomy
 from minigpt_lab.store import cache_key
 from minigpt_lab.studies.methods import (
     Method,
-    by_seed,
-    gradient_methods,
     method_comparison,
     method_overlap,
     method_plans,
@@ -141,19 +139,6 @@ def test_a_users_criterion_takes_part(monkeypatch):
         model, scores, methods=methods, statistics=None, ratios=[0.5], sites=["ffn"]
     )
     assert plans["index", "ffn", 0.5].keep["ffn"][0] == list(range(10, 20))
-
-
-def test_seeds_are_taken_apart(tiny, tiny_domain):
-    loss = lab.perplexity(*tiny, tiny_domain.test, max_tokens=64, seq_len=32, progress=False)
-    names = ["dense", *gradient_methods([1, 10], seeds=2)]
-    losses = {(name, "ffn", 0.5, "text"): replace(loss, text=name) for name in names}
-    first, second = by_seed(losses)
-    shared = {name: name for name in ("dense", "backprop", "none")}
-    for found, seed in ((first, 0), (second, 1)):
-        own = {name: f"{name} (seed {seed})" for name in ("zeroth-order, 1", "zeroth-order, 10")}
-        own["random"] = f"random (seed {seed})"
-        expected = {(name, "ffn", 0.5, "text"): text for name, text in {**shared, **own}.items()}
-        assert {cell: each.text for cell, each in found.items()} == expected
 
 
 def test_curves_of_every_method(compared):
