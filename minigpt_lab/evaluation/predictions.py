@@ -180,7 +180,8 @@ def _columns(logits: list[torch.Tensor], targets: torch.Tensor) -> torch.Tensor:
         p = p.to(q.device)
         log_q, log_p = q.float().log_softmax(-1), p.float().log_softmax(-1)
         at_answer = [-x.gather(1, answer[:, None])[:, 0] for x in (log_q, log_p)]
-        kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+        terms = log_p.exp() * (log_p - log_q)
+        kl = terms.masked_fill(log_p.isneginf(), 0).sum(-1)  # 0 log 0 = 0: tokens ruled out
         agreement = (q.argmax(-1) == p.argmax(-1)).float()
         columns.append(torch.stack([*at_answer, kl, agreement], -1))
     return torch.cat(columns).view(*targets.shape, 4)

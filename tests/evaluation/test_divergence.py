@@ -82,3 +82,21 @@ def test_as_many_other_tokens_are_refused(tiny, tiny_domain, tiny_statistics):
     )
     with pytest.raises(ValueError, match="not the same ones"):
         lab.divergence(first, second, tokenizer, tiny_domain.test, **how)
+
+
+def test_tokens_that_both_rule_out_add_nothing(tiny, tiny_domain):
+    """0 log 0 = 0; two models masked alike diverge as before, on the tokens that are left."""
+    model, tokenizer = copy.deepcopy(tiny[0]), tiny[1]
+    seen = torch.tensor([*{*tokenizer("\n\n".join(tiny_domain.test[:2]))["input_ids"]}])
+    ruled_out = torch.tensor([token for token in range(1024) if token not in seen])
+
+    def mask(_module, _inputs, output):
+        return output.index_fill(-1, ruled_out, -torch.inf)
+
+    model.lm_head.register_forward_hook(mask)
+    other = copy.deepcopy(model)
+    other.model.layers[0].mlp.down_proj.weight.data *= 0.5
+    how = {"seq_len": 64, "progress": False}
+    found = lab.divergence(other, model, tokenizer, tiny_domain.test[:2], **how)
+    assert 0 < found.kl < 5
+    assert lab.divergence(model, model, tokenizer, tiny_domain.test[:2], **how).kl == 0
