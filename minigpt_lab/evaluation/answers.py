@@ -48,6 +48,10 @@ class Answers(OneRow):
         Score of a choice, and style of the prompt; ``"match"`` and ``"written"`` of written ones.
     precision : str
         Type that the model was read in.
+    seq_len : int
+        Most tokens of question and choice (of written answers: of question and answer).
+    max_new_tokens : int, optional
+        Most tokens of a written answer.
     """
 
     frame: pd.DataFrame
@@ -55,6 +59,8 @@ class Answers(OneRow):
     score: str
     style: str
     precision: str = "float32"
+    seq_len: int = 1 << 30
+    max_new_tokens: int | None = None
 
     @property
     def correct(self) -> np.ndarray:
@@ -235,7 +241,7 @@ def answer_questions(
     rows = []
     for number, (question, entry) in enumerate(zip(questions, packed, strict=True)):
         rows += _rows(number, question, entry, losses[number], score)
-    return Answers(pd.DataFrame(rows), tuple(questions), score, style, dtype)
+    return Answers(pd.DataFrame(rows), tuple(questions), score, style, dtype, limit)
 
 
 def _texts(question: Question, style: str) -> tuple[str, list[str]]:
@@ -293,14 +299,18 @@ def compare_answers(first: Answers, second: Answers) -> Comparison:
     Raises
     ------
     ValueError
-        If they did not answer the same questions, or were asked, judged or read differently.
+        If they did not answer the same questions, or were asked, shortened, judged or read
+        differently.
     """
     from scipy.stats import binomtest  # here, because it takes a second to import
 
-    require_same("precision", first.precision, second.precision)
-    if "written" not in (first.style, second.style):  # writing may be compared with choosing
-        require_same("score", first.score, second.score)
-        require_same("style", first.style, second.style)
+    protocol = ["precision"]
+    if (first.style == "written") == (second.style == "written"):  # they may be compared, too
+        protocol += ["score", "style", "max_new_tokens"]
+        if first.frame["truncated"].any() or second.frame["truncated"].any():
+            protocol.append("seq_len")
+    for name in protocol:
+        require_same(name, getattr(first, name), getattr(second, name))
     if first.questions != second.questions:
         place = first_difference(first.questions, second.questions)
         raise ValueError(

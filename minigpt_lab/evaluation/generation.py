@@ -178,7 +178,8 @@ def write_answers(
             }
             for choice in range(len(question.choices))
         ]
-    return Answers(pd.DataFrame(rows), tuple(questions), "match", "written", dtype)
+    how = (dtype, limit, max_new_tokens)
+    return Answers(pd.DataFrame(rows), tuple(questions), "match", "written", *how)
 
 
 @checked(

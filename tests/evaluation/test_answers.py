@@ -228,7 +228,7 @@ def test_nan_is_an_error(tiny, monkeypatch):
 def answered(right: list[bool]) -> Answers:
     """Answers to numbered questions, right or wrong as told."""
     asked = tuple(lab.Question(f"{i}?", ("a", "b"), 0) for i in range(len(right)))
-    frame = pd.DataFrame({"is_answer": [True] * len(right), "picked": right})
+    frame = pd.DataFrame({"is_answer": [True] * len(right), "picked": right, "truncated": 0})
     return Answers(frame, asked, "perplexity", "cloze")
 
 
@@ -309,3 +309,22 @@ def test_what_cannot_be_written_is_refused(tiny, few):
     broken.lm_head.weight.data[3] = float("nan")
     with pytest.raises(ValueError, match="NaN on question 0"):
         lab.write_answers(broken, few, ITEMS)
+
+
+def test_answers_to_questions_cut_otherwise_are_not_compared(tiny):
+    """A shorter limit matters only where it cuts; a longer answer may meet more choices."""
+    whole, cut, same = (
+        lab.answer_questions(*tiny, ITEMS, seq_len=length, progress=False)
+        for length in (200, 12, 12)
+    )
+    assert cut.frame["truncated"].any() and not whole.frame["truncated"].any()
+    with pytest.raises(ValueError, match="differ in seq_len: 200 and 12; measure both"):
+        lab.compare({"whole": whole, "cut": cut})
+    assert lab.compare_answers(cut, same).p == 1
+    longer = lab.answer_questions(*tiny, ITEMS, progress=False)
+    assert lab.compare_answers(whole, longer).p == 1  # neither was cut
+    short, long = (
+        lab.write_answers(*tiny, ITEMS, max_new_tokens=n, progress=False) for n in (2, 8)
+    )
+    with pytest.raises(ValueError, match="differ in max_new_tokens: 2 and 8"):
+        lab.compare_answers(short, long)
