@@ -65,8 +65,8 @@ class Statistics:
         Tokens counted, padding excluded.
     model_hash, model_name, domain, content_hash : str
         The model's `fingerprint` and caption; the text's name and SHA-256 of its windows' tokens.
-    precision : str
-        Type that the model was read in.
+    precision, asked_precision : str
+        Type that the model was read in, and the one that was asked for if that gave NaN.
     examples : Examples, optional
         The windows that excite each FFN neuron most.
     """
@@ -84,6 +84,7 @@ class Statistics:
     content_hash: str
     precision: str = "float32"
     examples: Examples | None = None
+    asked_precision: str = ""
 
     def __post_init__(self):
         check_fields(self, n_tokens=Integer(1))
@@ -173,11 +174,8 @@ class Statistics:
         if not isinstance(other, Statistics):
             return NotImplemented
         if self.model_hash != other.model_hash:
-            raise ValueError(
-                "statistics of two models cannot be added: "
-                f"{self.model_name} ({self.model_hash[:12]}) and "
-                f"{other.model_name} ({other.model_hash[:12]})"
-            )
+            names = [f"{each.model_name} ({each.model_hash[:12]})" for each in (self, other)]
+            raise ValueError("statistics of two models cannot be added: {} and {}".format(*names))
         if self.precision != other.precision:
             raise ValueError(
                 f"statistics read in {self.precision} and {other.precision} cannot be added; "
@@ -315,7 +313,8 @@ def collect_statistics(
     def is_current(known: Statistics) -> bool:
         merges = getattr(batches, "merges", known.merges)
         same_text = known.content_hash == content and len(known.merges) == len(merges)
-        same_model = known.precision == dtype and known.model_hash == fingerprint(model)
+        same_precision = dtype in (known.precision, known.asked_precision)
+        same_model = same_precision and known.model_hash == fingerprint(model)
         remembered = known.examples.count if known.examples else 0
         return same_text and same_model and remembered >= examples
 
@@ -346,7 +345,8 @@ def _collect(
         if dtype in (torch.float32, torch.float64):
             raise ValueError(f"{found}: check the weights")
         warnings.warn(f"{found} in {dtype_name(dtype)}; all is read again in float32", stacklevel=2)
-        return _collect(model, batches, content, "float32", examples, progress)
+        exact = _collect(model, batches, content, "float32", examples, progress)
+        return replace(exact, asked_precision=dtype_name(dtype))
     empty = np.zeros(0, dtype=np.int64)
     return Statistics(
         sums=sums,

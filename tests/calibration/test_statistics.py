@@ -173,7 +173,7 @@ def test_the_variance_of_large_and_nearly_constant_activations(mean, probe):
     np.testing.assert_allclose(variance, expected, rtol=1e-2, atol=slack)
 
 
-def test_nan_of_low_precision_is_read_again_in_float32(tiny, tiny_domain):
+def test_nan_of_low_precision_is_read_again_in_float32(tiny, tiny_domain, tmp_path):
     model = copy.deepcopy(tiny[0])
     batches = lab.tokenize(tiny_domain.calibration, tiny[1], seq_len=64, max_tokens=256)
 
@@ -181,8 +181,13 @@ def test_nan_of_low_precision_is_read_again_in_float32(tiny, tiny_domain):
         return output * float("nan") if output.dtype == torch.bfloat16 else output
 
     model.model.layers[1].mlp.down_proj.register_forward_hook(overflow)
+    path, how = tmp_path / "statistics.safetensors", {"precision": "bfloat16", "progress": False}
     with pytest.warns(UserWarning, match=r"down_proj .* in bfloat16; all is read again in float32"):
-        found = lab.collect_statistics(model, batches, precision="bfloat16", progress=False)
+        found = lab.collect_statistics(model, batches, path=path, **how)
+    passes, model_passes = [], model.model.layers[0].register_forward_pre_hook
+    with model_passes(lambda *_: passes.append(1)):
+        again = lab.collect_statistics(model, batches, path=path, **how)
+    assert not passes and again.precision == "float32"  # read from the file
     wanted = lab.collect_statistics(tiny[0], batches, precision="float32", progress=False)
     assert found.precision == "float32"
     for key, table in wanted.sums.items():
