@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checks import (
@@ -30,7 +29,7 @@ from ..checks import (
 from ..domains import encode, window_prefix
 from ..models import PRECISION, inference, seeded, tokenizer_for
 from ..store import hub_reachable
-from .windows import finite_or_float32
+from .windows import finite_or_float32, refuse_non_finite, require_finite
 
 # lm-eval and all it brings along takes seconds to import: it is imported where it is used.
 
@@ -190,23 +189,13 @@ def _harness() -> type:
             return ids
 
         def _model_call(self, *args, **options):
-            return _require_finite(super()._model_call(*args, **options))
+            return require_finite(super()._model_call(*args, **options))
 
         def _model_generate(self, *args, **options):
-            def hook(_module, _inputs, output):
-                _require_finite(output.logits[:, -1])  # places before it may be padding
-
-            with self.model.register_forward_hook(hook):
+            with self.model.register_forward_hook(refuse_non_finite):
                 return super()._model_generate(*args, **options)
 
     return Harness
-
-
-def _require_finite(logits: torch.Tensor) -> torch.Tensor:
-    """Refuse predictions that have no likeliest token; single tokens may be ruled out by -∞."""
-    if not torch.isfinite(logits.amax(-1)).all():
-        raise FloatingPointError("the predictions are NaN or infinite")
-    return logits
 
 
 def _find_tasks(tasks, include_path: str | os.PathLike | None) -> tuple:

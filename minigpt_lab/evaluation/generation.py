@@ -25,7 +25,7 @@ from ..checks import (
 from ..domains import Question, split_words, token_ids, window_prefix
 from ..models import PRECISION, check_token_ids, inference, seeded, tokenizer_for
 from .answers import QUESTIONS, Answers
-from .windows import by_length, finite_or_float32
+from .windows import by_length, finite_or_float32, refuse_non_finite
 
 
 @checked(model=Model(), tokenizer=Tokenizer(), prompt=Text(), max_new_tokens=Integer(1))
@@ -234,8 +234,8 @@ def sample_texts(
     Raises
     ------
     ValueError
-        If the model takes no text of `seq_len` tokens, its predictions are not finite, or the
-        tokenizer has no token that is a word.
+        If the model takes no text of `seq_len` tokens, its predictions are not finite in float32
+        either, or the tokenizer has no token that is a word.
     """
     tokenizer = tokenizer_for(model, tokenizer)
     prefix = window_prefix(tokenizer)
@@ -246,25 +246,36 @@ def sample_texts(
         )
     words = _words(tokenizer)
     texts: list[str] = []
-    left = max_tokens
-    bar = tqdm(total=max_tokens, desc="sampling", unit="token", disable=not progress)
-    with bar, seeded(seed), inference(model, precision):
-        while left > 0:
-            # 1. Rows for what is left, each with its first word.
-            length = min(seq_len, max(left, 2))
-            rows = min(batch_size, -(-left // length))
-            first = words[torch.randint(len(words), (rows,))]
-            ids = torch.cat([torch.tensor([prefix] * rows, dtype=torch.long), first[:, None]], 1)
-            check_token_ids(model, ids)
-            # 2. x_t ~ p(x | x_<t).
-            with _generating(model, length - 1, do_sample=True, top_k=0) as ends:
-                output = _sampled(model, ids.to(model.device), bar)[:, len(prefix) :].tolist()
-            # 3. A row ends before its end-of-text token.
-            written = [[*itertools.takewhile(lambda x: x not in ends, row)] for row in output]
-            texts += tokenizer.batch_decode(written)
-            left -= sum(map(len, written))
-            bar.n = max_tokens - left
-            bar.refresh()
+
+    def read(precision: str) -> np.ndarray:
+        texts.clear()
+        left = max_tokens
+        bar = tqdm(total=max_tokens, desc="sampling", unit="token", disable=not progress)
+        with bar, seeded(seed), inference(model, precision):
+            while left > 0:
+                # 1. Rows for what is left, each with its first word.
+                length = min(seq_len, max(left, 2))
+                rows = min(batch_size, -(-left // length))
+                first = words[torch.randint(len(words), (rows,))]
+                begin = torch.tensor([prefix] * rows, dtype=torch.long)
+                ids = torch.cat([begin, first[:, None]], 1)
+                check_token_ids(model, ids)
+                # 2. x_t ~ p(x | x_<t).
+                with _generating(model, length - 1, do_sample=True, top_k=0) as ends:
+                    try:
+                        output = _sampled(model, ids.to(model.device), bar)
+                    except FloatingPointError:
+                        return np.array([np.nan])
+                # 3. A row ends before its end-of-text token.
+                new = output[:, len(prefix) :].tolist()
+                written = [[*itertools.takewhile(lambda x: x not in ends, row)] for row in new]
+                texts.extend(tokenizer.batch_decode(written))
+                left -= sum(map(len, written))
+                bar.n = max_tokens - left
+                bar.refresh()
+        return np.zeros(1)
+
+    finite_or_float32(read, [model], precision, lambda _: "the texts that it writes")
     return texts
 
 
@@ -322,16 +333,10 @@ class _Steps(BaseStreamer):
 def _sampled(model: PreTrainedModel, ids: torch.Tensor, bar: tqdm) -> torch.Tensor:
     """Rows of tokens continued by the model's own settings ``[batch, token]``."""
     settings = {"generation_config": model.generation_config, "streamer": _Steps(bar)}
-    try:
+    with model.register_forward_hook(refuse_non_finite):
         return model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), **settings
         ).sequences
-    except RuntimeError as error:
-        if "probability" not in str(error):
-            raise
-        raise ValueError(
-            "the model's predictions are NaN or infinite: check its weights"
-        ) from error
 
 
 def _choice_written(text: str, choices: Sequence[str]) -> int | None:

@@ -314,6 +314,24 @@ def finite_or_float32(
     raise ValueError(f"{subject} gives NaN on {name(bad[0])}: check its weights, dtype")
 
 
+def require_finite(logits: torch.Tensor) -> torch.Tensor:
+    """Refuse predictions that have no likeliest token; single tokens may be ruled out by -∞.
+
+    Raises
+    ------
+    FloatingPointError
+        If an entry is NaN or ∞, or a whole row -∞.
+    """
+    if not torch.isfinite(logits.amax(-1)).all():
+        raise FloatingPointError("the predictions are NaN or infinite")
+    return logits
+
+
+def refuse_non_finite(_model: PreTrainedModel, _inputs: object, output) -> None:
+    """A forward hook: `require_finite` of the last token; those before it may be padding."""
+    require_finite(output.logits[:, -1])
+
+
 def by_length(lengths: Sequence[int], batch_size: int) -> list[np.ndarray]:
     """Indices in batches, the longest first: items of a batch need little padding."""
     order = np.argsort([-length for length in lengths], kind="stable")

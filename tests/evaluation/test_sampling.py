@@ -68,5 +68,18 @@ def test_bad_input(tiny):
         lab.sample_texts(model, tokenizer, seq_len=longest + 1)
     with torch.no_grad():
         model.lm_head.weight.fill_(float("nan"))
-    with pytest.raises(ValueError, match="NaN or infinite: check its weights"):
+    with pytest.raises(ValueError, match="NaN on the texts that it writes: check its"):
         lab.sample_texts(model, tokenizer, **LENGTHS)
+
+
+def test_nan_of_low_precision_is_written_again_in_float32(tiny):
+    model, tokenizer = copy.deepcopy(tiny[0]), tiny[1]
+    expected = lab.sample_texts(model, tokenizer, **LENGTHS)
+
+    def overflow(_module, _inputs, output):
+        return output * float("nan") if output.dtype == torch.bfloat16 else output
+
+    model.model.layers[0].mlp.down_proj.register_forward_hook(overflow)
+    with pytest.warns(UserWarning, match="texts that it writes in bfloat16; all is read again"):
+        found = lab.sample_texts(model, tokenizer, precision="bfloat16", **LENGTHS)
+    assert found == expected and not model._forward_hooks
