@@ -20,7 +20,7 @@ from ..checks import InvalidArgument
 from ..compensation import STEP_TOKENS
 from ..domains import Domain, Part, tokenize
 from ..evaluation import perplexity
-from ..models import dtype_name, fingerprint, reading_dtype
+from ..models import fingerprint, reading_dtype
 from ..recovery import recover, require_ended
 from ..store import RunState
 from ..studies import HeldOut
@@ -243,16 +243,15 @@ class TimedRun:
         path, tokens = self.folder / "measured.json", self.known["test_tokens"]
         how = {"max_tokens": tokens, "seq_len": seq_len, "path": path, "precision": precision}
         held_out = HeldOut(variants["dense"], tokenizer, texts, **how)
+        cells = [(fingerprint(each), partial(held_out.measure, each)) for each in variants.values()]
         rows = []
-        for name, model in variants.items():
-            measure = partial(held_out.measure, model)
+        results = held_out.results(cells, "measured", "model", progress=False)
+        for (name, model), result in zip(variants.items(), results, strict=True):
             stored = sum(weight.nbytes for weight in model.parameters())
-            facts = {"variant": name, "bytes": sizes.get(name, stored)}
-            rows += held_out.table_rows(held_out.get(fingerprint(model), measure), **facts)
+            rows += held_out.table_rows(result, variant=name, bytes=sizes.get(name, stored))
         table = pd.DataFrame(rows).drop(columns="passages")
         protocol = f"at most {tokens:,} tokens per text, windows of {seq_len}, no overlap"
-        read_in = dtype_name(reading_dtype(variants["dense"], precision))
-        return table, f"{protocol}, read in {read_in}"
+        return table, f"{protocol}, read in {held_out.read_in}"
 
 
 def _seconds_per_token(

@@ -87,10 +87,17 @@ class HeldOut:
         return result
 
     def results(
-        self, variants: Sequence[tuple[object, Callable[[], dict]]], title: str, unit: str
+        self,
+        variants: Sequence[tuple[object, Callable[[], dict]]],
+        title: str,
+        unit: str,
+        progress: bool = True,
     ) -> list[dict]:
         """Results of variants (key and computation of each), all in one precision."""
-        before, bar = self.read_in, partial(tqdm, variants, desc=title, unit=unit)
+        before, bar = (
+            self.read_in,
+            partial(tqdm, variants, desc=title, unit=unit, disable=not progress),
+        )
         found = [self._kept(key, compute) for key, compute in bar()]
         if self.read_in != before:
             warnings.warn(
