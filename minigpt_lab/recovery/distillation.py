@@ -173,7 +173,10 @@ class DistillationLoss:
         """Loss of a batch of windows; the labels are the windows themselves, ``[batch, token]``."""
         guide, n = self.teacher, num_items_in_batch
         known = guide.logits(labels) if guide.samples is None else guide.sampled(labels)
-        n = labels[:, 1:].numel() if n is None else n
+        if n is None:
+            n = labels[:, 1:].numel()
+        elif isinstance(n, torch.Tensor):  # the same number for each device of this process
+            n = n.sum()
         return _TokenLoss.apply(outputs["logits"], labels, known, guide.temperature, self.mix, n)
 
 

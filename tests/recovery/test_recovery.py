@@ -343,7 +343,7 @@ else:
         assert one["perplexity"].min() < 0.97 * one["perplexity"][0]
 
 
-def test_tokens_are_those_that_were_read(mini, tiny, tiny_domain, monkeypatch):
+def test_tokens_are_those_that_were_read(mini, tiny, tiny_domain):
     """The last update of an epoch may be smaller."""
     small = {**SMALL, "max_tokens": 64 * 9, "eval_every": 64 * 4, "patience": 9}
     history = lab.recover(mini, tiny[1], tiny_domain, epochs=2, **small)
@@ -352,11 +352,20 @@ def test_tokens_are_those_that_were_read(mini, tiny, tiny_domain, monkeypatch):
     accumulated = lab.recover(mini, tiny[1], tiny_domain, gradient_accumulation_steps=2, **small)
     assert accumulated["tokens"].tolist() == [0, 64 * 8, 64 * 9]
     assert accumulated["train_loss"].iloc[1:].notna().all()
-    # two devices of one process: the Trainer gives each a batch (on the CPU, one reads both)
+
+
+@pytest.mark.parametrize("options", [{}, {"loss": "kl"}, {"loss": "kl", "teacher_samples": 4}])
+def test_two_devices_of_one_process_are_one_run(mini, tiny, tiny_domain, monkeypatch, options):
+    """The Trainer gives each device a batch; on the CPU, one reads both."""
+    options = {**PLAIN, **options, "teacher": tiny[0] if options else None}
+    whole = lab.recover(copy.deepcopy(mini), tiny[1], tiny_domain, batch_size=8, **options)
     monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda _: 2))
-    parallel = lab.recover(mini, tiny[1], tiny_domain, **SMALL)
+    parallel = lab.recover(mini, tiny[1], tiny_domain, **options)
     assert parallel["step"].tolist() == [0, 2, 4, 6, 8]
     assert parallel["tokens"].tolist() == [0, 1024, 2048, 3072, 4096]
+    if "loss" in options:  # that of labels is computed by each device
+        columns = ["train_loss", "perplexity"]
+        pd.testing.assert_frame_equal(parallel[columns], whole[columns], rtol=1e-4)
 
 
 def test_adapters_on_a_trimmed_model_leave_its_tokens_alone(tiny, tiny_domain, recwarn):
