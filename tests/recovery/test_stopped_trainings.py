@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
+import nbformat
 import pandas as pd
 import pytest
 
@@ -14,6 +16,7 @@ from minigpt_lab.recovery import require_ended
 from minigpt_lab.studies import prunings
 
 PACKAGE = Path(lab.__file__).parent
+NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 
 
 def history(why: str) -> pd.DataFrame:
@@ -33,22 +36,34 @@ def test_what_ended_is_passed_on(why):
     assert require_ended(history(why)).attrs["stopped"] == why
 
 
+def trainings(source: str, where: str) -> int:
+    """Number of calls of `recover`, each of them the argument of `require_ended`."""
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    named = {"require_ended": [], "recover": []}
+    for call in calls:  # of recover(…) or lab.recover(…)
+        name = getattr(call.func, "id", getattr(call.func, "attr", ""))
+        named.get(name, []).append(call)
+    asked = {id(argument) for call in named["require_ended"] for argument in call.args}
+    for call in named["recover"]:
+        assert id(call) in asked, f"{where}:{call.lineno}"
+    return len(named["recover"])
+
+
 def test_every_function_of_the_package_that_trains_asks():
-    """Each call of `recover` is the argument of `require_ended`."""
-    calls = 0
-    for path in PACKAGE.rglob("*.py"):
-        tree = ast.parse(path.read_text())
-        asked = {
-            id(argument)
-            for node in ast.walk(tree)
-            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "require_ended"
-            for argument in node.args
-        }
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "recover":
-                assert id(node) in asked, f"{path.name}:{node.lineno}"
-                calls += 1
-    assert calls >= 5
+    paths = [*PACKAGE.rglob("*.py")]
+    assert sum(trainings(path.read_text(), path.name) for path in paths) >= 5
+
+
+def test_every_notebook_that_trains_asks():
+    """Its record, or its table, would be that of a model trained by half."""
+    paths = [path for path in NOTEBOOKS.glob("*.ipynb") if path.stem != "solutions"]
+    found = 0
+    for path in paths:
+        for cell in nbformat.read(path, as_version=4).cells:
+            if cell.cell_type == "code":
+                source = re.sub("^%.*", "", cell.source, flags=re.MULTILINE)
+                found += trainings(source, f"{path.name}, {cell.id}")
+    assert found >= 5
 
 
 def test_a_comparison_keeps_no_half_trained_control(tiny, tiny_domain, tmp_path, monkeypatch):
