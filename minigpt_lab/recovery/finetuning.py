@@ -209,7 +209,7 @@ def recover(
     general : Domain, optional
         Another domain whose train part is mixed in, so that less is forgotten.
     generality : float
-        Its share of the windows. `max_tokens` counts both.
+        Its share of the windows, one at least. `max_tokens` counts both.
     stop_at : float or "teacher", optional
         Stop as soon as the validation perplexity is at or below this, or the teacher's: a dense
         model, or one fine-tuned on the domain. (Comparable only with the same vocabulary.)
@@ -220,7 +220,8 @@ def recover(
         Tokens between evaluations, rounded to whole updates; checkpoints are written at the same
         moments.
     eval_characters : int, optional
-        Validation text per evaluation, in characters; by default the whole part.
+        Validation text per evaluation, in characters; by default the whole part, and of `other` as
+        much as that.
     patience : int
         Evaluations without improvement before it stops.
     seq_len, batch_size, gradient_accumulation_steps : int

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..domains import Domain, Part, excerpt, tokenize
+from ..checks import InvalidArgument
+from ..domains import SEPARATOR, Domain, Part, excerpt, tokenize
 
 
 def training_windows(
@@ -17,6 +18,8 @@ def training_windows(
     max_tokens: int | None,
 ) -> torch.Tensor:
     """Windows of a domain's train part, and so many general ones that they are a share of all.
+
+    A share that is not 0 is one window at least.
 
     Parameters
     ----------
@@ -37,14 +40,26 @@ def training_windows(
     Raises
     ------
     ValueError
-        If a text is too short.
+        If a text is too short, or the general one is the domain's own.
     """
-    share = generality if general is not None else 0.0
-    own = None if max_tokens is None else round((1 - share) * max_tokens)
+    if general is None:
+        return _packed(domain, words, seq_len, max_tokens)
+    if [*general.train] == [*domain.train]:
+        raise InvalidArgument(
+            f"general is {general.name!r}, whose text is that of domain; give another domain, or "
+            "leave it out"
+        )
+    own = None if max_tokens is None else round((1 - generality) * max_tokens)
+    if own is not None and own < seq_len:
+        raise InvalidArgument(
+            f"generality is {generality} and max_tokens is {max_tokens}: the domain's own text "
+            f"gets {own} tokens, less than one window of seq_len={seq_len}; lower generality, or "
+            "raise max_tokens"
+        )
     windows = _packed(domain, words, seq_len, own)
-    wanted = round(len(windows) * share / (1 - share))
-    if general is None or not wanted:
+    if not generality:
         return windows
+    wanted = max(1, round(len(windows) * generality / (1 - generality)))
     mixed_in = _packed(general, words, seq_len, wanted * seq_len)
     if len(mixed_in) < wanted:
         raise ValueError(
@@ -65,10 +80,12 @@ def _packed(
 def validation_texts(
     domain: Domain, other: Domain | None, max_characters: int | None
 ) -> dict[str, Part]:
-    """What an evaluation measures, by the column of the history."""
-    judged = {"perplexity": domain, "other_perplexity": other}
-    return {
-        column: excerpt(each.validation, max_characters=max_characters)
-        for column, each in judged.items()
-        if each is not None
-    }
+    """What an evaluation measures, by the column of the history.
+
+    Without a limit in characters, the other text is as long as the domain's, which decides.
+    """
+    texts = {"perplexity": excerpt(domain.validation, max_characters=max_characters)}
+    if other is not None:
+        length = max_characters or len(SEPARATOR.join(texts["perplexity"]))
+        texts["other_perplexity"] = excerpt(other.validation, max_characters=length)
+    return texts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pandas as pd
 import pytest
@@ -12,7 +13,7 @@ import minigpt_lab as lab
 from minigpt_lab.models import TrimmedVocabulary
 from minigpt_lab.recovery import distillation
 from minigpt_lab.recovery.distillation import DistillationLoss, Teacher
-from minigpt_lab.recovery.texts import training_windows
+from minigpt_lab.recovery.texts import training_windows, validation_texts
 
 SMALL = {
     "seq_len": 64, "eval_every": 1024, "max_tokens": 4096, "eval_characters": 3000,
@@ -233,6 +234,7 @@ def test_general_text_takes_its_share_of_the_windows(mini, tiny, tiny_domain, mo
         (0.25, 4096, (48, 16)),
         (0.5, 1280, (10, 10)),
         (0.0, 640, (10, 0)),
+        (0.01, 640, (9, 1)),
     ):
         found = training_windows(tiny[1], tiny_domain, general, share, 64, tokens)
         assert torch.equal(found, torch.cat([own[: parts[0]], mixed_in[: parts[1]]]))
@@ -248,6 +250,33 @@ def test_general_text_takes_its_share_of_the_windows(mini, tiny, tiny_domain, mo
     ]
     alone, mixed = (history["other_perplexity"].iloc[-1] for history in histories)
     assert mixed < alone
+
+
+@pytest.mark.parametrize("limit", [None, 900])
+def test_other_text_that_decides_nothing_is_no_longer_than_what_does(tiny_domain, limit):
+    general = lab.load_domain("tiny-games")
+    longer = dataclasses.replace(
+        general, validation=lab.Part("tiny-games", "validation", general.validation.passages * 9)
+    )
+    texts = validation_texts(tiny_domain, longer, limit)
+    assert texts["perplexity"] == lab.excerpt(tiny_domain.validation, max_characters=limit)
+    own, other = (len("\n\n".join(text)) for text in texts.values())
+    assert other <= (limit or own) < other + max(map(len, longer.validation)) + 2
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"generality": 0.9}, "generality is 0.9 and max_tokens is 512: .* gets 51 tokens, less"),
+        ({"max_tokens": 50}, "generality is 0.3 and max_tokens is 50: .* window of seq_len=64"),
+        ({"general": "tiny-law"}, "general is 'tiny-law', whose text is that of domain; give"),
+    ],
+)
+def test_general_text_that_does_not_fit_is_named(mini, tiny, tiny_domain, options, words):
+    options = {**SMALL, "max_tokens": 512, "general": "tiny-games", **options}
+    options["general"] = lab.load_domain(options["general"])
+    with pytest.raises(ValueError, match=words):
+        lab.recover(mini, tiny[1], tiny_domain, **options)
 
 
 def test_a_run_with_another_teacher_or_loss_is_refused(tmp_path, pruned, tiny, tiny_domain):
