@@ -8,19 +8,25 @@ removed. Copies with other names (``checkpoint-64-backup``) are a user's.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import PreTrainedModel
+
 from ..checks import writable_folder
+from ..models import dtype_name, fingerprint, reading_dtype
 from ..store import (
     RunState,
     Scratch,
     clear_scratch,
+    content_hash,
     make_folder,
     read_json,
     remove_empty,
@@ -65,6 +71,30 @@ def run_folder(out_dir: str | os.PathLike | None) -> Iterator[Path]:
         )
     with Scratch(Path(tempfile.gettempdir()), "recover") as scratch:
         yield scratch.path
+
+
+def identity(
+    model: PreTrainedModel,
+    windows: torch.Tensor,
+    texts: Mapping[str, Sequence[str]],
+    precision: str,
+) -> dict[str, str]:
+    """Hashes of the model and the texts of a run, and the type that evaluations read it in."""
+
+    def digest(value: list) -> str:
+        return content_hash([json.dumps(value)])[:16]
+
+    return {
+        **of_model("model", model, precision),
+        "training text": digest(windows.tolist()),
+        "validation text": digest([list(text) for text in texts.values()]),
+    }
+
+
+def of_model(name: str, model: PreTrainedModel, precision: str) -> dict[str, str]:
+    """Hash of a model's weights, and the type that they are read in."""
+    read_in = dtype_name(reading_dtype(model, precision))
+    return {name: fingerprint(model)[:16], f"type that the {name} is read in": read_in}
 
 
 def open_run(folder: Path, facts: dict) -> RunState:

@@ -7,9 +7,8 @@ disjoint: train, validation, test.
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -40,7 +39,6 @@ from ..domains import Domain
 from ..models import (
     PRECISION,
     dtype_name,
-    fingerprint,
     inference,
     is_offloaded,
     product_dtype,
@@ -48,10 +46,9 @@ from ..models import (
     seeded,
     tokenizer_for,
 )
-from ..store import content_hash
 from .adapters import adapter_targets, trainable
-from .checkpoints import run_folder
-from .distillation import LOSSES, DistillationLoss, Teacher, teacher_of
+from .checkpoints import identity, of_model, run_folder
+from .distillation import LOSSES, DistillationLoss, teacher_of
 from .texts import training_windows, validation_texts
 from .training import RecoveryTrainer, history_of
 
@@ -303,9 +300,10 @@ def recover(
     facts |= {"eval_every": eval_every, "eval_characters": eval_characters}
     facts |= {"max_tokens": max_tokens, "seq_len": seq_len, "batch_size": batch_size}
     facts |= {"gradient_accumulation_steps": gradient_accumulation_steps}
-    facts |= {"precision": dtype_name(autocast), **_hashes(model, guide, windows, texts)}
+    facts |= {"precision": dtype_name(autocast), **identity(model, windows, texts, precision)}
     if guide is not None:
         facts |= {"temperature": temperature, "teacher_samples": teacher_samples}
+        facts |= of_model("teacher", guide.model, precision)
 
     # 3. Train. Adapters are initialised at random: the seed comes before them. The weights get
     # their new values when all else is done: an interrupt before that leaves the old ones.
@@ -357,25 +355,6 @@ def _require_trainable(model: PreTrainedModel) -> None:
             "the model is offloaded, and training changes all its weights; load it without "
             "offloading (device_map=None)"
         )
-
-
-def _hashes(
-    model: PreTrainedModel,
-    teacher: Teacher | None,
-    windows: torch.Tensor,
-    texts: Mapping[str, Sequence[str]],
-) -> dict[str, str]:
-    """Of the models and the texts of a run."""
-
-    def digest(value: list) -> str:
-        return content_hash([json.dumps(value)])[:16]
-
-    hashes = {
-        "model": fingerprint(model)[:16],
-        "training text": digest(windows.tolist()),
-        "validation text": digest([list(text) for text in texts.values()]),
-    }
-    return hashes if teacher is None else hashes | {"teacher": fingerprint(teacher.model)[:16]}
 
 
 def _arguments(folder: Path, device: str, **options) -> TrainingArguments:

@@ -22,7 +22,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 import minigpt_lab as lab
-from minigpt_lab.models import runtime
+from minigpt_lab.models import precision, runtime
 from minigpt_lab.recovery import adapters, training
 
 SMALL = {"seq_len": 64, "eval_every": 1024, "max_tokens": 4096, "eval_characters": 3000}
@@ -262,6 +262,22 @@ def test_another_run_in_the_same_folder_is_refused(tmp_path, pruned, tiny, tiny_
     (tmp_path / "run.json").unlink()
     with pytest.raises(ValueError, match="checkpoints of something else"):
         lab.recover(copy.deepcopy(pruned), tiny[1], tiny_domain, **same)
+
+
+@pytest.mark.parametrize("short", ["model", "teacher"])
+def test_models_read_in_another_type_are_another_run(
+    tmp_path, pruned, tiny, tiny_domain, monkeypatch, short
+):
+    """Weights stored in bfloat16 are read so by "auto", also where products are in float32."""
+    monkeypatch.delenv(precision.PRECISION_VARIABLE, raising=False)
+    monkeypatch.setattr(precision, "has_fast_bfloat16", lambda _: False)
+    models = {"model": copy.deepcopy(pruned), "teacher": copy.deepcopy(tiny[0])}
+    models[short].to(torch.bfloat16)
+    same = {**PLAIN, "max_tokens": 512, "loss": "kl", "out_dir": tmp_path}
+    kinds = {"teacher": models["teacher"], "tokenizer": tiny[1], "domain": tiny_domain}
+    lab.recover(copy.deepcopy(models["model"]), **kinds, **same)
+    with pytest.raises(ValueError, match=rf"the {short} is read in \(bfloat16, now float32\)"):
+        lab.recover(models["model"], **kinds, **same, precision="float32")
 
 
 @pytest.mark.slow
