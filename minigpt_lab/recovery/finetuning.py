@@ -14,12 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from transformers import (
-    EarlyStoppingCallback,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from ..checks import (
     Flag,
@@ -220,7 +215,7 @@ def recover(
         Validation text per evaluation, in characters; by default the whole part, and of `other` as
         much as that.
     patience : int
-        Evaluations without improvement before it stops.
+        Evaluations without improvement, on the start too, before it stops.
     seq_len, batch_size, gradient_accumulation_steps : int
         Tokens per window, windows per step on each device, steps per update. An update sees the
         product of the three, times the number of devices.
@@ -340,10 +335,9 @@ def recover(
             precision,
             args=arguments,
             compute_loss_func=DistillationLoss(guide, share) if guide and share else None,
-            callbacks=[EarlyStoppingCallback(patience)],
         )
         level = guide.model if guide and stop_at == "teacher" else stop_at
-        why, start = trainer.run(folder, facts, level, progress)
+        why, start = trainer.run(folder, facts, level, patience, progress)
         return history_of(trainer.state, why, start)
 
 
@@ -368,7 +362,6 @@ def _arguments(folder: Path, device: str, **options) -> TrainingArguments:
         save_total_limit=None,  # see `checkpoints.rotate`
         metric_for_best_model="eval_perplexity",
         greater_is_better=False,
-        restore_callback_states_from_checkpoint=True,  # how long EarlyStoppingCallback has waited
         include_num_input_tokens_seen="all",
         report_to=[],
         ddp_find_unused_parameters=False,  # every weight takes part in every update

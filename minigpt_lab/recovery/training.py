@@ -87,7 +87,12 @@ class RecoveryTrainer(Trainer):
         self.limit = math.inf
 
     def run(
-        self, folder: Path, facts: dict, stop_at: float | PreTrainedModel | None, progress: bool
+        self,
+        folder: Path,
+        facts: dict,
+        stop_at: float | PreTrainedModel | None,
+        patience: int,
+        progress: bool,
     ) -> tuple[str, dict]:
         """Train, or resume, and load the best state.
 
@@ -99,6 +104,8 @@ class RecoveryTrainer(Trainer):
             What identifies the run: another one in the same folder is refused.
         stop_at : float or transformers.PreTrainedModel, optional
             Perplexity at which nothing is left to do, or a model that has it.
+        patience : int
+            Evaluations without improvement before it stops.
         progress : bool
             Show a progress bar.
 
@@ -125,7 +132,7 @@ class RecoveryTrainer(Trainer):
             state = TrainerState.load_from_json(str(checkpoint / STATE))
             self.began -= max(row.get("eval_seconds", 0.0) for row in state.log_history)
         level = start["stop_at"]
-        self.add_callback(RecoveryCallback(level))
+        self.add_callback(RecoveryCallback(start["eval_perplexity"], level, patience))
         if level is not None and start["eval_perplexity"] <= level:
             self.subject.improved = False
             return "recovered", start
@@ -268,9 +275,10 @@ def require_ended(history: pd.DataFrame) -> pd.DataFrame:
 
 
 class RecoveryCallback(TrainerCallback):
-    """Stop at a perplexity, log with every evaluation, look after the checkpoints."""
+    """Stop in time, log with every evaluation, look after the checkpoints."""
 
-    def __init__(self, stop_at: float | None):
+    def __init__(self, start: float, stop_at: float | None, patience: int):
+        self.start, self.patience = start, patience
         self.stop_at = -math.inf if stop_at is None else stop_at
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -278,8 +286,11 @@ class RecoveryCallback(TrainerCallback):
         control.should_log = control.should_log or control.should_evaluate
 
     def on_evaluate(self, args, state, control, metrics, **kwargs):
-        """Stop at the perplexity asked for."""
-        if metrics["eval_perplexity"] <= self.stop_at:
+        """Stop at the perplexity asked for, or if the last few were no better than one before."""
+        logged = [row["eval_perplexity"] for row in state.log_history if "eval_perplexity" in row]
+        curve = [self.start, *logged]
+        waited = len(curve) - 1 - curve.index(min(curve))
+        if curve[-1] <= self.stop_at or waited >= self.patience:
             control.should_training_stop = True
 
     def on_save(self, args, state, control, **kwargs):

@@ -542,6 +542,25 @@ def test_a_perplexity_that_means_nothing_is_called_diverged(mini, tiny, tiny_dom
     assert not same_weights(mini, before)  # the best state
 
 
+@pytest.mark.parametrize(
+    ("values", "stopped", "steps"),
+    [
+        ([20.0, 25.0, 24.0, 23.0], "patience", 8),  # better than the one before, not than the start
+        ([20.0, 15.0, 16.0, 15.0], "patience", 12),
+        ([20.0, 25.0, 19.0, 19.5, 18.0], "finished", 16),
+    ],
+)
+def test_patience_compares_with_the_start(
+    mini, tiny, tiny_domain, monkeypatch, values, stopped, steps
+):
+    found = iter(values)
+    monkeypatch.setattr(
+        training, "perplexity", lambda *_, **__: types.SimpleNamespace(value=next(found))
+    )
+    history = lab.recover(mini, tiny[1], tiny_domain, patience=2, **PLAIN)
+    assert history.attrs["stopped"] == stopped and history["step"].iloc[-1] == steps
+
+
 POSITIVE = (
     "max_tokens", "stop_at", "eval_every", "eval_characters", "patience", "batch_size",
     "gradient_accumulation_steps", "r", "lora_alpha",
