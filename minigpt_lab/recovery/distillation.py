@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import warnings
 import zlib
 from collections.abc import Iterator
 
@@ -10,13 +12,24 @@ import torch
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-from ..checks import InvalidArgument
-from ..models import TrimmedVocabulary, check_token_ids, inference
+from ..checks import InvalidArgument, safe_contextmanager
+from ..models import (
+    TrimmedVocabulary,
+    check_token_ids,
+    dtype_name,
+    inference,
+    is_offloaded,
+    reading_dtype,
+)
 
 #: Losses of `recover`.
 LOSSES = ("label", "kl", "mix")
 #: Logits that are read at once on a CPU, whose cache holds them; elsewhere 128 times as many.
 BLOCK = 2**19
+
+
+class TeacherIsNaN(FloatingPointError):
+    """A teacher's predictions are no numbers."""
 
 
 class Teacher:
@@ -38,8 +51,8 @@ class Teacher:
     Raises
     ------
     ValueError
-        If the teacher is the student or shares its weights, its vocabulary is masked, or it does
-        not have the student's tokens; see also `check`.
+        If the teacher is the student or shares its weights, has none, its vocabulary is masked, or
+        it does not have the student's tokens; see also `check`.
     """
 
     def __init__(
@@ -54,9 +67,23 @@ class Teacher:
                 "the teacher is the student, or shares weights with it; give a copy: "
                 "copy.deepcopy(model), or the dense model that the student was shrunk from"
             )
+        if is_offloaded(model) and not any(hasattr(each, "_hf_hook") for each in model.modules()):
+            raise InvalidArgument(
+                "the teacher has no weights (they are on the device meta); load them, e.g. with "
+                "lab.load_model"
+            )
         self.model, self.temperature, self.samples = model, temperature, samples
         self.rows = _rows(model, student)
         self._sampled: dict[bytes, torch.Tensor] = {}
+        self._undo, self._precision, self._warned = contextlib.ExitStack(), "float32", False
+
+    @safe_contextmanager
+    def reading(self, precision: str) -> Iterator[None]:
+        """Within: the teacher has the weights that it is read with; see `inference`."""
+        self._precision = precision
+        with self._undo:
+            self._undo.enter_context(inference(self.model, precision))
+            yield
 
     def check(self, ids: torch.Tensor, precision: str) -> None:
         """Read a window ``[1, token]`` of the training text, before any long work.
@@ -69,7 +96,12 @@ class Teacher:
         """
         check_token_ids(self.model, self._own(ids), "the teacher")
         with inference(self.model, precision):
-            log_p = _log_p(self.logits(ids)[0, :-1], 1.0)  # [token - 1, vocabulary]
+            logits = self._read(ids)
+        if not _are_numbers(logits):
+            raise ValueError(
+                "the teacher's predictions are NaN; check its weights, or try precision='float32'"
+            )
+        log_p = _log_p(logits[0, :-1], 1.0)  # [token - 1, vocabulary]
         loss = -log_p.gather(1, ids[0, 1:, None].to(log_p.device)).mean().item()
         if loss >= math.log(log_p.shape[1]):
             raise InvalidArgument(
@@ -80,10 +112,39 @@ class Teacher:
 
     @torch.no_grad()
     def logits(self, ids: torch.Tensor) -> torch.Tensor:
-        """The teacher's logits of the student's tokens, ``[batch, token, vocabulary]``."""
-        own = self._own(ids).to(self.model.device)
-        logits = self.model(input_ids=own, use_cache=False).logits
-        logits = logits.to(ids.device)
+        """The teacher's logits of the student's tokens, ``[batch, token, vocabulary]``.
+
+        Raises
+        ------
+        TeacherIsNaN
+            If they are NaN, in float32 too.
+        """
+        logits = self._read(ids)
+        if not _are_numbers(logits):
+            self._undo.close()  # the weights are as stored again
+            low, high = (reading_dtype(self.model, each) for each in (self._precision, "float32"))
+            if low != high:
+                with inference(self.model, "float32"):
+                    logits = self._read(ids)
+                self._undo.enter_context(inference(self.model, self._precision))
+            if not _are_numbers(logits):
+                raise TeacherIsNaN(
+                    "the teacher's predictions are NaN on the training text; check its weights"
+                )
+            if not self._warned:
+                warnings.warn(
+                    f"the teacher gives NaN on some of the training text in {dtype_name(low)}; "
+                    "such batches are read again in float32",
+                    stacklevel=2,
+                )
+            self._warned = True
+        return logits
+
+    def _read(self, ids: torch.Tensor) -> torch.Tensor:
+        own = self._own(ids)
+        if self.model.device.type != "meta":  # offloaded layers fetch their inputs
+            own = own.to(self.model.device)
+        logits = self.model(input_ids=own, use_cache=False).logits.to(ids.device)
         return logits if self.rows is None else logits[..., self.rows.to(ids.device)]
 
     def _own(self, ids: torch.Tensor) -> torch.Tensor:
@@ -113,14 +174,14 @@ def _places(model: PreTrainedModel) -> set[int]:
     return {each.data_ptr() for each in model.parameters() if each.numel() and not each.is_meta}
 
 
+def _are_numbers(logits: torch.Tensor) -> bool:
+    """Whether logits have a softmax; some of them may be -inf."""
+    return bool(logits.amax(-1).isfinite().all())
+
+
 def _log_p(logits: torch.Tensor, T: float) -> torch.Tensor:
-    """``log softmax(logits / T)`` of a teacher, at least in float32; NaN is refused."""
-    log_p = _scaled(logits, T).log_softmax(-1)
-    if log_p[..., 0].isnan().any():
-        raise ValueError(
-            "the teacher's predictions are NaN; check its weights, or try precision='float32'"
-        )
-    return log_p
+    """``log softmax(logits / T)`` of a teacher, at least in float32."""
+    return _scaled(logits, T).log_softmax(-1)
 
 
 def _scaled(logits: torch.Tensor, T: float) -> torch.Tensor:
@@ -207,7 +268,8 @@ class _TokenLoss(torch.autograd.Function):
             if known.is_floating_point():
                 log_p = _log_p(known[window, block], T)
                 p = log_p.exp()
-                loss += m * T**2 * log_p.sub_(log_q).mul_(p).sum()
+                products = log_p.sub_(log_q).mul_(p).masked_fill_(p == 0, 0)  # 0 log 0 = 0
+                loss += m * T**2 * products.sum()
                 g = (q - p).mul_(m * T)
             else:
                 tokens = known[window, block]  # [t, samples]

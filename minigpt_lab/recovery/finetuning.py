@@ -34,7 +34,6 @@ from ..domains import Domain
 from ..models import (
     PRECISION,
     dtype_name,
-    inference,
     is_offloaded,
     product_dtype,
     refuse_masked,
@@ -75,7 +74,7 @@ _DOMAIN = Instance(
     warmup_steps=Integer(0) | None,
     teacher=Model() | None,
     loss=OneOf(LOSSES),
-    temperature=Number(above=0),
+    temperature=Number(0.01, 100),
     mix=Number(above=0, below=1),
     teacher_samples=Integer(1) | None,
     general=_DOMAIN | None,
@@ -191,7 +190,7 @@ def recover(
     loss : {"label", "kl", "mix"}
         The next token of the text, the teacher's predictions, or both.
     temperature : float
-        *T* of the teacher's term.
+        *T* of the teacher's term, between 0.01 and 100.
     mix : float
         Share of the teacher's term in ``loss="mix"``.
     teacher_samples : int, optional
@@ -242,9 +241,9 @@ def recover(
     pandas.DataFrame
         One row per evaluation, the first before training: ``step, tokens, epoch, train_loss,
         perplexity, other_perplexity, seconds``. Its ``attrs`` say why it stopped (``"stopped"``:
-        finished, recovered, patience, interrupted, diverged (NaN, or a hundred times worse than
-        both the start and a guess), or disk if a checkpoint could not be written), where it was
-        best (``"best_step"``) and, if it recovered, after how many tokens and epochs
+        finished, recovered, patience, interrupted, diverged (NaN, also of the teacher, or a hundred
+        times worse than both the start and a guess), or disk if a checkpoint could not be written),
+        where it was best (``"best_step"``) and, if it recovered, after how many tokens and epochs
         (``"recovery_tokens"``, ``"recovery_epochs"``).
 
     Raises
@@ -304,8 +303,8 @@ def recover(
     # their new values when all else is done: an interrupt before that leaves the old ones.
     with (
         seeded(seed),
-        nullcontext() if guide is None else inference(guide.model, precision),
-        torch.enable_grad(),  # `inference` switches gradients off
+        nullcontext() if guide is None else guide.reading(precision),
+        torch.enable_grad(),  # reading switches gradients off
         trainable(model, names, **lora) as subject,
         run_folder(out_dir) as folder,
     ):

@@ -41,6 +41,7 @@ from .checkpoints import (
     rotate,
     seal,
 )
+from .distillation import TeacherIsNaN
 
 #: Times worse than before training, and than a guess among all tokens: the run has diverged.
 DIVERGED = 100
@@ -153,14 +154,23 @@ class RecoveryTrainer(Trainer):
         return why, start
 
     def _train(self, checkpoint: Path | None, progress: bool) -> str:
-        """Train until the end, an interruption, divergence or a full disk."""
+        """Train until the end, an interruption, divergence, a broken teacher or a full disk."""
         with tqdm(desc="recover", unit="step", disable=not progress) as bar, quiet():
             self.add_callback(ProgressBar(bar))
             try:
                 self.train(resume_from_checkpoint=checkpoint and str(checkpoint))
             except KeyboardInterrupt:
                 return "interrupted"
-            except FloatingPointError:
+            except FloatingPointError as error:
+                remedy = "a lower learning_rate" + ", or precision='float32'" * self.args.bf16
+                if isinstance(error, TeacherIsNaN):
+                    if self.args.world_size > 1:  # the others train on, and would wait for it
+                        raise
+                    remedy = "another teacher"
+                warnings.warn(
+                    f"stopped: {error}; the best state so far is in the model; try {remedy}",
+                    stacklevel=4,
+                )
                 return "diverged"
             except (
                 OSError,

@@ -8,9 +8,10 @@ import dataclasses
 import pandas as pd
 import pytest
 import torch
+from accelerate import cpu_offload
 
 import minigpt_lab as lab
-from minigpt_lab.models import TrimmedVocabulary
+from minigpt_lab.models import TrimmedVocabulary, precision
 from minigpt_lab.recovery import distillation
 from minigpt_lab.recovery.distillation import DistillationLoss, Teacher
 from minigpt_lab.recovery.texts import training_windows, validation_texts
@@ -324,6 +325,11 @@ def test_teachers_that_cannot_teach_are_refused(mini, tiny, tiny_domain):
         ({"teacher": broken, "loss": "kl", "teacher_samples": 2}, "predictions are NaN"),
         ({"teacher": tiny[0], "loss": "KL"}, "loss is 'KL'; expected one of"),
         ({"teacher": tiny[0], "loss": "kl", "temperature": 0}, "temperature is 0; expected a"),
+        (
+            {"teacher": tiny[0], "loss": "kl", "temperature": 1e-9},
+            "expected a number of at least 0.01",
+        ),
+        ({"teacher": tiny[0], "loss": "kl", "temperature": 1e9}, "0.01 and of at most 100"),
         ({"teacher": tiny[0], "loss": "mix", "mix": 1.0}, "mix is 1.0; expected a number"),
         ({"teacher": tiny[0], "loss": "kl", "teacher_samples": 0}, "teacher_samples is 0"),
         ({"general": tiny_domain, "generality": 1.0}, "generality is 1.0; expected a number"),
@@ -333,6 +339,83 @@ def test_teachers_that_cannot_teach_are_refused(mini, tiny, tiny_domain):
         assert all(torch.equal(value, mini.state_dict()[name]) for name, value in before.items())
     with pytest.raises(TypeError, match="teacher is 'dense'; expected a"):
         lab.recover(mini, tiny[1], tiny_domain, teacher="dense", loss="kl")
+
+
+@pytest.fixture
+def short(tiny, monkeypatch):
+    """A teacher stored in float16, which "auto" reads as it is."""
+    monkeypatch.delenv(precision.PRECISION_VARIABLE, raising=False)
+    monkeypatch.setattr(precision, "has_fast_bfloat16", lambda _: False)
+    return copy.deepcopy(tiny[0]).half()
+
+
+def spoil(teacher, *dtypes, after: int = 6) -> None:
+    """After so many calls, predictions in these types are NaN."""
+    calls = []
+
+    def hook(module, args, output):
+        calls.append(1)
+        if len(calls) > after and output.logits.dtype in dtypes:
+            output.logits[0, 3] = float("nan")
+
+    teacher.register_forward_hook(hook)
+
+
+@pytest.mark.parametrize("samples", [None, 4])
+def test_a_batch_that_overflows_is_read_again_in_float32(
+    mini, tiny, tiny_domain, short, recwarn, samples
+):
+    options = {**SMALL, "loss": "kl", "teacher_samples": samples, "max_tokens": 2048}
+    wide, weights = copy.deepcopy(short).float(), copy.deepcopy(short.state_dict())
+    expected = lab.recover(copy.deepcopy(mini), tiny[1], tiny_domain, teacher=wide, **options)
+    spoil(short, torch.float16)
+    found = lab.recover(mini, tiny[1], tiny_domain, teacher=short, **options)
+    assert found.attrs["stopped"] == "finished"
+    assert found["perplexity"].tolist() == pytest.approx(expected["perplexity"].tolist(), rel=0.02)
+    told = [str(w.message) for w in recwarn if "teacher" in str(w.message)]
+    assert len(told) == 1 and "on some of the training text in float16; such batches" in told[0]
+    assert all(torch.equal(value, weights[name]) for name, value in short.state_dict().items())
+
+
+@pytest.mark.parametrize("samples", [None, 4])
+def test_a_teacher_that_breaks_later_loses_no_training(mini, tiny, tiny_domain, short, samples):
+    spoil(short, torch.float16, torch.float32, after=20 if samples else 6)  # each window, or batch
+    before, options = copy.deepcopy(mini), {**SMALL, "loss": "kl", "teacher_samples": samples}
+    with pytest.warns(UserWarning, match="stopped: the teacher's predictions are NaN on the train"):
+        history = lab.recover(mini, tiny[1], tiny_domain, teacher=short, **options)
+    assert history.attrs["stopped"] == "diverged" and len(history) == 2
+    assert history.attrs["best_step"] == history["step"].iloc[1]
+    assert not torch.equal(mini.model.norm.weight, before.model.norm.weight)
+    assert {p.dtype for p in short.parameters()} == {torch.float16} and not short.training
+
+
+@pytest.mark.parametrize("T", [0.01, 1.0, 100.0])
+def test_tokens_that_a_teacher_rules_out_count_nothing(T):
+    """0 log 0 is 0, as in the written-out sum over the other tokens."""
+    torch.manual_seed(0)
+    z, t = torch.randn(2, 1, 4, 9, dtype=torch.float64)
+    labels = torch.randint(9, (1, 4))
+    ruled_out = t.clone()
+    ruled_out[..., 6:] = -torch.inf
+    z.requires_grad_()
+    loss = DistillationLoss(Known(T, ruled_out), 1.0)({"logits": z}, labels)
+    log_q, log_p = ((each[:, :-1] / T).log_softmax(-1) for each in (z.detach(), t[..., :6]))
+    expected = T**2 * (log_p.exp() * (log_p - log_q[..., :6])).sum(-1).mean()
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(float(expected)) and z.grad.isfinite().all()
+
+
+def test_an_offloaded_teacher_teaches_and_one_without_weights_is_refused(mini, tiny, tiny_domain):
+    options = {**SMALL, "max_tokens": 512, "eval_every": 512, "loss": "kl"}
+    offloaded = cpu_offload(copy.deepcopy(tiny[0]), torch.device("cpu"))
+    expected, found = (
+        lab.recover(copy.deepcopy(mini), tiny[1], tiny_domain, teacher=teacher, **options)
+        for teacher in (tiny[0], offloaded)
+    )
+    assert found["perplexity"].tolist() == expected["perplexity"].tolist()
+    nowhere = copy.deepcopy(tiny[0]).to("meta")
+    with pytest.raises(ValueError, match="the teacher has no weights .*; load them"):
+        lab.recover(mini, tiny[1], tiny_domain, teacher=nowhere, **options)
 
 
 def test_a_padded_teacher_and_one_with_dropped_blocks_teach(tiny, tiny_domain):

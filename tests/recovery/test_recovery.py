@@ -471,7 +471,8 @@ def test_the_model_is_left_as_it_was_but_for_its_weights(
 
 def test_a_loss_that_is_not_a_number_ends_it(mini, tiny, tiny_domain):
     before = copy.deepcopy(mini)
-    history = lab.recover(mini, tiny[1], tiny_domain, learning_rate=1e30, **SMALL)
+    with pytest.warns(UserWarning, match="not finite; .* try a lower learning_rate$"):
+        history = lab.recover(mini, tiny[1], tiny_domain, learning_rate=1e30, **SMALL)
     assert history.attrs == {"stopped": "diverged", "best_step": 0} and len(history) == 1
     assert same_weights(mini, before)
     with torch.no_grad():
@@ -536,7 +537,11 @@ def test_a_perplexity_that_means_nothing_is_called_diverged(mini, tiny, tiny_dom
     monkeypatch.setattr(
         training, "perplexity", lambda *_, **__: types.SimpleNamespace(value=next(found))
     )
-    history = lab.recover(mini, tiny[1], tiny_domain, learning_rate=1e-3, **SMALL)
+    line = (
+        "stopped: the perplexity has diverged; .* try a lower learning_rate, or precision='float32'"
+    )
+    with pytest.warns(UserWarning, match=line):
+        history = lab.recover(mini, tiny[1], tiny_domain, **PLAIN, precision="bfloat16")
     assert history.attrs == {"stopped": "diverged", "best_step": 4}
     assert history["perplexity"].tolist() == [20.0, 15.0, 1e137]
     assert not same_weights(mini, before)  # the best state
