@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import torch
 from torch.autograd.function import once_differentiable
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checks import InvalidArgument, safe_contextmanager
 from ..models import (
@@ -20,6 +20,7 @@ from ..models import (
     inference,
     is_offloaded,
     reading_dtype,
+    tokenizer_for,
 )
 
 #: Losses of `recover`.
@@ -316,6 +317,7 @@ def _add_at(g: torch.Tensor, tokens: torch.Tensor, value: float) -> None:
 def teacher_of(
     model: PreTrainedModel,
     teacher: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase,
     loss: str,
     temperature: float,
     samples: int | None,
@@ -325,13 +327,13 @@ def teacher_of(
 
     Parameters
     ----------
-    model, teacher, loss, temperature, samples, stop_at
+    model, teacher, tokenizer, loss, temperature, samples, stop_at
         Those of `recover`.
 
     Raises
     ------
     ValueError
-        If a teacher is missing or without use, or cannot teach this model.
+        If a teacher is missing or without use, cannot teach this model or be compared with it.
     """
     wants = [f"loss={loss!r}"] * (loss != "label") + ["stop_at='teacher'"] * (stop_at == "teacher")
     if teacher is None:
@@ -343,10 +345,22 @@ def teacher_of(
             "teacher is given, but loss='label' does not use it; set loss='kl' or 'mix', or leave "
             "it out"
         )
-    guide = Teacher(teacher, model, temperature, samples)
-    if stop_at == "teacher" and guide.rows is not None:
+    if stop_at == "teacher":
+        _require_readable(teacher, tokenizer)
+    return Teacher(teacher, model, temperature, samples)
+
+
+def _require_readable(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a teacher whose perplexity cannot be measured."""
+    if teacher.device.type == "meta":
         raise InvalidArgument(
-            "stop_at is 'teacher', whose perplexity counts other tokens than that of a model with "
-            "a trimmed vocabulary; give a number, or leave it out"
+            "stop_at is 'teacher', and the teacher is offloaded; load it without offloading "
+            "(device_map=None), or give a number"
         )
-    return guide
+    try:
+        tokenizer_for(teacher, tokenizer)
+    except ValueError as error:
+        raise InvalidArgument(
+            "stop_at is 'teacher', who has more tokens than this tokenizer; give the teacher's "
+            "tokenizer, which also fits the trimmed model, or a number as stop_at"
+        ) from error

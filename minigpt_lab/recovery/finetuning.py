@@ -203,7 +203,8 @@ def recover(
         Its share of the windows, one at least. `max_tokens` counts both.
     stop_at : float or "teacher", optional
         Stop as soon as the validation perplexity is at or below this, or the teacher's: a dense
-        model, or one fine-tuned on the domain. (Comparable only with the same vocabulary.)
+        model, or one fine-tuned on the domain. The loss of a teacher with more tokens is that on
+        the whole text, divided by the tokens that the model scores; it needs its own tokenizer.
     other : Domain, optional
         Another domain whose validation perplexity is followed too: what is being forgotten. By
         default `general`.
@@ -268,7 +269,7 @@ def recover(
         samples = {"teacher_samples": teacher_samples}
         refuse_unused(recover, f"loss={loss!r}", temperature=temperature, **samples)
     words = tokenizer_for(model, tokenizer)
-    guide = teacher_of(model, teacher, loss, temperature, teacher_samples, stop_at)
+    guide = teacher_of(model, teacher, tokenizer, loss, temperature, teacher_samples, stop_at)
 
     # 1. The texts, and what is trained.
     windows = training_windows(words, domain, general, generality, seq_len, max_tokens)
@@ -328,14 +329,14 @@ def recover(
         arguments.save_steps = arguments.logging_steps = arguments.eval_steps
         trainer = RecoveryTrainer(
             subject,
-            words,
+            tokenizer,
             windows,
             texts,
             precision,
             args=arguments,
             compute_loss_func=DistillationLoss(guide, share) if guide and share else None,
         )
-        level = guide.model if guide and stop_at == "teacher" else stop_at
+        level = guide if isinstance(stop_at, str) else stop_at
         why, start = trainer.run(folder, facts, level, patience, progress)
         return history_of(trainer.state, why, start)
 

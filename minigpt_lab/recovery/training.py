@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from ..checks import first_line
-from ..evaluation import perplexity
+from ..evaluation import Perplexity, perplexity
 from ..models import quiet
 from ..store import WriteFailed
 from .adapters import Trainable
@@ -41,7 +41,7 @@ from .checkpoints import (
     rotate,
     seal,
 )
-from .distillation import TeacherIsNaN
+from .distillation import Teacher, TeacherIsNaN
 
 #: Times worse than before training, and than a guess among all tokens: the run has diverged.
 DIVERGED = 100
@@ -55,7 +55,7 @@ class RecoveryTrainer(Trainer):
     subject : Trainable
         The model in training.
     tokenizer : transformers.PreTrainedTokenizerBase
-        The model's tokenizer.
+        The model's tokenizer, or the original one.
     windows : torch.Tensor
         Token ids to train on ``[window, token]``; evaluations read windows of this length too.
     texts : dict of str to passages
@@ -83,15 +83,15 @@ class RecoveryTrainer(Trainer):
         )
         self.remove_callback(PrinterCallback)
         self.subject, self.texts, self.seq_len = subject, texts, windows.shape[1]
-        self.words, self.precision = tokenizer, precision
+        self.tokenizer, self.precision = tokenizer, precision
         self.began = time.time()
-        self.limit = math.inf
+        self.limit, self.tokens = math.inf, 0
 
     def run(
         self,
         folder: Path,
         facts: dict,
-        stop_at: float | PreTrainedModel | None,
+        stop_at: float | Teacher | None,
         patience: int,
         progress: bool,
     ) -> tuple[str, dict]:
@@ -103,8 +103,8 @@ class RecoveryTrainer(Trainer):
             Of the checkpoints.
         facts : dict
             What identifies the run: another one in the same folder is refused.
-        stop_at : float or transformers.PreTrainedModel, optional
-            Perplexity at which nothing is left to do, or a model that has it.
+        stop_at : float or Teacher, optional
+            Perplexity at which nothing is left to do, or who has it.
         patience : int
             Evaluations without improvement before it stops.
         progress : bool
@@ -124,8 +124,8 @@ class RecoveryTrainer(Trainer):
         checkpoint = self._agree(last_complete(folder) if first else None)
         if start is None:
             start = self._agree(self._measure())
-            if isinstance(stop_at, PreTrainedModel):
-                stop_at = self._agree(self._perplexity(stop_at, self.texts["perplexity"]))
+            if isinstance(stop_at, Teacher):
+                stop_at = self._agree(self._level(stop_at.model))
             start["stop_at"] = stop_at
             if first:
                 run.write(start=start)
@@ -199,21 +199,29 @@ class RecoveryTrainer(Trainer):
         """Perplexity on every text of the model as it would be returned now."""
         overflow = np.errstate(over="ignore", invalid="ignore")  # of a model that diverges
         with self.subject.merged() as model, overflow:
-            metrics = {
-                f"eval_{name}": self._perplexity(model, text) for name, text in self.texts.items()
-            }
+            found = {name: self._perplexity(model, text) for name, text in self.texts.items()}
+        self.tokens = found["perplexity"].tokens
+        metrics = {f"eval_{name}": each.value for name, each in found.items()}
         return {**metrics, "eval_seconds": time.time() - self.began}
 
-    def _perplexity(self, model: PreTrainedModel, text: Sequence[str]) -> float:
+    def _level(self, teacher: PreTrainedModel) -> float:
+        """A teacher's loss on the text that decides, for each token that the model scores there.
+
+        The teacher's own perplexity if both have the same tokens.
+        """
+        losses = self._perplexity(teacher, self.texts["perplexity"]).passages[:, 0]
+        return math.exp(losses.sum() / self.tokens)
+
+    def _perplexity(self, model: PreTrainedModel, text: Sequence[str]) -> Perplexity:
         return perplexity(
             model,
-            self.words,
+            self.tokenizer,
             text,
             seq_len=self.seq_len,
             max_characters=None,
             precision=self.precision,
             progress=False,
-        ).value
+        )
 
     def evaluate(self, *_args, **_options) -> dict[str, float]:
         """Measure, log and pass on to the callbacks.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 
 import pandas as pd
 import pytest
@@ -209,8 +210,32 @@ def test_a_trimmed_student_learns_of_the_tokens_it_kept(trimmed, tiny, tiny_doma
     assert Teacher(copy.deepcopy(trimmed), student).rows is None
     with pytest.raises(ValueError, match="not all of them the teacher's; give a teacher with"):
         lab.recover(copy.deepcopy(tiny[0]), tiny[1], tiny_domain, teacher=trimmed, loss="kl")
-    with pytest.raises(ValueError, match="stop_at is 'teacher', whose perplexity counts other"):
-        lab.recover(student, tiny[1], tiny_domain, teacher=tiny[0], stop_at="teacher")
+    with pytest.raises(ValueError, match="stop_at is 'teacher', who has more tokens than this tok"):
+        lab.recover(student, words, tiny_domain, teacher=tiny[0], stop_at="teacher")
+
+
+def test_a_trimmed_model_stops_at_the_loss_of_the_teacher(trimmed, tiny, tiny_domain):
+    """Per token of its own: then it is as good on the text."""
+    text = lab.excerpt(tiny_domain.validation, max_characters=SMALL["eval_characters"])
+    teacher = shrunk(tiny, tiny_domain, 0.8)
+    dense = lab.perplexity(teacher, tiny[1], text, seq_len=64)
+    own = lab.perplexity(trimmed, tiny[1], text, seq_len=64)
+    level = math.exp(dense.passages[:, 0].sum() / own.tokens)
+    assert own.tokens > dense.tokens and level < own.value < dense.value
+    options = {**SMALL, "epochs": 2, "teacher": teacher, "stop_at": "teacher"}
+    history = lab.recover(copy.deepcopy(trimmed), tiny[1], tiny_domain, **options)
+    assert history.attrs["stopped"] == "recovered"
+    assert history["perplexity"].iloc[-1] <= level < history["perplexity"].iloc[-2]
+
+
+def test_a_padded_teacher_has_the_level_of_the_model_itself(mini, tiny, tiny_domain):
+    padded = copy.deepcopy(mini)
+    padded.resize_token_embeddings(tiny[0].config.vocab_size + 64, mean_resizing=False)
+    with torch.no_grad():  # never the likeliest tokens
+        padded.get_output_embeddings().weight[tiny[0].config.vocab_size :] = 0
+    options = {**SMALL, "max_tokens": 1024, "teacher": padded, "stop_at": "teacher"}
+    history = lab.recover(mini, tiny[1], tiny_domain, **options)
+    assert history.attrs["stopped"] == "recovered" and len(history) == 1
 
 
 def test_it_stops_at_the_level_of_the_teacher(mini, tiny, tiny_domain, tmp_path):
@@ -413,6 +438,10 @@ def test_an_offloaded_teacher_teaches_and_one_without_weights_is_refused(mini, t
         for teacher in (tiny[0], offloaded)
     )
     assert found["perplexity"].tolist() == expected["perplexity"].tolist()
+    with pytest.raises(
+        ValueError, match="stop_at is 'teacher', and the teacher is offloaded; load"
+    ):
+        lab.recover(mini, tiny[1], tiny_domain, teacher=offloaded, stop_at="teacher", **options)
     nowhere = copy.deepcopy(tiny[0]).to("meta")
     with pytest.raises(ValueError, match="the teacher has no weights .*; load them"):
         lab.recover(mini, tiny[1], tiny_domain, teacher=nowhere, **options)

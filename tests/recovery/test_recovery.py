@@ -535,7 +535,7 @@ def generators() -> tuple:
 def test_a_perplexity_that_means_nothing_is_called_diverged(mini, tiny, tiny_domain, monkeypatch):
     before, found = copy.deepcopy(mini), iter([20.0, 15.0, 1e137])
     monkeypatch.setattr(
-        training, "perplexity", lambda *_, **__: types.SimpleNamespace(value=next(found))
+        training, "perplexity", lambda *_, **__: types.SimpleNamespace(value=next(found), tokens=9)
     )
     line = (
         "stopped: the perplexity has diverged; .* try a lower learning_rate, or precision='float32'"
@@ -560,7 +560,7 @@ def test_patience_compares_with_the_start(
 ):
     found = iter(values)
     monkeypatch.setattr(
-        training, "perplexity", lambda *_, **__: types.SimpleNamespace(value=next(found))
+        training, "perplexity", lambda *_, **__: types.SimpleNamespace(value=next(found), tokens=9)
     )
     history = lab.recover(mini, tiny[1], tiny_domain, patience=2, **PLAIN)
     assert history.attrs["stopped"] == stopped and history["step"].iloc[-1] == steps
