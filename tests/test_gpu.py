@@ -10,6 +10,7 @@ import torch
 from helpers import random_plan
 
 import minigpt_lab as lab
+from minigpt_lab.recovery.distillation import DistillationLoss, Teacher
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
@@ -94,3 +95,36 @@ def test_recovery_and_saving(pair, tiny, tiny_domain, tmp_path):
     again, words = lab.load_model(lab.save_model(model, tokenizer, tmp_path / "mini"))
     loaded = lab.perplexity(again, words, tiny_domain.test, max_tokens=1024)
     assert loaded.value == pytest.approx(after.value, rel=1e-3)
+
+
+@pytest.mark.parametrize("samples", [None, 16])
+def test_the_loss_of_a_teacher_agrees(pair, batches, samples):
+    """And its gradient: a GPU takes larger blocks of positions. Sampled tokens differ a little."""
+    found, ids, plan = [], batches[0]["input_ids"], random_plan(pair[0], 3, vocabulary=False)
+    for model in pair:
+        student, here = lab.shrink(model, plan), ids.to(model.device)
+        outputs = student(input_ids=here)
+        guide = Teacher(model, student, temperature=2.0, samples=samples and 512 * samples)
+        loss = DistillationLoss(guide, 0.5)(outputs, here, num_items_in_batch=torch.tensor(100))
+        gradient = torch.autograd.grad(loss, student.model.norm.weight)[0]
+        found.append((loss.detach(), gradient.cpu()))
+    (on_cpu, expected), (on_gpu, gradient) = found
+    assert float(on_gpu) == pytest.approx(float(on_cpu), rel=0.02 if samples else 1e-4)
+    rounding = 0.1 if samples else 1e-3
+    assert (gradient - expected).norm() < rounding * expected.norm()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"teacher_samples": 16}, {"method": "lora", "lora_dropout": 0.0}], ids=str
+)
+def test_distillation_is_as_good(pair, tiny, tiny_domain, options):
+    options = {"loss": "mix", "learning_rate": 1e-3, "precision": "float32", **options}
+    options |= {"max_tokens": 4096, "eval_every": 1024, "seq_len": 64, "progress": False}
+    plan, curves = random_plan(pair[0], 3, vocabulary=False), []
+    for model in pair:
+        mini = lab.shrink(model, plan)
+        history = lab.recover(mini, tiny[1], tiny_domain, teacher=model, **options)
+        assert {p.device.type for p in mini.parameters()} == {model.device.type}
+        curves.append(history["perplexity"].tolist())
+    assert curves[1] == pytest.approx(curves[0], rel=0.05)
+    assert min(curves[1]) < 0.97 * curves[1][0]

@@ -250,10 +250,10 @@ def recover(
     Raises
     ------
     ValueError
-        If an argument is out of range or has no effect beside the others, a text too short,
-        `out_dir` holds another run, a loss lacks its teacher or a teacher its use, or the teacher
-        has another tokenizer, reads no windows of this length, shares weights with the model or
-        predicts NaN.
+        If an argument is out of range or has no effect beside the others, a text too short, or the
+        general one that of the domain, `out_dir` holds another run, a loss lacks its teacher or a
+        teacher its use, or the teacher has another tokenizer, reads no windows of this length,
+        shares weights with the model or predicts NaN.
     TypeError
         If a part of a domain is given, or its name, instead of the domain.
     """
