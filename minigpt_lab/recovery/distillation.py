@@ -268,9 +268,9 @@ class _TokenLoss(torch.autograd.Function):
             # 1. The teacher's term, over all tokens or the sampled ones.
             if known.is_floating_point():
                 log_p = _log_p(known[window, block], T)
+                log_p.clamp_(min=torch.finfo(log_p.dtype).min)  # 0 log 0 = 0, and not NaN
                 p = log_p.exp()
-                products = log_p.sub_(log_q).mul_(p).masked_fill_(p == 0, 0)  # 0 log 0 = 0
-                loss += m * T**2 * products.sum()
+                loss += m * T**2 * log_p.sub_(log_q).mul_(p).sum()
                 g = (q - p).mul_(m * T)
             else:
                 tokens = known[window, block]  # [t, samples]
