@@ -173,6 +173,8 @@ def make_mini(
     if vocabulary:
         require_byte_pairs(tokenizer, "keep the vocabulary (vocabulary=False, or --all-tokens)")
     general_domain = load_domain("general") if general_domain is None else general_domain
+    if digest(domain) == digest(general_domain):  # there is no other text to mix in
+        general = 0.0
     reading: dict[str, Any] = {"seq_len": seq_len, "max_tokens": calibration_tokens}
     require_texts(model, tokenizer, domain, general_domain, general, **reading)
     precision = "auto"

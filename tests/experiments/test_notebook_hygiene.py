@@ -6,11 +6,12 @@ import copy
 import re
 from pathlib import Path
 from types import SimpleNamespace
-from zlib import crc32
 
 import nbformat
 import papermill
 import pytest
+
+from minigpt_lab.store import cache_key
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -48,7 +49,7 @@ def run_cells(name: str, ids: str, changed: dict, **variables) -> dict:
     """What some cells of a notebook define, with changed parameters and made-up objects."""
     cells = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4).cells
     source = {cell.id: cell.source for cell in cells}
-    namespace: dict = {"crc32": crc32, "copy": copy}
+    namespace: dict = {"cache_key": cache_key, "copy": copy}
     exec(source["parameters"], namespace)
     namespace |= variables | changed
     for each in ids.split():

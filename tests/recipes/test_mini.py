@@ -339,6 +339,11 @@ def test_the_training_holds_no_more_than_its_share_of_general_text(
 
 
 @pytest.mark.slow
+def test_a_mini_of_the_general_text_has_nothing_else_mixed_in(tiny, general, tmp_path):
+    found = lab.make_mini(*tiny, general, size=0.7, general_domain=general, out_dir=tmp_path, **HOW)
+    assert "0% of them general text" in found.card
+
+
 def test_a_bfloat16_model_is_measured_as_its_file(tiny, tiny_domain, general, tmp_path):
     model = copy.deepcopy(tiny[0]).bfloat16()
     how = {**HOW, "size": 0.6, "general_domain": general, "out_dir": tmp_path, "gguf": "Q8_0"}
