@@ -49,7 +49,7 @@ def run_cells(name: str, ids: str, changed: dict, **variables) -> dict:
     """What some cells of a notebook define, with changed parameters and made-up objects."""
     cells = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4).cells
     source = {cell.id: cell.source for cell in cells}
-    namespace: dict = {"cache_key": cache_key, "copy": copy}
+    namespace: dict = {"cache_key": cache_key, "copy": copy, "require_ended": str}
     exec(source["parameters"], namespace)
     namespace |= variables | changed
     for each in ids.split():
