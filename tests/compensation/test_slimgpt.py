@@ -436,8 +436,9 @@ plan.save(out / "plan.json")
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the limit is Linux's")
-@pytest.mark.parametrize(("reconstruct", "layers"), [(0, 20), (1, 40)])  # epochs; a third fits
-def test_a_model_larger_than_memory_is_pruned(reconstruct, layers, tmp_path):
+@pytest.mark.parametrize("reconstruct", [0, 1])  # epochs
+def test_a_model_larger_than_memory_is_pruned(reconstruct, tmp_path):
+    layers = 40
     config = copy.deepcopy(CONFIGS["llama"])
     config.update({"hidden_size": 512, "intermediate_size": 1_024, "num_hidden_layers": layers})
     torch.manual_seed(0)
