@@ -186,8 +186,9 @@ def reconstruct_block(
         If the loss is not finite before it.
     """
     modules = block_modules(anatomy, layer, site)
-    low = {product_dtype(runner.hidden[0].device), *(each.weight.dtype for each in modules)}
-    rounding = _ROUNDING[torch.float32 if low == {torch.float32} else torch.bfloat16]
+    weights = [each.weight for each in modules]
+    dtypes = {product_dtype(weights[0].device), *(weight.dtype for weight in weights)}
+    rounding = _ROUNDING[torch.float32 if dtypes == {torch.float32} else torch.bfloat16]
     before = [parameter.detach().clone() for each in modules for parameter in each.parameters()]
     losses = []
     for epoch in fit_block(anatomy, runner, layer, site, targets, settings):

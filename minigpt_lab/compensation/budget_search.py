@@ -35,7 +35,15 @@ from ..checks import (
 )
 from ..criteria import chosen_sites
 from ..models import Anatomy, fingerprint, is_offloaded
-from ..planning import RATIO, RATIOS, one_target, parameters_to_remove, unit_counts, unit_steps
+from ..planning import (
+    RATIO,
+    RATIOS,
+    most_units,
+    one_target,
+    parameters_to_remove,
+    unit_counts,
+    unit_steps,
+)
 from ..store import ResultCache, Shards
 from .budgets import Budget, Budgets
 from .calibration_windows import GENERALITY, CalibrationWindows
@@ -164,9 +172,8 @@ def search_counts(
     dense = sum(parameter.numel() for parameter in model.parameters())
     size = math.floor(dense - parameters_to_remove(model, layer_sites, ratio, parameters, ratio_of))
     # with a unit left in every block; a search that drops blocks goes on from there
-    narrowest = dense - sum(
-        each.removed(len(each) - step) for each, step in zip(layer_sites, divisors, strict=True)
-    )
+    most = most_units(layer_sites, divisors)
+    narrowest = dense - sum(each.removed(n) for each, n in zip(layer_sites, most, strict=True))
     starts: dict[str, Budget] = {}
     for name in STARTS:
         rule = (max(size, narrowest) if drop_blocks else size, name, "model", multiple_of)

@@ -13,7 +13,8 @@ from typing import Any
 import pandas as pd
 
 from ..checks import first_line, suggest
-from ..store import parse_json, read_json, read_text
+from ..models import SIDECAR
+from ..store import is_result, parse_json, read_json, read_text
 
 _TEXTS = (".txt", ".text", ".md", ".markdown", ".rst")
 _ROWS = (".jsonl", ".ndjson", ".json")
@@ -136,13 +137,12 @@ def _is_of_this_package(place: str, names: Sequence[str]) -> bool:
 
     Its tables are no texts, and each further call would read more of them.
     """
-    if "minigpt_lab.json" in names:
+    if SIDECAR in names:
         return True
     try:
-        state = read_json(Path(place, "state.json"))
+        return is_result(read_json(Path(place, "state.json")))
     except (ValueError, OSError):
         return False
-    return isinstance(state, dict) and state.keys() == {"sha256", "result"}
 
 
 def _is_hidden(name: str) -> bool:

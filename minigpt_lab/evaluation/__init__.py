@@ -8,3 +8,4 @@ from .generation import generate, sample_texts, write_answers
 from .language import Perplexity, perplexity
 from .predictions import Divergence, divergence, same_vocabulary
 from .presets import PERPLEXITY_PRESETS
+from .windows import have_likeliest

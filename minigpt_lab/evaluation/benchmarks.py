@@ -12,7 +12,6 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -29,7 +28,7 @@ from ..checks import (
 from ..domains import encode, window_prefix
 from ..models import PRECISION, inference, seeded, tokenizer_for
 from ..store import hub_reachable
-from .windows import finite_or_float32, refuse_non_finite, require_finite
+from .windows import again_in_float32, have_likeliest, require_likeliest
 
 # lm-eval and all it brings along takes seconds to import: it is imported where it is used.
 
@@ -99,19 +98,18 @@ def benchmark(
         If a task's dataset is neither in reach nor in the local cache.
     """
     words = tokenizer_for(model, tokenizer)
-    results: dict[str, Any] = {}
     with _quiet(), _offline_unless_in_reach():
         from lm_eval import simple_evaluate
 
         manager, names = _find_tasks(tasks, include_path)
 
-        def read(precision: str) -> np.ndarray:
+        def read(precision: str) -> dict[str, Any]:
             with inference(model, precision), seeded(seed):
                 harness = _harness()(
                     pretrained=model, batch_size=batch_size, **_with_special_tokens(words, model)
                 )
                 try:
-                    found = simple_evaluate(
+                    return simple_evaluate(
                         harness,
                         tasks=names,
                         task_manager=manager,
@@ -124,13 +122,11 @@ def benchmark(
                         torch_random_seed=seed,
                         fewshot_random_seed=seed,
                     )
-                except FloatingPointError:
-                    return np.array([np.nan])
-            results.update(found)
-            return np.zeros(1)
+                except FloatingPointError as error:
+                    raise FloatingPointError(f"NaN on {', '.join(names)}") from error
 
         try:
-            _, dtype = finite_or_float32(read, [model], precision, lambda _: ", ".join(names))
+            results, dtype = again_in_float32(read, [model], precision)
         except ConnectionError as error:
             raise OSError(
                 f"the data of {', '.join(names)} cannot be had ({first_line(error)}): it comes "
@@ -189,10 +185,13 @@ def _harness() -> type:
             return ids
 
         def _model_call(self, *args, **options):
-            return require_finite(super()._model_call(*args, **options))
+            logits = super()._model_call(*args, **options)
+            if not have_likeliest(logits):
+                raise FloatingPointError("the predictions are NaN or infinite")
+            return logits
 
         def _model_generate(self, *args, **options):
-            with self.model.register_forward_hook(refuse_non_finite):
+            with self.model.register_forward_hook(require_likeliest):
                 return super()._model_generate(*args, **options)
 
     return Harness

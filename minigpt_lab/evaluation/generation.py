@@ -25,7 +25,7 @@ from ..checks import (
 from ..domains import Question, split_words, token_ids, window_prefix
 from ..models import PRECISION, check_token_ids, inference, seeded, tokenizer_for
 from .answers import QUESTIONS, Answers
-from .windows import by_length, finite_or_float32, refuse_non_finite
+from .windows import again_in_float32, by_length, finite_or_float32, require_likeliest
 
 
 @checked(model=Model(), tokenizer=Tokenizer(), prompt=Text(), max_new_tokens=Integer(1))
@@ -245,10 +245,9 @@ def sample_texts(
             "shorten it"
         )
     words = _words(tokenizer)
-    texts: list[str] = []
 
-    def read(precision: str) -> np.ndarray:
-        texts.clear()
+    def read(precision: str) -> list[str]:
+        texts: list[str] = []
         left = max_tokens
         bar = tqdm(total=max_tokens, desc="sampling", unit="token", disable=not progress)
         with bar, seeded(seed), inference(model, precision):
@@ -262,21 +261,17 @@ def sample_texts(
                 check_token_ids(model, ids)
                 # 2. x_t ~ p(x | x_<t).
                 with _generating(model, length - 1, do_sample=True, top_k=0) as ends:
-                    try:
-                        output = _sampled(model, ids.to(model.device), bar)
-                    except FloatingPointError:
-                        return np.array([np.nan])
+                    output = _sampled(model, ids.to(model.device), bar)
                 # 3. A row ends before its end-of-text token.
                 new = output[:, len(prefix) :].tolist()
                 written = [[*itertools.takewhile(lambda x: x not in ends, row)] for row in new]
-                texts.extend(tokenizer.batch_decode(written))
+                texts += tokenizer.batch_decode(written)
                 left -= sum(map(len, written))
                 bar.n = max_tokens - left
                 bar.refresh()
-        return np.zeros(1)
+        return texts
 
-    finite_or_float32(read, [model], precision, lambda _: "the texts that it writes")
-    return texts
+    return again_in_float32(read, [model], precision)[0]
 
 
 def _longest(model: PreTrainedModel) -> int:
@@ -333,10 +328,13 @@ class _Steps(BaseStreamer):
 def _sampled(model: PreTrainedModel, ids: torch.Tensor, bar: tqdm) -> torch.Tensor:
     """Rows of tokens continued by the model's own settings ``[batch, token]``."""
     settings = {"generation_config": model.generation_config, "streamer": _Steps(bar)}
-    with model.register_forward_hook(refuse_non_finite):
-        return model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), **settings
-        ).sequences
+    try:
+        with model.register_forward_hook(require_likeliest):
+            return model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), **settings
+            ).sequences
+    except FloatingPointError as error:
+        raise FloatingPointError("NaN on the texts that it writes") from error
 
 
 def _choice_written(text: str, choices: Sequence[str]) -> int | None:

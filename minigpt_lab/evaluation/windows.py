@@ -6,6 +6,7 @@ import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +18,9 @@ from ..domains import SEPARATOR, Part, RunningText, excerpt, running_text, windo
 from ..models import check_token_ids, dtype_name, inference, reading_dtype, tokenizer_for
 from ..store import content_hash
 
+Result = TypeVar("Result")
+#: Types that nothing is read again after.
+_EXACT = (torch.float32, torch.float64)
 #: Bytes that the logits of one step may take, as float32: on a CPU, and elsewhere.
 _CPU_BYTES, _GPU_BYTES = 1 << 28, 1 << 30
 _DRAWN = 1 << 20  # random numbers of a block; of each, a resample takes the columns of a passage
@@ -265,22 +269,48 @@ def finite_or_float32(
     precision: str,
     name: Callable[[int], str],
 ) -> tuple[np.ndarray, str]:
-    """Read models; if that is not finite in less than float32, warn and read again in float32.
+    """`again_in_float32` for values of items, which are to be finite; in float32, no NaN.
 
     Parameters
     ----------
     read : callable
         From a precision to values ``[item, …]``.
+    models, precision
+        As for `again_in_float32`.
+    name : callable
+        From the number of an item to its name, for the message.
+    """
+
+    def read_finite(attempt: str) -> np.ndarray:
+        values = read(attempt)
+        exact = reading_dtype(models[0], attempt) in _EXACT
+        wrong = np.isnan(values) if exact else ~np.isfinite(values)
+        bad = np.flatnonzero(wrong.reshape(len(values), -1).any(1))
+        if len(bad):
+            found = "NaN" if np.isnan(values[bad[0]]).any() else "infinite values"
+            raise FloatingPointError(f"{found} on {name(bad[0])}")
+        return values
+
+    return again_in_float32(read_finite, models, precision)
+
+
+def again_in_float32(
+    read: Callable[[str], Result], models: Sequence[PreTrainedModel], precision: str
+) -> tuple[Result, str]:
+    """Read models; if that is not finite in less than float32, warn and read again in float32.
+
+    Parameters
+    ----------
+    read : callable
+        From a precision to a result; raises FloatingPointError, which says what was found where.
     models : sequence of transformers.PreTrainedModel
         What is read.
     precision : {"auto", "bfloat16", "float32"}
         What was asked for.
-    name : callable
-        From the number of an item to its name, for the message.
 
     Returns
     -------
-    values : numpy.ndarray
+    result
         What `read` gave.
     precision : str
         Type that the models were read in.
@@ -288,48 +318,37 @@ def finite_or_float32(
     Raises
     ------
     ValueError
-        If there is NaN in float32 too (an infinite value is returned), or the models would be read
-        in different types.
+        If it is not finite in float32 either, or the models would be read in different types.
     """
-    dtypes = [dtype_name(reading_dtype(model, precision)) for model in models]
+    dtypes = [reading_dtype(model, precision) for model in models]
     for dtype in dtypes:
-        require_same("precision", dtypes[0], dtype)
+        require_same("precision", dtype_name(dtypes[0]), dtype_name(dtype))
     subject = "the model" if len({*models}) == 1 else "the model or its reference"
-    low = dtypes[0] not in ("float32", "float64")
-    for attempt in dict.fromkeys([precision, "float32"]):
-        values = read(attempt)
-        last = attempt == "float32" or not low
-        wrong = np.isnan(values) if last else ~np.isfinite(values)
-        bad = np.flatnonzero(wrong.reshape(len(values), -1).any(1))
-        if not len(bad):
-            return values, dtype_name(reading_dtype(models[0], attempt))
-        if last:
-            break
-        found = "NaN" if np.isnan(values[bad[0]]).any() else "infinite values"
-        warnings.warn(
-            f"{subject} gives {found} on {name(bad[0])} in {dtypes[0]}; all is read again in "
-            "float32",
-            stacklevel=3,
-        )
-    raise ValueError(f"{subject} gives NaN on {name(bad[0])}: check its weights, dtype")
+    try:
+        try:
+            return read(precision), dtype_name(dtypes[0])
+        except FloatingPointError as error:
+            if dtypes[0] in _EXACT:
+                raise
+            again = f"in {dtype_name(dtypes[0])}; all is read again in float32"
+            warnings.warn(f"{subject} gives {error} {again}", stacklevel=4)
+        return read("float32"), dtype_name(reading_dtype(models[0], "float32"))
+    except FloatingPointError as error:
+        raise ValueError(f"{subject} gives {error}: check its weights, dtype") from error
 
 
-def require_finite(logits: torch.Tensor) -> torch.Tensor:
-    """Refuse predictions that have no likeliest token; single tokens may be ruled out by -∞.
+def have_likeliest(logits: torch.Tensor) -> bool:
+    """Whether all predictions have a likeliest token; single tokens may be ruled out by -∞."""
+    return bool(torch.isfinite(logits.amax(-1)).all())
 
-    Raises
-    ------
-    FloatingPointError
-        If an entry is NaN or ∞, or a whole row -∞.
+
+def require_likeliest(_model: PreTrainedModel, _inputs: object, output) -> None:
+    """A forward hook: FloatingPointError unless the last token has a likeliest one behind it.
+
+    Tokens before it may be padding.
     """
-    if not torch.isfinite(logits.amax(-1)).all():
+    if not have_likeliest(output.logits[:, -1]):
         raise FloatingPointError("the predictions are NaN or infinite")
-    return logits
-
-
-def refuse_non_finite(_model: PreTrainedModel, _inputs: object, output) -> None:
-    """A forward hook: `require_finite` of the last token; those before it may be padding."""
-    require_finite(output.logits[:, -1])
 
 
 def by_length(lengths: Sequence[int], batch_size: int) -> list[np.ndarray]:

@@ -6,6 +6,7 @@ from .auto_classes import pruned_classes, update_config
 from .by_name import load_model, refuse_non_finite
 from .feature_masks import Masks, all_features, without_features
 from .layers import add_bias, set_forward
+from .loading import SIDECAR
 from .model_cards import model_card
 from .offloading import execution_device, is_offloaded, materialized
 from .plan import PruningPlan, keep_all

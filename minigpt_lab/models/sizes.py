@@ -83,7 +83,7 @@ def model_size(model: PreTrainedModel, dense: PreTrainedModel | None = None) -> 
         The model before pruning, for the ratios; by default its size as `model` recorded it when it
         was pruned.
     """
-    before = dense_counts(model) if dense is None else _counts(dense)
+    before = (noted_dense(model) or _counts(model)) if dense is None else _counts(dense)
     return Size(
         stored=model.num_parameters(),
         nonzero=sum(int(p.count_nonzero()) for p in model.parameters()),

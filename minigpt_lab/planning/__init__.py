@@ -11,6 +11,6 @@ from .counts import (
     unit_counts,
 )
 from .dropping import plan_dropping
-from .layer_sites import LayerSite, check_keep_layers, prunable_sites, unit_steps
+from .layer_sites import LayerSite, check_keep_layers, most_units, prunable_sites, unit_steps
 from .removal import EPSILONS, SHARES, removals, token_removals
 from .thresholds import contextual_plan

@@ -77,6 +77,11 @@ def prunable_sites(
     return [each for each in layer_sites if len(each)]
 
 
+def most_units(layer_sites: Sequence[LayerSite], steps: Sequence[int]) -> list[int]:
+    """Numbers of units to remove that leave every layer site the fewest: one step of them."""
+    return [len(each) - step for each, step in zip(layer_sites, steps, strict=True)]
+
+
 def check_keep_layers(keep_layers: tuple[int, int]) -> tuple[int, int]:
     """Numbers of first and last layers to keep whole, checked."""
     ends = ListOf(Integer(0))("keep_layers", keep_layers)

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checks import InvalidArgument, safe_contextmanager
+from ..evaluation import have_likeliest
 from ..models import (
     TrimmedVocabulary,
     check_token_ids,
@@ -98,7 +99,7 @@ class Teacher:
         check_token_ids(self.model, self._own(ids), "the teacher")
         with inference(self.model, precision):
             logits = self._read(ids)
-        if not _are_numbers(logits):
+        if not have_likeliest(logits):
             raise ValueError(
                 "the teacher's predictions are NaN; check its weights, or try precision='float32'"
             )
@@ -121,14 +122,14 @@ class Teacher:
             If they are NaN, in float32 too.
         """
         logits = self._read(ids)
-        if not _are_numbers(logits):
+        if not have_likeliest(logits):
             self._undo.close()  # the weights are as stored again
             low, high = (reading_dtype(self.model, each) for each in (self._precision, "float32"))
             if low != high:
                 with inference(self.model, "float32"):
                     logits = self._read(ids)
                 self._undo.enter_context(inference(self.model, self._precision))
-            if not _are_numbers(logits):
+            if not have_likeliest(logits):
                 raise TeacherIsNaN(
                     "the teacher's predictions are NaN on the training text; check its weights"
                 )
@@ -173,11 +174,6 @@ class Teacher:
 def _places(model: PreTrainedModel) -> set[int]:
     """Where a model's weights lie in memory; those without numbers lie nowhere."""
     return {each.data_ptr() for each in model.parameters() if each.numel() and not each.is_meta}
-
-
-def _are_numbers(logits: torch.Tensor) -> bool:
-    """Whether logits have a softmax; some of them may be -inf."""
-    return bool(logits.amax(-1).isfinite().all())
 
 
 def _log_p(logits: torch.Tensor, T: float) -> torch.Tensor:

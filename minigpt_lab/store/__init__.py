@@ -8,7 +8,7 @@ from .atomic import (
     remove_empty,
     undo_interrupted_write,
 )
-from .cache import ResultCache, cache_folder, cache_key, cached, read_cached
+from .cache import ResultCache, cache_folder, cache_key, cached, is_result, read_cached
 from .disk_errors import WriteFailed, explain_disk_errors, write_failed
 from .packages import (
     CACHE_REMEDY,

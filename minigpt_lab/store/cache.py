@@ -124,11 +124,16 @@ def read_result(path: Path) -> Any:
         If the file holds something else.
     """
     content = read_json(path)
-    if not isinstance(content, dict) or content.keys() != {"sha256", "result"}:
+    if not is_result(content):
         raise ValueError(f"{path} holds something else")
     if content["sha256"] != cache_key(content["result"]):
         raise DamagedFile(f"{path} is not what was written")
     return content["result"]
+
+
+def is_result(content: object) -> bool:
+    """Whether this is the content of a file of `write_result`, perhaps damaged."""
+    return isinstance(content, dict) and content.keys() == {"sha256", "result"}
 
 
 def write_result(result: object, path: Path) -> None:

@@ -94,10 +94,8 @@ class HeldOut:
         progress: bool = True,
     ) -> list[dict]:
         """Results of variants (key and computation of each), all in one precision."""
-        before, bar = (
-            self.read_in,
-            partial(tqdm, variants, desc=title, unit=unit, disable=not progress),
-        )
+        before = self.read_in
+        bar = partial(tqdm, variants, desc=title, unit=unit, disable=not progress)
         found = [self._kept(key, compute) for key, compute in bar()]
         if self.read_in != before:
             warnings.warn(

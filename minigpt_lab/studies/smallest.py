@@ -32,7 +32,7 @@ from ..models import (
     refuse_masked,
     shrink,
 )
-from ..planning import Allocation, allocation_name, removed_shares, unit_steps
+from ..planning import Allocation, allocation_name, most_units, removed_shares, unit_steps
 from ..store import cache_key
 from .arguments import BATCHES, FOLDER, PAIR
 from .held_out import HeldOut
@@ -200,8 +200,7 @@ def _reachable(model: PreTrainedModel, options: Mapping[str, Any]) -> float:
     layer_sites = unscored_sites(
         Anatomy(model), chosen_sites(model, given["sites"], given["units"]), given["keep_layers"]
     )
-    steps = unit_steps(layer_sites, given["multiple_of"])
-    counts = [len(each) - step for each, step in zip(layer_sites, steps, strict=True)]
+    counts = most_units(layer_sites, unit_steps(layer_sites, given["multiple_of"]))
     return removed_shares(model, layer_sites, counts)[given["ratio_of"]]
 
 
